@@ -128,9 +128,9 @@ class _ShardWindows:
         """(n, length + 1) int64 tokens and, for each row, where it came from: (shard name, offset in tokens)."""
         if self.total < n * self.world:
             tokens = sum(s.size for s in self.shards)
-            raise ValueError(f"{tokens:,} tokens make {self.total} windows of {self.length}, but one batch takes {n} on "
-                             f"each of {self.world} ranks; lower the tokens per batch or the sequence "
-                             "length, or prepare more text")
+            raise ValueError(f"{tokens:,} tokens make {self.total} windows of {self.length}, but a batch takes {n} on "
+                             f"each of {self.world} ranks; lower the tokens per batch or the sequence length, "
+                             "or prepare more text")
         rows, provenance = np.empty((n, self.length + 1), np.int64), []
         for row, number in zip(rows, self.numbers(n)):
             shard = int(np.searchsorted(self.first, number, "right")) - 1
@@ -144,7 +144,7 @@ class _ShardWindows:
 
 @functools.lru_cache(maxsize=8)
 def epoch_walk(total, seed, epoch):
-    """(stride, offset). A stride coprime to `total` visits each window once; near the golden section it spreads best."""
+    """(stride, offset). A stride coprime to `total` visits all windows; near the golden section it spreads best."""
     rng = np.random.default_rng((seed, epoch))
     stride = int(total * 0.618) + int(rng.integers(total // 8 + 1))
     while math.gcd(stride, total) != 1:
