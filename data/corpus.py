@@ -64,11 +64,8 @@ def sha256(text):
 
 
 def usable(documents):
-    """Without leading spaces (the byte rule counts no space after a boundary), empty texts, and texts with U+2581."""
-    for key, text in documents:
-        text = text.lstrip(" ")
-        if text and SPACE not in text:
-            yield key, text
+    """Without empty texts, and texts with U+2581, which no tokenizer can tell from a space."""
+    return ((key, text) for key, text in documents if text and SPACE not in text)
 
 
 class Corpus:

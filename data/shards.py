@@ -129,8 +129,7 @@ class _ShardWindows:
         if self.total < n * self.world:
             tokens = sum(s.size for s in self.shards)
             raise ValueError(f"{tokens:,} tokens make {self.total} windows of {self.length}, but a batch takes {n} on "
-                             f"each of {self.world} ranks; lower the tokens per batch or the sequence length, "
-                             "or prepare more text")
+                             f"each of {self.world} ranks; lower micro_tokens or seq_len, or prepare more text")
         rows, provenance = np.empty((n, self.length + 1), np.int64), []
         for row, number in zip(rows, self.numbers(n)):
             shard = int(np.searchsorted(self.first, number, "right")) - 1
