@@ -11,18 +11,19 @@ import torch
 
 from export.quantise import int_levels
 
-ALPHABETS = {"trits": 81, "factor": 128, "int4": 15, "int5": 31, "int6": 63, "int7": 127, "int8": 255, "high": 256, "low": 256}
+ALPHABETS = {"trits": 81, "factor": 128, "int4": 15, "int5": 31, "int6": 63, "int7": 127, "int8": 255,
+             "high": 256, "low": 256}
 QUAD = np.array([27, 9, 3, 1], np.uint8)                     # four trits make one symbol of the plane "trits"
 BASE3 = np.array([81, 27, 9, 3, 1], np.uint16)
 
 
 class Plane(NamedTuple):
-    kind: str                # names the alphabet; "high" and "low" bytes go to brotli, all others are entropy-coded
+    kind: str                # names the alphabet
     symbols: np.ndarray      # (R, C) uint8
 
 
 class TernaryCodec:
-    """trits (..., K) int8, factor (..., K / G) uint8, row (...) float16 <-> trits by fours, factors, two byte planes."""
+    """trits (..., K) int8, factor (..., K / G) uint8, row (...) float16 <-> trits by fours, factors, two bytes."""
 
     def encode(self, parts: tuple[torch.Tensor, ...]) -> list[Plane]:
         trits, factor, row = parts
@@ -100,8 +101,8 @@ class Base3Codec:
 
     def encode(self, trits: np.ndarray) -> bytes:
         digits = np.pad(trits.ravel().view(np.uint8) + np.uint8(1), (0, -trits.size % 5)).reshape(-1, 5)
-        states = (digits * BASE3).sum(1, dtype=np.uint16)
-        return (-(-states * 256 // 243)).astype(np.uint8).tobytes()          # the fraction state / 243, rounded up
+        states = (digits * BASE3).sum(1, dtype=np.uint32)
+        return ((states * 256 + 242) // 243).astype(np.uint8).tobytes()      # the fraction state / 243, rounded up
 
     def decode(self, blob: bytes, count: int) -> np.ndarray:
         fraction, out = np.frombuffer(blob, np.uint8).astype(np.uint16), np.empty((len(blob), 5), np.int8)

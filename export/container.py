@@ -275,31 +275,37 @@ def read_manifest(blob: bytes) -> tuple[Manifest, Reader]:
     body = Reader(blob[SKC_HEAD.size:], "the file")
     text = _inflate(body.take(size), "the manifest")
     try:
-        return _manifest(json.loads(text)), body
-    except (KeyError, TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"damaged artifact: the manifest does not parse ({error})") from error
+        manifest = _parse_manifest(text)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"damaged artifact: the manifest does not parse ({error!r})") from error
+    _check_manifest(manifest)
+    return manifest, body
 
 
-def _manifest(raw: dict) -> Manifest:
-    entries = [Entry(name, codec, tuple(shape), words) for name, codec, shape, words in raw["tensors"]]
-    manifest = Manifest(raw["meta"], raw["group"], raw["lanes"], raw["rest"], raw["books"], entries)
+def _parse_manifest(text: bytes) -> Manifest:
+    raw = json.loads(text)
+    entries = [Entry(name, codec, tuple(shape), list(words)) for name, codec, shape, words in raw["tensors"]]
+    return Manifest(dict(raw["meta"]), raw["group"], raw["lanes"], raw["rest"], dict(raw["books"]), entries)
+
+
+def _check_manifest(manifest: Manifest) -> None:
     numbers = [manifest.group, manifest.lanes, manifest.rest, *manifest.books.values()]
-    for entry in entries:
-        _check_entry(entry)
-        numbers += entry.shape
-    if not all(type(n) is int and 0 <= n <= MAX_WEIGHTS for n in numbers) or 0 in (manifest.group, manifest.lanes):
+    numbers += [size for entry in manifest.entries for size in entry.shape]
+    if not all(type(n) is int and 0 <= n <= MAX_WEIGHTS for n in numbers) or 0 in numbers[:2]:
         raise ValueError("damaged artifact: a count or a shape is not a sensible integer")
-    if len({entry.name for entry in entries}) != len(entries):
-        raise ValueError("damaged artifact: a tensor name occurs twice")
-    if sum(math.prod(entry.shape) for entry in entries) > MAX_WEIGHTS:
+    if sum(math.prod(entry.shape) for entry in manifest.entries) > MAX_WEIGHTS:
         raise ValueError(f"damaged artifact: more than {MAX_WEIGHTS} weights")
-    if not set(manifest.books) <= set(ALPHABETS) or not isinstance(manifest.meta, dict):
-        raise ValueError("damaged artifact: an unknown book, or a meta that is no table")
-    return manifest
+    if not set(manifest.books) <= set(ALPHABETS):
+        raise ValueError(f"damaged artifact: books {sorted(manifest.books)} are not all known")
+    names = [str(entry.name) for entry in manifest.entries]
+    if len(set(names)) != len(names):
+        raise ValueError("damaged artifact: a tensor name occurs twice")
+    for entry in manifest.entries:
+        _check_entry(entry)
 
 
 def _check_entry(entry: Entry) -> None:
-    if entry.codec not in CODECS:
+    if str(entry.codec) not in CODECS:
         raise ValueError(f"{entry.name}: codec {entry.codec!r} is not one of {', '.join(CODECS)}")
     planes = len(CODECS[entry.codec].layout((1, 1), 1))
     if len(entry.words) != planes or not all(type(n) is int and -1 <= n <= MAX_WEIGHTS for n in entry.words):
@@ -323,6 +329,16 @@ def check_model(tensors: dict[str, torch.Tensor], meta: dict, shapes: dict[str, 
 
 def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def check_shipped(held: dict[str, torch.Tensor], shipped: dict[str, torch.Tensor]) -> None:
+    """What the model holds in its forward pass and what the file gives back: the same names, the same bits."""
+    for name in sorted(held.keys() | shipped.keys()):
+        ours, theirs = held.get(name), shipped.get(name)
+        if ours is None or theirs is None:
+            raise ValueError(f"{name} is not what trained: it is missing in the {'model' if ours is None else 'file'}")
+        if not torch.equal(ours.detach().float().cpu(), theirs):
+            raise ValueError(f"{name} is not what trained: the file holds other values or another shape")
 
 
 def write_artifact(path: Path, blob: bytes) -> None:

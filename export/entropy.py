@@ -15,8 +15,8 @@ MAX_TABLES = 16
 
 
 def lanes_for(symbols: int) -> int:
-    """More lanes are faster and cost four bytes each: a power of two near one lane for 8,192 symbols."""
-    return min(MAX_LANES, 1 << max(0, (symbols >> 13).bit_length() - 1))
+    """More lanes are faster and cost four bytes each: a power of two near one lane for 2,048 symbols."""
+    return min(MAX_LANES, 1 << max(0, (symbols >> 11).bit_length() - 1))
 
 
 class Rans:
@@ -60,17 +60,17 @@ class Rans:
             x += bias.take(slot)
             low = np.flatnonzero(x < STATE_LOW)
             if used + len(low) > len(source):
-                raise ValueError("coded symbols are damaged: words run out")
+                raise ValueError("damaged artifact: coded words run out")
             x[low] = (x[low] << 16) | source[used:used + len(low)]
             used += len(low)
         if used != len(source):
-            raise ValueError(f"coded symbols are damaged: {used} of {len(source)} words used")
+            raise ValueError(f"damaged artifact: {used} of {len(source)} coded words used")
         return out.reshape(shape)
 
     def check_end(self) -> None:
         """After the last plane every lane is back where the writer began: a checksum that costs nothing."""
         if not (self.states == STATE_LOW).all():
-            raise ValueError("coded symbols are damaged: the lanes do not return to their start")
+            raise ValueError("damaged artifact: the lanes do not return to their start")
 
 
 def fresh_states(lanes: int) -> np.ndarray:

@@ -1,0 +1,150 @@
+"""Rounding that looks at the data: curvature of each linear layer, GPTQ for integers and trits, clip search, low rank.
+
+Letters: N rows (outputs), K inputs, H = mean of x x^T (K, K) over training tokens, G weights that share a factor.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from export.quantise import Parts, int_levels, int_round, row_rms
+from kernels.ternary import ternary_grid
+
+CLIP_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
+CLIP_SIGMAS = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.5, 5.0)
+
+
+class Curvature(NamedTuple):
+    """What the loss feels of a layer's weights: input moments (K, K), mean square of output gradients (N,), tokens."""
+
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    tokens: int
+
+
+class CurvatureCollector:
+    """Watches {name: module} while training tokens pass: `with CurvatureCollector(m) as seen: ...; seen.finish()`.
+
+    A backward pass of the mean loss adds the output gradients; without one they stay 0 and only the inputs count.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module]):
+        self.modules, self.inputs, self.outputs = modules, {}, {}
+        self.tokens = dict.fromkeys(modules, 0)
+
+    def __enter__(self) -> "CurvatureCollector":
+        self.hooks = [module.register_forward_hook(lambda _, args, y, name=name: self._forward(name, args[0], y))
+                      for name, module in self.modules.items()]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _forward(self, name: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        tokens = len(x)
+        self.tokens[name] += tokens
+        self.inputs[name] = self.inputs.get(name, 0) + x.T @ x
+        self.outputs.setdefault(name, torch.zeros(y.shape[-1], device=x.device))
+        if y.requires_grad:
+            y.register_hook(lambda g: self._backward(name, g, tokens))
+
+    def _backward(self, name: str, g: torch.Tensor, tokens: int) -> None:
+        # the mean loss divides every token's gradient by the number of tokens: undo it, then sum squares over tokens
+        self.outputs[name] += (g.detach().float().reshape(-1, g.shape[-1]) * tokens).square().sum(0)
+
+    def finish(self) -> dict[str, Curvature]:
+        """Means over every token of every rank; a module that saw none is an error."""
+        return {name: self._reduced(name) for name in self.modules}
+
+    def _reduced(self, name: str) -> Curvature:
+        if name not in self.inputs:
+            raise ValueError(f"{name}: no token passed this layer; is it the module that runs?")
+        inputs, outputs = self.inputs[name], self.outputs[name]
+        tokens = torch.tensor(float(self.tokens[name]), dtype=torch.float64, device=inputs.device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for total in (inputs, outputs, tokens):
+                torch.distributed.all_reduce(total)
+        return Curvature(inputs / tokens.item(), outputs / tokens.item(), int(tokens))
+
+
+def output_error(w: torch.Tensor, value: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each output (N,) when value replaces w: diag of (w - value) H (w - value)^T."""
+    gap = w - value
+    return (gap @ hessian * gap).sum(-1)
+
+
+def clip_search(w: torch.Tensor, bits: int) -> torch.Tensor:
+    """GPTQ-lite: the float16 step of each row (..., N) whose rounding is nearest to w itself; not clipping may win."""
+    top, rms = w.abs().amax(-1), row_rms(w)
+    best, least = None, None
+    for reach in [top * share for share in CLIP_SHARES] + [torch.minimum(rms * k, top) for k in CLIP_SIGMAS]:
+        q, step = int_round(w, reach / int_levels(bits), bits)
+        error = (q * step.float()[..., None] - w).square().sum(-1)
+        best = step if best is None else torch.where(error < least, step, best)
+        least = error if least is None else torch.minimum(error, least)
+    return best
+
+
+def gptq_int(w: torch.Tensor, hessian: torch.Tensor, bits: int, step: torch.Tensor, **solve) -> Parts:
+    """GPTQ on the int-k grid with the given step of each row (N,): q int8 (N, K), step float16 (N,)."""
+    step, levels = step.half(), int_levels(bits)
+    size = torch.where(step > 0, step, 1).float()
+
+    def nearest(column: torch.Tensor, k: int) -> torch.Tensor:
+        return (column / size).round().clamp(-levels, levels) * (step > 0)
+
+    return error_feedback(w, hessian, nearest, size.expand(w.shape[1], -1).T, **solve).to(torch.int8), step
+
+
+def gptq_ternary(w: torch.Tensor, hessian: torch.Tensor, group: int, rule: str, **solve) -> Parts:
+    """GPTQ on the ternary grid; factors and rows are those of w, so any column order may be used."""
+    _, factor, row = ternary_grid(w, group, rule)
+    scale = (row.float()[:, None] * factor.float()).repeat_interleave(group, dim=1)
+
+    def nearest(column: torch.Tensor, k: int) -> torch.Tensor:
+        return column.sign() * (column.abs() > 0.5 * scale[:, k]) * (scale[:, k] > 0)
+
+    return error_feedback(w, hessian, nearest, scale, **solve).to(torch.int8), factor, row
+
+
+def error_feedback(w, hessian, nearest, scale, *, damping: float = 0.01, block: int = 128, act_order: bool = True):
+    """Round w (N, K) column by column; the columns still to come make good each error as far as H lets them.
+
+    `nearest(column, k)` gives integers, `scale` (N, K) what they stand for. Returns the integers (N, K).
+    """
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    order = order if act_order else order.sort().values
+    upper = _inverse_root(hessian[order][:, order], damping)
+    rest, out = w[:, order].clone(), torch.empty_like(w)
+    for at in range(0, w.shape[1], block):
+        stop = min(at + block, w.shape[1])
+        errors = torch.empty_like(rest[:, at:stop])
+        for k in range(at, stop):
+            source = int(order[k])
+            out[:, source] = nearest(rest[:, k], source)
+            errors[:, k - at] = (rest[:, k] - out[:, source] * scale[:, source]) / upper[k, k]
+            rest[:, k:stop] -= errors[:, k - at, None] * upper[k, k:stop]
+        rest[:, stop:] -= errors @ upper[at:stop, stop:]
+    return out
+
+
+def _inverse_root(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """Upper U with U^T U = inverse of the damped H, by one Cholesky of H read backwards and one triangular solve."""
+    h = hessian.double()
+    mean = h.diagonal().mean()
+    if not mean > 0:
+        raise ValueError("Hessian is zero or NaN: no training tokens reached this layer")
+    h = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (damping * mean)
+    root = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
+    return torch.linalg.solve_triangular(root, torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True).float()
+
+
+def low_rank(w: torch.Tensor, value: torch.Tensor, hessian: torch.Tensor, rank: int) -> Parts:
+    """LQER: a (N, r), b (r, K) whose product is most of the error w - value, as the inputs feel it."""
+    size = hessian.diagonal().clamp(min=1e-12).sqrt()
+    u, s, v = torch.linalg.svd((w - value) * size, full_matrices=False)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * v[:rank] / size

@@ -1,0 +1,324 @@
+"""The artifact: what trained is what ships, and nothing damaged is ever read as a model."""
+
+import json
+import os
+import random
+import struct
+import zlib
+from pathlib import Path
+
+import brotli
+import pytest
+import torch
+
+from export.codecs import CODECS
+from export.container import (
+    SKC_HEAD,
+    Row,
+    check_model,
+    check_shipped,
+    pack,
+    read_manifest,
+    read_parts,
+    unpack,
+    write_artifact,
+)
+from export.quantise import CODEC_NAMES, from_grid, snap, to_grid
+
+GOLDEN = Path(__file__).parent / "golden.skc"
+META = {"dim": 64, "layers": "AK"}
+CLIPS = {"int4": 3.0, "int6": 11.5}
+
+
+def numbers(*shape, salt=1):
+    """Weights like noise that any machine makes alike: a hash of the position, three times, added up."""
+    h, out = torch.arange(torch.Size(shape).numel()) + 1000 * salt, 0
+    for _ in range(3):
+        h = (h ^ h >> 15) * 0x9E3779B1 & 0xFFFFFFFF
+        h = (h ^ h >> 13) * 0x85EBCA77 & 0xFFFFFFFF
+        out = out + (h >> 20).float() - 2047.5
+    return out.reshape(shape) / 32768
+
+
+def masters():
+    return [Row("up", numbers(48, 64), "ternary"), Row("bank", numbers(2, 24, 32, salt=3), "ternary"),
+            *(Row(f"w{bits}", numbers(16, 40, salt=bits), f"int{bits}") for bits in (4, 5, 6, 7, 8)),
+            Row("gain", numbers(33), "fp16"), Row("scale", numbers(), "fp16"), Row("none", torch.zeros(0), "fp16")]
+
+
+def snapped(rows, group=16, rule="ls"):
+    return {r.name: snap(r.tensor, r.codec, group=group, rule=rule, clip=CLIPS.get(r.codec, 0.0)) for r in rows}
+
+
+def packed(rows=None, meta=META, group=16, rule="ls"):
+    return pack(masters() if rows is None else rows, meta, group=group, rule=rule, clips=CLIPS)
+
+
+def sealed(body, version=1, magic=b"SKC"):
+    """A body under a checksum that fits: what a careful forger would send."""
+    return magic + bytes([version]) + struct.pack("<I", zlib.crc32(body)) + body
+
+
+def forged(blob, change):
+    """The same file with its manifest changed and every checksum made right again."""
+    size = SKC_HEAD.unpack_from(blob)[-1]
+    manifest = json.loads(brotli.decompress(blob[SKC_HEAD.size:SKC_HEAD.size + size]))
+    change(manifest)
+    head = brotli.compress(json.dumps(manifest).encode())
+    return sealed(struct.pack("<I", len(head)) + head + blob[SKC_HEAD.size + size:])
+
+
+# ---- what trains is what ships ----
+
+def test_the_tensor_that_trains_is_the_tensor_that_ships():
+    rows = masters()
+    tensors, meta = unpack(packed(rows))
+    check_shipped(snapped(rows), tensors)
+    assert meta == META
+
+
+@pytest.mark.parametrize(("what", "fault"), [
+    ("group size", lambda rows: packed(rows, group=8)),
+    ("rule", lambda rows: packed(rows, rule="absmean")),
+    ("clip", lambda rows: pack(rows, META, group=16, rule="ls")),
+    ("quantised twice", lambda rows: packed([r._replace(tensor=snapped(rows)[r.name] * 1.001) for r in rows])),
+    ("below fp16 without training", lambda rows: packed([*rows[:2], rows[2]._replace(codec="int8"), *rows[3:]])),
+    ("master shipped raw", lambda rows: packed([r._replace(codec="fp16") for r in rows])),
+    ("tensor left out", lambda rows: packed(rows[1:])),
+])
+def test_each_way_to_ship_something_else_is_noticed(what, fault):
+    rows = masters()
+    with pytest.raises(ValueError, match="not what trained"):
+        check_shipped(snapped(rows), unpack(fault(rows))[0])
+
+
+def test_loading_does_not_quantise_again():
+    rows = masters()
+    held, (tensors, _) = snapped(rows), unpack(packed(rows))
+    again = {r.name: snap(tensors[r.name], r.codec, group=16, rule="ls", clip=CLIPS.get(r.codec, 0.0)) for r in rows}
+    assert any(not torch.equal(again[name], held[name]) for name in held), "this grid could not show the fault"
+    check_shipped(held, tensors)
+
+
+def test_parts_chosen_elsewhere_ship_as_they_are():
+    w = torch.randn(16, 40)
+    q, step = to_grid(w, "int6")
+    q = q.flip(0).contiguous()
+    tensors, _ = unpack(pack([Row("w", w, "int6", (q, step))], {}))
+    assert torch.equal(tensors["w"], from_grid("int6", (q, step)))
+
+
+def test_packing_changes_no_weight():
+    rows = masters()
+    before = [r.tensor.clone() for r in rows]
+    packed(rows)
+    assert all(torch.equal(r.tensor, b) for r, b in zip(rows, before))
+
+
+def test_one_tensor_under_two_names_is_refused():
+    w = torch.randn(16, 16)
+    with pytest.raises(ValueError, match="head and emb are one tensor: export it once"):
+        pack([Row("emb", w, "int8"), Row("head", w, "int8")], {})
+    with pytest.raises(ValueError, match="emb: two rows have this name"):
+        pack([Row("emb", w, "int8"), Row("emb", w + 1, "int8")], {})
+
+
+def test_slices_of_one_bank_are_different_tensors():
+    bank = torch.randn(3, 16, 16)
+    tensors, _ = unpack(pack([Row(f"w{i}", w, "int8") for i, w in enumerate(bank)], {}))
+    assert len(tensors) == 3
+
+
+@pytest.mark.parametrize("codec", CODEC_NAMES)
+def test_the_file_names_every_codec_that_the_writer_may_choose(codec):
+    blob = pack([Row("w", numbers(32, 64), codec)], {}, group=16)
+    assert read_manifest(blob)[0].entries[0].codec == codec
+    assert set(CODECS) == set(CODEC_NAMES)
+    assert unpack(blob)[0]["w"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    (Row("w", torch.full((4, 16), float("nan")), "ternary"), "w: 64 of 64 weights are NaN"),
+    (Row("w", torch.ones(4, 16), "fp32"), "w: codec 'fp32'; the plan must give it one of"),
+    (Row("w", torch.ones(4, 17), "ternary"), "w: ternary group 16 for fan-in 17"),
+    (Row("w", torch.ones(4), "int6"), "w: .*use fp16"),
+    (Row("w", torch.ones(4, 16), "int6", to_grid(torch.ones(4, 8), "int6")), "w: parts of shape"),
+])
+def test_a_row_that_cannot_ship_is_named(row, message):
+    with pytest.raises(ValueError, match=message):
+        pack([row], {}, group=16)
+
+
+def test_an_artifact_of_another_architecture_is_named():
+    rows = masters()
+    tensors, meta = unpack(packed(rows))
+    shapes = {r.name: r.tensor.shape for r in rows}
+    check_model(tensors, meta, shapes, META)
+    for wrong_shapes, wrong_meta, message in [
+        (shapes, {**META, "dim": 128}, "another architecture: dim is 64 in the file, 128 in the model"),
+        (shapes, {**META, "moe": 1}, "moe is absent in the file, 1 in the model"),
+        ({**shapes, "up": (48, 65)}, META, "up is .48, 64. in the file"),
+        ({**shapes, "q": (2,)}, META, "q is absent in the file"),
+        ({n: s for n, s in shapes.items() if n != "up"}, META, "up is .48, 64. in the file, absent in the model"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check_model(tensors, meta, wrong_shapes, wrong_meta)
+
+
+# ---- bytes ----
+
+def test_the_same_rows_are_the_same_bytes():
+    assert packed() == packed([r._replace(tensor=r.tensor.clone()) for r in masters()])
+
+
+def test_the_golden_file_reads_and_writes_as_it_always_did():
+    tensors, meta = unpack(GOLDEN.read_bytes())
+    check_shipped(snapped(masters()), tensors)
+    assert meta == META
+    assert packed() == GOLDEN.read_bytes(), "the writer changed: raise SKC_VERSION if an old reader fails"
+
+
+def test_every_plane_owns_its_words_and_nothing_is_left_over():
+    blob = packed()
+    manifest, _ = read_parts(blob)
+    words = sum(n for e in manifest.entries for n in e.words if n > 0)
+    head = SKC_HEAD.size + SKC_HEAD.unpack_from(blob)[-1]
+    assert len(blob) == head + manifest.rest + 4 * manifest.lanes + 2 * words
+
+
+def test_no_rows_are_a_valid_artifact():
+    assert unpack(pack([], {})) == ({}, {})
+
+
+# ---- damage ----
+
+@pytest.mark.parametrize(("blob", "message"), [
+    (b"", "0 bytes"),
+    (b"SKC", "3 bytes"),
+    (b"PK\3\4" + bytes(40), "begins with b'PK.x03', not b'SKC'"),
+    (b"SKC\x07" + bytes(40), "version 7, this reader knows 1"),
+])
+def test_what_is_no_artifact_is_said_to_be_none(blob, message):
+    with pytest.raises(ValueError, match=message):
+        unpack(blob)
+
+
+@pytest.mark.parametrize(("message", "change"), [
+    ("codec .'int9'. is not one of", lambda m: m["tensors"][0].__setitem__(1, ["int9"])),
+    ("codec 'int9' is not one of", lambda m: m["tensors"][0].__setitem__(1, "int9")),
+    ("a tensor name occurs twice", lambda m: m["tensors"][1].__setitem__(0, m["tensors"][0][0])),
+    ("not a sensible integer", lambda m: m["tensors"][0].__setitem__(2, [-48, 64])),
+    ("not a sensible integer", lambda m: m["tensors"][0].__setitem__(2, [1 << 40, 64])),
+    ("not a sensible integer", lambda m: m.__setitem__("lanes", 0)),
+    ("not a sensible integer", lambda m: m.__setitem__("group", 16.0)),
+    ("more than", lambda m: m["tensors"][0].__setitem__(2, [1 << 20, 1 << 20])),
+    ("has planes", lambda m: m["tensors"][0].__setitem__(3, [1])),
+    ("needs a book for trits", lambda m: m["books"].pop("trits")),
+    ("not all known", lambda m: m["books"].__setitem__("quarks", 1)),
+    ("damaged artifact", lambda m: m["tensors"][0].__setitem__(2, [64, 48])),
+    ("damaged artifact", lambda m: m["tensors"][0][3].__setitem__(0, m["tensors"][0][3][0] + 1)),
+    ("damaged artifact", lambda m: m["books"].__setitem__("trits", 9)),
+    ("damaged artifact", lambda m: m.__setitem__("lanes", m["lanes"] * 2)),
+    ("damaged artifact", lambda m: m.__setitem__("group", 32)),
+    ("does not parse", lambda m: m.pop("rest")),
+    ("does not parse", lambda m: m.__setitem__("books", 3)),
+    ("does not parse", lambda m: m.__setitem__("tensors", "abcd")),
+    ("does not parse", lambda m: m["tensors"].append(3)),
+])
+def test_a_forged_manifest_is_refused(message, change):
+    with pytest.raises(ValueError, match=message):
+        unpack(forged(packed(), change))
+
+
+def mutated(blob, rng):
+    """One of the things that happen to files: flipped bits, lost ends, moved or doubled pieces, zeroed pages."""
+    bad, at = bytearray(blob), rng.randrange(len(blob))
+    kind = rng.randrange(5)
+    if kind == 0:
+        for _ in range(rng.choice([1, 1, 2, 8])):
+            bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        del bad[at:]
+    elif kind == 2:
+        bad[at:at] = bad[at:at + rng.randrange(1, 64)]
+    elif kind == 3:
+        del bad[at:at + rng.randrange(1, 64)]
+    else:
+        bad[at:at + 64] = bytes(len(bad[at:at + 64]))
+    return bytes(bad)
+
+
+def mutated_text(text, rng):
+    """A manifest with a digit, a letter or a bracket changed."""
+    bad = bytearray(text)
+    for _ in range(rng.choice([1, 1, 3])):
+        bad[rng.randrange(len(bad))] = rng.choice(b'0123456789-.,:[]{}"aeE')
+    return bytes(bad)
+
+
+def fuzz(count, seed):
+    """Mutated files: as found, and with the checksum made right, the manifest among them."""
+    rng, blob = random.Random(seed), packed()
+    truth, size = unpack(blob)[0], SKC_HEAD.unpack_from(blob)[-1]
+    text, tail = brotli.decompress(blob[SKC_HEAD.size:SKC_HEAD.size + size]), blob[SKC_HEAD.size + size:]
+    refused = 0
+    for i in range(count):
+        if i % 4 < 2:
+            bad = mutated(blob, rng)
+        elif i % 4 == 2:
+            bad = sealed(mutated(blob, rng)[8:])
+        else:
+            head = brotli.compress(mutated_text(text, rng), quality=1)
+            bad = sealed(struct.pack("<I", len(head)) + head + tail)
+        try:
+            found = unpack(bad)[0]
+        except ValueError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:
+            if i % 4 < 2:
+                assert all(torch.equal(found[name], truth[name]) for name in truth), "damage read as a model"
+    return refused
+
+
+def test_mutated_files_give_a_clean_error_or_the_same_model():
+    assert fuzz(300, seed=0) > 250
+
+
+@pytest.mark.slow
+def test_twelve_thousand_mutated_files_give_a_clean_error_or_the_same_model():
+    assert fuzz(12_000, seed=1) > 10_000
+
+
+def test_fuzzing_would_notice_a_reader_without_a_checksum(monkeypatch):
+    blob = packed()
+    monkeypatch.setattr(zlib, "crc32", lambda data: SKC_HEAD.unpack_from(blob)[2])
+    monkeypatch.setattr("test_container.packed", lambda: blob)
+    with pytest.raises(AssertionError, match="damage read as a model"):
+        fuzz(400, seed=2)
+
+
+# ---- files ----
+
+def test_a_good_file_is_never_replaced_by_a_bad_one(tmp_path):
+    path, blob = tmp_path / "final_model.skc", packed()
+    write_artifact(path, blob)
+    for bad in (blob[:-1], blob + b"\0", b""):
+        with pytest.raises(ValueError, match="artifact"):
+            write_artifact(path, bad)
+        assert path.read_bytes() == blob
+    assert os.listdir(tmp_path) == ["final_model.skc"]
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path, blob = tmp_path / "final_model.skc", packed()
+    write_artifact(path, blob)
+
+    def fail(_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        write_artifact(path, packed(masters()[:3]))
+    assert path.read_bytes() == blob
+    assert os.listdir(tmp_path) == ["final_model.skc"]
