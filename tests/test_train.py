@@ -1,0 +1,366 @@
+"""Training: one clock, one config, honest limits, masters and grids, data, results."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+from tests.toys import stirred, tiny, toy_dataset
+from train_gpt import (
+    CODECS,
+    FAMILIES,
+    PROFILES,
+    SCHEDULES,
+    Clock,
+    Config,
+    Data,
+    Optimizer,
+    Runtime,
+    command_line,
+    config_hash,
+    load_config,
+    parameter_table,
+    phase_at,
+    replay,
+    trained_codec,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = Runtime(0, 1, torch.device("cpu"), torch.float32, 1e9)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    return toy_dataset(tmp_path_factory.mktemp("toy"))
+
+
+def run_tiny(folder, dataset, *words):
+    code = command_line(["--profile", "tiny", f"data={dataset}", f"runs={folder}", "run_id=t", *words])
+    return code, folder / "t"
+
+
+def losses(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [r["loss"] for r in rows if r["kind"] == "step"]
+
+
+# ---- config
+
+
+def test_a_command_line_beats_the_environment_beats_the_profile_beats_the_default():
+    c, origin = load_config(["--profile", "tiny", "dim=128"], {"DIM": "96", "SEED": "7"})
+    assert (c.dim, c.seed, c.heads, c.softcap) == (128, 7, 4, Config().softcap)
+    assert (origin["dim"], origin["seed"], origin["heads"]) == ("command line", "environment", "profile tiny")
+
+
+@pytest.mark.parametrize("words, text", [
+    (["dimm=128"], "did you mean dim"),
+    (["--profile", "frontierr"], "did you mean frontier"),
+    (["dim=wide"], "is not a int"),
+    (["heads=3"], "not a multiple of heads 3"),
+    (["heads=4", "kv_heads=3"], "not a multiple of kv_heads 3"),
+    (["group=48"], "not a multiple of group 48"),
+    (["layers=AXA"], "no 'X'"),
+    (["parts=xxa"], "did you mean xsa"),
+    (["loop=3,9"], "last of the 6 layers"),
+    (["max_steps=0", "max_seconds=0"], "no limit"),
+    (["batch_tokens=3000"], "not a multiple of micro_tokens"),
+])  # fmt: skip
+def test_bad_input_is_one_line_that_names_the_way_out(words, text, capsys, tmp_path):
+    assert command_line([*words, f"runs={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_config_cannot_change_and_its_line_replays_it():
+    c, _ = load_config(["--profile", "frontier", "seed=9"], {})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        c.dim = 3
+    assert load_config(replay(c).split(), {})[0] == c
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda f: f.name)
+def test_every_field_is_read_outside_its_declaration(field):
+    source = (ROOT / "train_gpt.py").read_text()
+    assert source.count(f"c.{field.name}") + source.count(f"self.{field.name}") >= 1, "no code reads it: delete it"
+
+
+def test_profiles_are_valid_and_their_sizes_are_those_promised():
+    counts = {name: sum(parameter_table(load_config(["--profile", name], {})[0]).values()) for name in PROFILES}
+    assert counts["baseline"] == 17_059_912
+    assert 35.8e6 < counts["frontier"] < 36.0e6
+    ternary = parameter_table(load_config(["--profile", "skc_competition"], {})[0])["matrix"]
+    assert 60e6 < ternary < 75e6
+
+
+def test_only_runs_that_differ_have_different_hashes():
+    assert config_hash(tiny()) == config_hash(tiny(max_steps=99, run_id="x", log_every=1))
+    assert config_hash(tiny()) != config_hash(tiny(seed=1))
+
+
+# ---- clock and schedules
+
+
+class FakeTime:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_progress_is_training_time_and_a_pause_does_not_move_it():
+    time = FakeTime()
+    clock = Clock(tiny(max_steps=0, max_seconds=100), time)
+    clock.run()
+    time.now = 30
+    clock.pause()
+    time.now = 130  # a hundred seconds of validation
+    clock.run()
+    assert clock.progress() == pytest.approx(0.3)
+    time.now = 140
+    assert clock.progress() == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("speed", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_run_capped_by_time_finishes_its_decay_at_any_speed(speed, schedule):
+    time = FakeTime()
+    c = tiny(max_steps=0, max_seconds=100, schedule=schedule)
+    clock = Clock(c, time)
+    clock.run()
+    while (progress := clock.progress()) < 1:
+        last = SCHEDULES[schedule](c, progress)
+        time.now += 0.4 / speed
+    assert last < 0.02
+
+
+def test_the_loop_begins_at_its_progress():
+    c = tiny(layers="AAAA", loop=(1, 2), loop_start=0.5)
+    assert [phase_at(c, p) for p in (0.0, 0.49, 0.5, 1.0)] == [0, 0, 1, 1]
+
+
+# ---- masters and grids
+
+
+@pytest.mark.parametrize("codec", [name for name in CODECS if name not in ("fp16", "fp32")])
+def test_the_model_always_holds_values_of_its_codec(codec):
+    c = tiny(weight_codec=codec)
+    model = stirred(c)
+    optimizer = Optimizer(c, model)
+    for group in optimizer.groups:
+        again = CODECS[trained_codec(c, group.family)](c, group.master)
+        assert torch.equal(torch.stack(group.params), again), group.names
+    assert torch.stack(optimizer.groups[0].params).unique().numel() < optimizer.groups[0].master.unique().numel()
+
+
+def test_without_the_part_qat_matrices_train_in_full_precision():
+    c = tiny(parts=("reset",))
+    optimizer = Optimizer(c, stirred(c))
+    matrices = [g for g in optimizer.groups if g.family in ("matrix", "embed")]
+    assert matrices and all(torch.equal(torch.stack(g.params), g.master) for g in matrices)
+
+
+def gradient_step(c, zero=None):
+    model = stirred(c)
+    optimizer = Optimizer(c, model)
+    tokens = torch.randint(1, 64, (2, 17))
+    model.loss(tokens[:, :-1], tokens[:, 1:])[0].backward()
+    if zero is not None:
+        zero(model).grad.zero_()
+    before = [g.master.clone() for g in optimizer.groups]
+    optimizer.step(0.1, 1)
+    return optimizer, before
+
+
+def test_a_matrix_without_a_gradient_is_untouched_by_update_and_decay():
+    c = tiny(layers="AA", weight_decay=0.1)
+    optimizer, before = gradient_step(c, lambda m: m.blocks[1].mlp.up.weight)
+    for group, old in zip(optimizer.groups, before):
+        for name, new, was in zip(group.names, group.master, old):
+            assert torch.equal(new, was) == (name == "blocks.1.mlp.up.weight"), name
+
+
+def test_an_average_starts_from_current_weights_and_training_goes_on_from_the_raw_ones():
+    c = tiny(ema=0.1, ema_start=0.0)
+    optimizer, _ = gradient_step(c)
+    for group in optimizer.groups:
+        assert torch.equal(group.average, group.master)
+    raw = [torch.stack(g.params).clone() for g in optimizer.groups]
+    for group in optimizer.groups:
+        group.average.mul_(0.5)
+    optimizer.project(average=True)
+    assert any(not torch.equal(torch.stack(g.params), r) for g, r in zip(optimizer.groups, raw))
+    optimizer.project()
+    assert all(torch.equal(torch.stack(g.params), r) for g, r in zip(optimizer.groups, raw))
+
+
+def test_a_clip_norm_bounds_the_gradient():
+    c = tiny(clip_norm=1e-3)
+    model = stirred(c)
+    tokens = torch.randint(1, 64, (2, 17))
+    model.loss(tokens[:, :-1], tokens[:, 1:])[0].backward()
+    optimizer, seen = Optimizer(c, model), {}
+    for group in optimizer.groups:
+        group.step = lambda *_, g=group: seen.update({n: p.grad.norm() for n, p in zip(g.names, g.params)})
+    optimizer.step(0.1, 1)
+    assert math.sqrt(sum(float(v) ** 2 for v in seen.values())) == pytest.approx(1e-3, rel=1e-3)
+
+
+# ---- loss
+
+
+def test_an_auxiliary_never_inflates_the_plain_loss():
+    tokens = torch.randint(1, 64, (2, 17))
+    plain = stirred(tiny()).loss(tokens[:, :-1], tokens[:, 1:])
+    heavy = stirred(tiny(z_loss=1.0, label_smoothing=0.3)).loss(tokens[:, :-1], tokens[:, 1:])
+    assert torch.equal(plain[1]["loss"], heavy[1]["loss"]) and heavy[0] > plain[0]
+    assert torch.equal(plain[0], plain[1]["loss"])
+
+
+def test_logits_and_losses_agree():
+    c = tiny()
+    model, tokens = stirred(c), torch.randint(1, 64, (2, 17))
+    with torch.no_grad():
+        logits, nll = model(tokens[:, :-1])[0], model.nll(tokens[:, :-1], tokens[:, 1:])[0]
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    assert torch.allclose(nll, expected, atol=1e-5)
+
+
+def test_padding_on_the_right_does_not_change_a_valid_prefix():
+    c = tiny(layers="AKS")
+    model, tokens = stirred(c), torch.randint(1, 64, (1, 20))
+    padded = torch.cat([tokens, torch.zeros(1, 9, dtype=torch.long)], 1)
+    with torch.no_grad():
+        assert torch.allclose(model(padded)[0][:, :20], model(tokens)[0], atol=1e-5)
+
+
+def test_evaluating_then_training_works():
+    c = tiny()
+    model, tokens = stirred(c), torch.randint(1, 64, (2, 17))
+    with torch.inference_mode():
+        model(tokens)
+    model.train().loss(tokens[:, :-1], tokens[:, 1:])[0].backward()
+
+
+# ---- engram
+
+
+def test_engram_rows_beyond_the_kept_share_ship_as_zero():
+    c = tiny(engram_layers=(0,), engram_rows=64, engram_keep=0.25)
+    model = stirred(c).train()
+    optimizer = Optimizer(c, model)
+    for progress in (0.1, 0.6):
+        tokens = torch.randint(1, 64, (4, 33))
+        model.loss(tokens[:, :-1], tokens[:, 1:])[0].backward()
+        optimizer.step(progress, 1)
+    kept = (model.engram.table.abs().amax(1) > 0).sum()
+    assert kept <= 0.25 * len(model.engram.table)
+    assert model.engram.count.sum() > 0
+
+
+def test_engram_gate_cannot_saturate():
+    c = tiny(engram_layers=(0,), engram_rows=64)
+    model = stirred(c)
+    for raw in (-1e4, 1e4):
+        with torch.no_grad():
+            model.blocks[0].engram.gate.scale.fill_(raw)
+        scale = 0.1 + 3.9 * torch.sigmoid(model.blocks[0].engram.gate.scale.detach())
+        assert 0.0999 <= float(scale) <= 4.0001
+
+
+# ---- data
+
+
+def test_data_refuses_a_tokenizer_of_another_size(dataset, tmp_path, capsys):
+    assert run_tiny(tmp_path, dataset, "vocab=128")[0] == 2
+    assert "64 pieces" in capsys.readouterr().err
+
+
+def test_batches_come_as_int64_with_their_provenance(dataset):
+    c = tiny(data=dataset)
+    data = Data(c, CPU)
+    tokens, targets, origin = data.batch()
+    assert tokens.dtype == torch.int64 and tokens.shape == (8, 32) and len(origin) == 8
+    assert torch.equal(tokens[:, 1:], targets[:, :-1])
+    assert data.position == 8
+
+
+def test_validation_counts_every_byte_of_the_text_once(dataset):
+    data = Data(tiny(data=dataset), CPU)
+    sp = sentencepiece.SentencePieceProcessor(str(dataset / "tokenizer.model"))
+    documents = np.split(data.val.astype(int), np.flatnonzero(data.val == 1))[1:]
+    text = "".join(sp.decode(d[1:].tolist()) for d in documents)
+    assert data.val_bytes.sum() == len(text.encode())
+
+
+# ---- whole runs
+
+
+@pytest.mark.unhurried  # two whole runs
+def test_a_run_leaves_its_record_and_repeats_to_the_bit(dataset, tmp_path):
+    code, run = run_tiny(tmp_path / "a", dataset, "val_every=4")
+    assert code == 0
+    result = json.loads((run / "result.json").read_text())
+    assert result["status"] == "finished" and result["steps"] == 8 and not result["partial"]
+    for key in ("train_loss", "val_loss", "val_bpb", "train_seconds", "tokens", "tokens_per_second", "flops_per_token",
+                "mfu", "peak_memory_bytes", "parameters", "tokens_per_parameter", "data_hash"):  # fmt: skip
+        assert key in result
+    assert (run / "train.log").read_text().rstrip().splitlines()[-1].startswith("data_hash")
+    config = json.loads((run / "config.json").read_text())
+    assert config["origin"]["run_id"] == "command line"
+    again = run_tiny(tmp_path / "b", dataset)[1]
+    assert losses(run) == losses(again)
+
+
+@pytest.mark.unhurried  # a run of a hundred steps
+def test_the_model_learns_the_toy_text(dataset, tmp_path):
+    code, run = run_tiny(tmp_path, dataset, "max_steps=100", "log_every=10")
+    curve = losses(run)
+    assert code == 0 and curve[-1] < 0.6 * curve[0]
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(dataset, tmp_path, capsys):
+    code, _ = run_tiny(tmp_path, dataset, "scalar_lr=1e30", "log_every=1")
+    assert code == 2
+    assert "lower matrix_lr" in capsys.readouterr().err
+
+
+def test_a_partial_validation_says_so(dataset, tmp_path):
+    _, run = run_tiny(tmp_path, dataset, "val_tokens=100", "max_steps=1")
+    assert json.loads((run / "result.json").read_text())["partial"] is True
+    assert "(partial)" in (run / "train.log").read_text()
+
+
+def test_a_trace_of_some_steps_is_written(dataset, tmp_path):
+    _, run = run_tiny(tmp_path, dataset, "profile_steps=1", "max_steps=4")
+    assert (run / "trace.json").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("flag, text", [
+    ("--help", "residual width D"), ("--list-profiles", "skc_competition: "), ("--plan", "FLOPs per token"),
+])  # fmt: skip
+def test_the_interface_explains_itself(flag, text, capsys):
+    assert command_line(["--profile", "tiny", flag]) == 0
+    assert text in capsys.readouterr().out
+
+
+def test_importing_the_trainer_has_no_effect():
+    code = "import sys, train_gpt, torch; assert torch.initial_seed() is not None; print(len(sys.argv))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0 and done.stdout == "1\n", done.stderr
+
+
+def test_families_name_every_codec_they_use():
+    c = Config()
+    assert {f.codec(c) for f in FAMILIES.values()} <= set(CODECS)
