@@ -1,0 +1,619 @@
+"""The submission builder, pass by pass, on small source strings; then whole builds of a toy project and of the real."""
+
+import ast
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from build_submission import (
+    BuildError,
+    Strip,
+    as_module,
+    bake,
+    build,
+    bundle,
+    explain,
+    fold,
+    minify,
+    pack,
+    sweep,
+    table,
+    undefined_names,
+    unpack,
+)
+
+CONFIG = '''
+from dataclasses import dataclass, field
+
+PACKED = False
+DEFAULT_PROFILE = "plain"
+
+
+def structural(default, text, registry=None):
+    return field(default=default, metadata={"kind": "structural", "help": text, "registry": registry})
+
+
+def free(default, text):
+    return field(default=default, metadata={"kind": "free", "help": text, "registry": None})
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    layers: str = structural("AA", "one letter a layer", "MIXERS")
+    parts: tuple[str, ...] = structural(("reset",), "optional parts")
+    moe: bool = structural(False, "experts")
+    streams: int = structural(1, "streams")
+    tables: tuple[int, ...] = structural((), "layers with tables")
+    dim: int = free(8, "width")
+    lr: float = free(0.5, "rate")
+
+    @property
+    def depth(self):
+        return len(self.layers)
+
+    @property
+    def head(self):
+        return self.dim // self.depth
+
+
+PROFILES = {"plain": {}, "other": dict(layers="AK", moe=True, dim=16)}
+MIXERS = {"A": A, "K": K, "S": S}
+'''
+
+
+def clean(text):
+    return ast.unparse(ast.parse(textwrap.dedent(text)))
+
+
+def units_of(code, profile="plain"):
+    units = bundle({"train_gpt": CONFIG + textwrap.dedent(code)}, "train_gpt")
+    return units, bake(units, profile)
+
+
+def folded(code, profile="plain"):
+    """`code` after folding, without the declarations above it."""
+    units, fields = units_of(code, profile)
+    head = len(units_of("", profile)[0])
+    units = fold(units, fields, [])
+    return ast.unparse(as_module(units[head:]))
+
+
+FOLDS = [  # (name, before, after)
+    ("a structural field", "def f(c: Config): return c.moe", "def f(c: Config): return False"),
+    ("not a free field", "def f(c: Config): return c.dim", "def f(c: Config): return c.dim"),
+    ("a field of something else", "def f(c): return c.moe", "def f(c): return c.moe"),
+    ("a branch", "def f(c: Config):\n if c.moe: return 1\n else: return 2", "def f(c: Config): return 2"),
+    ("an elif",
+     "def f(c: Config, x):\n if x: a()\n elif c.moe: b()\n else: d()",
+     "def f(c: Config, x):\n if x: a()\n else: d()"),
+    ("what follows a return", "def f(c: Config):\n if not c.moe: return 1\n return 2", "def f(c: Config): return 1"),
+    ("membership",
+     "def f(c: Config): return 'reset' in c.parts, 'gate' in c.parts",
+     "def f(c: Config): return (True, False)"),
+    ("membership in nothing",
+     "def f(c: Config, i): return Table(i) if i in c.tables else None",
+     "def f(c: Config, i): return None"),
+    ("a comparison", "def f(c: Config): return 1 if c.streams == 2 else 3", "def f(c: Config): return 3"),
+    ("and", "def f(c: Config, x):\n if c.moe and x: a()", "def f(c: Config, x): pass"),
+    ("and keeps effects",
+     "def f(c: Config, x):\n if x() and c.moe: a()",
+     "def f(c: Config, x):\n if x() and False: a()"),
+    ("or in a test", "def f(c: Config, x):\n if x or not c.moe: a()", "def f(c: Config, x): a()"),
+    ("a neutral operand",
+     "def f(c: Config, x, y):\n if x and (not c.moe) and y: a()",
+     "def f(c: Config, x, y):\n if x and y: a()"),
+    ("the value of an or", "def f(c: Config, x): return c.moe or x", "def f(c: Config, x): return x"),
+    ("the value of an and keeps its last",
+     "def f(c: Config, x): return x and (not c.moe)",
+     "def f(c: Config, x): return x and True"),
+    ("a property of structure", "def f(c: Config): return c.depth", "def f(c: Config): return 2"),
+    ("not a property of sizes", "def f(c: Config): return c.head", "def f(c: Config): return c.head"),
+    ("an attribute that holds a config",
+     "class M:\n def __init__(self, c: Config): self.c = c\n def g(self): return self.c.moe",
+     "class M:\n def __init__(self, c: Config): self.c = c\n def g(self): return False"),
+    ("an alias of it",
+     "class M:\n def __init__(self, c: Config): self.c, self.n = c, 3\n def g(self):\n  c, B = self.c, 4\n  return c.moe, B",
+     "class M:\n def __init__(self, c: Config): self.c, self.n = c, 3\n def g(self):\n  c, B = self.c, 4\n  return (False, B)"),
+    ("a lambda's config",
+     "class M:\n def __init__(self, c: Config): self.c = c\nROW = (lambda c: c.moe, lambda d: d.moe)",
+     "class M:\n def __init__(self, c: Config): self.c = c\nROW = (lambda c: False, lambda d: d.moe)"),
+    ("an inner function that shadows",
+     "def f(c: Config):\n def g(c): return c.moe\n return g",
+     "def f(c: Config):\n def g(c): return c.moe\n return g"),
+    ("an inner function that does not",
+     "def f(c: Config):\n def g(x): return c.moe\n return g",
+     "def f(c: Config):\n def g(x): return False\n return g"),
+    ("a constant", "WIDTH = 4\ndef f(): return WIDTH * 2", "WIDTH = 4\ndef f(): return 8"),
+    ("not a local of that name",
+     "WIDTH = 4\ndef f(WIDTH): return WIDTH * 2",
+     "WIDTH = 4\ndef f(WIDTH): return WIDTH * 2"),
+    ("not a constant that changes",
+     "N = 4\ndef f():\n global N\n N = N + 1",
+     "N = 4\ndef f():\n global N\n N = N + 1"),
+    ("a pure call", "def f(c: Config): return c.layers.count('A') + len(c.parts)", "def f(c: Config): return 3"),
+    ("not a call of a local",
+     "def f(c: Config, len): return len(c.parts)",
+     "def f(c: Config, len): return len(('reset',))"),
+    ("any over a tuple",
+     "def f(c: Config): return any(p == 'reset' for p in c.parts)",
+     "def f(c: Config): return True"),
+    ("a loop over nothing", "def f(c: Config):\n for i in c.tables: a(i)\n return 1", "def f(c: Config): return 1"),
+    ("a list of nothing", "def f(c: Config): return [a(i) for i in c.tables]", "def f(c: Config): return []"),
+    ("rows that cannot matter",
+     "def f(c: Config, x):\n for bad, text in [(x, 'a'), (c.moe, 'b')]:\n  if bad: raise E(text)",
+     "def f(c: Config, x):\n for bad, text in [(x, 'a')]:\n  if bad: raise E(text)"),
+    ("while", "def f(c: Config):\n while c.moe: a()\n return 1", "def f(c: Config): return 1"),
+    ("assert", "def f(c: Config):\n assert c.streams == 1, c\n return 1", "def f(c: Config): return 1"),
+    ("a look-up",
+     "HUGE = {'a': f, 'b': g}\ndef h(c: Config): return HUGE['a' if c.moe else 'b']",
+     "HUGE = {'a': f, 'b': g}\ndef h(c: Config): return g"),
+    ("not in a table that changes",
+     "HUGE = {'a': f}\nHUGE2 = 1\ndef h(): HUGE['b'] = 1\ndef k(): return HUGE['a']",
+     "HUGE = {'a': f}\nHUGE2 = 1\ndef h(): HUGE['b'] = 1\ndef k(): return HUGE['a']"),
+    ("PACKED", "def f(argv):\n if not PACKED and 'help' in argv: a()\n else: b()", "def f(argv): b()"),
+    ("a kernel is left alone",
+     "@triton.jit\ndef k(x, N: tl.constexpr):\n if 1 + 1 == 2: a()",
+     "@triton.jit\ndef k(x, N: tl.constexpr):\n if 1 + 1 == 2: a()"),
+    ("a division by zero stays", "def f(): return 1 // 0", "def f(): return 1 // 0"),
+    ("a float power stays", "def f(): return 2 ** 0.5", "def f(): return 2 ** 0.5"),
+    ("a body that empties", "def f(c: Config, x):\n with x:\n  if c.moe: a()", "def f(c: Config, x):\n with x: pass"),
+    ("then goes, else stays",
+     "def f(c: Config, x):\n if x:\n  if c.moe: a()\n else: b()",
+     "def f(c: Config, x):\n if not x: b()"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "after"), [f[1:] for f in FOLDS], ids=[f[0] for f in FOLDS])
+def test_fold(before, after):
+    assert folded(before) == clean(after)
+
+
+def test_fold_follows_the_profile():
+    assert folded("def f(c: Config): return c.moe, c.layers", "other") == clean("def f(c: Config): return (True, 'AK')")
+
+
+def test_baking_makes_the_profile_the_default_and_the_only_one():
+    units, _ = units_of("", "other")
+    text = ast.unparse(as_module(units))
+    assert "layers: str = structural('AK', '', 'MIXERS')" in text and "dim: int = free(16, '')" in text
+    assert "PROFILES = {'other': {}}" in text and "DEFAULT_PROFILE = 'other'" in text and "PACKED = True" in text
+
+
+def test_a_baked_config_is_locked_in_structure_and_free_in_sizes():
+    units, _ = units_of("def A(): pass\nK = S = A\n", "other")
+    space = {}
+    exec(ast.unparse(as_module([u for u in units if u.names != ["MIXERS"]])), space)
+    assert space["Config"]().layers == "AK" and space["Config"](dim=99, moe=True).dim == 99
+    with pytest.raises(ValueError, match="layers='KK': this file is built for layers='AK'"):
+        space["Config"](layers="KK")
+
+
+def test_the_lock_runs_before_a_check_of_the_config_s_own():
+    own = "def __post_init__(this):\n        if this.dim < 1: raise ValueError(this.dim)\n\n    @property\n    def depth"
+    files = {"train_gpt": CONFIG.replace("@property\n    def depth", own)}
+    units = bundle(files, "train_gpt")
+    bake(units, "plain")
+    space = {}
+    exec(ast.unparse(as_module([u for u in units if u.names != ["MIXERS"]])), space)
+    for bad, match in (({"dim": 0}, "^0$"), ({"moe": True}, "moe=True: this file is built for moe=False")):
+        with pytest.raises(ValueError, match=match):
+            space["Config"](**bad)
+
+
+# ---- sweep
+
+
+def swept(code, profile="plain"):
+    """Names left after fold and sweep, and the items."""
+    units, fields = units_of(code, profile)
+    units, items = sweep(fold(units, fields, []), fields)
+    return {i.label for i in items if i.because}, ast.unparse(as_module(units))
+
+
+LIVE = """
+import os
+import math
+class A:
+    def used(self): return math.pi
+    def unused(self): return os.name
+class K(A): pass
+class S:
+    def used(self): return only_of_s()
+def only_of_s(): pass
+def dead(): return also_dead()
+def also_dead(): return dead()
+def main(c: Config): return [MIXERS[m]().used() for m in c.layers]
+if __name__ == "__main__":
+    main(Config())
+"""
+
+
+def test_the_sweep_keeps_what_the_entry_point_reaches_and_nothing_else():
+    live, text = swept(LIVE)
+    assert {"A", "A.used", "MIXERS['A']", "main", "math"} <= live
+    assert not live & {"K", "S", "S.used", "only_of_s", "dead", "also_dead", "A.unused", "os", "MIXERS['K']"}
+    assert "import os" not in text and "unused" not in text and "MIXERS = {'A': A}" in text
+
+
+def test_a_registry_keeps_what_the_profile_selects_and_what_live_code_names():
+    live, _ = swept(LIVE, "other")
+    assert "K" in live and "S" not in live
+    live, _ = swept(LIVE.replace("main(Config())", "main(Config()); MIXERS[str('S')]"))
+    assert {"S", "only_of_s"} <= live
+
+
+def test_methods_survive_when_mentioned_special_or_called_by_a_third_party_base():
+    live, _ = swept("""
+    from torch import nn
+    class A(nn.Module):
+        def __init__(self): self.table = None
+        def forward(self, x): return self.helper(x)
+        def helper(self, x): return x
+        def stale(self): return 1
+        def extra_repr(self): return ""
+    if __name__ == "__main__":
+        A()
+    """)
+    assert {"A.__init__", "A.forward", "A.helper", "A.extra_repr"} <= live and "A.stale" not in live
+
+
+def test_a_registration_lives_with_what_it_registers_on():
+    code = """
+    import torch
+    from functools import partial
+    @torch.library.custom_op("toy::a", mutates_args=())
+    def op(x: torch.Tensor) -> torch.Tensor: return x
+    @op.register_fake
+    def fake(x): return helper(x)
+    def helper(x): return x
+    def save(ctx, inputs, output): pass
+    @partial(op.register_autograd, setup_context=save)
+    def grad(ctx, g): return g
+    if __name__ == "__main__":
+        print(1)
+    """
+    names = {"op", "fake", "helper", "save", "grad"}
+    assert not swept(code)[0] & names
+    assert swept(code.replace("print(1)", "op(1)"))[0] >= names
+
+
+def test_explain_tells_the_way_to_the_entry_point_and_who_no_longer_asks():
+    files = {"train_gpt": CONFIG.replace("(False, \"experts\")", "(False, \"experts\")") + textwrap.dedent("""
+    def A(): pass
+    def K(): pass
+    def S(): pass
+    def experts(): return 1
+    def main(c: Config):
+        if c.moe:
+            return experts()
+        return MIXERS[c.layers[0]]
+    if __name__ == "__main__":
+        main(Config())
+    """)}
+    b = build(files, "plain", explaining=True)
+    assert explain(b, "A").endswith("\n  needed by main\n  needed by <main>\n  needed by the entry point")
+    gone = explain(b, "experts")
+    assert "went" in gone and "mentioned in main" in gone and "`if c.moe` is False" in gone
+    with pytest.raises(BuildError, match="nonsense is no definition"):
+        explain(b, "nonsense")
+
+
+# ---- strip, minify, pack
+
+
+def test_strip_keeps_annotations_only_where_they_are_read():
+    before = '''
+    """module"""
+    @dataclass
+    class D:
+        """class"""
+        x: int = 1
+    class N(nn.Module):
+        w: Tensor
+        n: int = 2
+    def f(a: int, *b: str) -> int:
+        """function"""
+        n: int = a
+        m: str
+        return n
+    @triton.jit
+    def k(x, N: tl.constexpr):
+        """kernel"""
+        y: tl.constexpr = 1
+    @torch.library.custom_op("a::b", mutates_args=())
+    def op(x: Tensor) -> Tensor: return x
+    def only_docs():
+        """docs"""
+    '''
+    after = """
+    @dataclass
+    class D:
+        x: int = 1
+    class N(nn.Module):
+        n = 2
+    def f(a, *b):
+        n = a
+        return n
+    @triton.jit
+    def k(x, N: tl.constexpr):
+        y: tl.constexpr = 1
+    @torch.library.custom_op("a::b", mutates_args=())
+    def op(x: Tensor) -> Tensor: return x
+    def only_docs(): pass
+    """
+    assert ast.unparse(Strip().visit(parsed(before))) == clean(after)
+
+
+def parsed(code):
+    return as_module(bundle({"train_gpt": textwrap.dedent(code)}, "train_gpt"))
+
+
+def test_minify_renames_names_but_no_field_kernel_parameter_or_keyword():
+    code = """
+    @dataclass
+    class Config:
+        dimension: int = 1
+    @triton.jit
+    def kernel(source, BLOCK_SIZE: tl.constexpr):
+        offsets = tl.arange(0, BLOCK_SIZE) + range(3)[0]
+        tl.load(source + offsets)
+    def compute(configuration, keyword=2):
+        intermediate = configuration.dimension + keyword
+        return intermediate
+    compute(Config(dimension=3), keyword=3)
+    """
+    short = minify(parsed(code))
+    assert "configuration" not in short and "intermediate" not in short and "compute" not in short
+    for name in ("dimension", "keyword", "source,BLOCK_SIZE:tl.constexpr", "range(3)", "tl.load(source"):
+        assert name in short
+    assert short == minify(parsed(code))
+
+
+def test_pack_takes_the_smallest_form_and_unpacks_to_the_same_text():
+    text = "print('x')\n" + "".join(f"value_{i} = {i * i}\n" for i in range(400))
+    packed = pack(text)
+    assert len(packed) < len(text) and unpack(packed) == text
+    assert pack("print(1)\n") == "print(1)\n" == unpack("print(1)\n")
+
+
+def run(folder, *args, **env):
+    """`python train_gpt.py ...` in `folder`, alone: no repository on the path, a clean environment."""
+    return subprocess.run([sys.executable, "-s", "train_gpt.py", *args], cwd=folder, capture_output=True, text=True,
+                          env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **env})  # fmt: skip
+
+
+def test_a_packed_file_shows_the_right_line_in_a_traceback_and_to_inspect(tmp_path):
+    text = "import inspect\ndef f(x):\n    return 1 / x\n" + "# filler\n" * 300
+    text += "print(inspect.getsource(f).splitlines()[0])\nf(0)\n"
+    packed = pack(text)
+    assert packed != text
+    (tmp_path / "train_gpt.py").write_text(packed)
+    (tmp_path / "train_gpt.packed").write_text("not the source\n" * 400)  # a file of that name must not win
+    done = run(tmp_path)
+    assert done.stdout == "def f(x):\n"
+    assert 'File "train_gpt.packed", line 3, in f\n    return 1 / x\n' in done.stderr
+
+
+# ---- whole builds of a toy project
+
+TOY = {
+    "train_gpt": '''"""A toy trainer."""
+import json
+import os
+import sys
+import dataclasses
+
+import torch
+from torch import nn
+
+from kernels.double import double
+from kernels.parts import A, K, S
+from export.seal import seal
+''' + CONFIG + '''
+
+def load_config(argv, env) -> tuple:
+    """Defaults < profile < environment < key=value."""
+    values = dict(PROFILES[env.get("PROFILE", DEFAULT_PROFILE)])
+    known = {f.name: f for f in dataclasses.fields(Config)}
+    for a in argv:
+        name, text = a.split("=", 1)
+        if name not in known:
+            raise ValueError(f"no field {name}")
+        values[name] = type(known[name].default)(text)
+    return Config(**values)
+
+
+class Model(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.c = c
+        self.blocks = nn.ModuleList(MIXERS[m](c) for m in c.layers)
+        self.experts = Experts(c) if c.moe else None
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = double(block(x)) / 2
+        if self.c.moe:
+            x = x + self.experts(x)
+        return x
+
+    def summary(self):
+        return "never called"
+
+
+class Experts(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate = nn.Parameter(torch.full((c.dim,), 0.1))
+
+    def forward(self, x):
+        return self.gate * x
+
+
+def generate(model):
+    return "text"
+
+
+def main(c: Config) -> None:
+    torch.manual_seed(0)
+    model = Model(c)
+    for step in range(3):
+        loss = model(torch.ones(2, c.dim)).square().mean()
+        loss.backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.sub_(c.lr * p.grad)
+                p.grad = None
+        sys.stdout.write(f"step {step} loss {float(loss):.9f}\\n")
+    sys.stdout.write(seal(model.state_dict()) + json.dumps(dataclasses.asdict(c)) + "\\n")
+    if not PACKED:
+        generate(model)
+
+
+if __name__ == "__main__":
+    main(load_config(sys.argv[1:], dict(os.environ)))
+''',
+    "kernels.double": '''"""y = 2 x."""
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+
+WIDTH = 64
+
+
+def double_reference(x):
+    return x + x
+
+
+@triton.jit
+def _double_kernel(x, y, N, BLOCK: tl.constexpr):
+    """One block of numbers a program."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, 2 * tl.load(x + at, mask=at < N), mask=at < N)
+
+
+@torch.library.custom_op("toy::double", mutates_args=())
+def double_op(x: torch.Tensor) -> torch.Tensor:
+    return double_cpu(x)
+
+
+def double_cpu(x):
+    return 2 * x
+
+
+@double_op.register_kernel("cuda")
+def double_cuda(x):
+    y = torch.empty_like(x)
+    _double_kernel[(triton.cdiv(x.numel(), WIDTH),)](x, y, x.numel(), BLOCK=WIDTH)
+    return y
+
+
+@double_op.register_fake
+def double_fake(x):
+    return torch.empty_like(x)
+
+
+@partial(double_op.register_autograd)
+def double_gradient(ctx, grad):
+    return 2 * grad
+
+
+def double(x):
+    if x.dim() != 2:
+        raise ValueError(f"double wants a matrix, not {tuple(x.shape)}")
+    return double_op(x)
+
+
+if __name__ == "__main__":
+    print(double_reference(1))
+''',
+    "kernels.parts": '''
+import torch
+from torch import nn
+
+
+class A(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 1, c.dim))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+class K(A):
+    def forward(self, x):
+        return (x + 1) * self.scale
+
+
+class S(A):
+    def forward(self, x):
+        return helper_of_s(x)
+
+
+def helper_of_s(x):
+    return x
+''',
+    "export.seal": '''
+import hashlib
+
+
+def seal(tensors):
+    """A digest of all tensors."""
+    h = hashlib.sha256()
+    for name in sorted(tensors):
+        h.update(name.encode() + tensors[name].numpy().tobytes())
+    return h.hexdigest()
+''',
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """The toy as a project on disk, and its packed builds by profile."""
+    root = tmp_path_factory.mktemp("toy")
+    for name, text in TOY.items():
+        path = root / (name.replace(".", "/") + ".py")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    return root, {profile: build(TOY, profile) for profile in ("plain", "other")}
+
+
+def test_the_toy_loses_what_its_profile_does_not_use(toy):
+    plain, other = toy[1]["plain"], toy[1]["other"]
+    for name in ("Experts", "class K", "class S", "helper_of_s", "double_reference", "generate", "summary"):
+        assert name not in plain.readable, name
+    assert "class Experts" in other.readable and "class K" in other.readable and "class S" not in other.readable
+    sizes = list(plain.sizes.values())[2:]
+    assert sizes == sorted(sizes, reverse=True) and plain.sizes["packed"] < plain.sizes["source"] / 2
+    assert "kernels.parts" in table(plain) and "packed" in table(plain)
+
+
+@pytest.mark.unhurried  # two interpreters that import torch
+@pytest.mark.parametrize("profile", [pytest.param("plain", marks=pytest.mark.slow), "other"])
+def test_the_packed_toy_does_what_its_source_does(toy, tmp_path, profile):
+    root, builds = toy
+    (tmp_path / "train_gpt.py").write_text(builds[profile].text)
+    packed, source = run(tmp_path, "dim=16"), run(root, "dim=16", PROFILE=profile)
+    assert packed.stdout == source.stdout and "step 2 loss" in packed.stdout, packed.stderr + source.stderr
+
+
+@pytest.mark.unhurried  # two interpreters that look torch's classes up
+def test_the_same_source_gives_the_same_bytes_whatever_the_hash_seed(toy, tmp_path):
+    code = "import sys, json, build_submission as b; print(b.build(json.load(open(sys.argv[1])), 'other').text)"
+    (tmp_path / "toy.json").write_text(json.dumps(TOY))
+    command = [sys.executable, "-c", code, tmp_path / "toy.json"]
+    for seed in ("1", "2"):
+        env = {"PYTHONHASHSEED": seed, "PYTHONPATH": ".", "PATH": "/usr/bin:/bin"}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+        assert done.stdout == toy[1]["other"].text + "\n"
+
+
+def test_undefined_names_are_seen_in_every_scope():
+    text = "import a\ndef f(x):\n    return [b + x for x in c]\nclass D(e): y = f(a)\n"
+    assert undefined_names(text) == ["b", "c", "e"]
