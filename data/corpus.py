@@ -83,7 +83,7 @@ class Corpus:
             digest.update(sha256(key) + sha256(text))
         self.bytes = sum(size for _, size, _ in rows)
         self.cut = {} if val_documents else choose_validation(rows, val_bytes)
-        self.validation = list(self._validation())
+        self.validation = self._validation()
         if not self.validation or not self.bytes:
             raise ValueError(f"no text: {self.bytes} bytes to train, {len(self.validation)} documents to validate on; "
                              "give files that hold some")
@@ -93,11 +93,10 @@ class Corpus:
         self.hash = digest.hexdigest()[:12]
 
     def _validation(self):
-        for key, text in usable((self.val_documents or self.documents)()):
-            if self.val_documents:
-                yield text
-            elif key in self.cut:
-                yield cut_at_line(text, self.cut[key])
+        if self.val_documents:
+            return [text for _, text in usable(self.val_documents())]
+        kept = {key: cut_at_line(text, self.cut[key]) for key, text in usable(self.documents()) if key in self.cut}
+        return [kept[key] for key in self.cut if kept[key]]
 
     def train(self):
         for key, text in usable(self.documents()):

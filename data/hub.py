@@ -1,19 +1,20 @@
-"""The competition's published shards from the Hugging Face hub: fetched resumably, verified before they count.
+"""The competition's published shards from the Hugging Face hub: fetched file by file, verified before use.
 
-Known facts per export: the repository, where it keeps things, and the length of the one true validation stream as the
-records' logs print it (scored tokens at a window length). Validation is the first 50,000 documents of the frozen
+Known facts per export: the repository, the dataset's name in it, and the length of the one true validation stream as
+the records' logs print it (scored tokens at a window length). Validation is the first 50,000 documents of the frozen
 stream; an export with fewer has put the others into training (issue 2127 of openai/parameter-golf).
 """
 
 import json
 import shutil
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data.manifest import describe_files, overlap, read_manifest, write_manifest
-from data.shards import open_shard, shard_paths, sidecar_paths
+from data.manifest import BOS, describe_files, overlap, read_manifest, write_manifest
+from data.shards import open_shard
 from data.tokenise import Tokenizer
 
 VALIDATION_DOCUMENTS = 50_000
@@ -40,34 +41,45 @@ EXPORTS = {
 
 
 def fetch(variant, out, train_shards, force, say):
-    """Shards, tokenizer.model and a manifest in `out`. What is there and whole is kept; an interrupted file goes on."""
+    """Shards, tokenizer.model and a manifest in `out`, put there when all of them are verified.
+
+    A file that has arrived is not fetched twice, neither by a repeated command nor for a larger `train_shards`.
+    """
     export, out = EXPORTS[variant], Path(out)
     recipe = {"command": "hub", "variant": variant, "repository": export.repository, "train_shards": train_shards}
-    manifest = read_manifest(out)
-    if manifest.get("recipe") == recipe and not force and _whole(out, manifest["files"]):
-        return "reused", manifest
-    out.mkdir(parents=True, exist_ok=True)
-    published = json.loads(_get(export, "manifest.json", out, True).read_text())
-    entry, model = _entry(published, export, train_shards)
-    _get(export, model, out, force).replace(out / "tokenizer.model")
-    kinds = [("val", entry["files_val"]), ("train", train_shards)]
-    kinds += [("val_bytes", entry["files_val"])] if export.sidecar else []
-    for kind, count in kinds:
-        for i in range(count):
-            name = f"fineweb_{kind}_{i:06d}.bin"
-            tokens = _fetch_shard(export, name, out, force)
-            say(f"  {name}  {tokens:,} tokens")
-    _verify(export, out)
-    paths = [out / "tokenizer.model", *shard_paths(out, "train"), *shard_paths(out, "val"), *sidecar_paths(out)]
-    manifest = {"recipe": recipe, "files": describe_files(paths), "transform": "caseops" if export.sidecar else "none",
-                "vocab": export.vocab, "variant": variant}
+    old = {} if force else read_manifest(out)
+    have = _present(out, old["files"]) if old.get("variant") == variant else set()
+    if old.get("recipe") == recipe and have == set(old["files"]):
+        return "reused", old
+    if force:
+        shutil.rmtree(out / ".hub", ignore_errors=True)
+    published = json.loads(_get(export, "manifest.json", out).read_text())
+    stats, model_path = _entry(published, export, train_shards)
+    wanted = {kind: [f"fineweb_{kind}_{i:06d}.bin" for i in range(count)] for kind, count in (
+        ("val", stats["files_val"]), ("val_bytes", export.sidecar and stats["files_val"]), ("train", train_shards))}
+    for path in out.glob("*.bin"):
+        if path.name not in chain(*wanted.values()) or not (path.name in have or force):
+            raise ValueError(f"{path}: not a shard that this command brought or wants; give another --out or remove it")
+    model = _get(export, model_path, out)
+    paths = {kind: [] for kind in wanted}
+    for kind, names in wanted.items():
+        for name in names:
+            path = out / name if name in have else _get(export, f"datasets/{export.dataset}/{name}", out)
+            say(f"  {name}  {len(open_shard(path)):,} tokens")
+            paths[kind].append(path)
+    _verify(export, model, paths)
+    model.replace(out / "tokenizer.model")
+    files = [path.replace(out / path.name) for path in chain(*paths.values())]
+    manifest = {"recipe": recipe, "vocab": export.vocab, "variant": variant,
+                "transform": "caseops" if export.sidecar else "none",
+                "files": describe_files([out / "tokenizer.model", *files])}
     write_manifest(out, manifest)
-    shutil.rmtree(out / ".hub", ignore_errors=True)
+    shutil.rmtree(out / ".hub")
     return "fetched", manifest
 
 
-def _whole(out, files):
-    return all((out / n).is_file() and (out / n).stat().st_size == f["bytes"] for n, f in files.items())
+def _present(out, files):
+    return {n for n, f in files.items() if (out / n).is_file() and (out / n).stat().st_size == f["bytes"]}
 
 
 def _entry(published, export, train_shards):
@@ -75,15 +87,15 @@ def _entry(published, export, train_shards):
     try:
         dataset = next(d for d in published["datasets"] if d["name"] == export.dataset)
         model = next(t["model_path"] for t in published["tokenizers"] if t["name"] == dataset["tokenizer_name"])
-        stats = dataset["stats"]
-        files_train, documents = stats["files_train"], stats.get("docs_val", VALIDATION_DOCUMENTS)
+        stats = {"docs_val": VALIDATION_DOCUMENTS} | dataset["stats"]
+        files_train, _ = stats["files_train"], stats["files_val"]
     except (KeyError, StopIteration) as e:
-        raise ValueError(f"{export.repository}: its manifest does not describe {export.dataset} ({e!r}); "
-                         "the repository has changed, fetch the files by hand and use `files`") from e
-    if train_shards > files_train:
-        raise ValueError(f"--train-shards {train_shards}: {export.repository} has {files_train}; ask for fewer")
-    if documents != VALIDATION_DOCUMENTS:
-        raise ValueError(_leak(f"{export.repository} states {documents:,} validation documents"))
+        raise ValueError(f"{export.repository}: its manifest does not describe {export.dataset} ({e!r}); the "
+                         "repository has changed since this was written, use another --variant") from e
+    if not 1 <= train_shards <= files_train:
+        raise ValueError(f"--train-shards {train_shards}: {export.repository} has 1 to {files_train} of them")
+    if stats["docs_val"] != VALIDATION_DOCUMENTS:
+        raise ValueError(_leak(f"{export.repository} states {stats['docs_val']:,} validation documents"))
     return stats, model
 
 
@@ -93,54 +105,39 @@ def _leak(finding):
             "delete these shards and fetch the canonical export")
 
 
-def _get(export, path, out, force):
-    """One file of the repository, below `out/.hub` until it has been looked at."""
-    import httpx
+def _get(export, path, out):
+    """One file of the repository, below `out/.hub` until everything has been verified."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError  # of the HTTP library that this version of the client uses
     try:
-        return Path(hf_hub_download(export.repository, f"datasets/{path}", repo_type="dataset",
-                                    local_dir=out / ".hub", force_download=force))
-    except (OSError, httpx.HTTPError) as e:
+        return Path(hf_hub_download(export.repository, f"datasets/{path}", repo_type="dataset", local_dir=out / ".hub"))
+    except (OSError, HTTPError) as e:
         reason = str(e).strip().split("\n")[0]
         raise ValueError(f"{export.repository}: cannot fetch {path} ({type(e).__name__}: {reason}); check the network "
-                         "and run the command again, it goes on where it stopped; without a network use `local`") from e
+                         "and repeat the command, it keeps what has arrived; without a network use `local`") from e
 
 
-def _fetch_shard(export, name, out, force):
-    place = out / name
-    if force or not place.is_file():
-        arrived = _get(export, f"datasets/{export.dataset}/{name}", out, force)
-        open_shard(arrived)
-        arrived.replace(place)
-    return open_shard(place).size
-
-
-def _verify(export, out):
-    validation = [open_shard(p, export.vocab) for p in shard_paths(out, "val")]
+def _verify(export, model, paths):
+    validation = [open_shard(p, export.vocab) for p in paths["val"]]
     tokens = sum(len(v) for v in validation)
-    documents = sum(int(np.count_nonzero(v == 1)) for v in validation)
-    if (tokens - 1) // export.window * export.window != export.scored:
-        raise ValueError(_leak(f"{out}: {tokens:,} validation tokens in {documents:,} documents where "
-                               f"{export.scored:,} are scored by the records"))
-    if documents != VALIDATION_DOCUMENTS:
-        raise ValueError(_leak(f"{out}: {documents:,} validation documents"))
-    for path in shard_paths(out, "train"):
-        open_shard(path)
-    repeated, _ = overlap(out)
+    documents = sum(int(np.count_nonzero(v == BOS)) for v in validation)
+    if (tokens - 1) // export.window * export.window != export.scored or documents != VALIDATION_DOCUMENTS:
+        raise ValueError(_leak(f"{tokens:,} validation tokens in {documents:,} documents where the records score "
+                               f"{export.scored:,} of {export.dataset}"))
+    repeated, _ = overlap(paths["val"], paths["train"])
     if repeated > TOLERATED_OVERLAP * documents:
-        raise ValueError(_leak(f"{out}: {repeated:,} of {documents:,} validation documents are in the training shards"))
-    if Tokenizer(out / "tokenizer.model").vocab != export.vocab:
-        raise ValueError(f"{out / 'tokenizer.model'}: not the tokenizer of {export.dataset}; run again with --force")
+        raise ValueError(_leak(f"{repeated:,} of {documents:,} validation documents are in the training shards"))
+    if (vocab := Tokenizer(model).vocab) != export.vocab:
+        raise ValueError(f"{model}: {vocab} pieces where {export.dataset} has {export.vocab}; repeat with --force")
     if export.sidecar:
-        _verify_sidecar(out, [len(v) for v in validation])
+        _verify_sidecar(paths["val_bytes"], [len(v) for v in validation])
 
 
-def _verify_sidecar(out, tokens):
-    sidecars = [open_shard(p) for p in sidecar_paths(out)]
-    if [len(s) for s in sidecars] != tokens:
-        lengths = [len(s) for s in sidecars]
-        raise ValueError(f"{out}: byte sidecars of {lengths} entries for {tokens} tokens; fetch again with --force")
+def _verify_sidecar(paths, tokens):
+    sidecars = [open_shard(p) for p in paths]
+    if (lengths := [len(s) for s in sidecars]) != tokens:
+        raise ValueError(f"{paths[0]}: byte sidecars of {lengths} entries for {tokens} tokens; repeat with --force")
     total, (low, high) = sum(int(s.sum(dtype=np.int64)) for s in sidecars), VALIDATION_BYTES
     if not low <= total <= high:
-        raise ValueError(f"{out}: the byte sidecar adds up to {total:,}, the validation text has {low:,} to {high:,} "
-                         "bytes: every score would be off by that; delete the folder and fetch again")
+        raise ValueError(f"{paths[0]}: the byte sidecar adds up to {total:,}, the validation text has {low:,} to "
+                         f"{high:,} bytes: every score would be off by that; repeat with --force")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.shards import SHARD_NAME, open_shard, shard_paths, shard_sha256
+from data.shards import SHARD_NAME, open_shard, shard_sha256
 
 BOS = 1
 HEAD = 64  # tokens by which a document is looked up before it is compared whole
@@ -45,14 +45,14 @@ def intact(folder, files):
         p.stat().st_size == files[p.name]["bytes"] and shard_sha256(p) == files[p.name]["sha256"] for p in paths)
 
 
-def overlap(folder):
+def overlap(val_paths, train_paths):
     """(validation documents that also are in the training shards, validation documents), compared token by token."""
-    validation = np.concatenate([open_shard(p) for p in shard_paths(folder, "val")])
+    validation = np.concatenate([open_shard(p) for p in val_paths])
     starts, stops = _documents(validation)
     heads = _fingerprints(validation, starts, stops)
     order = np.argsort(heads)
     found = np.zeros(len(starts), bool)
-    for path in shard_paths(folder, "train"):
+    for path in train_paths:
         tokens = open_shard(path)
         begins, ends = _documents(tokens)
         marks = _fingerprints(tokens, begins, ends)

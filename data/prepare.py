@@ -20,7 +20,7 @@ from data.caseops import MARKERS, encode, original_bytes
 from data.corpus import Corpus, file_documents, stdlib_documents
 from data.hub import EXPORTS, fetch
 from data.manifest import describe_files, intact, overlap, read_manifest, write_manifest
-from data.shards import SHARD_NAME, dataset_hash, write_shard
+from data.shards import SHARD_NAME, dataset_hash, shard_paths, write_shard
 from data.tokenise import Tokenizer, train_tokenizer
 
 SHARD_TOKENS = 100_000_000
@@ -126,7 +126,7 @@ def prepare(a, corpus):
     tokenizer = make_tokenizer(a, corpus, old, of_tokenizer)
     val = tokenise(corpus.validation, tokenizer, making, "val", a)
     train = tokenise(corpus.train(), tokenizer, making, "train", a)
-    repeated, _ = overlap(making)
+    repeated, _ = overlap(shard_paths(making, "val"), shard_paths(making, "train"))
     if repeated:
         raise ValueError(f"{a.out}: {repeated} validation documents stand in the training shards; the split is broken")
     for path in present:

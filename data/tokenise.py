@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-BOS = 1
+from data.manifest import BOS
+
 SPACE = "\u2581"  # SentencePiece writes a space so; a text that holds this character itself could not be recovered
 
 
