@@ -1,4 +1,4 @@
-"""The capsule scan: S_t[n] = (1 - start_t) e^{a_t[n]} S_{t-1}[n] + (1 - e^{a_t[n]}) r_t[n] u_t;  y_t = sum_n p_t[n] S_t[n].
+"""The capsule scan: y_t = sum_n p_t[n] S_t[n] with S_t[n] = (1 - start_t) e^a S_{t-1}[n] + (1 - e^a) r_t[n] u_t, a = a_t[n].
 
 B batch, T time, H heads, C capsules (slots) per head, d slot width; a = loga <= 0. State and arithmetic are float32.
 """

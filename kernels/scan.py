@@ -6,12 +6,24 @@ B batch, T time, S state. Gates come in as logits and are built in float32 (floa
 from functools import partial
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+KOOPMAN_WIDTH = 64  # channels a program: one warp, two 16-bit channels a lane
+KOOPMAN_UNROLL = 16  # steps loaded before the first store: a store would pin every later load behind it
+KOOPMAN_TILE = 1 << 18  # elements in flight on CPU: the temporaries of a tile stay in the caches
+KOOPMAN_CHUNK = 64  # steps a program when T is cut into chunks
+KOOPMAN_WARPS_PER_SM = 6  # enough bytes in flight to saturate memory; fewer programs than this cut T
+
+
+def _state_dtype(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def koopman_reference(u, g, dt, start=None, h0=None):
     """The definition, one step at a time."""
-    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
+    wide = _state_dtype(u)
     decay, value = torch.sigmoid(-dt.to(wide)), torch.sigmoid(dt.to(wide)) * torch.sigmoid(g.to(wide)) * u.to(wide)
     if start is not None:
         decay = decay.masked_fill(start[..., None], 0)
@@ -23,69 +35,348 @@ def koopman_reference(u, g, dt, start=None, h0=None):
     return torch.stack(out, 1).to(u.dtype), h
 
 
-# ---- CPU: odd-even recursion, products only, exact at decay 0 and 1
+# ---- CPU: tiles of steps, in each an odd-even recursion: products only, exact at decay 0 and 1
 
-def _scan_into(h, a, b):
-    """h_t = a_t h_{t-1} + b_t along axis 1: join pairs, solve half the length, fill in between. Leaves a alone."""
+
+def _scan_into(h, a, b, spare):
+    """h_t = a_t h_{t-1} + b_t along axis 1: join pairs, solve half the length in spare (two like a), fill in."""
     T = a.shape[1]
-    if T == 1:
-        return h.copy_(b)
-    even, odd, n = slice(0, T - 1, 2), slice(1, T, 2), T // 2
-    _scan_into(h[:, odd], a[:, even] * a[:, odd], torch.addcmul(b[:, odd], a[:, odd], b[:, even]))
     h[:, 0] = b[:, 0]
-    if T > 2:
-        later = slice(2, T, 2)
-        torch.addcmul(b[:, later], a[:, later], h[:, 1 : T - 1 : 2], out=h[:, later])
-    return h
+    if T == 1:
+        return
+    early, late, n = slice(0, T - 1, 2), slice(1, T, 2), T // 2
+    (a2, b2), spare = (x[:, :n] for x in spare), [x[:, n:] for x in spare]
+    torch.mul(a[:, early], a[:, late], out=a2)
+    torch.addcmul(b[:, late], a[:, late], b[:, early], out=b2)
+    _scan_into(h[:, late], a2, b2, spare)
+    rest = slice(2, T, 2)
+    torch.addcmul(b[:, rest], a[:, rest], h[:, 1 : T - 1 : 2], out=h[:, rest])
 
 
-def _koopman_gates(u, g, dt, start):
-    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
-    decay, weight, gate = torch.sigmoid(-dt.to(wide)), torch.sigmoid(dt.to(wide)), torch.sigmoid(g.to(wide))
-    carry = decay if start is None else decay.masked_fill(start[..., None], 0)
-    return decay, weight, gate, carry
+def _scan_back_into(h, a, b, spare):
+    """h_t = a_t h_{t+1} + b_t: the mirror image."""
+    T = a.shape[1]
+    h[:, -1] = b[:, -1]
+    if T == 1:
+        return
+    early, late, n = slice(T % 2, T - 1, 2), slice(T % 2 + 1, T, 2), T // 2
+    (a2, b2), spare = (x[:, :n] for x in spare), [x[:, n:] for x in spare]
+    torch.mul(a[:, early], a[:, late], out=a2)
+    torch.addcmul(b[:, early], a[:, early], b[:, late], out=b2)
+    _scan_back_into(h[:, early], a2, b2, spare)
+    first = (T - 1) % 2
+    rest = slice(first, T - 2, 2)
+    torch.addcmul(b[:, rest], a[:, rest], h[:, first + 1 : T - 1 : 2], out=h[:, rest])
+
+
+def _koopman_tiles(u, buffers):
+    """(slice of time, buffers of its shape): tiles as long as the width allows, whatever T, so that no later step
+    moves an earlier boundary; the same memory again and again, so that it stays in the caches."""
+    B, T, S = u.shape
+    steps = min(T, max(1, KOOPMAN_TILE // (B * S)))
+    memory = torch.empty(buffers, B, steps, S, dtype=_state_dtype(u), device=u.device)
+    return [(slice(i, min(i + steps, T)), memory[:, :, : T - i].unbind()) for i in range(0, T, steps)]
+
+
+def _cut(carry, start, tile):
+    return carry if start is None else carry.masked_fill_(start[:, tile, None], 0)
+
+
+def koopman_forward_cpu(u, g, dt, start, h0):
+    h = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    wide = _state_dtype(u)
+    state = torch.zeros_like(u[:, 0], dtype=wide) if h0 is None else h0.to(wide)
+    for tile, (carry, value, gate, states, *spare) in _koopman_tiles(u, 6):
+        torch.sigmoid(dt[:, tile].to(wide), out=value)
+        _cut(torch.sub(1, value, out=carry), start, tile)
+        value.mul_(torch.sigmoid(g[:, tile].to(wide), out=gate)).mul_(u[:, tile])
+        value[:, 0].addcmul_(carry[:, 0], state)
+        if u.dtype == wide:
+            states = h[:, tile]
+        _scan_into(states, carry, value, spare)
+        if u.dtype != wide:
+            h[:, tile] = states
+        state = states[:, -1]
+    return h, state.clone()
+
+
+def koopman_backward_cpu(u, g, dt, start, h0, h, dh, dhT):
+    du, dg, ddt = (torch.empty(u.shape, dtype=u.dtype, device=u.device) for _ in range(3))
+    first = torch.zeros_like(dhT) if h0 is None else h0.to(dhT.dtype)
+    flow = dhT  # what reaches the last step of a tile from its right
+    for tile, (lam, weight, gate, carry, grad, above, *spare) in reversed(_koopman_tiles(u, 8)):
+        logit, x = dt[:, tile].to(lam.dtype), u[:, tile].to(lam.dtype)
+        torch.neg(logit, out=lam).sigmoid_()
+        _cut(carry.copy_(lam), start, tile)
+        above.copy_(dh[:, tile])[:, -1] += flow
+        # h_t takes carry_{t+1} from its right; the last entry meets nothing, only finite it must be
+        later = weight
+        later[:, :-1], later[:, -1] = carry[:, 1:], 0
+        _scan_back_into(grad, later, above, spare)
+        flow = carry[:, 0] * grad[:, 0]
+        before = above
+        before[:, 0] = h[:, tile.start - 1] if tile.start else first
+        before[:, 1:] = h[:, tile.start : tile.stop - 1]
+        torch.sigmoid(g[:, tile].to(lam.dtype), out=gate)
+        grad.mul_(torch.sigmoid(logit, out=weight))
+        slope = lam.mul_(gate).mul_(x).addcmul_(carry, before, value=-1)
+        torch.mul(slope, grad, out=carry)
+        ddt[:, tile] = carry
+        du[:, tile] = grad.mul_(gate)
+        dg[:, tile] = grad.mul_(x).mul_(gate.neg_().add_(1))
+    return du, dg, ddt, flow
+
+
+# ---- Triton: a program walks a chunk of steps for 64 channels; a pass over the chunks carries the state between them
+
+
+@triton.jit
+def _koopman_forward_kernel(
+    u, g, dt, start, state, h, hT, T, S, u_row, g_row, dt_row, CHUNK, CHUNKS,
+    HAS_START: tl.constexpr, HAS_STATE: tl.constexpr, WRITE_H: tl.constexpr, BS: tl.constexpr, U: tl.constexpr,
+):
+    """WRITE_H: h and the last state, from state (B, CHUNKS, S). Else each chunk's decay and end state, from zero."""
+    c = tl.program_id(0) % CHUNKS
+    b = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    s = tl.program_id(1) * BS + tl.arange(0, BS)
+    inside = s < S
+    slot = tl.program_id(0).to(tl.int64) * S + s
+    acc = tl.zeros([BS], tl.float32)
+    if HAS_STATE:
+        acc = tl.load(state + slot, mask=inside, other=0.0).to(tl.float32)
+    decay = tl.full([BS], 1.0, tl.float32)
+    t = c * CHUNK
+    end = tl.minimum(t + CHUNK, T)
+    lane = tl.full([BS], 0, tl.int32)  # masks compare vectors: the interpreter takes no scalar mask
+    while t < end:
+        us, gs, dts, starts = (), (), (), ()
+        for i in tl.static_range(U):
+            row = b * T + t + i
+            live = inside & (lane + t + i < end)
+            us = us + (tl.load(u + row * u_row + s, mask=live, other=0.0),)
+            gs = gs + (tl.load(g + row * g_row + s, mask=live, other=0.0),)
+            # past the end the decay is 1 and the input 0: the state stands still
+            dts = dts + (tl.load(dt + row * dt_row + s, mask=live, other=float("-inf")),)
+            if HAS_START:
+                starts = starts + (tl.load(start + row + lane, mask=live, other=0),)
+        for i in tl.static_range(U):
+            logit = dts[i].to(tl.float32)
+            carry = 1.0 / (1.0 + tl.exp(logit))
+            if HAS_START:
+                carry = tl.where(starts[i] != 0, 0.0, carry)
+            weight = 1.0 / ((1.0 + tl.exp(-logit)) * (1.0 + tl.exp(-gs[i].to(tl.float32))))
+            acc = carry * acc + weight * us[i].to(tl.float32)
+            decay *= carry
+            if WRITE_H:
+                live = inside & (lane + t + i < end)
+                tl.store(h + (b * T + t + i) * S + s, acc.to(h.dtype.element_ty), mask=live)
+        t += U
+    if WRITE_H:
+        if c == CHUNKS - 1:
+            tl.store(hT + b * S + s, acc, mask=inside)
+    else:
+        tl.store(h + slot, decay, mask=inside)
+        tl.store(hT + slot, acc, mask=inside)
+
+
+@triton.jit
+def _koopman_pass_kernel(
+    decay, state, first, last, S, CHUNKS, HAS_FIRST: tl.constexpr, REVERSE: tl.constexpr, BS: tl.constexpr,
+    U: tl.constexpr,
+):
+    """state (B, CHUNKS, S): each chunk's end from zero becomes the state that enters it; what leaves goes to last."""
+    b = tl.program_id(0).to(tl.int64)
+    s = tl.program_id(1) * BS + tl.arange(0, BS)
+    inside = s < S
+    acc = tl.zeros([BS], tl.float32)
+    if HAS_FIRST:
+        acc = tl.load(first + b * S + s, mask=inside, other=0.0).to(tl.float32)
+    lane = tl.full([BS], 0, tl.int32)
+    c = tl.program_id(0) * 0
+    while c < CHUNKS:
+        decays, ends = (), ()
+        for i in tl.static_range(U):
+            chunk = CHUNKS - 1 - c - i if REVERSE else c + i
+            at = (b * CHUNKS + chunk) * S + s
+            live = inside & (lane + c + i < CHUNKS)
+            decays = decays + (tl.load(decay + at, mask=live, other=1.0),)
+            ends = ends + (tl.load(state + at, mask=live, other=0.0),)
+        for i in tl.static_range(U):
+            chunk = CHUNKS - 1 - c - i if REVERSE else c + i
+            tl.store(state + (b * CHUNKS + chunk) * S + s, acc, mask=inside & (lane + c + i < CHUNKS))
+            acc = decays[i] * acc + ends[i]
+        c += U
+    tl.store(last + b * S + s, acc, mask=inside)
+
+
+@triton.jit
+def _koopman_backward_kernel(
+    u, g, dt, start, h0, h, dh, state, du, dg, ddt, dh0, T, S, u_row, g_row, dt_row, CHUNK, CHUNKS,
+    HAS_START: tl.constexpr, HAS_H0: tl.constexpr, WRITE_H: tl.constexpr, BS: tl.constexpr, U: tl.constexpr,
+):
+    """Right to left over what flows out of a step to the left, carry_t (dh_t + flow); WRITE_H as in the forward."""
+    c = tl.program_id(0) % CHUNKS
+    b = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    s = tl.program_id(1) * BS + tl.arange(0, BS)
+    inside = s < S
+    slot = tl.program_id(0).to(tl.int64) * S + s
+    flow = tl.zeros([BS], tl.float32)
+    first = tl.zeros([BS], tl.float32)
+    if WRITE_H:
+        flow = tl.load(state + slot, mask=inside, other=0.0)
+        if HAS_H0:
+            first = tl.load(h0 + b * S + s, mask=inside, other=0.0).to(tl.float32)
+    decay = tl.full([BS], 1.0, tl.float32)
+    lane = tl.full([BS], 0, tl.int32)
+    begin = c * CHUNK
+    end = tl.minimum(begin + CHUNK, T)
+    t = begin + (tl.cdiv(end - begin, U) - 1) * U
+    while t >= begin:
+        us, gs, dts, dhs, before, starts = (), (), (), (), (), ()
+        for i in tl.static_range(U):
+            now = lane + t + U - 1 - i
+            row = b * T + t + U - 1 - i
+            live = inside & (now < end)
+            dts = dts + (tl.load(dt + row * dt_row + s, mask=live, other=float("-inf")),)
+            dhs = dhs + (tl.load(dh + row * S + s, mask=live, other=0.0),)
+            if HAS_START:
+                starts = starts + (tl.load(start + row + lane, mask=live, other=0),)
+            if WRITE_H:
+                us = us + (tl.load(u + row * u_row + s, mask=live, other=0.0),)
+                gs = gs + (tl.load(g + row * g_row + s, mask=live, other=0.0),)
+                before = before + (tl.load(h + (row - 1) * S + s, mask=live & (now > 0), other=0.0),)
+        for i in tl.static_range(U):
+            logit = dts[i].to(tl.float32)
+            lam = 1.0 / (1.0 + tl.exp(logit))
+            carry = lam
+            if HAS_START:
+                carry = tl.where(starts[i] != 0, 0.0, lam)
+            grad = dhs[i].to(tl.float32) + flow
+            flow = carry * grad
+            decay *= carry
+            if WRITE_H:
+                now = lane + t + U - 1 - i
+                row = b * T + t + U - 1 - i
+                live = inside & (now < end)
+                weight, gate = 1.0 / (1.0 + tl.exp(-logit)), 1.0 / (1.0 + tl.exp(-gs[i].to(tl.float32)))
+                x = us[i].to(tl.float32)
+                earlier = tl.where(now > 0, before[i].to(tl.float32), first)
+                dx = grad * weight * gate
+                tl.store(du + row * S + s, dx.to(du.dtype.element_ty), mask=live)
+                tl.store(dg + row * S + s, (dx * x * (1.0 - gate)).to(dg.dtype.element_ty), mask=live)
+                slope = grad * weight * (lam * gate * x - carry * earlier)
+                tl.store(ddt + row * S + s, slope.to(ddt.dtype.element_ty), mask=live)
+        t -= U
+    if WRITE_H:
+        if c == 0:
+            tl.store(dh0 + b * S + s, flow, mask=inside)
+    else:
+        tl.store(du + slot, decay, mask=inside)
+        tl.store(dh0 + slot, flow, mask=inside)
+
+
+def _rows(x):
+    """x (B, T, S) with unit stride inside a row and one stride between rows (a slice of a wider projection passes)."""
+    evenly = x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+    return x if evenly else x.contiguous()
+
+
+def koopman_chunk(B, T, S, device):
+    """Steps per program: all of T when the channels alone fill the machine, else KOOPMAN_CHUNK."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return T if B * triton.cdiv(S, KOOPMAN_WIDTH) >= KOOPMAN_WARPS_PER_SM * processors else min(T, KOOPMAN_CHUNK)
+
+
+def koopman_forward_triton(u, g, dt, start, h0, chunk=None):
+    B, T, S = u.shape
+    chunk = chunk or koopman_chunk(B, T, S, u.device)
+    chunks = triton.cdiv(T, chunk)
+    u, g, dt = _rows(u), _rows(g), _rows(dt)
+    start = None if start is None else start.contiguous().view(torch.uint8)
+    h0 = None if h0 is None else h0.contiguous()
+    sizes = (T, S, u.stride(1), g.stride(1), dt.stride(1), chunk, chunks)
+    grid = (B * chunks, triton.cdiv(S, KOOPMAN_WIDTH))
+    tile = {"BS": KOOPMAN_WIDTH, "U": KOOPMAN_UNROLL, "num_warps": 1, "enable_fp_fusion": True}
+    h = torch.empty(B, T, S, dtype=u.dtype, device=u.device)
+    hT = torch.empty(B, S, dtype=torch.float32, device=u.device)
+    state = h0
+    if chunks > 1:
+        decay, state = (torch.empty(B, chunks, S, dtype=torch.float32, device=u.device) for _ in range(2))
+        _koopman_forward_kernel[grid](
+            u, g, dt, start, state, decay, state, *sizes,
+            HAS_START=start is not None, HAS_STATE=False, WRITE_H=False, **tile,
+        )
+        _koopman_pass_kernel[(B, grid[1])](
+            decay, state, h0, hT, S, chunks, HAS_FIRST=h0 is not None, REVERSE=False, **tile
+        )
+    _koopman_forward_kernel[grid](
+        u, g, dt, start, state, h, hT, *sizes,
+        HAS_START=start is not None, HAS_STATE=state is not None, WRITE_H=True, **tile,
+    )
+    return h, hT
+
+
+def koopman_backward_triton(u, g, dt, start, h0, h, dh, dhT, chunk=None):
+    B, T, S = u.shape
+    chunk = chunk or koopman_chunk(B, T, S, u.device)
+    chunks = triton.cdiv(T, chunk)
+    u, g, dt, dh, h = _rows(u), _rows(g), _rows(dt), dh.contiguous(), h.contiguous()
+    start = None if start is None else start.contiguous().view(torch.uint8)
+    h0 = None if h0 is None else h0.contiguous()
+    sizes = (T, S, u.stride(1), g.stride(1), dt.stride(1), chunk, chunks)
+    grid = (B * chunks, triton.cdiv(S, KOOPMAN_WIDTH))
+    tile = {"BS": KOOPMAN_WIDTH, "U": KOOPMAN_UNROLL // 2, "num_warps": 1, "enable_fp_fusion": True}
+    du, dg, ddt = (torch.empty(B, T, S, dtype=u.dtype, device=u.device) for _ in range(3))
+    state, dh0 = dhT.contiguous(), torch.empty(B, S, dtype=torch.float32, device=u.device)
+    if chunks > 1:
+        decay, state = (torch.empty(B, chunks, S, dtype=torch.float32, device=u.device) for _ in range(2))
+        _koopman_backward_kernel[grid](
+            u, g, dt, start, h0, h, dh, state, decay, decay, decay, state, *sizes,
+            HAS_START=start is not None, HAS_H0=False, WRITE_H=False, **tile,
+        )
+        _koopman_pass_kernel[(B, grid[1])](
+            decay, state, dhT.contiguous(), dh0, S, chunks, HAS_FIRST=True, REVERSE=True, **tile
+        )
+    _koopman_backward_kernel[grid](
+        u, g, dt, start, h0, h, dh, state, du, dg, ddt, dh0, *sizes,
+        HAS_START=start is not None, HAS_H0=h0 is not None, WRITE_H=True, **tile,
+    )
+    return du, dg, ddt, dh0
+
+
+# ---- one graph: the operator, its shapes, its gradient, its devices
 
 
 @torch.library.custom_op("skc::koopman_scan", mutates_args=())
 def koopman_op(u: Tensor, g: Tensor, dt: Tensor, start: Tensor | None, h0: Tensor | None) -> tuple[Tensor, Tensor]:
-    _, weight, gate, carry = _koopman_gates(u, g, dt, start)
-    value = weight.mul_(gate).mul_(u)
-    if h0 is not None:
-        value[:, 0].addcmul_(carry[:, 0], h0.to(value.dtype))
-    h = _scan_into(torch.empty_like(value), carry, value)
-    return h.to(u.dtype), h[:, -1].clone()
+    return koopman_forward_cpu(u, g, dt, start, h0)
+
+
+@koopman_op.register_kernel("cuda")
+def koopman_cuda(u, g, dt, start, h0):
+    return koopman_forward_triton(u, g, dt, start, h0)
 
 
 @koopman_op.register_fake
 def koopman_fake(u, g, dt, start, h0):
-    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
-    return u.new_empty(u.shape), u.new_empty((u.shape[0], u.shape[2]), dtype=wide)
+    return u.new_empty(u.shape), u.new_empty((u.shape[0], u.shape[2]), dtype=_state_dtype(u))
 
 
 @torch.library.custom_op("skc::koopman_scan_backward", mutates_args=())
 def koopman_backward_op(
     u: Tensor, g: Tensor, dt: Tensor, start: Tensor | None, h0: Tensor | None, h: Tensor, dh: Tensor, dhT: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    decay, weight, gate, carry = _koopman_gates(u, g, dt, start)
-    # G_t = dh_t + carry_{t+1} G_{t+1}: the same scan on the reversed sequence
-    grad = dh.to(decay.dtype, copy=True).flip(1)
-    grad[:, 0] += dhT
-    later = torch.cat([torch.zeros_like(carry[:, :1]), carry[:, 1:].flip(1)], 1)
-    grad = _scan_into(torch.empty_like(grad), later, grad).flip(1)
-    first = torch.zeros_like(carry[:, 0]) if h0 is None else h0.to(decay.dtype)
-    before = torch.cat([first[:, None], h[:, :-1].to(decay.dtype)], 1)
-    if start is not None:
-        before = before.masked_fill(start[..., None], 0)
-    value = gate * u
-    du = grad * weight * gate
-    dg = du * u * (1 - gate)
-    ddt = grad * decay * weight * (value - before)
-    return du.to(u.dtype), dg.to(g.dtype), ddt.to(dt.dtype), carry[:, 0] * grad[:, 0]
+    return koopman_backward_cpu(u, g, dt, start, h0, h, dh, dhT)
+
+
+@koopman_backward_op.register_kernel("cuda")
+def koopman_backward_cuda(u, g, dt, start, h0, h, dh, dhT):
+    return koopman_backward_triton(u, g, dt, start, h0, h, dh, dhT)
 
 
 @koopman_backward_op.register_fake
 def koopman_backward_fake(u, g, dt, start, h0, h, dh, dhT):
-    return torch.empty_like(u), torch.empty_like(g), torch.empty_like(dt), torch.empty_like(dhT)
+    return u.new_empty(u.shape), u.new_empty(u.shape), u.new_empty(u.shape), dhT.new_empty(dhT.shape)
 
 
 def koopman_save(ctx, inputs, output):
@@ -103,6 +394,8 @@ def koopman_scan(u, g, dt, start=None, h0=None):
     """u, g, dt (B, T, S), start (B, T) bool, h0 (B, S) -> h (B, T, S) like u, hT (B, S) float32."""
     if u.dim() != 3 or 0 in u.shape or not u.is_floating_point():
         raise ValueError(f"koopman u {tuple(u.shape)} {u.dtype}: needs a non-empty floating (B, T, S)")
+    if u.is_cuda and u.dtype == torch.float64:
+        raise ValueError("koopman u torch.float64 on CUDA: use float32, bfloat16 or float16")
     for name, x in (("g", g), ("dt", dt)):
         if x.shape != u.shape or x.dtype != u.dtype:
             raise ValueError(f"koopman {name} {tuple(x.shape)} {x.dtype}: needs {tuple(u.shape)} {u.dtype} like u")
