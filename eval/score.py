@@ -8,7 +8,7 @@ and `sliding` do not depend on the lanes: seams fall on whole windows, and a sli
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,9 +18,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# B lanes of a batch, T positions of a window, V vocabulary, N tokens of the stream
+# B lanes of a batch, T positions of a window, V vocabulary
 
 PLAIN_MODES = ("chunked", "sliding", "stream")
+SCORE_ORDER = (
+    ("sliding", "chunked", 0.0),
+    ("stream", "chunked", 0.0),
+    ("engram", "stream", 0.001),
+    ("ttt", "stream", 0.001),
+    ("all", "stream", 0.001),
+)
+RELOAD_LIMIT = 0.002
+BREAKDOWN_EDGES = (0, 16, 64, 256, 1024, 4096, 16384)  # tokens; the last bucket is open
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,22 @@ class EvalSettings:
     eval_stride: int = 64  # new tokens of a sliding window
     eval_lanes: int = 8  # contiguous parts of the stream
     eval_batch: int = 8  # lanes in one forward; divides eval_lanes
+    eval_seconds: float = 0.0  # the budget for all modes together; 0 is none
+    val_tokens: int = 0  # score only so many tokens, and mark the score partial; 0 scores all
     bos: int = 1  # the token that starts a document
+    temperature: float = 1.0  # fitted on training tokens
+    engram_rows: int = 1 << 17  # contexts a lane remembers
+    engram_ways: int = 8  # continuations of a context
+    engram_min_count: int = 2  # times a context must have been seen
+    engram_chunk: int = 64  # tokens of a lane between two absorptions
+    ttt_scope: str = "lora"  # lora, or a scope of the model: scales, all
+    ttt_rule: str = "adam"  # adam, sgd
+    ttt_lr: float = 1e-3
+    ttt_momentum: float = 0.9
+    ttt_rank: int = 8
+    ttt_chunk: int = 64  # tokens of a lane between two updates
+    ttt_epochs: int = 1
+    ttt_reset: int = 1  # documents between two resets; 0 never resets
 
     def check(self) -> None:
         if not 1 <= self.eval_stride <= self.eval_seq_len:
@@ -65,24 +89,51 @@ class ScoreWindow:
 
 @dataclass(frozen=True)
 class ScoreRound:
-    """A window with its scores and the state it started from: what a learner may learn from afterwards."""
+    """Some columns of a window with their scores, and the state before the window: all a learner may learn from."""
 
     window: ScoreWindow
     state: object
+    columns: slice
     spans: tuple[Span, ...]
+    closes: bool  # the window's last charged columns
+
+    @property
+    def last(self) -> bool:
+        return self.closes and self.window.last
 
 
 @dataclass(frozen=True)
 class Score:
-    """A whole stream's score."""
+    """A whole stream's score; the buckets are rows of {from, tokens, nats, nbytes, bpb}."""
 
     bpb: float
     nats: float
     nbytes: int
     tokens: int
+    seconds: float = 0.0
+    partial: bool = False
+    by_position: tuple[dict, ...] = ()
+    by_length: tuple[dict, ...] = ()
+    documents: np.ndarray = field(default=(), compare=False, repr=False)  # float64, nats of every document
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
 
 
-Predict = Callable[[ScoreWindow, object], tuple[torch.Tensor, object]]
+class PlainReader:
+    """Reads the model's own nats off a window, all columns at once."""
+
+    def __init__(self, model: nn.Module, s: EvalSettings):
+        self.model, self.s, self.part = model, s, s.eval_seq_len
+        self.aim = lambda window: None  # what must know a window before it is scored
+
+    def forward(self, window: ScoreWindow, state: object) -> tuple[torch.Tensor, object]:
+        self.aim(window)
+        return token_nats(self.model, window, state, self.s.temperature)
+
+    def nats(self, ahead: torch.Tensor, window: ScoreWindow, columns: slice) -> torch.Tensor:
+        return ahead[:, columns]
 
 
 def score(
@@ -93,13 +144,10 @@ def score(
         raise ValueError(f"unknown mode {mode!r}; one of {', '.join(PLAIN_MODES)}")
     with evaluating(model):
         for lanes in lane_groups(tokens, nbytes, s)[rank::world]:
-            windows = cut_windows(tokens, lanes, s.eval_seq_len, step_of(mode, s), device_of(model))
-            for done in play(plain_predict(model, s), windows, nbytes, carry=mode == "stream"):
+            step = s.eval_stride if mode == "sliding" else s.eval_seq_len
+            windows = cut_windows(tokens, lanes, s.eval_seq_len, step, device_of(model))
+            for done in score_windows(PlainReader(model, s), windows, nbytes, carry=mode == "stream"):
                 yield from done.spans
-
-
-def step_of(mode: str, s: EvalSettings) -> int:
-    return s.eval_stride if mode == "sliding" else s.eval_seq_len
 
 
 def lane_groups(tokens: np.ndarray, nbytes: np.ndarray, s: EvalSettings) -> list[list[tuple[int, int, int]]]:
@@ -139,44 +187,54 @@ def cut_windows(
         yield ScoreWindow(x, y, torch.from_numpy(charged).to(device), tuple(places), last=k == steps - 1)
 
 
-def play(predict: Predict, windows: Iterator[ScoreWindow], nbytes: np.ndarray, carry: bool) -> Iterator[ScoreRound]:
-    """Score the windows in order; the state of one is handed to the next when `carry` is set."""
+def score_windows(
+    reader: PlainReader, windows: Iterator[ScoreWindow], nbytes: np.ndarray, carry: bool
+) -> Iterator[ScoreRound]:
+    """Score the windows in order, `reader.part` columns at a time; `carry` hands the state on to the next window."""
     state = None
     for window in windows:
         before = state if carry else None
-        with torch.no_grad():  # around the call only: a yield inside would switch the consumer's gradients off
-            nats, state = predict(window, before)
-        yield ScoreRound(window, before, charge(window, nats, nbytes))
+        # gradients are off around the calls only: a yield inside would switch the consumer's off as well
+        with torch.no_grad(), memory_named(f"eval_batch={len(window.x)} of {window.x.shape[1]} tokens", "eval_batch"):
+            ahead, state = reader.forward(window, before)
+        end = max(column + stop - start for _, column, _, start, stop in window.places)
+        for low in range(0, end, reader.part):
+            columns = slice(low, low + reader.part)
+            with torch.no_grad():
+                nats = reader.nats(ahead, window, columns)
+            yield ScoreRound(window, before, columns, charge(window, columns, nats, nbytes), closes=columns.stop >= end)
 
 
-def charge(window: ScoreWindow, nats: torch.Tensor, nbytes: np.ndarray) -> tuple[Span, ...]:
+def charge(window: ScoreWindow, columns: slice, nats: torch.Tensor, nbytes: np.ndarray) -> tuple[Span, ...]:
+    """One span a row for the charged targets among these columns."""
     each = nats.float().cpu().numpy()
     spans = []
     for row, column, lane, start, stop in window.places:
-        part = each[row, column : column + stop - start].copy()
-        spans.append(Span(lane, start, stop, float(part.sum(dtype=np.float64)), int(nbytes[start:stop].sum()), part))
+        first, last = max(start, start + columns.start - column), min(stop, start + columns.stop - column)
+        if first < last:
+            low = first - start + column - columns.start
+            part = each[row, low : low + last - first].copy()
+            nats = float(part.sum(dtype=np.float64))
+            spans.append(Span(lane, first, last, nats, int(nbytes[first:last].sum()), part))
     return tuple(spans)
 
 
-def plain_predict(model: nn.Module, s: EvalSettings) -> Predict:
-    """The model's own nats; memory that runs out is an error that names the field to lower."""
-
-    def predict(window: ScoreWindow, state: object) -> tuple[torch.Tensor, object]:
-        try:
-            return token_nats(model, window.x, window.y, state)
-        except torch.OutOfMemoryError as error:
-            shape = f"eval_batch={s.eval_batch} lanes of eval_seq_len={s.eval_seq_len} tokens"
-            raise MemoryError(f"a forward of {shape} does not fit in memory; lower eval_batch ({error})") from error
-
-    return predict
-
-
-def token_nats(model: nn.Module, x: torch.Tensor, y: torch.Tensor, state: object) -> tuple[torch.Tensor, object]:
+def token_nats(model: nn.Module, window: ScoreWindow, state: object, temperature: float) -> tuple[torch.Tensor, object]:
     """-log p(y) at every position (B, T), by the model's fused loss where it offers one."""
-    if hasattr(model, "nll"):
-        return model.nll(x, y, state)
-    logits, state = model(x, state)
-    return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view(y.shape), state
+    if hasattr(model, "nll") and temperature == 1:
+        return model.nll(window.x, window.y, state)
+    logits, state = model(window.x, state)
+    flat = logits.float().flatten(0, 1) / temperature
+    return F.cross_entropy(flat, window.y.flatten(), reduction="none").view(window.y.shape), state
+
+
+@contextmanager
+def memory_named(what: str, field_name: str) -> Iterator[None]:
+    """Memory that runs out is an error that names the field to lower; nothing is lowered for you."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"{what} does not fit in memory; lower {field_name} ({error})") from error
 
 
 @contextmanager
@@ -211,6 +269,8 @@ def bpb(spans: list[Span], n: int) -> Score:
     for span in spans:
         if not span.start == at < span.stop:
             raise ValueError(f"token {at} is {'missing' if span.start > at else 'charged twice'}: {span}")
+        if not math.isfinite(span.nats):
+            raise ValueError(f"the model gives no finite score: {span}")
         at, nbytes = span.stop, nbytes + span.nbytes
     if at != n:
         raise ValueError(f"{at} of {n} tokens are charged")
@@ -218,3 +278,57 @@ def bpb(spans: list[Span], n: int) -> Score:
         raise ValueError(f"the {n} tokens add {nbytes} bytes of text, so there is no score; check the tokenizer")
     nats = math.fsum(span.nats for span in spans)  # exact, so the order of ranks and lanes cannot show
     return Score(nats / math.log(2) / nbytes, nats, nbytes, n - 1)
+
+
+def breakdown(spans: list[Span], tokens: np.ndarray, nbytes: np.ndarray, bos: int) -> dict:
+    """The same nats by position in the document, by length of the document, and of every document."""
+    each = np.concatenate([span.each for span in sorted(spans, key=lambda span: span.start)]).astype(np.float64)
+    document = np.cumsum(tokens[1:] == bos)  # of every target; 0 before the first start
+    starts = np.searchsorted(document, np.arange(document[-1] + 1))
+    lengths = np.bincount(document)
+    documents = np.bincount(document, each)
+    if not lengths[0]:  # the stream begins with its first document's start
+        document, starts, lengths, documents = document - 1, starts[1:], lengths[1:], documents[1:]
+    position = np.arange(len(each)) - starts[document]
+    return {
+        "by_position": score_buckets(position, each, nbytes[1:]),
+        "by_length": score_buckets(lengths[document], each, nbytes[1:]),
+        "documents": documents,
+    }
+
+
+def score_buckets(sizes: np.ndarray, each: np.ndarray, nbytes: np.ndarray) -> tuple[dict, ...]:
+    """Sums over the tokens whose size falls between two edges."""
+    bucket = np.searchsorted(BREAKDOWN_EDGES, sizes, side="right") - 1
+    rows = []
+    for i, low in enumerate(BREAKDOWN_EDGES):
+        mine = bucket == i
+        count, nats, total = int(mine.sum()), float(each[mine].sum()), int(nbytes[mine].sum())
+        if count:
+            row = {"from": low, "tokens": count, "nats": nats, "nbytes": total}
+            rows.append(row | {"bpb": nats / math.log(2) / total if total else None})
+    return tuple(rows)
+
+
+def red_flags(scores: dict[str, Score]) -> list[str]:
+    """Order relations that honest scores keep, each tested per document in pairs at one per cent.
+
+    More context never hurts a sound model: a leak shows here, and so does a layer that was never trained to carry its
+    state. What adapts may lose no more than 0.001 bits per byte.
+    """
+    flags = []
+    for mode, plain, slack in SCORE_ORDER:
+        if mode not in scores or plain not in scores:
+            continue
+        worse = scores[mode].documents - scores[plain].documents
+        excess = scores[mode].bpb - scores[plain].bpb
+        error = worse.std(ddof=1) / math.sqrt(len(worse)) if len(worse) > 1 else 0.0
+        if excess > slack and worse.mean() > 2.33 * error:
+            flags.append(f"{mode} is {excess:.4f} bits per byte worse than {plain} over {len(worse)} documents")
+    return flags
+
+
+def check_reload(live: float, reloaded: float) -> None:
+    """The artifact must score as the model that was packed."""
+    if not abs(live - reloaded) <= RELOAD_LIMIT:
+        raise ValueError(f"the live model scores {live:.6f}, the reloaded artifact {reloaded:.6f} bits per byte")

@@ -1,0 +1,174 @@
+"""EvalEngram: an n-gram memory of the stream already scored, mixed into the model over the whole vocabulary.
+
+    log p'(v) = log_softmax( logits_v + alpha * log((n(ctx, v) + eps) / eps) )
+
+ctx is the longest context seen at least `min_count` times. An unseen v keeps its logit, so only seen continuations are
+touched: Z' = 1 + sum over seen v of p(v) (e^delta_v - 1). The key of a row is a hash of the context, never of the token
+to come.
+
+A lane owns `rows` rows; a row is one context and its first `ways` distinct continuations. A context seen once gives way
+to a newcomer on its row, one seen twice stays: a rule of arrival alone, so counts do not depend on how a stream is cut.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+# B lanes, T positions, O orders, W ways, P pairs (context, next token), S rows touched
+
+ENGRAM_ORDERS = 5  # contexts of 1..5 tokens
+ENGRAM_EPS = 0.5  # the Laplace constant
+ENGRAM_COUNT_BUCKETS = 6  # log2 of how often the context was seen, the last open
+ENGRAM_ENTROPY_EDGES = (0.25, 0.75, 1.5, 2.5, 4.0)  # nats of the model's own distribution
+ENGRAM_ALPHA_SHAPE = (ENGRAM_ORDERS, ENGRAM_COUNT_BUCKETS, len(ENGRAM_ENTROPY_EDGES) + 1)
+ENGRAM_ALPHA_GRID = tuple(i / 16 for i in range(25))
+HASH_MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # odd, as int64
+
+
+class EvalEngram:
+    """The memories of B lanes; `alpha` is (orders, count buckets, entropy buckets), fitted on training tokens."""
+
+    def __init__(self, lanes: int, rows: int, ways: int, min_count: int, alpha: np.ndarray, device: torch.device):
+        if alpha.shape != ENGRAM_ALPHA_SHAPE:
+            raise ValueError(f"the engram's alpha table is {alpha.shape}, expected {ENGRAM_ALPHA_SHAPE}; fit it again")
+        self.rows, self.min_count = rows, min_count
+        self.alpha = torch.as_tensor(alpha, dtype=torch.float32, device=device)
+        self.edges = torch.tensor(ENGRAM_ENTROPY_EDGES, device=device)
+        self.orders = torch.arange(1, ENGRAM_ORDERS + 1, device=device)
+        self.tail = torch.full((lanes, ENGRAM_ORDERS - 1), -1, device=device)  # -1: before the lane began
+        try:
+            self.tag = torch.zeros(lanes * rows, dtype=torch.int64, device=device)  # hash of the row's context; 0: free
+            self.total = torch.zeros(lanes * rows, dtype=torch.int32, device=device)  # times it was seen
+            self.nexts = torch.zeros(lanes * rows, ways, dtype=torch.int32, device=device)
+            self.counts = torch.zeros(lanes * rows, ways, dtype=torch.int32, device=device)
+        except RuntimeError as error:
+            raise MemoryError(f"engram_rows={rows} in {lanes} lanes does not fit in memory; lower it") from error
+
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.tag, self.total, self.nexts, self.counts))
+
+    def contexts(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tags and rows (B, T, O) of the contexts that end at each input; tag 0 where the lane is too young."""
+        B, T = x.shape
+        history = torch.cat([self.tail, x], 1)
+        h, young, tags = torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool), []
+        for back in range(ENGRAM_ORDERS):
+            token = history[:, ENGRAM_ORDERS - 1 - back :][:, :T]
+            h = (h ^ (h >> 29) ^ (token + 1)) * HASH_MULTIPLIER
+            young = young | (token < 0)
+            tags.append(h.masked_fill(young, 0))
+        tags = torch.stack(tags, -1)
+        lane = torch.arange(B, device=x.device).view(B, 1, 1)
+        return tags, lane * self.rows + (tags ^ (tags >> 32)).remainder(self.rows)
+
+    def lookup(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The longest usable context at each input: its order (0: none), times seen, continuations and their counts."""
+        tags, rows = self.contexts(x)
+        seen = take_rows(self.total, rows) * ((take_rows(self.tag, rows) == tags) & (tags != 0))
+        order = ((seen >= self.min_count) * self.orders).amax(-1)
+        pick = (order - 1).clamp(min=0).unsqueeze(-1)
+        row = rows.gather(-1, pick).squeeze(-1)
+        seen = seen.gather(-1, pick).squeeze(-1) * (order > 0)
+        return order, seen, take_rows(self.nexts, row).long(), take_rows(self.counts, row) * (order > 0).unsqueeze(-1)
+
+    def evidence(self, logits: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Own nats, cell of the alpha table, log counts of the seen and of the target, p of the seen."""
+        order, seen, nexts, counts = self.lookup(x)
+        z = logits.logsumexp(-1)
+        p = (logits - z.unsqueeze(-1)).exp_()
+        entropy = z - (p * logits).sum(-1)
+        bucket = seen.clamp(min=1).log2().long().clamp(max=ENGRAM_COUNT_BUCKETS - 1)
+        cell = (order - 1).clamp(min=0) * ENGRAM_COUNT_BUCKETS + bucket
+        cell = cell * (len(ENGRAM_ENTROPY_EDGES) + 1) + torch.bucketize(entropy, self.edges)
+        gain = torch.log1p(counts / ENGRAM_EPS)  # 0 in a free way
+        own = z - logits.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        return own, cell, gain, (gain * (nexts == y.unsqueeze(-1))).sum(-1), p.gather(-1, nexts)
+
+    def nats(self, logits: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """-log p'(y) at every position (B, T)."""
+        own, cell, gain, target_gain, p = self.evidence(logits.float(), x, y)
+        return own + engram_shift(self.alpha.flatten()[cell], gain, target_gain, p)
+
+    def absorb(self, x: torch.Tensor, y: torch.Tensor, charged: torch.Tensor) -> None:
+        """Count the pairs of positions already charged, in order; x continues where the last call ended."""
+        tags, rows = self.contexts(x)
+        self.tail = torch.cat([self.tail, x], 1)[:, -(ENGRAM_ORDERS - 1) :]
+        pairs = (charged.unsqueeze(-1) & (tags != 0)).flatten().nonzero().squeeze(1)  # a lane's in order of arrival
+        rows, order = take_rows(rows.flatten(), pairs).sort(stable=True)
+        pairs = take_rows(pairs, order)
+        seated = self.seat(rows, take_rows(tags.flatten(), pairs)).nonzero().squeeze(1)
+        self.count(take_rows(rows, seated), take_rows(y.flatten(), take_rows(pairs, seated) // ENGRAM_ORDERS))
+
+    def seat(self, rows: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
+        """Decide which context owns each touched row, as if they came one by one; True where a pair is the owner's."""
+        at = torch.arange(len(rows), device=rows.device)
+        touched, part, size = rows.unique_consecutive(return_inverse=True, return_counts=True)
+        last = size.cumsum(0) - 1
+        first = last - size + 1
+        resident, settled = take_rows(self.tag, touched), take_rows(self.total, touched) > 1
+        before = torch.cat([tags[:1], tags[:-1]])
+        before[first] = resident
+        again = torch.where(tags == before, at, len(rows))  # an arrival that repeats the one before it settles the row
+        again = torch.full_like(first, len(rows)).scatter_reduce(0, part, again, "amin")
+        start = torch.where(settled, first, torch.where(again < len(rows), (again - 1).maximum(first), last))
+        owner = torch.where(settled, resident, take_rows(tags, torch.where(again < len(rows), again, last)))
+        evicted = touched[(owner != resident) | (start > first)]
+        self.tag[touched] = owner
+        self.total[evicted] = 0
+        self.counts[evicted] = 0
+        return (tags == take_rows(owner, part)) & (at >= take_rows(start, part))
+
+    def count(self, rows: torch.Tensor, nexts: torch.Tensor) -> None:
+        """Add pairs, sorted by row and arrival, to their rows; a row keeps its first `ways` continuations."""
+        ones = torch.ones_like(rows, dtype=torch.int32)
+        self.total.scatter_add_(0, rows, ones)
+        key, order = (rows * 2**32 + nexts).sort(stable=True)
+        key, size = key.unique_consecutive(return_counts=True)
+        by_arrival = take_rows(order, size.cumsum(0) - size).argsort()  # still row by row
+        key, size = take_rows(key, by_arrival), take_rows(size, by_arrival).int()
+        rows, nexts = key >> 32, (key & 0xFFFFFFFF).int()
+        used = take_rows(self.counts, rows) > 0
+        match = used & (take_rows(self.nexts, rows) == nexts.unsqueeze(-1))
+        known = match.any(-1)
+        new = (~known).long().cumsum(0)
+        _, part, in_row = rows.unique_consecutive(return_inverse=True, return_counts=True)
+        before_row = take_rows(torch.cat([new.new_zeros(1), new]), take_rows(in_row.cumsum(0) - in_row, part))
+        way = torch.where(known, match.int().argmax(-1), used.sum(-1) + new - before_row - 1)
+        ways = self.counts.shape[1]
+        fits = (way < ways).nonzero().squeeze(1)
+        place = take_rows(rows * ways + way, fits)
+        self.nexts.view(-1).scatter_(0, place, take_rows(nexts, fits))
+        self.counts.view(-1).scatter_add_(0, place, take_rows(size, fits))
+
+
+def take_rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """table[index], by the kernel that is several times faster for one index."""
+    return table.index_select(0, index.flatten()).view(*index.shape, *table.shape[1:])
+
+
+def engram_shift(alpha: torch.Tensor, gain: torch.Tensor, target_gain: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """Nats that mixing adds to the model's own: log Z' - delta of the target."""
+    more = (p * torch.expm1(alpha.unsqueeze(-1) * gain)).sum(-1)
+    return torch.log1p(more) - alpha * target_gain
+
+
+class AlphaFit:
+    """Sums of the shift for every alpha of a grid, cell by cell, over training tokens."""
+
+    def __init__(self, device: torch.device):
+        shape = (2, math.prod(ENGRAM_ALPHA_SHAPE), len(ENGRAM_ALPHA_GRID))  # shifts and their squares
+        self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
+
+    def add(self, evidence: tuple[torch.Tensor, ...], charged: torch.Tensor) -> None:
+        _, cell, gain, target_gain, p = (t[charged] for t in evidence)
+        for i, alpha in enumerate(ENGRAM_ALPHA_GRID):
+            shift = engram_shift(torch.full_like(target_gain, alpha), gain, target_gain, p).double()
+            self.sums[0, :, i].index_add_(0, cell, shift)
+            self.sums[1, :, i].index_add_(0, cell, shift.square())
+
+    def table(self) -> np.ndarray:
+        """The alpha of each cell that gains most beyond two standard errors; a cell without evidence gets none."""
+        bound = self.sums[0] + 2 * self.sums[1].sqrt()
+        best = torch.tensor(ENGRAM_ALPHA_GRID, device=bound.device)[bound.argmin(-1)]
+        return best.view(ENGRAM_ALPHA_SHAPE).float().cpu().numpy()

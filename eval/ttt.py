@@ -1,0 +1,433 @@
+"""Test-time training that cannot cheat: a span is yielded, and only then learned from.
+
+Documents lie packed in lanes, back to back, and each lane has adapters of its own: a short document leaves no row idle,
+and no lane learns from another, which may hold later text. All chunks have one length: a chunk scaled to its document's
+length would be a function of text not yet scored.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from eval.engram import ENGRAM_ALPHA_SHAPE, AlphaFit, EvalEngram
+from eval.score import (
+    EvalSettings,
+    PlainReader,
+    Score,
+    ScoreRound,
+    ScoreWindow,
+    Span,
+    bpb,
+    breakdown,
+    cut_windows,
+    device_of,
+    evaluating,
+    gather_spans,
+    lane_groups,
+    memory_named,
+    score_windows,
+    token_nats,
+)
+
+# B lanes, T positions, R rank, I inputs and U outputs of a linear
+
+TTT_CLIP = 1.0  # largest gradient norm of a lane
+TTT_BETA2 = 0.99
+TTT_EPS = 1e-8
+
+# mode: how the stream is read, whether an EvalEngram remembers it, whether weights learn from it
+EVAL_MODES = {
+    "chunked": ("chunked", False, False),
+    "sliding": ("sliding", False, False),
+    "stream": ("stream", False, False),
+    "engram": ("stream", True, False),
+    "ttt": ("stream", False, True),
+    "all": ("stream", True, True),
+}
+SPAN_ROW = np.dtype([("lane", "i8"), ("start", "i8"), ("stop", "i8"), ("nats", "f8"), ("nbytes", "i8")])
+TEMPERATURES = tuple(0.8 + 0.025 * i for i in range(17))
+
+
+def legal_ttt(rounds: Iterable[ScoreRound], learn: Callable[[ScoreRound], None]) -> Iterator[Span]:
+    """Yield a round's spans and learn from it when the consumer comes back for more; the last round is not learned."""
+    for done in rounds:
+        yield from done.spans
+        if not done.last:
+            learn(done)
+
+
+class LaneAdapters:
+    """A low-rank bypass around each linear, one per lane: y += B A x at the positions that are live.
+
+    A starts from a fixed random draw and stays warm; B starts at zero and returns to it at every reset.
+    """
+
+    def __init__(self, linears: dict[str, nn.Module], lanes: int, rank: int):
+        if not linears:
+            raise ValueError("ttt_scope='lora' matches nothing: the model offers no linears")
+        self.live, self.unused = None, set(linears)
+        self.down, self.up, self.hooks = [], [], []
+        draw = torch.Generator().manual_seed(0)
+        for name, linear in linears.items():
+            outputs, inputs = linear.weight.shape
+            down = torch.randn(rank, inputs, generator=draw).to(linear.weight.device) / inputs**0.5
+            self.down.append(down.repeat(lanes, 1, 1).requires_grad_())  # A (B, R, I)
+            self.up.append(torch.zeros(lanes, outputs, rank, device=down.device, requires_grad=True))  # B (B, U, R)
+            self.hooks.append(linear.register_forward_hook(self.bypass(name, self.down[-1], self.up[-1])))
+        self.leaves = self.rows = self.down + self.up
+
+    def bypass(self, name: str, down: torch.Tensor, up: torch.Tensor) -> Callable:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+            self.unused.discard(name)
+            x = inputs[0]
+            change = x @ down.to(x.dtype).mT @ up.to(x.dtype).mT
+            return output + change * self.live.unsqueeze(-1)
+
+        return hook
+
+    def aim(self, live: torch.Tensor) -> None:
+        """Where the adapters act: positions (B, T) that belong to what the lane learned from."""
+        self.live = live
+
+    def reset(self, lanes: torch.Tensor) -> list[bool]:
+        """Return B to zero in these lanes; which of the rows' tensors that concerns."""
+        for up in self.up:
+            up.data[lanes] = 0
+        return [False] * len(self.down) + [True] * len(self.up)
+
+    def check(self) -> None:
+        if self.unused:
+            raise ValueError(f"the model offers the linear {min(self.unused)!r} but never calls it")
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+class SharedWeights:
+    """The model's own parameters, one lane at a time; `close` brings the trained values back bit by bit."""
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.leaves, self.trained = parameters, [p.detach().clone() for p in parameters]
+        self.rows = [p.data.unsqueeze(0) for p in parameters]
+
+    def aim(self, live: torch.Tensor) -> None:
+        """Weights know no positions: a reset inside a chunk takes effect after the chunk."""
+
+    def reset(self, lanes: torch.Tensor) -> list[bool]:
+        if lanes.any():
+            for row, trained in zip(self.rows, self.trained):
+                row[0] = trained
+        return [True] * len(self.rows)
+
+    def check(self) -> None:
+        """Nothing to find out: parameters are adapted where they are."""
+
+    def close(self) -> None:
+        for row, trained in zip(self.rows, self.trained):
+            row[0] = trained
+
+
+class LaneSGD:
+    """Momentum whose memory can be wiped for single lanes; tensors have the lanes as their first axis."""
+
+    def __init__(self, rows: list[torch.Tensor], lr: float, momentum: float):
+        self.rows, self.lr, self.momentum = rows, lr, momentum
+        self.first = [torch.zeros_like(row) for row in rows]
+
+    def forget(self, lanes: torch.Tensor, concerned: list[bool]) -> None:
+        for moment in self.moments(concerned):
+            moment[lanes] = 0
+
+    def moments(self, concerned: list[bool]) -> list[torch.Tensor]:
+        return [moment for moment, yes in zip(self.first, concerned) if yes]
+
+    @torch.no_grad()
+    def step(self, grads: list[torch.Tensor], active: torch.Tensor) -> None:
+        """One step of the active lanes, each clipped by its own norm: a lane's step depends on no other lane."""
+        grads = [grad.reshape(row.shape) for grad, row in zip(grads, self.rows)]
+        norm = torch.stack([grad.reshape(len(grad), -1).square().sum(1) for grad in grads]).sum(0).sqrt()
+        factor = (TTT_CLIP / norm.clamp(min=TTT_CLIP)) * active
+        for i, (row, grad) in enumerate(zip(self.rows, grads)):
+            change = self.direction(i, grad * by_lane(factor, row))
+            row.data.sub_(self.lr * change * by_lane(active, row))
+
+    def direction(self, i: int, grad: torch.Tensor) -> torch.Tensor:
+        return self.first[i].mul_(self.momentum).add_(grad)
+
+
+class LaneAdam(LaneSGD):
+    """Adam with a step count per lane and tensor, so that a wiped memory is corrected as a young one."""
+
+    def __init__(self, rows: list[torch.Tensor], lr: float, momentum: float):
+        super().__init__(rows, lr, momentum)
+        self.second = [torch.zeros_like(row) for row in rows]
+        self.steps = [row.new_zeros(len(row)) for row in rows]
+
+    def moments(self, concerned: list[bool]) -> list[torch.Tensor]:
+        kinds = (self.first, self.second, self.steps)
+        return [moment for kind in kinds for moment, yes in zip(kind, concerned) if yes]
+
+    def direction(self, i: int, grad: torch.Tensor) -> torch.Tensor:
+        self.steps[i] += 1
+        steps = by_lane(self.steps[i], grad)
+        self.first[i].lerp_(grad, 1 - self.momentum)
+        self.second[i].lerp_(grad.square(), 1 - TTT_BETA2)
+        size = (self.second[i] / (1 - TTT_BETA2**steps)).sqrt() + TTT_EPS
+        return self.first[i] / (1 - self.momentum**steps) / size
+
+
+TTT_RULES = {"sgd": LaneSGD, "adam": LaneAdam}
+
+
+def by_lane(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(B,) shaped to scale the lanes of `like`."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+class LaneLearner:
+    """What adapts to a group of lanes: `aim` before a window is scored, `learn` once it has been."""
+
+    def __init__(self, model: nn.Module, s: EvalSettings, lanes: int):
+        self.model, self.s = model, s
+        if s.ttt_rule not in TTT_RULES:
+            raise ValueError(f"unknown ttt_rule={s.ttt_rule!r}; one of {', '.join(TTT_RULES)}")
+        lora = s.ttt_scope == "lora"
+        self.adapters = LaneAdapters(model.linears(), lanes, s.ttt_rank) if lora else SharedWeights(scope_of(model, s))
+        self.steps = TTT_RULES[s.ttt_rule](self.adapters.rows, s.ttt_lr, s.ttt_momentum)
+        self.required = {p: p.requires_grad for p in model.parameters()}
+        leaves = {id(leaf) for leaf in self.adapters.leaves}
+        for p in self.required:
+            p.requires_grad_(id(p) in leaves)
+        # document starts each lane has seen, and the block its adapters learned from: documents between two resets
+        self.starts = torch.zeros(lanes, dtype=torch.int64, device=device_of(model))
+        self.block = self.starts.clone()
+
+    def blocks(self, window: ScoreWindow) -> torch.Tensor:
+        """The block (B, T) that each input belongs to."""
+        starts = self.starts.unsqueeze(1) + (window.x == self.s.bos).cumsum(1)
+        return starts // self.s.ttt_reset if self.s.ttt_reset else torch.zeros_like(starts)
+
+    def aim(self, window: ScoreWindow) -> None:
+        self.adapters.aim(self.blocks(window) == self.block.unsqueeze(1))
+
+    def learn(self, done: ScoreRound) -> None:
+        """Reset the lanes that ended in a new block, then learn from the charged tokens of the block they are in."""
+        if not done.closes:
+            return
+        window = done.window
+        self.adapters.check()
+        blocks, active = self.blocks(window), window.charged.any(1)
+        last = (window.charged.sum(1) - 1).clamp(min=0).unsqueeze(1)
+        block = torch.where(active, blocks.gather(1, last).squeeze(1), self.block)
+        stale = block != self.block
+        if stale.any():
+            self.steps.forget(stale, self.adapters.reset(stale))
+        self.block = block
+        self.starts = self.starts + ((window.x == self.s.bos) & window.charged).sum(1)
+        mine = window.charged & (blocks == block.unsqueeze(1))
+        self.adapters.aim(mine)
+        for _ in range(self.s.ttt_epochs):
+            with memory_named(f"a backward through {len(mine)} lanes of ttt_chunk={mine.shape[1]} tokens", "ttt_chunk"):
+                nats, _ = token_nats(self.model, window, done.state, self.s.temperature)
+                loss = ((nats * mine).sum(1) / mine.sum(1).clamp(min=1)).sum()  # a mean per lane: lanes stay apart
+                grads = torch.autograd.grad(loss, self.adapters.leaves, allow_unused=True, materialize_grads=True)
+            self.steps.step(list(grads), active)
+
+    def close(self) -> None:
+        self.adapters.close()
+        for p, required in self.required.items():
+            p.requires_grad_(required)
+
+
+def scope_of(model: nn.Module, s: EvalSettings) -> list[nn.Parameter]:
+    """The scope's parameters by identity, without the packed tables, which nothing may change."""
+    tables = {id(p) for p in model.scope("engram")}
+    known = {id(p) for p in model.parameters()}
+    scope = [p for p in model.scope(s.ttt_scope) if id(p) not in tables]
+    if not scope:
+        raise ValueError(f"ttt_scope={s.ttt_scope!r} matches nothing in this model")
+    if len({id(p) for p in scope} & known) != len(scope):
+        raise ValueError(f"ttt_scope={s.ttt_scope!r} names a tensor twice, or one that is no parameter of the model")
+    return scope
+
+
+@contextmanager
+def frozen_tables(tables: list[torch.Tensor]) -> Iterator[None]:
+    """Packed tables ship as they are: a change during evaluation is undone, and an error."""
+    before = [table.detach().clone() for table in tables]
+    changed = []
+    try:
+        yield
+    finally:
+        for i, (table, kept) in enumerate(zip(tables, before)):
+            if not torch.equal(table, kept):
+                changed.append(i)
+                table.data.copy_(kept)
+    if changed:
+        raise RuntimeError(f"evaluation changed packed tables {changed} (restored): the score is not the artifact's")
+
+
+class EngramReader(PlainReader):
+    """Reads nats off a window's logits a few columns at a time, each mixed with all that was absorbed before."""
+
+    def __init__(self, model: nn.Module, s: EvalSettings, lanes: int, alpha: np.ndarray):
+        super().__init__(model, s)
+        self.part = s.engram_chunk
+        device = device_of(model)
+        self.memory = EvalEngram(lanes, s.engram_rows, s.engram_ways, s.engram_min_count, alpha, device)
+
+    def forward(self, window: ScoreWindow, state: object) -> tuple[torch.Tensor, object]:
+        self.aim(window)
+        logits, state = self.model(window.x, state)
+        return logits.float() / self.s.temperature, state
+
+    def nats(self, ahead: torch.Tensor, window: ScoreWindow, columns: slice) -> torch.Tensor:
+        return self.memory.nats(ahead[:, columns], window.x[:, columns], window.y[:, columns])
+
+    def learn(self, done: ScoreRound) -> None:
+        w, columns = done.window, done.columns
+        self.memory.absorb(w.x[:, columns], w.y[:, columns], w.charged[:, columns])
+
+
+def mode_groups(tokens: np.ndarray, nbytes: np.ndarray, mode: str, s: EvalSettings) -> list:
+    """The groups of lanes a mode runs, one lane to a group where all rows of a batch would share what is learned."""
+    shared = EVAL_MODES[mode][2] and s.ttt_scope != "lora"
+    return lane_groups(tokens, nbytes, replace(s, eval_batch=1) if shared else s)
+
+
+def adapt_lanes(
+    model: nn.Module, tokens: np.ndarray, nbytes: np.ndarray, mode: str, s: EvalSettings, lanes: list, alpha: np.ndarray
+) -> Iterator[Span]:
+    """The spans of one group of lanes; memory and adapters live no longer than the group."""
+    reading, remembers, learns = EVAL_MODES[mode]
+    reader, learners = PlainReader(model, s), []
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        if remembers:
+            reader = EngramReader(model, s, len(lanes), alpha)
+            learners.append(reader)
+        if learns:
+            stack.enter_context(frozen_tables(model.scope("engram")))
+            learners.append(stack.enter_context(closing(LaneLearner(model, s, len(lanes)))))
+            reader.aim = learners[-1].aim
+        width = s.ttt_chunk if learns else s.eval_seq_len
+        step = s.eval_stride if reading == "sliding" else width
+        windows = cut_windows(tokens, lanes, width, step, device_of(model))
+        rounds = score_windows(reader, windows, nbytes, carry=reading == "stream")
+        yield from legal_ttt(rounds, lambda done: [learner.learn(done) for learner in learners])
+
+
+def evaluate_modes(
+    model: nn.Module,
+    tokens: np.ndarray,
+    nbytes: np.ndarray,
+    s: EvalSettings,
+    modes: Iterable[str] = tuple(EVAL_MODES),
+    *,
+    ranks: tuple[int, int] = (0, 1),
+    alpha: np.ndarray | None = None,
+    resume: Path | None = None,
+) -> dict[str, Score]:
+    """The score of every mode; all constants were fixed before, and none is chosen by its score.
+
+    `ranks` is (rank, world), `alpha` the table that fit_engram made of training tokens. Finished groups of lanes are
+    kept in the folder `resume`; an evaluation of the same model, tokens and settings takes them from there.
+    """
+    if unknown := set(modes) - set(EVAL_MODES):
+        raise ValueError(f"unknown mode {min(unknown)!r}; one of {', '.join(EVAL_MODES)}")
+    if alpha is None and any(EVAL_MODES[mode][1] for mode in modes):
+        raise ValueError("modes engram and all need alpha, the table that fit_engram makes of training tokens")
+    partial = 0 < s.val_tokens < len(tokens)
+    if partial:
+        tokens, nbytes = tokens[: s.val_tokens], nbytes[: s.val_tokens]
+    keep = resume / evaluation_key(model, tokens, nbytes, s, alpha) if resume else None
+    deadline = time.monotonic() + s.eval_seconds if s.eval_seconds else math.inf
+    scores = {}
+    for mode in modes:
+        spans, seconds = [], time.monotonic()
+        for number, lanes in list(enumerate(mode_groups(tokens, nbytes, mode, s)))[ranks[0] :: ranks[1]]:
+            group = adapt_lanes(model, tokens, nbytes, mode, s, lanes, alpha)
+            spans += kept_spans(within(group, deadline, mode, s), keep / f"{mode}.{number}.npz" if keep else None)
+        spans = gather_spans(spans, ranks[1])
+        seconds = time.monotonic() - seconds
+        detail = breakdown(spans, tokens, nbytes, s.bos)
+        scores[mode] = replace(bpb(spans, len(tokens)), seconds=seconds, partial=partial, **detail)
+    return scores
+
+
+def within(spans: Iterator[Span], deadline: float, mode: str, s: EvalSettings) -> Iterator[Span]:
+    """The spans, until the budget is spent."""
+    for span in spans:
+        if time.monotonic() > deadline:
+            at = f"in mode {mode}, lane {span.lane}, at token {span.stop}"
+            raise TimeoutError(f"eval_seconds={s.eval_seconds:g} is spent {at}; raise it, or evaluate fewer modes")
+        yield span
+
+
+def kept_spans(spans: Iterator[Span], path: Path | None) -> list[Span]:
+    """The spans of a group, from a file when an earlier evaluation finished it, else computed and written there."""
+    if path is None:
+        return list(spans)
+    if path.exists():
+        with np.load(path) as kept:
+            rows, each = kept["rows"], kept["each"]
+        cuts = np.cumsum(rows["stop"] - rows["start"])[:-1]
+        return [Span(*row, part) for row, part in zip(rows.tolist(), np.split(each, cuts))]
+    spans = list(spans)
+    rows = np.array([(span.lane, span.start, span.stop, span.nats, span.nbytes) for span in spans], SPAN_ROW)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(".half")
+    with half.open("wb") as file:
+        np.savez(file, rows=rows, each=np.concatenate([span.each for span in spans]))
+    half.replace(path)
+    return spans
+
+
+def evaluation_key(model: nn.Module, tokens: np.ndarray, nbytes: np.ndarray, s: EvalSettings, alpha: np.ndarray) -> str:
+    """A digest of all a score depends on."""
+    digest = hashlib.sha256(repr(s).encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for array in (tokens, nbytes, alpha):
+        digest.update(b"" if array is None else np.ascontiguousarray(array))
+    return digest.hexdigest()[:16]
+
+
+def fit_engram(model: nn.Module, tokens: np.ndarray, s: EvalSettings) -> np.ndarray:
+    """The alpha table that would have served best on these training tokens, read as an evaluation reads its own."""
+    device = device_of(model)
+    fit, none = AlphaFit(device), np.zeros(ENGRAM_ALPHA_SHAPE, np.float32)
+    with evaluating(model), torch.no_grad():
+        for lanes in lane_groups(tokens, np.ones(len(tokens), np.int64), s):
+            reader, state = EngramReader(model, s, len(lanes), none), None
+            for window in cut_windows(tokens, lanes, s.eval_seq_len, s.eval_seq_len, device):
+                logits, state = reader.forward(window, state)
+                for low in range(0, s.eval_seq_len, reader.part):
+                    part = slice(low, low + reader.part)
+                    x, y, charged = window.x[:, part], window.y[:, part], window.charged[:, part]
+                    fit.add(reader.memory.evidence(logits[:, part], x, y), charged)
+                    reader.memory.absorb(x, y, charged)
+    return fit.table()
+
+
+def fit_temperature(model: nn.Module, tokens: np.ndarray, s: EvalSettings) -> float:
+    """The temperature of a grid that would have served best on these training tokens."""
+    sums = np.zeros(len(TEMPERATURES))
+    with evaluating(model), torch.no_grad():
+        for lanes in lane_groups(tokens, np.ones(len(tokens), np.int64), s):
+            state = None
+            for window in cut_windows(tokens, lanes, s.eval_seq_len, s.eval_seq_len, device_of(model)):
+                logits, state = model(window.x, state)
+                logits, y = logits[window.charged].float(), window.y[window.charged]
+                sums += [F.cross_entropy(logits / t, y, reduction="sum").item() for t in TEMPERATURES]
+    return TEMPERATURES[int(sums.argmin())]
