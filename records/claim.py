@@ -1,0 +1,226 @@
+"""What a submission.json claims, whatever schema it was written in."""
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+
+TRACKS = {"10min_16mb", "non_record_16mb", "non_record_unlimited_compute_16mb"}
+ALIASES = {
+    "val_bpb": ("val_bpb", "mean_val_bpb", "mean_bpb", "val_bpb_mean", "bpb"),
+    "val_loss": (
+        "val_loss",
+        "mean_val_loss",
+        "mean_val_loss_nats",
+        "val_loss_nats",
+        "val_loss_mean",
+        "val_loss_sliding",
+    ),
+    "std": ("val_bpb_std", "std_bpb", "std_val_bpb", "mean_val_bpb_std"),
+    "loss_std": ("val_loss_std", "std_val_loss_nats", "val_loss_nats_std"),
+    "bytes_total": ("bytes_total", "artifact_bytes_max", "artifact_bytes", "artifact_size_bytes", "total_bytes"),
+    "bytes_code": ("bytes_code", "code_bytes"),
+    "bytes_model": ("bytes_model", "bytes_model_compressed", "bytes_model_int8_zlib", "bytes_model_int6_zstd"),
+    "train_seconds": ("train_time_s", "train_seconds", "train_time_seconds", "wallclock_seconds", "train_time_s_mean"),
+    "eval_seconds": ("eval_time_s", "ttt_eval_time_s", "eval_seconds", "eval_time_seconds", "eval_time_s_mean"),
+    "steps": ("steps", "step_stop", "train_steps", "train_steps_mean"),
+    "author": ("author",),
+    "github": ("github_id", "github"),
+    "hardware": ("hardware", "gpu", "platform"),
+}
+MILLISECONDS = {"train_seconds": ("train_time_ms",), "eval_seconds": ("ttt_time_ms", "eval_time_ms")}
+NUMBERS = (
+    "val_bpb",
+    "val_loss",
+    "std",
+    "loss_std",
+    "bytes_total",
+    "bytes_code",
+    "bytes_model",
+    "train_seconds",
+    "eval_seconds",
+    "steps",
+)
+SEED_TOTALS = ("bytes_total", "artifact_bytes", "artifact_size_bytes")
+
+
+class Written(float):
+    """A number with the digits it was written with: 1.06400 claims more than 1.064."""
+
+    digits: int | None = None
+
+    def __new__(cls, text: str) -> "Written":
+        number = super().__new__(cls, text)
+        fraction = text.partition(".")[2]
+        number.digits = len(fraction) if fraction.isdigit() else None
+        return number
+
+
+@dataclass(slots=True)
+class SeedClaim:
+    seed: int
+    val_bpb: float | None = None
+    val_loss: float | None = None
+    bytes_total: int | None = None
+    train_seconds: float | None = None
+    eval_seconds: float | None = None
+    steps: float | None = None
+
+
+@dataclass(slots=True)
+class Claim:
+    file: str
+    raw: dict
+    problems: list[str] = field(default_factory=list)  # wrong types and unreadable values
+    numbers: dict[str, float] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=list)
+    results: dict[int, SeedClaim] = field(default_factory=dict)
+
+    def number(self, name: str) -> float | None:
+        return self.numbers.get(name)
+
+    def text(self, name: str) -> str:
+        for alias in ALIASES.get(name, (name,)):
+            if isinstance(self.raw.get(alias), str):
+                return self.raw[alias]
+        return ""
+
+    @property
+    def track(self) -> str:
+        return re.sub(r"[-_ ]+", "_", self.text("track").strip().lower()).removeprefix("track_")
+
+    def bpbs(self) -> list[float]:
+        return [r.val_bpb for r in self.results.values() if r.val_bpb is not None]
+
+
+def parse_json(data: bytes) -> tuple[object, list[str]]:
+    """The value and everything that is wrong with its spelling; the value is None when it cannot be read at all."""
+    problems: list[str] = []
+    if data.startswith(b"\xef\xbb\xbf"):
+        problems.append("starts with a UTF-8 byte order mark")
+        data = data[3:]
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return None, [*problems, f"not UTF-8 at byte {error.start}"]
+    decoder = json.JSONDecoder(
+        parse_float=Written,
+        parse_constant=lambda name: problems.append(f"{name} is not JSON"),
+        object_pairs_hook=lambda pairs: _object(pairs, problems),
+    )
+    body = text.lstrip(" \t\r\n")
+    try:
+        value, end = decoder.raw_decode(body)
+    except (ValueError, RecursionError) as error:
+        return None, [*problems, f"does not parse: {error}"]
+    rest = body[end:].strip()
+    if rest:
+        problems.append(f"trailing data after the value: {rest[:40]!r}")
+    return value, problems
+
+
+def _object(pairs: list, problems: list[str]) -> dict:
+    names = [name for name, _ in pairs]
+    problems += (
+        [f"key {name!r} appears twice" for name in {n for n in names if names.count(n) > 1}]
+        if len(set(names)) < len(names)
+        else []
+    )
+    return dict(pairs)
+
+
+def as_number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        if not math.isfinite(value):
+            return None
+        return value if isinstance(value, Written) else float(value)
+    except OverflowError:
+        return None
+
+
+def as_seed(value: object) -> int | None:
+    if isinstance(value, str) and re.fullmatch(r"(?:seed[_ -]?)?\d{1,10}", value.strip()):
+        return int(re.sub(r"\D", "", value))
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def read_claim(file: str, raw: dict) -> Claim:
+    """Normalise one parsed object; problems are collected, never raised."""
+    claim = Claim(file, raw)
+    for name in NUMBERS:
+        _take_number(claim, name)
+    table = next(
+        (raw[k] for k in ("seed_results", "seeds", "per_seed", "seed_scores") if isinstance(raw.get(k), dict)), {}
+    )
+    for key, row in table.items():
+        _take_seed(claim, key, row)
+    _take_seed_list(claim)
+    _check_texts(claim)
+    return claim
+
+
+def _take_number(claim: Claim, name: str) -> None:
+    for alias in ALIASES[name]:
+        if alias not in claim.raw or claim.raw[alias] is None:
+            continue
+        value = claim.raw[alias]
+        number = as_number(value)
+        if number is None and isinstance(value, list) and value and all(as_number(v) is not None for v in value):
+            number = max(value)
+        if number is None:
+            claim.problems.append(f"{alias} should be a number, is {type(value).__name__} {value!r:.60}")
+        elif name.startswith("bytes") and (number != int(number) or number < 0):
+            claim.problems.append(f"{alias} should be a whole number of bytes, is {value!r:.60}")
+        else:
+            claim.numbers[name] = number
+            return
+
+
+def _take_seed(claim: Claim, key: object, row: object) -> None:
+    seed = as_seed(key)
+    if seed is None:
+        claim.problems.append(f"seed {key!r:.40} is not a number")
+        return
+    if as_number(row) is not None:
+        row = {"val_bpb": row}
+    if not isinstance(row, dict):
+        claim.problems.append(f"result of seed {seed} should be an object, is {type(row).__name__}")
+        return
+    found = SeedClaim(seed)
+    for name in ("val_bpb", "val_loss", "train_seconds", "eval_seconds", "steps"):
+        setattr(found, name, next((n for a in ALIASES[name] if (n := as_number(row.get(a))) is not None), None))
+    for name, aliases in MILLISECONDS.items():
+        scaled = next((n / 1000 for a in aliases if (n := as_number(row.get(a))) is not None), None)
+        setattr(found, name, getattr(found, name) if scaled is None else scaled)
+    total = next((n for a in SEED_TOTALS if (n := as_number(row.get(a))) is not None), None)
+    found.bytes_total = None if total is None else int(total)
+    if found.val_bpb is None:
+        claim.problems.append(f"seed {seed} has no val_bpb")
+    claim.results[seed] = found
+
+
+def _take_seed_list(claim: Claim) -> None:
+    listed = claim.raw.get("seeds", claim.raw.get("seed"))
+    listed = listed if isinstance(listed, list) else [listed] if as_seed(listed) is not None else []
+    claim.seeds = [s for s in map(as_seed, listed) if s is not None] or list(claim.results)
+    scores = claim.raw.get("seed_scores")
+    if isinstance(scores, list) and len(scores) == len(claim.seeds) and not claim.results:
+        for seed, score in zip(claim.seeds, scores):
+            _take_seed(claim, seed, score)
+
+
+def _check_texts(claim: Claim) -> None:
+    for name in ("name", "author", "date", "track", "blurb"):
+        if claim.raw.get(name) is not None and not isinstance(claim.raw[name], str):
+            claim.problems.append(f"{name} should be text, is {type(claim.raw[name]).__name__}")
+
+
+def tolerance(value: float) -> float:
+    """Half a unit of the last digit a claim was written with."""
+    digits = getattr(value, "digits", None)
+    if digits is None:
+        fraction = float.__repr__(float(value)).partition(".")[2]
+        digits = len(fraction) if fraction.isdigit() else 8
+    return 0.5 * 10.0**-digits + 1e-9

@@ -1,0 +1,320 @@
+"""Arguments and output of `python -m records`; exit code 0 fine, 1 a failed check, 2 a wrong request."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from records.check import check_folder, find_folders
+from records.compare import compare, load_side
+from records.files import clean
+from records.folder import Folder
+from records.ledger import COLUMNS, LEDGER, MODES, add_runs, leaderboard, read_ledger
+from records.new import Request, build
+from records.page import Raw, cell, page, section, table
+from records.report import write_report
+from records.runs import open_run
+from records.verify import COMMAND, verify
+
+MARKS = {"pass": "ok", "warn": "warn", "fail": "FAIL", "na": "-"}
+
+
+def say(text: str = "") -> None:
+    sys.stdout.write(text + "\n")
+
+
+def check(args: argparse.Namespace) -> int:
+    paths = [Path(p) for p in args.path]
+    folders = [found for p in paths for found in find_folders(existing(p))]
+    if not folders:
+        raise ValueError(f"no submission folder at or below {', '.join(map(str, paths))}")
+    reports = []
+    for path in folders:
+        report = check_folder(Folder(path, args.policy, Path(args.baseline) if args.baseline else None))
+        reports.append(report)
+        say(json.dumps(report, default=str) if args.json else text_of(report, args.all))
+    if args.html:
+        Path(args.html).write_text(html_of(reports), encoding="utf-8")
+    worst = [r["verdict"] for r in reports]
+    if not args.json and len(reports) > 1:
+        say(f"{len(reports)} folders: " + ", ".join(f"{worst.count(v)} {v}" for v in ("pass", "warn", "fail")))
+    return int("fail" in worst)
+
+
+def existing(path: Path) -> Path:
+    if not path.is_dir():
+        raise ValueError(f"{clean(path)}: no such folder")
+    return path
+
+
+def text_of(report: dict, everything: bool) -> str:
+    claim = report["claim"]
+    head = f"{report['verdict'].upper()}  {report['folder']}  ({report['track']}, {report['policy']} policy)"
+    rows = [
+        head,
+        f"      claims {claim['val_bpb']} BPB, {claim['bytes_total'] or '?'} bytes, seeds {claim['seeds'] or '?'}",
+    ]
+    for row in report["checks"]:
+        for e in row["evidence"]:
+            if everything or e["status"] in {"warn", "fail"}:
+                where = f"{e['file']}{':' + str(e['line']) if e['line'] else ''}: " if e["file"] else ""
+                rows.append(f"  {row['id']:4}{MARKS[e['status']]:5} {where}{e['note']}")
+    return "\n".join(rows)
+
+
+def html_of(reports: list[dict]) -> str:
+    overview = table(
+        ["folder", "track", "verdict", "val_bpb", "bytes", "seeds", "fail", "warn"],
+        [
+            [
+                Path(r["folder"]).name,
+                r["track"],
+                colour(r["verdict"]),
+                r["claim"]["val_bpb"],
+                r["claim"]["bytes_total"],
+                " ".join(map(str, r["claim"]["seeds"])),
+                count(r, "fail"),
+                count(r, "warn"),
+            ]
+            for r in reports
+        ],
+    )
+    parts = [section(f"{len(reports)} folders", overview)]
+    for r in reports:
+        rows = [
+            [c["id"], colour(e["status"]), where(e), e["note"], c["rule"]] for c in r["checks"] for e in c["evidence"]
+        ]
+        name = Path(r["folder"]).name
+        parts.append(
+            section(
+                name,
+                Raw(f"<p>{colour(r['verdict'])} · {cell(r['claim'].get('name', ''))}</p>"),
+                Raw(
+                    f"<details{' open' if r['verdict'] == 'fail' else ''}><summary>{len(rows)} findings</summary>"
+                    f"{table(['check', 'status', 'where', 'finding', 'rule'], rows)}</details>"
+                ),
+            )
+        )
+    return page("Records checked", "".join(parts))
+
+
+def count(report: dict, status: str) -> int:
+    return sum(c["status"] == status for c in report["checks"])
+
+
+def colour(status: str) -> Raw:
+    return Raw(f'<span class="{status}">{status}</span>')
+
+
+def where(e: dict) -> str:
+    return f"{e['file']}{':' + str(e['line']) if e['line'] else ''}"
+
+
+def verify_command(args: argparse.Namespace) -> int:
+    if not args.execute:
+        raise ValueError("verify runs the submission's code; say --execute to allow it")
+    folder, artifact, data = existing(Path(args.folder)), Path(args.artifact), existing(Path(args.data))
+    if not artifact.is_file():
+        raise ValueError(f"{artifact}: no such artifact")
+    outcome = verify(Folder(folder), artifact, data, args.command, args.timeout)
+    rows = [{"id": probe} | f.as_json() for probe, f in outcome.findings]
+    if args.json:
+        say(json.dumps({"folder": clean(folder, 1000), "checks": rows, "verdict": outcome.verdict}, default=str))
+    else:
+        say(f"{outcome.verdict.upper()}  {clean(folder, 1000)}")
+        for row in rows:
+            say(f"  {row['id']:6}{MARKS[row['status']]:5} {row['note']}")
+        if outcome.verdict == "fail" and outcome.output:
+            say("  last output:\n" + "\n".join(f"    {clean(line)}" for line in outcome.output.splitlines()[-8:]))
+    return int(outcome.verdict == "fail")
+
+
+def compare_command(args: argparse.Namespace) -> int:
+    found = compare(load_side(Path(args.baseline), args.mode), load_side(Path(args.new), args.mode))
+    if args.json:
+        say(json.dumps(found, default=str))
+        return 0
+    names = [clean(found["baseline"], 36), clean(found["new"], 36)]
+    say(f"{'':28}{names[0]:>38}{names[1]:>38}")
+    for name, a, b in found["rows"]:
+        say(f"{clean(name, 27):28}{shown(a):>38}{shown(b):>38}")
+    test = found["test"]
+    if test is None:
+        say(found["note"])
+        return 0
+    say(
+        f"\ngain {test['gain_bpb']:+.6f} BPB, Welch t {test['t']:.3f}, df {test['df']:.2f}, one-sided p {test['p']:.4f}"
+    )
+    enough = test["seeds_needed_practice"] or "none suffices"
+    say(f"  applied rule ({test['practice_rule']}): {verdict(test['practice'])}; seeds needed {enough}")
+    if "readme" in test:
+        enough = test["seeds_needed_readme"] or "none suffices"
+        say(f"  written rule ({test['readme_rule']} = {test['margin_bpb']:.6f} BPB): {verdict(test['readme'])};")
+        say(f"    gain {test['gain_nats']:+.6f} nats, p {test['p_margin']:.4f}; seeds needed {enough}")
+    return 0
+
+
+def verdict(passed: bool) -> str:
+    return "significant" if passed else "not significant"
+
+
+def shown(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.8f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:,.1f}"
+    return f"{value:,}" if isinstance(value, int) else clean(value, 36)
+
+
+def new_command(args: argparse.Namespace) -> int:
+    runs = [open_run(Path(p)) for p in args.from_]
+    request = Request(
+        args.name,
+        args.author,
+        args.github,
+        Path(args.script),
+        Path(args.out),
+        args.date,
+        args.blurb,
+        args.mode,
+        args.address,
+    )
+    say(str(build(runs, request)))
+    return 0
+
+
+def ledger_command(args: argparse.Namespace) -> int:
+    added = add_runs([open_run(Path(p)) for p in args.run], Path(args.file), args.note)
+    for row in added:
+        say(
+            f"{row['run']}: {row['status']}, {row['val_bpb']} BPB, {row['bytes']} bytes"
+            + (f", FLAG {row['flags']}" if row["flags"] != "-" else "")
+        )
+    rows = read_ledger(Path(args.file))
+    if not args.run:
+        flagged = [r for r in rows if r["flags"] != "-"]
+        say(f"{len(rows)} runs, {len(flagged)} flagged")
+        for row in flagged:
+            say(f"  {row['run']}: {row['flags']}")
+    elif len(added) < len(args.run):
+        say(f"{len(args.run) - len(added)} already there, unchanged")
+    return 0
+
+
+def list_command(args: argparse.Namespace) -> int:
+    rows = leaderboard(read_ledger(Path(args.file)), args.mode, args.where, args.limit)
+    if args.json:
+        for row in rows:
+            say(json.dumps(row))
+        return 0
+    columns = ("date", "run", args.mode, "bytes", "seconds", "tokens", "device", "status", "flags")
+    wide = {c: min(30, max([len(c), *(len(r[c]) for r in rows)])) for c in columns}
+    say("  ".join(c.ljust(wide[c]) for c in columns))
+    for row in rows:
+        say("  ".join(clean(row[c], wide[c]).ljust(wide[c]) for c in columns))
+    return 0
+
+
+def report_command(args: argparse.Namespace) -> int:
+    run = open_run(Path(args.run))
+    for path in write_report(run, Path(args.out) if args.out else run.path, args.price):
+        say(str(path))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m records", description="Check, verify, compare, write and list records."
+    )
+    commands = top.add_subparsers(dest="command_name", required=True)
+
+    def add(name: str, run: Callable, help_: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help_, description=help_)
+        sub.set_defaults(run_command=run)
+        return sub
+
+    p = add("check", check, "Check submission folders, anybody's, without running anything in them.")
+    p.add_argument("path", nargs="+", help="a submission folder, or a folder that holds some")
+    p.add_argument(
+        "--policy",
+        choices=("readme", "practice"),
+        default="practice",
+        help="the written rules, or the rules as applied (default)",
+    )
+    p.add_argument(
+        "--baseline", default="", help="record to test significance against (default: the best earlier one beside it)"
+    )
+    p.add_argument("--json", action="store_true", help="one object a folder and line")
+    p.add_argument("--html", default="", metavar="FILE", help="write a page as well")
+    p.add_argument("--all", action="store_true", help="show what passed, too")
+
+    p = add(
+        "verify", verify_command, "Run a submission's own evaluation without network and compare it with the claim."
+    )
+    p.add_argument("folder")
+    p.add_argument("--artifact", required=True, help="the shipped model")
+    p.add_argument("--data", required=True, help="folder with tokenizer and validation shards")
+    p.add_argument("--execute", action="store_true", help="allow the submission's code to run")
+    p.add_argument("--command", default=COMMAND, help=f"how to evaluate (default: {COMMAND})")
+    p.add_argument("--timeout", type=float, default=3600.0, help="seconds")
+    p.add_argument("--json", action="store_true")
+
+    p = add(
+        "compare",
+        compare_command,
+        "Compare two records or two runs: one-sided Welch test, both rules, all facts side by side.",
+    )
+    p.add_argument("baseline")
+    p.add_argument("new")
+    p.add_argument("--mode", default="", help="evaluation mode of runs (default: the headline)")
+    p.add_argument("--json", action="store_true")
+
+    p = add("new", new_command, "Write a record folder from finished runs.")
+    p.add_argument("--from", dest="from_", nargs="+", required=True, metavar="RUN")
+    p.add_argument("--script", default="train_gpt.py", help="the packed script (build_submission.py writes it)")
+    p.add_argument("--name", required=True)
+    p.add_argument("--author", required=True)
+    p.add_argument("--github", default="")
+    p.add_argument("--blurb", default="")
+    p.add_argument("--date", default="", help="YYYY-MM-DD (default: today)")
+    p.add_argument(
+        "--mode", default="", help="evaluation mode that is claimed (default: the one of val_bpb in result.json)"
+    )
+    p.add_argument("--address", default="", help="where the artifacts lie, instead of copying them")
+    p.add_argument("--out", default=str(LEDGER.parent), help="parent folder (default: records/)")
+
+    p = add("ledger", ledger_command, "Append runs to the ledger, good or bad; without a run, show what is flagged.")
+    p.add_argument("run", nargs="*")
+    p.add_argument("--file", default=str(LEDGER))
+    p.add_argument("--note", default="")
+
+    p = add("list", list_command, "The leaderboard over the ledger.")
+    p.add_argument("--file", default=str(LEDGER))
+    p.add_argument("--mode", choices=("val_bpb", *MODES), default="val_bpb", help="score to sort by")
+    p.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="COLUMN=TEXT",
+        help=f"filter; also < and >; columns {', '.join(COLUMNS)}",
+    )
+    p.add_argument("--limit", type=int, default=0)
+    p.add_argument("--json", action="store_true")
+
+    p = add("report", report_command, "Write report.md and report.html of a run.")
+    p.add_argument("run")
+    p.add_argument("-o", "--out", default="", help="folder (default: the run's own)")
+    p.add_argument("--price", type=float, default=None, help="price of the machine per hour")
+    return top
+
+
+def main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    try:
+        return args.run_command(args)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"records {args.command_name}: {clean(error, 1000)}\n")
+        return 2
+    except BrokenPipeError:
+        return 0

@@ -1,0 +1,143 @@
+"""Two records or two runs side by side: significance under both rules, and what else differs."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from records.facts import MARGIN_NATS, P_PRACTICE, P_README, bytes_per_token
+from records.folder import Folder
+from records.rules_size import final_total
+from records.rules_time import step_seconds
+from records.runs import Run, open_run
+from records.stats import deviation, mean, seeds_needed, significance
+
+
+@dataclass
+class Side:
+    """What one side of a comparison knows; scores per seed, facts by name."""
+
+    name: str
+    bpb: list[float]
+    nats: list[float]
+    facts: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float | None:
+        """Bytes a token of this side's tokenizer, from its own scores."""
+        return bytes_per_token(mean(self.nats), mean(self.bpb)) if self.nats and self.bpb else None
+
+
+def is_run(path: Path) -> bool:
+    return (path / "metrics.jsonl").exists() or (path / "result.json").exists()
+
+
+def load_side(path: Path, mode: str = "") -> Side:
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder")
+    return run_side(open_run(path), mode) if is_run(path) else record_side(Folder(path))
+
+
+def record_side(folder: Folder) -> Side:
+    bpb, nats = folder.scores()
+    logs = folder.proven_logs
+    totals = [t.count for log in logs if (t := final_total(log))]
+    seconds = [log.stop[0] / 1000 for log in logs if log.stop]
+    facts: dict[str, object] = {
+        "kind": "record",
+        "seeds": len(bpb),
+        "bytes (largest)": max(totals, default=folder.claim.number("bytes_total") if folder.claim else None),
+        "training seconds": mean(seconds) if seconds else None,
+        "steps": mean([float(log.stop[1]) for log in logs if log.stop]) if seconds else None,
+        "milliseconds a step": mean([1000 * step_seconds(log) for log in logs]) if logs else None,
+        "evaluation seconds": next((p.metric.seconds for p in folder.proofs if p.metric and p.metric.seconds), None),
+    }
+    early = [(log.steps.first, log.steps.last) for log in logs if log.steps.count]
+    if early:
+        facts["first logged loss"], facts["last logged loss"] = (mean([e[i] for e in early]) for i in (0, 1))
+    return Side(folder.path.resolve().name, bpb, nats, facts)
+
+
+def run_side(run: Run, mode: str = "") -> Side:
+    metrics, modes = run.metrics, run.modes()
+    if mode and mode not in modes:
+        raise ValueError(f"{run.path}: no evaluation mode {mode!r}; it has {', '.join(modes) or 'none'}")
+    headline = modes[mode] if mode else run.result.get("val_bpb")
+    event = next((e for e in metrics.evals.values() if e.get("bpb") == headline), {})
+    nats = [event["nats"] / event["tokens"]] if event.get("nats") and event.get("tokens") else []
+    facts: dict[str, object] = {
+        "kind": "run",
+        "status": run.status,
+        "seeds": 1,
+        "bytes (largest)": run.artifact[1] or None,
+        "training seconds": run.result.get("train_seconds", metrics.phases.get("train")),
+        "steps": metrics.last_step or None,
+        "tokens": metrics.tokens or run.result.get("tokens"),
+        "tokens a second": run.result.get("tokens_per_second"),
+        "first logged loss": metrics.first_loss,
+        "last logged loss": metrics.curves["loss"].last,
+        "last validation BPB": metrics.val_bpb.last,
+        "alerts": metrics.counts.get("alert", 0),
+        "spikes": metrics.counts.get("spike", 0),
+        **{f"BPB {m}": v for m, v in modes.items()},
+        **{
+            f"{name} (last)": curve.last
+            for name, curve in sorted(metrics.stats.items())
+            if any(w in name for w in ("gate", "lambda", "slot", "zero"))
+        },
+    }
+    return Side(run.name, [headline] if headline else [], nats, facts)
+
+
+def compare(a: Side, b: Side) -> dict:
+    """b against the baseline a: the test, the rules, and a table of everything both know."""
+    out: dict[str, object] = {"baseline": a.name, "new": b.name, "rows": rows(a, b)}
+    if min(len(a.bpb), len(b.bpb)) < 2:
+        out["test"] = None
+        out["note"] = f"no test: {len(a.bpb)} and {len(b.bpb)} scores; a Welch test needs two on each side"
+        return out
+    found = significance(a.bpb, b.bpb, a.nats, b.nats)
+    same_tokens = a.ratio is not None and b.ratio is not None and abs(a.ratio / b.ratio - 1) < 1e-3
+    sd_a, sd_b = deviation(a.bpb), deviation(b.bpb)
+    margin_bpb = MARGIN_NATS / (math.log(2) * b.ratio) if b.ratio else None
+    out["test"] = {
+        "gain_bpb": found.bpb.gain,
+        "t": found.bpb.t,
+        "df": found.bpb.df,
+        "p": found.bpb.p,
+        "practice": found.practice,
+        "practice_rule": f"p < {P_PRACTICE} on BPB",
+        "seeds_needed_practice": seeds_needed(found.bpb.gain, sd_a, len(a.bpb), sd_b, 0.0, P_PRACTICE),
+    }
+    if margin_bpb is not None:
+        # 0.005 nats a token is another BPB for every tokenizer; nats of two tokenizers cannot be subtracted
+        in_bpb = significance_margin(a.bpb, b.bpb, margin_bpb)
+        nats = found.nats if same_tokens else None
+        out["test"] |= {
+            "margin_bpb": margin_bpb,
+            "gain_nats": nats.gain if nats else found.bpb.gain * math.log(2) * b.ratio,
+            "p_margin": nats.p if nats else in_bpb,
+            "readme": (nats.p if nats else in_bpb) < P_README,
+            "readme_rule": f"{MARGIN_NATS} nats a token at p < {P_README}"
+            + ("" if same_tokens else ", converted by the new record's tokenizer"),
+            "seeds_needed_readme": seeds_needed(found.bpb.gain, sd_a, len(a.bpb), sd_b, margin_bpb, P_README),
+        }
+    return out
+
+
+def significance_margin(a: list[float], b: list[float], margin: float) -> float:
+    from_margin = [x - margin for x in a]
+    return significance(from_margin, b, [], []).bpb.p
+
+
+def rows(a: Side, b: Side) -> list[list]:
+    def score(side: Side, values: list[float]) -> tuple:
+        return (mean(values) if values else None, deviation(values) if len(values) > 1 else None)
+
+    table = [
+        ["BPB", score(a, a.bpb)[0], score(b, b.bpb)[0]],
+        ["BPB deviation", score(a, a.bpb)[1], score(b, b.bpb)[1]],
+        ["nats a token", score(a, a.nats)[0], score(b, b.nats)[0]],
+        ["bytes a token", a.ratio, b.ratio],
+    ]
+    table += [[name, a.facts.get(name), b.facts.get(name)] for name in dict.fromkeys([*a.facts, *b.facts])]
+    return [row for row in table if row[1] is not None or row[2] is not None]

@@ -1,0 +1,58 @@
+"""The numbers of the competition that checks compare against, each with where it comes from."""
+
+import math
+
+CAP_BYTES = 16_000_000  # README: code bytes plus compressed model bytes, decimal
+TRAIN_SECONDS = 600.0
+EVAL_SECONDS = 600.0
+WORLD_SIZE = 8
+VAL_DOCS = 50_000
+MARGIN_NATS = 0.005  # README: beat the record by this much
+P_README = 0.01
+P_PRACTICE = 0.25  # issue 1902: chronological progression cutoff
+IMPLIED_BYTES = (151_020_000, 151_090_000)  # bytes of the validation text under every honest tokenizer
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
+
+# bytes per scored token of every validation stream that accepted records used: name -> (value, tokens)
+FINGERPRINTS = {
+    "sp1024": (2.435930, 62_021_632),
+    "sp1024 stride 64": (2.435924, 62_021_632),
+    "sp1024 sliding, early": (2.435927, 62_021_632),
+    "sp1024 sliding, early 2": (2.435933, 62_021_632),
+    "sp1024 old export": (2.442304, 63_779_840),
+    "sp1024 seq 16384": (2.435942, 62_013_440),
+    "sp1024 seq 32768": (2.435988, 61_997_056),
+    "sp4096": (3.319681, 45_508_608),
+    "sp4096 other export": (3.319252, 45_514_752),
+    "sp8192": (3.726631, 40_540_160),
+    "sp8192 1412": (3.726588, 40_540_160),
+    "sp8192 varlen": (3.726751, 40_540_160),
+    "caseops": (3.157152, 47_851_520),
+    "caseops diagnostic": (3.157357, 47_851_520),
+    "byte260": (0.999669, 151_130_112),
+    "byte": (1.000000, 151_076_864),
+}
+VAL_TOKENS = frozenset(tokens for _, tokens in FINGERPRINTS.values())
+WRONG_VAL_TOKENS = {
+    9_662_464: "the first 10,000 documents only (PR 1854, 2039)",
+    36_562_944: "another partition (PR 2109)",
+}
+LEAKY_SHARDS = {1499: "issue 2127", 1502: "issue 2127"}
+
+TOKENIZERS = {
+    "4f5e8adb109c66b4886963bc75a7befd73bda36d27fd7102df8e9e66503b0e2a": "sp1024",
+    "5697ec9cf5a1f193b509a6f8739be415c618d7e4e0c531fd2d884f12c1c482fc": "sp8192",
+    "4e979c92754cc9d7bdebd9dfe5edf3fc0b41b38714b394e4297fa851e3afd516": "sp8192 of the ternary records",
+    "97754754561f20def5edd99765ca0668f880bd94e67316d54aa10ab25f45cc4d": "caseops 8192",
+}
+
+
+def bytes_per_token(loss: float, bpb: float) -> float:
+    """The fingerprint: nats a token over nats a byte."""
+    return loss / (math.log(2) * bpb)
+
+
+def nearest_fingerprint(ratio: float) -> tuple[str, float]:
+    """Name and relative distance of the closest known validation stream."""
+    name = min(FINGERPRINTS, key=lambda k: abs(FINGERPRINTS[k][0] - ratio))
+    return name, ratio / FINGERPRINTS[name][0] - 1

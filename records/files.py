@@ -1,0 +1,85 @@
+"""Look at a stranger's folder without trusting it: no link followed, no device opened, no size believed."""
+
+import os
+import stat
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+MAX_ENTRIES = 5_000
+MAX_DEPTH = 6
+SKIP = {".git", "__pycache__", ".venv", "node_modules"}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    name: str  # relative, with forward slashes
+    path: Path
+    size: int
+    kind: str  # file, link, other
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.name).suffix.lower()
+
+
+def clean(text: object, limit: int = 200) -> str:
+    """Text that cannot steer a terminal or flood it: control and format characters become visible escapes."""
+    shown = "".join(_visible(c) for c in str(text)[: limit + 1])
+    return shown[: limit - 1] + "…" if len(shown) > limit else shown
+
+
+def _visible(c: str) -> str:
+    return c if unicodedata.category(c) not in {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"} else repr(c)[1:-1]
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISLNK(mode):
+        return "link"
+    return "file" if stat.S_ISREG(mode) else "other"
+
+
+def walk(folder: Path) -> list[Entry]:
+    """Every entry below `folder`, sorted; links are listed and never entered."""
+    found: list[Entry] = []
+    stack = [(folder, 0)]
+    while stack and len(found) < MAX_ENTRIES:
+        here, depth = stack.pop()
+        with os.scandir(here) as items:
+            for item in items:
+                info = item.stat(follow_symlinks=False)
+                if stat.S_ISDIR(info.st_mode):
+                    if depth < MAX_DEPTH and item.name not in SKIP:
+                        stack.append((Path(item.path), depth + 1))
+                    continue
+                name = Path(item.path).relative_to(folder).as_posix()
+                found.append(Entry(name, Path(item.path), info.st_size, _kind(info.st_mode)))
+                if len(found) >= MAX_ENTRIES:
+                    break
+    return sorted(found, key=lambda e: e.name)
+
+
+def open_regular(path: Path):
+    """A binary stream of a regular file; raises OSError for links, pipes and devices instead of waiting on them."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(f"{clean(path)}: not a regular file")
+    return os.fdopen(fd, "rb")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """At most `limit` bytes of a regular file."""
+    with open_regular(path) as stream:
+        return stream.read(limit)
+
+
+def read_text(path: Path, limit: int) -> str:
+    return read_bytes(path, limit).decode("utf-8", errors="replace")
+
+
+def inside(folder: Path, name: str) -> bool:
+    """Whether a file name that a record mentions stays in the record's folder."""
+    if "\0" in name or name.startswith(("/", "\\", "~")) or (len(name) > 1 and name[1] == ":"):
+        return False
+    return ".." not in name.replace("\\", "/").split("/")

@@ -1,0 +1,181 @@
+"""Plots as inline SVG: no script, no font file, readable at phone width, colours from the page."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+
+WIDTH, HEIGHT = 480, 260
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 40
+COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)", "var(--e)", "var(--f)")
+
+
+def number(x: float) -> str:
+    """A tick label: short, no superfluous digits."""
+    if x == 0:
+        return "0"
+    if abs(x) >= 1e6:
+        return f"{x / 1e6:.4g}M"
+    if abs(x) >= 1e4:
+        return f"{x / 1e3:.4g}k"
+    return f"{x:.1e}" if abs(x) < 1e-3 else f"{x:.4g}"
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round positions inside a range."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / count
+    unit = 10 ** math.floor(math.log10(raw))
+    step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+class Axes:
+    """Maps data to the drawing area; `log` makes the vertical axis logarithmic."""
+
+    def __init__(self, x: tuple[float, float], y: tuple[float, float], log: bool = False):
+        self.log = log and y[0] > 0
+        low, high = (math.log10(v) for v in y) if self.log else y
+        pad = (high - low) * 0.04 or max(abs(high), 1e-9) * 0.05
+        self.x, self.y = (x[0], x[1] if x[1] > x[0] else x[0] + 1), (low - pad, high + pad)
+
+    def px(self, x: float | np.ndarray) -> float | np.ndarray:
+        return LEFT + (x - self.x[0]) / (self.x[1] - self.x[0]) * (WIDTH - LEFT - RIGHT)
+
+    def py(self, y: float | np.ndarray) -> float | np.ndarray:
+        y = np.log10(np.maximum(y, 1e-300)) if self.log else y
+        return TOP + (self.y[1] - y) / (self.y[1] - self.y[0]) * (HEIGHT - TOP - BOTTOM)
+
+    def y_ticks(self) -> list[float]:
+        if not self.log:
+            return ticks(*self.y)
+        low, high = self.y
+        whole = [10.0**e for e in range(math.ceil(low), math.floor(high) + 1)]
+        return whole if len(whole) > 1 else [10**v for v in np.linspace(low, high, 4)[1:-1]]
+
+    def frame(self, x_label: str, y_label: str) -> str:
+        x_at, bottom = (LEFT + WIDTH) / 2, HEIGHT - BOTTOM + 15
+        parts = [label(self.px(v), bottom, number(v), "middle") for v in ticks(*self.x)]
+        for v in self.y_ticks():
+            y = self.py(v)
+            parts.append(f'<line class="g" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            parts.append(label(LEFT - 5, y + 4, number(v), "end"))
+        return "".join([*parts, label(x_at, HEIGHT - 6, x_label, "middle"), label(4, 10, y_label)])
+
+
+def label(x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text class="t" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def svg(body: str, title: str, height: int = HEIGHT) -> str:
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title, quote=True)}">'
+        f"<title>{escape(title)}</title>{body}</svg>"
+    )
+
+
+def points(axes: Axes, x: np.ndarray, y: np.ndarray) -> str:
+    return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(axes.px(x), axes.py(y)))
+
+
+Series = tuple[str, Sequence[float], Sequence[float]]
+
+
+def lines(
+    title: str,
+    series: list[Series],
+    x_label: str,
+    y_label: str,
+    *,
+    band: tuple | None = None,
+    log: bool = False,
+    marks: Sequence[tuple[float, float]] = (),
+    dots: frozenset = frozenset(),
+) -> str:
+    """A line chart; `band` is (x, low, high) behind the lines, `marks` are red points, `dots` names dotted series."""
+    kept = []
+    for name, x, y in series:
+        x, y = np.asarray(x, float), np.asarray(y, float)
+        good = np.isfinite(x) & np.isfinite(y) & ((y > 0) | (not log))
+        if good.any():
+            kept.append((name, x[good], y[good]))
+    if not kept:
+        return ""
+    xs, ys = np.concatenate([k[1] for k in kept]), np.concatenate([k[2] for k in kept])
+    axes = Axes((xs.min(), xs.max()), (ys.min(), ys.max()), log)
+    body = [axes.frame(x_label, y_label)]
+    if band is not None:
+        bx, low, high = (np.asarray(v, float) for v in band)
+        low, high = np.clip(low, ys.min(), ys.max()), np.clip(high, ys.min(), ys.max())
+        body.append(f'<polygon class="band" points="{points(axes, bx, high)} {points(axes, bx[::-1], low[::-1])}"/>')
+    for i, (name, x, y) in enumerate(kept):
+        colour = COLOURS[i % len(COLOURS)]
+        body.append(f'<polyline class="l" style="stroke:{colour}" points="{points(axes, x, y)}"/>')
+        if name in dots or len(x) == 1:
+            body += [
+                f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" style="fill:{colour}"/>'
+                for a, b in zip(axes.px(x), axes.py(y))
+            ]
+    body += [
+        f'<circle class="mark" cx="{axes.px(a):.1f}" cy="{axes.py(b):.1f}" r="4"/>'
+        for a, b in marks
+        if math.isfinite(a) and math.isfinite(b) and xs.min() <= a <= xs.max()
+    ]
+    body.append(legend([k[0] for k in kept]))
+    return svg("".join(body), title)
+
+
+def legend(names: list[str]) -> str:
+    if len(names) < 2:
+        return ""
+    wide = max(map(len, names)) * 6.5 + 22
+    left = WIDTH - RIGHT - wide
+    return "".join(
+        f'<rect x="{left:.0f}" y="{TOP + 4 + 16 * i}" width="10" height="10" style="fill:{COLOURS[i % len(COLOURS)]}"/>'
+        f'<text class="t" x="{left + 15:.0f}" y="{TOP + 13 + 16 * i}">{escape(n)}</text>'
+        for i, n in enumerate(names)
+    )
+
+
+def bars(title: str, rows: list[tuple[str, float]], unit: str, *, zero: bool = True) -> str:
+    """Horizontal bars with their values; without `zero` the axis starts near the smallest value."""
+    rows = [(name, value) for name, value in rows if math.isfinite(value)]
+    if not rows:
+        return ""
+    height = 24 * len(rows) + 8
+    high = max(v for _, v in rows) or 1.0
+    low = 0.0 if zero else min(v for _, v in rows) - 0.25 * (high - min(v for _, v in rows) or high * 0.1)
+    body = []
+    for i, (name, value) in enumerate(rows):
+        y, wide = 4 + 24 * i, max(1.0, (value - low) / ((high - low) or 1) * (WIDTH - 240))
+        body.append(f'<rect x="130" y="{y + 2}" width="{wide:.1f}" height="16" style="fill:var(--a)"/>')
+        body.append(label(124, y + 14, name[:20], "end"))
+        body.append(label(134 + wide, y + 14, f"{value:,.4f}".rstrip("0").rstrip(".") + f" {unit}"))
+    return svg("".join(body), title, height)
+
+
+def spark(x: np.ndarray, y: np.ndarray) -> str:
+    """A word-sized line."""
+    if len(y) < 2:
+        return ""
+    low, high = float(np.min(y)), float(np.max(y))
+    span, width = (high - low) or 1.0, (float(x[-1] - x[0]) or 1.0)
+    body = " ".join(f"{2 + (a - x[0]) / width * 96:.1f},{22 - (b - low) / span * 20:.1f}" for a, b in zip(x, y))
+    line = f'<polyline class="l" style="stroke:var(--a)" points="{body}"/>'
+    return f'<svg class="spark" viewBox="0 0 100 24" aria-hidden="true">{line}</svg>'
+
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def text_spark(y: Sequence[float], width: int = 40) -> str:
+    """The same for Markdown."""
+    y = np.asarray([v for v in y if math.isfinite(v)], float)
+    if len(y) < 2:
+        return ""
+    y = y[np.linspace(0, len(y) - 1, min(width, len(y))).astype(int)]
+    span = float(y.max() - y.min()) or 1.0
+    return "".join(BLOCKS[int((v - y.min()) / span * 7.999)] for v in y)

@@ -1,0 +1,327 @@
+"""Read a run folder of ours: config.json, result.json, and a metrics.jsonl of any length in bounded memory."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from records.claim import as_number, parse_json
+from records.files import open_regular, read_bytes
+from records.folder import sha256_file
+
+CHUNK = 4 << 20  # bytes of metrics parsed at a time
+MAX_NAMES = 1_000  # distinct statistics
+MAX_EVENTS = 500  # kept of each rare kind; all are counted
+LINE_LIMIT = 8 << 20
+
+
+class Curve:
+    """A series of any length in a fixed number of buckets: each keeps last x, mean, minimum and maximum."""
+
+    def __init__(self, capacity: int = 1024):
+        self.stride, self.count, self.bad = 1, 0, 0
+        self.x, self.total, self.n = np.zeros(capacity), np.zeros(capacity), np.zeros(capacity)
+        self.low, self.high = np.full(capacity, np.inf), np.full(capacity, -np.inf)
+
+    def extend(self, x: np.ndarray, y: np.ndarray) -> None:
+        good = np.isfinite(x) & np.isfinite(y)
+        self.bad += int((~good & ~np.isnan(x)).sum())
+        x, y = x[good], y[good]
+        while self.count + len(y) > len(self.x) * self.stride:
+            self._halve()
+        at = (self.count + np.arange(len(y))) // self.stride
+        np.add.at(self.total, at, y)
+        np.add.at(self.n, at, 1)
+        np.minimum.at(self.low, at, y)
+        np.maximum.at(self.high, at, y)
+        self.x[at] = x
+        self.count += len(y)
+
+    def _halve(self) -> None:
+        half = len(self.x) // 2
+        rest = len(self.x) - half
+        self.x = np.concatenate([np.where(self.n[1::2] > 0, self.x[1::2], self.x[::2]), np.zeros(rest)])
+        self.total = np.concatenate([self.total[::2] + self.total[1::2], np.zeros(rest)])
+        self.n = np.concatenate([self.n[::2] + self.n[1::2], np.zeros(rest)])
+        self.low = np.concatenate([np.minimum(self.low[::2], self.low[1::2]), np.full(rest, np.inf)])
+        self.high = np.concatenate([np.maximum(self.high[::2], self.high[1::2]), np.full(rest, -np.inf)])
+        self.stride *= 2
+
+    def rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """x, mean, low, high of the used buckets."""
+        used = self.n > 0
+        return self.x[used], self.total[used] / self.n[used], self.low[used], self.high[used]
+
+    @property
+    def last(self) -> float:
+        _, mean, _, _ = self.rows()
+        return float(mean[-1]) if len(mean) else math.nan
+
+
+class Percentiles:
+    """Quantiles of positive numbers from a logarithmic histogram, within 3 %."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(800, np.int64)
+
+    def extend(self, y: np.ndarray) -> None:
+        y = y[np.isfinite(y) & (y > 0)]
+        at = np.clip((np.log10(y) + 10) * 40, 0, 799).astype(int)
+        self.counts += np.bincount(at, minlength=800)
+
+    def at(self, share: float) -> float:
+        if not self.counts.sum():
+            return math.nan
+        i = int(np.searchsorted(np.cumsum(self.counts), share * self.counts.sum(), side="left"))
+        return float(10 ** ((i + 0.5) / 40 - 10))
+
+
+STEP_FIELDS = ("loss", "lr", "grad_norm", "tokens_per_second", "seconds", "memory")
+
+
+@dataclass
+class Metrics:
+    """Everything a report shows, folded from the event stream."""
+
+    curves: dict[str, Curve] = field(default_factory=lambda: {name: Curve() for name in STEP_FIELDS})
+    aux: dict[str, Curve] = field(default_factory=dict)
+    grad: Percentiles = field(default_factory=Percentiles)
+    stats: dict[str, Curve] = field(default_factory=dict)
+    val_loss: Curve = field(default_factory=Curve)
+    val_bpb: Curve = field(default_factory=Curve)
+    val_partial: bool = False
+    phases: dict[str, float] = field(default_factory=dict)
+    evals: dict[str, dict] = field(default_factory=dict)
+    artifact: dict = field(default_factory=dict)
+    run: dict = field(default_factory=dict)
+    events: dict[str, list[dict]] = field(default_factory=dict)  # alert, spike, sample, checkpoint
+    counts: dict[str, int] = field(default_factory=dict)
+    milestones: dict[float, tuple[int, float]] = field(default_factory=dict)
+    smooth: float = math.nan
+    first_loss: float = math.nan
+    last_step: int = 0
+    tokens: float = 0.0
+    damaged: int = 0
+    status: str = ""
+
+    def steps(self, events: list[dict]) -> None:
+        column = {name: numbers(events, name) for name in (*STEP_FIELDS, "step")}
+        x = column["step"]
+        for name in STEP_FIELDS:
+            if not np.isnan(column[name]).all():
+                self.curves[name].extend(x, column[name])
+        self.grad.extend(column["grad_norm"])
+        for name in {k for e in (events[0], events[-1]) for k in e if k.startswith("aux.")}:
+            if name in self.aux or len(self.aux) < MAX_NAMES:
+                self.aux.setdefault(name, Curve(512)).extend(x, numbers(events, name))
+        if math.isnan(self.first_loss):
+            self.first_loss = float(column["loss"][0])
+        self.last_step = int(as_number(events[-1].get("step")) or self.last_step)
+        self.tokens = max(self.tokens, float(np.nanmax(numbers(events, "tokens"), initial=0.0)))
+        self._milestones(column)
+
+    def _milestones(self, column: dict) -> None:
+        """First step at which a smoothed loss passes each half nat."""
+        for step, loss, seconds in zip(column["step"], column["loss"], column["seconds"]):
+            if math.isfinite(loss):
+                self.smooth = loss if math.isnan(self.smooth) else 0.98 * self.smooth + 0.02 * loss
+                mark = math.ceil(self.smooth * 4) / 4
+                if mark not in self.milestones and len(self.milestones) < 200 and math.isfinite(step):
+                    self.milestones[mark] = (int(step), float(seconds))
+
+    def other(self, event: dict) -> None:
+        kind = event.get("kind")
+        kind = kind if isinstance(kind, str) else "?"
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        rule = getattr(self, f"on_{kind}", None)
+        if rule is not None:
+            rule(event)
+        elif kind in {"alert", "spike", "sample", "checkpoint"}:
+            kept = self.events.setdefault(kind, [])
+            if len(kept) >= MAX_EVENTS:
+                del kept[MAX_EVENTS // 2]  # the first and the latest stay
+            kept.append(event)
+
+    def on_val(self, event: dict) -> None:
+        x = np.array([as_number(event.get("step")) or 0.0])
+        for curve, name in ((self.val_loss, "val_loss"), (self.val_bpb, "val_bpb")):
+            curve.extend(x, numbers([event], name))
+        self.val_partial |= bool(event.get("partial"))
+
+    def on_stats(self, event: dict) -> None:
+        table = event.get("stats")
+        x = np.array([as_number(event.get("step")) or 0.0])
+        for name, value in table.items() if isinstance(table, dict) else ():
+            if as_number(value) is not None and (name in self.stats or len(self.stats) < MAX_NAMES):
+                self.stats.setdefault(name, Curve(128)).extend(x, np.array([float(value)]))
+
+    def on_phase(self, event: dict) -> None:
+        name, seconds = event.get("name"), as_number(event.get("seconds"))
+        if isinstance(name, str) and seconds is not None and (name in self.phases or len(self.phases) < 50):
+            self.phases[name] = self.phases.get(name, 0.0) + seconds
+
+    def on_eval(self, event: dict) -> None:
+        if len(self.evals) < 50:
+            self.evals[str(event.get("mode", "?"))] = event
+
+    def on_artifact(self, event: dict) -> None:
+        self.artifact = event
+
+    def on_run(self, event: dict) -> None:
+        self.run = event
+
+    def on_end(self, event: dict) -> None:
+        self.status = str(event.get("status", ""))
+
+
+def numbers(events: list[dict], name: str) -> np.ndarray:
+    """One field as floats; what is absent or no number becomes NaN."""
+    values = [e.get(name) for e in events]
+    try:
+        return np.array(values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return np.array([math.nan if (n := as_number(v)) is None else n for v in values], dtype=np.float64)
+
+
+def event_chunks(path: Path, metrics: Metrics) -> Iterator[list[dict]]:
+    """Lists of events; a damaged line is counted and skipped."""
+    with open_regular(path) as stream:
+        while lines := stream.readlines(CHUNK):
+            if any(len(line) > LINE_LIMIT for line in lines):
+                metrics.damaged += sum(len(line) > LINE_LIMIT for line in lines)
+                lines = [line for line in lines if len(line) <= LINE_LIMIT]
+            try:
+                events = json.loads(b"[" + b",".join(lines) + b"]")
+            except (ValueError, RecursionError):
+                events = [e for line in lines if (e := one_event(line, metrics)) is not None]
+            yield [e for e in events if isinstance(e, dict)]
+
+
+def one_event(line: bytes, metrics: Metrics) -> object:
+    if not line.strip():
+        return None
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        metrics.damaged += 1
+        return None
+
+
+def read_metrics(path: Path) -> Metrics:
+    metrics = Metrics()
+    for events in event_chunks(path, metrics):
+        steps = []
+        for event in events:
+            if event.get("kind") == "step":
+                steps.append(event)
+            else:
+                metrics.other(event)
+        if steps:
+            metrics.steps(steps)
+    return metrics
+
+
+@dataclass
+class Run:
+    """One run folder; absent parts are empty, broken ones raise ValueError with the file's name."""
+
+    path: Path
+
+    def _json(self, name: str) -> dict:
+        if not (self.path / name).exists():
+            return {}
+        value, problems = parse_json(read_bytes(self.path / name, 16 << 20))
+        if not isinstance(value, dict):
+            raise ValueError(f"{self.path / name}: {'; '.join(problems) or 'should hold an object'}")
+        return value
+
+    @cached_property
+    def result(self) -> dict:
+        return self._json("result.json")
+
+    @cached_property
+    def config_file(self) -> dict:
+        return self._json("config.json")
+
+    @property
+    def config(self) -> dict:
+        """Resolved fields, whether the file nests them or not."""
+        nested = next(
+            (
+                self.config_file[k]
+                for k in ("config", "values", "resolved", "fields")
+                if isinstance(self.config_file.get(k), dict)
+            ),
+            None,
+        )
+        return nested or {k: v for k, v in self.config_file.items() if k not in {"origins", "hash"}}
+
+    @property
+    def origins(self) -> dict:
+        found = self.config_file.get("origins")
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        path = self.path / "metrics.jsonl"
+        return read_metrics(path) if path.exists() else Metrics()
+
+    @cached_property
+    def certificate(self) -> dict:
+        return self._json("certificate.json")
+
+    @property
+    def name(self) -> str:
+        return str(self.config.get("run_id") or self.path.resolve().name)
+
+    @property
+    def seed(self) -> int:
+        return int(as_number(self.config.get("seed")) or 0)
+
+    @property
+    def status(self) -> str:
+        return str(self.result.get("status") or self.metrics.status or "unfinished")
+
+    @property
+    def finished(self) -> bool:
+        return bool(re.match(r"finished|stopped by limit|ok$|done$", self.status))
+
+    @property
+    def config_hash(self) -> str:
+        return str(self.config_file.get("hash") or self.result.get("config_hash") or "")
+
+    def fact(self, name: str, default: object = "") -> object:
+        """A fact from result.json, the run line of the metrics, or the configuration file."""
+        for table in (self.result, self.metrics.run, self.config_file):
+            if table.get(name) is not None:
+                return table[name]
+        return default
+
+    @cached_property
+    def artifact(self) -> tuple[Path | None, int, str]:
+        """File, bytes and sha256 of the shipped model; from the metrics when the file is gone."""
+        path = self.path / "final_model.skc"
+        if path.exists():
+            return path, path.stat().st_size, sha256_file(path)
+        event = self.metrics.artifact
+        return None, int(as_number(event.get("bytes")) or 0), str(event.get("sha256", ""))
+
+    def modes(self) -> dict[str, float]:
+        """BPB of every evaluation mode."""
+        found = {m: n for m, e in self.metrics.evals.items() if (n := as_number(e.get("bpb"))) is not None}
+        named = {k.removeprefix("val_bpb_"): v for k, v in self.result.items() if k.startswith("val_bpb_")}
+        return {m: n for m, v in named.items() if (n := as_number(v)) is not None} | found
+
+
+def open_run(path: Path) -> Run:
+    """A run folder, or an error that says what is missing."""
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such run folder")
+    if not any((path / n).exists() for n in ("metrics.jsonl", "result.json", "config.json")):
+        raise ValueError(f"{path}: holds none of config.json, metrics.jsonl, result.json; is it a run folder?")
+    return Run(path)

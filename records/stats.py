@@ -1,0 +1,109 @@
+"""Means, deviations and the one-sided Welch test, from scratch: a record's p-value must not need an installation."""
+
+import math
+from dataclasses import dataclass
+
+from records.facts import MARGIN_NATS, P_PRACTICE, P_README
+
+
+def mean(xs: list[float]) -> float:
+    return math.fsum(xs) / len(xs)
+
+
+def deviation(xs: list[float], ddof: int = 1) -> float:
+    """Standard deviation; `ddof=1` is the sample form, 0 the population form."""
+    m = mean(xs)
+    return math.sqrt(math.fsum((x - m) ** 2 for x in xs) / (len(xs) - ddof))
+
+
+def beta_fraction(a: float, b: float, x: float) -> float:
+    """Continued fraction of the incomplete beta function by Lentz's method."""
+    tiny, c, d = 1e-300, 1.0, 1.0 - (a + b) * x / (a + 1)
+    d = 1 / (d if abs(d) > tiny else tiny)
+    h = d
+    for m in range(1, 500):
+        for term in (
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
+        ):
+            d = 1 + term * d
+            d = 1 / (d if abs(d) > tiny else tiny)
+            c = 1 + term / c
+            c = c if abs(c) > tiny else tiny
+            h *= c * d
+        if abs(c * d - 1) < 1e-15:
+            break
+    return h
+
+
+def beta_regularised(a: float, b: float, x: float) -> float:
+    """I_x(a, b), accurate in both tails."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
+    if x < (a + 1) / (a + b + 2):
+        return front * beta_fraction(a, b, x) / a
+    return 1 - front * beta_fraction(b, a, 1 - x) / b
+
+
+def t_upper(t: float, df: float) -> float:
+    """P(T > t) for Student's t."""
+    if math.isinf(t):
+        return float(t < 0)
+    half = beta_regularised(df / 2, 0.5, df / (df + t * t)) / 2
+    return half if t >= 0 else 1 - half
+
+
+@dataclass(frozen=True, slots=True)
+class Welch:
+    gain: float  # baseline mean - new mean, positive is better
+    t: float
+    df: float
+    p: float  # one-sided: that the new mean is not lower by more than the margin
+
+
+def welch(baseline: list[float], new: list[float], margin: float = 0.0) -> Welch:
+    """One-sided Welch test that `new` is lower than `baseline` by more than `margin`."""
+    if min(len(baseline), len(new)) < 2:
+        raise ValueError(f"a Welch test needs two values on each side, got {len(baseline)} and {len(new)}")
+    va, vb = (deviation(x) ** 2 / len(x) for x in (baseline, new))
+    gain = mean(baseline) - mean(new)
+    excess = gain - margin
+    if va + vb == 0:
+        t = math.copysign(math.inf, excess) if excess else 0.0
+        return Welch(gain, t, float(len(baseline) + len(new) - 2), t_upper(t, 1.0))
+    t = excess / math.sqrt(va + vb)
+    df = (va + vb) ** 2 / (va**2 / (len(baseline) - 1) + vb**2 / (len(new) - 1))
+    return Welch(gain, t, df, t_upper(t, df))
+
+
+def seeds_needed(
+    gain: float, sd_baseline: float, n_baseline: int, sd_new: float, margin: float, p: float
+) -> int | None:
+    """Smallest number of new seeds with which this gain at these deviations would pass; None above 1,000."""
+    for n in range(2, 1001):
+        va, vb = sd_baseline**2 / n_baseline, sd_new**2 / n
+        if gain <= margin or va + vb == 0:
+            return 2 if gain > margin else None
+        df = (va + vb) ** 2 / (va**2 / (n_baseline - 1) + vb**2 / (n - 1))
+        if t_upper((gain - margin) / math.sqrt(va + vb), df) < p:
+            return n
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Significance:
+    bpb: Welch
+    nats: Welch | None  # against the margin, per token
+    readme: bool | None
+    practice: bool
+
+
+def significance(
+    base_bpb: list[float], new_bpb: list[float], base_nats: list[float], new_nats: list[float]
+) -> Significance:
+    """Both rules: 0.005 nats a token at p < 0.01 (README), any gain in BPB at p < 0.25 (applied in the last weeks)."""
+    bpb = welch(base_bpb, new_bpb)
+    nats = welch(base_nats, new_nats, MARGIN_NATS) if min(len(base_nats), len(new_nats)) > 1 else None
+    readme = None if nats is None else nats.gain > MARGIN_NATS and nats.p < P_README
+    return Significance(bpb, nats, readme, bpb.gain > 0 and bpb.p < P_PRACTICE)

@@ -1,0 +1,99 @@
+"""Read a SentencePiece model without sentencepiece: the piece list of the protobuf is all that counting bytes needs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+KINDS = {1: "normal", 2: "unknown", 3: "control", 4: "user", 5: "unused", 6: "byte"}
+MAX_PIECES = 1 << 20
+
+
+def varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if at >= len(data) or shift > 63:
+            raise ValueError(f"not a SentencePiece model: broken number at byte {at}")
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+
+
+def fields(data: bytes) -> Iterator[tuple[int, object]]:
+    """(field number, value) pairs of one protobuf message; nested messages stay bytes."""
+    at = 0
+    while at < len(data):
+        key, at = varint(data, at)
+        number, wire = key >> 3, key & 7
+        if wire == 0:
+            value, at = varint(data, at)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+            value, at = data[at : at + size], at + size
+        elif wire == 2:
+            size, at = varint(data, at)
+            value, at = data[at : at + size], at + size
+        else:
+            raise ValueError(f"not a SentencePiece model: wire type {wire} at byte {at}")
+        if at > len(data):
+            raise ValueError("not a SentencePiece model: truncated")
+        yield number, value
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    pieces: list[str]
+    kinds: list[str]
+    normaliser: str
+
+    def problems(self) -> list[str]:
+        """What would make byte counts wrong."""
+        found = []
+        if "▁" not in self.pieces:
+            found.append("no standalone ▁ piece: spaces fall into byte pieces and are counted three times (issue 897)")
+        count = self.kinds.count("byte")
+        if count not in (0, 256):
+            found.append(f"{count} byte pieces, should be 256 or none")
+        if count == 0:
+            found.append("no byte fallback: unknown text is scored as <unk> with 0 bytes")
+        names = [p for p, k in zip(self.pieces, self.kinds) if k != "unused"]
+        if len(set(names)) < len(names):
+            found.append("a piece appears twice")
+        found += [
+            f"{p!r} is a byte piece"
+            for p, k in zip(self.pieces, self.kinds)
+            if k == "byte" and not (len(p) == 6 and p.startswith("<0x") and p.endswith(">"))
+        ][:3]
+        return found
+
+    def byte_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """base bytes, leading space, boundary by token id, as the competition counts them."""
+        n = len(self.pieces)
+        base, space, boundary = np.zeros(n, np.int64), np.zeros(n, bool), np.ones(n, bool)
+        for i, (piece, kind) in enumerate(zip(self.pieces, self.kinds)):
+            if kind in {"control", "unknown", "unused"}:
+                continue
+            boundary[i] = False
+            space[i] = kind != "byte" and piece.startswith("▁")
+            base[i] = 1 if kind == "byte" else len(piece.removeprefix("▁").encode())
+        return base, space, boundary
+
+
+def read_vocabulary(data: bytes) -> Vocabulary:
+    pieces, kinds, normaliser = [], [], ""
+    for number, value in fields(data):
+        if number == 1 and isinstance(value, bytes):
+            parts = dict(fields(value))
+            text = parts.get(1, b"")
+            pieces.append(text.decode("utf-8", errors="replace") if isinstance(text, bytes) else "")
+            kinds.append(KINDS.get(parts.get(3, 1) if isinstance(parts.get(3, 1), int) else 1, "normal"))
+            if len(pieces) > MAX_PIECES:
+                raise ValueError(f"not a SentencePiece model: more than {MAX_PIECES:,} pieces")
+        elif number == 3 and isinstance(value, bytes):
+            name = dict(fields(value)).get(1, b"")
+            normaliser = name.decode("utf-8", errors="replace") if isinstance(name, bytes) else ""
+    if not pieces:
+        raise ValueError("not a SentencePiece model: no pieces")
+    return Vocabulary(pieces, kinds, normaliser)
