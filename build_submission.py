@@ -8,15 +8,24 @@ import argparse
 import ast
 import base64
 import builtins
+import hashlib
 import importlib
+import json
 import lzma
 import math
+import os
+import statistics
+import subprocess
 import sys
+import tempfile
+import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 LIMIT = 16_000_000
+PYTHON = sys.version.split()[0]
 SCALARS = (type(None), bool, int, float, str, bytes)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -1050,7 +1059,8 @@ class Strip(ast.NodeTransformer):
     visit_AsyncFunctionDef = visit_FunctionDef
 
     def visit_ClassDef(self, node):
-        is_record = "dataclass" in " ".join(map(ast.unparse, node.decorator_list + node.bases)) + "NamedTuple"
+        made_from = " ".join(map(ast.unparse, node.decorator_list + node.bases))
+        is_record = "dataclass" in made_from or "NamedTuple" in made_from
         fields = {s for s in node.body if isinstance(s, ast.AnnAssign)} if is_record else set()
         body = [s if s in fields else self.visit(s) for s in node.body]
         node.body = [s for s in body if s] or [like(ast.Pass(), node)]
@@ -1142,6 +1152,8 @@ def check_top_level(units):
         node = unit.node
         if not (isinstance(node, TOP_LEVEL) or is_main_guard(node) or registration_target(unit)):
             fail(node, f"work at import: `{ast.unparse(node).splitlines()[0]}`")
+        if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            fail(node, f"star import from {node.module}")
 
 
 def check_calls(units):
@@ -1160,10 +1172,8 @@ def check_node(node):
             fail(node, f"dynamic look-up: {name}()")
         case ast.Import(names=names):
             check_modules(node, [alias.name for alias in names])
-        case ast.ImportFrom(module=module, names=names):
+        case ast.ImportFrom(module=module):
             check_modules(node, [module])
-            if names[0].name == "*":
-                fail(node, f"star import from {module}")
         case ast.Constant(value=str(text)) if text.startswith(("/", "~/")) and len(text) > 2 and " " not in text:
             fail(node, f"absolute path {text!r}")
         case (ast.Call(func=ast.Attribute(attr="getenv"), args=[key, *_]) |
@@ -1211,6 +1221,8 @@ class Build:
     files: dict
     text: str = ""  # the packed file
     readable: str = ""  # the same program before minifying
+    fields: dict = field(default_factory=dict)
+    modules: set = field(default_factory=set)
     sizes: dict = field(default_factory=dict)  # bytes after each pass
     items: list = field(default_factory=list)
     done: list = field(default_factory=list)  # (place, test, outcome) of every branch folded
@@ -1226,9 +1238,10 @@ def build(files, profile, dce=True, entry="train_gpt", explaining=False):
     b = Build(profile, files)
     units = bundle(files, entry)
     check_top_level(units)
-    b.sizes["source"] = sum(len(files[name].encode()) for name in {u.module for u in units})
+    b.modules = {u.module for u in units}
+    b.sizes["source"] = sum(len(files[name].encode()) for name in b.modules)
     b.sizes["bundled"] = size_of(units)
-    fields = bake(units, profile)
+    b.fields = fields = bake(units, profile)
     b.before = items_of(units, selected(units, fields)) if explaining else []
     if dce:
         units = fold(units, fields, b.done)
@@ -1290,22 +1303,280 @@ def table(b):
     return "\n".join(lines)
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__)
+# ---------------------------------------------------------------- prove: the packed file does what the source does
+
+STEPS = 3
+PROOF = {"max_steps": STEPS, "log_every": 1, "vocab": 384}  # besides: every size at most what `tiny` has
+VOLATILE = {"seconds", "tokens_per_second", "mfu", "peak_memory_bytes", "eval_seconds", "train_seconds", "run_id"}
+KERNELS = """
+import json, train_gpt
+kernels = [v for v in vars(train_gpt).values() if type(v).__name__ == "JITFunction"]
+print(json.dumps({k.fn.__name__: k.src for k in kernels}))
+"""
+TRACER = """
+import json, runpy, sys, threading
+name, target, *sys.argv = sys.argv[1:]
+sys.argv.insert(0, name)
+seen = set()
+def line(frame, event, arg):
+    seen.add(frame.f_lineno)
+    return line
+def call(frame, event, arg):
+    return line(frame, event, arg) if frame.f_code.co_filename == name else None
+threading.settrace(call)
+sys.settrace(call)
+try:
+    runpy.run_path(name, run_name="__main__")
+finally:
+    sys.settrace(None)
+    open(target, "w").write(json.dumps(sorted(seen)))
+"""
+
+
+def proof_values(fields, tiny):
+    """Small values of the free sizes; what the profile switches off stays off, rates and shares stay what they are."""
+    values = {}
+    for f in (f for f in fields.values() if f.kind == "free"):
+        if type(f.value) is int and f.value:
+            values[f.name] = min(f.value, tiny.get(f.name) or 32)
+    return values | PROOF
+
+
+def start(command, folder, **env):
+    """A child in `folder` with a clean environment: no repository on its path, one thread."""
+    clean = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", **env}
+    return subprocess.Popen([sys.executable, "-s", *map(str, command)], cwd=folder, env=clean, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+
+
+def finish(child, what):
+    out, _ = child.communicate(timeout=600)
+    if child.returncode:
+        raise BuildError(f"{what} failed:\n{out[-2000:]}")
+    return out
+
+
+def make_data(work):
+    """A data set of this file's own text, so that the proof needs nothing from outside."""
+    documents = Path(__file__).read_text().split("\n\n\n")
+    for name, part in (("train", documents[8:]), ("val", documents[:8])):
+        (work / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
+    command = ["-m", "data.prepare", "files", work / "train.jsonl", "--val-files", work / "val.jsonl",
+               "--vocab", PROOF["vocab"], "--out", work / "data"]  # fmt: skip
+    finish(start(command, Path(__file__).parent), "data.prepare")
+
+
+def steady(value):
+    """A record without what no two runs share: times, rates, names."""
+    if isinstance(value, dict):
+        return {k: steady(v) for k, v in value.items() if k not in VOLATILE}
+    return value
+
+
+def read_run(folder):
+    rows = [steady(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in rows if r["kind"] != "phase"], (folder / "final_model.skc").read_bytes()
+
+
+def compare_runs(source, packed):
+    (rows, artifact), (own_rows, own_artifact) = read_run(source), read_run(packed)
+    for i, (a, b) in enumerate(zip(rows, own_rows)):
+        if a != b:
+            raise BuildError(f"record {i} differs: source {a}, packed {b}")
+    if len(rows) != len(own_rows):
+        raise BuildError(f"the source wrote {len(rows)} records, the packed file {len(own_rows)}")
+    if artifact != own_artifact:
+        raise BuildError(f"the artifacts differ: {len(artifact)} and {len(own_artifact)} bytes")
+    return rows, artifact
+
+
+def check_kernels(text, captured):
+    """What Triton will compile is the kernel of that name, whole; returns how many there are."""
+    kernels = {n.name: n for n in ast.parse(unpack(text)).body if is_kernel(n)}
+    if captured.keys() != kernels.keys():
+        raise BuildError(f"kernels {sorted(kernels)}, but Triton holds {sorted(captured)}")
+    for name, source in captured.items():
+        kernels[name].decorator_list = []
+        if not source.startswith(f"def {name}(") or ast.dump(ast.parse(source).body[0]) != ast.dump(kernels[name]):
+            raise BuildError(f"kernel {name} holds other code: {source[:60]!r}")
+    return len(kernels)
+
+
+def prove(b, root):
+    """Source and packed file train the same structure at small sizes: every record and the artifact must be equal."""
+    began = time.perf_counter()
+    tiny = {f.name: f.value for f in bake(bundle(b.files, "train_gpt"), "tiny").values()}
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        make_data(work)
+        values = [f"{k}={v}" for k, v in proof_values(b.fields, tiny).items()]
+        values += [f"data={work / 'data'}", f"runs={work / 'runs'}"]
+        (work / "alone").mkdir()
+        (work / "alone" / "train_gpt.py").write_text(b.text)
+        (work / "readable.py").write_text(b.readable)
+        (work / "tracer.py").write_text(TRACER)
+        source = start(["train_gpt.py", "--profile", b.profile, *values, "run_id=source"], root)
+        packed = start(["train_gpt.py", *values, "run_id=packed"], work / "alone")
+        finish(source, "the source")
+        finish(packed, "the packed file")
+        rows, artifact = compare_runs(work / "runs" / "source", work / "runs" / "packed")
+        captured = json.loads(finish(start(["-c", KERNELS], work / "alone"), "the import of the packed file"))
+        trace = ["tracer.py", work / "readable.py", work / "lines.json", *values, "run_id=traced"]
+        finish(start(trace, work), "the traced run")
+        compare_runs(work / "runs" / "source", work / "runs" / "traced")
+        lines = set(json.loads((work / "lines.json").read_text()))
+    silent = unexecuted(b.readable, lines)
+    return {
+        "steps": [r for r in rows if r["kind"] == "step"],
+        "artifact_bytes": len(artifact),
+        "artifact_sha256": hashlib.sha256(artifact).hexdigest(),
+        "kernels": check_kernels(b.text, captured),
+        "unexecuted_share": round(sum(map(len, silent.values())) / len(code_lines(b.readable)), 4),
+        "unexecuted": silent,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def code_lines(text):
+    """Line numbers that hold code, from the compiled program."""
+    todo, lines = [compile(text, "readable", "exec")], set()
+    while todo:
+        code = todo.pop()
+        lines |= {line for _, _, line in code.co_lines() if line}
+        todo.extend(c for c in code.co_consts if isinstance(c, type(code)))
+    return lines
+
+
+def unexecuted(text, seen):
+    """Lines the proof did not run, by the reason that shows: kernels and their launches, errors, or the definition."""
+    source, found = text.splitlines(), defaultdict(list)
+    owner = {line: node for node in ast.parse(text).body if isinstance(node, (*FUNCTIONS, ast.ClassDef))
+             for line in range(node.lineno, node.end_lineno + 1)}
+    for line in sorted(code_lines(text) - seen):
+        node, code = owner.get(line), source[line - 1].strip()
+        if code.startswith("raise") or code.startswith("except"):
+            found["errors that did not happen"].append(code)
+        elif node is not None and is_kernel(node):
+            found["Triton kernels, which need a GPU"].append(code)
+        else:
+            found[node.name if node else "<top level>"].append(code)
+    return dict(found)
+
+
+def proof_lines(proof):
+    if proof is None:
+        return ""
+    lines = [f"proved in {proof['seconds']} s: {len(proof['steps'])} steps, {proof['artifact_bytes']:,} artifact bytes "
+             f"and {proof['kernels']} kernels alike; {proof['unexecuted_share']:.1%} of the lines did not run:"]
+    by_size = sorted(proof["unexecuted"].items(), key=lambda item: -len(item[1]))
+    lines += [f"  {len(code):4} {reason}" for reason, code in by_size]
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------- deliver: a folder to submit
+
+README = """# {profile}
+
+One file, `train_gpt.py`, {code:,} bytes, holds trainer, kernels, export and evaluation.
+
+    pip install -r requirements.txt
+    {command}
+
+{score}
+The file unpacks itself in memory; `manifest.json` names the sources it was built from and the proof that it behaves as
+they do. Structural settings are fixed; sizes, rates, budgets and paths are `key=value` arguments.
+"""
+COMMAND = "torchrun --standalone --nproc_per_node 8 train_gpt.py data=DATASET"
+NOT_ON_INDEX = set(sys.stdlib_module_names)
+
+
+def requirements(text):
+    """`package==version` for every third-party module the packed program imports."""
+    roots = set()
+    for node in ast.walk(ast.parse(text)):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        roots |= {name.split(".")[0] for name in names} - NOT_ON_INDEX
+    return {root: metadata.version(root).split("+")[0] for root in sorted(roots)}
+
+
+def read_results(folders):
+    """result.json of each run, by its seed."""
+    results = {}
+    for folder in map(Path, folders):
+        seed = json.loads((folder / "config.json").read_text())["config"]["seed"]
+        results[str(seed)] = json.loads((folder / "result.json").read_text())
+    return results
+
+
+def submission_json(b, results, code):
+    """The competition's record; what only a person knows is an empty string."""
+    mean = {k: statistics.fmean(r[k] for r in results.values()) if results else None for k in ("val_bpb", "val_loss")}
+    artifact = max((r["artifact_bytes"] for r in results.values()), default=None)
+    return {
+        "author": "", "github_id": "", "name": b.profile, "blurb": "", "date": time.strftime("%Y-%m-%d"),
+        "track": "10min_16mb", **mean, "bytes_code": code, "artifact_bytes": artifact,
+        "bytes_total": artifact and artifact + code, "seeds": [int(s) for s in results], "seed_results": results,
+    }  # fmt: skip
+
+
+def manifest(b, code, proof):
+    return {
+        "profile": b.profile,
+        "train_gpt.py": {"bytes": code, "sha256": hashlib.sha256(b.text.encode()).hexdigest()},
+        "bytes_after": b.sizes,
+        "bytes_left_for_the_artifact": LIMIT - code,
+        "sources": {name: hashlib.sha256(b.files[name].encode()).hexdigest() for name in sorted(b.modules)},
+        "built_with": {n: metadata.version(n) for n in ("python-minifier", "brotli")} | {"python": PYTHON},
+        "requires": requirements(b.readable),
+        "proof": proof,
+    }
+
+
+def deliver(b, folder, proof, runs):
+    """Writes the folder; a run whose artifact does not fit beside the code is an error."""
+    code, results = len(b.text.encode()), read_results(runs)
+    record = submission_json(b, results, code)
+    fit = LIMIT - code - (record["artifact_bytes"] or 0)
+    if fit < 0:
+        raise BuildError(f"code {code:,} + artifact {record['artifact_bytes']:,} is {-fit:,} bytes over {LIMIT:,}")
+    score = f"val_bpb {record['val_bpb']:.6f} over seeds {', '.join(results)}.\n" if results else ""
+    pins = "".join(f"{name}=={version}\n" for name, version in requirements(b.readable).items())
+    texts = {
+        "train_gpt.py": b.text,
+        "README.md": README.format(profile=b.profile, code=code, command=COMMAND, score=score),
+        "submission.json": json.dumps(record, indent=2) + "\n",
+        "requirements.txt": pins,
+        "manifest.json": json.dumps(manifest(b, code, proof), indent=1) + "\n",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return f"fits: {fit:,} bytes of {LIMIT:,} are left" + ("" if results else " for the artifact")
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", required=True)
     parser.add_argument("--dce", action="store_true", help="fold and sweep; without it the whole system is packed")
+    parser.add_argument("--prove", action="store_true", help="train source and packed file side by side, compare all")
     parser.add_argument("--explain", metavar="NAME", help="say why a definition stayed or went, and stop")
+    parser.add_argument("--run", action="append", default=[], metavar="RUNS/ID", help="fill the record from this run")
     parser.add_argument("-o", "--output", default="submission", type=Path)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    args, root = parse_arguments(argv), Path(__file__).resolve().parent
     try:
-        b = build(read_tree(Path(__file__).parent), args.profile, args.dce, explaining=bool(args.explain))
+        files = read_tree(root)
+        b = build(files, args.profile, args.dce, explaining=bool(args.explain))
         if args.explain:
             sys.stdout.write(explain(b, args.explain) + "\n")
             return 0
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "train_gpt.py").write_text(b.text)
-        (args.output / "readable.py").write_text(b.readable)
         sys.stdout.write(table(b) + "\n")
+        proof = prove(b, root) if args.prove else None
+        sys.stdout.write(proof_lines(proof) + deliver(b, args.output, proof, args.run) + "\n")
     except BuildError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
