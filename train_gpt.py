@@ -32,10 +32,12 @@ from data.shards import WindowOrder, dataset_hash, read_sidecar, read_tokens, sh
 from eval.score import EvalSettings, bpb, gather_spans, score
 from eval.tokens import byte_table, sidecar_bytes, stream_bytes
 from export.quantise import int_grid, int_value
+from kernels.attention import attend, attention_mask, rotary_tables, rotate
 from kernels.capsule import capsule_scan
+from kernels.engram import ENGRAM_ORDERS, engram_rows
 from kernels.hadamard import causal_walsh, walsh_signs
 from kernels.loss import softcap_ce
-from kernels.orthogonal import orthogonalise
+from kernels.optimizers import AdamW, Lion, Muon
 from kernels.scan import koopman_scan
 from kernels.ternary import ternary_project
 
@@ -171,7 +173,8 @@ PROFILES = {
     "default": {},
     "tiny": dict(
         layers="AKS", dim=64, heads=4, kv_heads=2, vocab=64, mlp_mult=2.0, rope_dims=8, slots=4, group=32, seq_len=32,
-        batch_tokens=256, micro_tokens=256, max_steps=8, max_seconds=0.0, log_every=2, eval_lanes=2, eval_stride=8, data="datasets/tiny",
+        batch_tokens=256, micro_tokens=256, max_steps=8, max_seconds=0.0, log_every=2, eval_lanes=2, eval_stride=8,
+        data="datasets/tiny",
     ),
     "local": dict(
         layers="AKSKAK", dim=256, heads=4, kv_heads=2, mlp_mult=3.0, seq_len=512, batch_tokens=8192,
@@ -408,36 +411,6 @@ class Context(NamedTuple):
     v_first: torch.Tensor | None = None
 
 
-def rope_tables(c: Config, pos):
-    exponents = torch.arange(0, c.rope_dims, 2, device=pos.device).double() / c.rope_dims
-    angles = pos.double().unsqueeze(-1) * 10_000.0**-exponents
-    return angles.cos().unsqueeze(2).float(), angles.sin().unsqueeze(2).float()
-
-
-def rotate(x, rope):
-    cos, sin = (t.to(x.dtype) for t in rope)
-    r = cos.shape[-1]
-    a, b, rest = x[..., :r], x[..., r : 2 * r], x[..., 2 * r :]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
-
-
-def attention_mask(pos, cached: int, reach: int):
-    """(B, 1, T, 1 + cached + T): the null key, then keys of the same document at most `reach` back.
-
-    A key `back` tokens earlier is in the query's document exactly if back <= pos, so positions are all it takes.
-    """
-    T = pos.shape[1]
-    back = torch.arange(T, device=pos.device).unsqueeze(1) + cached - torch.arange(cached + T, device=pos.device)
-    seen = (back >= 0) & (back < reach) & (back <= pos.unsqueeze(-1))
-    return F.pad(seen, (1, 0), value=True).unsqueeze(1)
-
-
-def attend(q, k, v, mask):
-    """q (B, T, H, d), k and v (B, Tk, K, d) -> (B, T, H, d)."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
-
-
 class Attention(Part):
     """A: causal attention within the document, over at most `reach` tokens."""
 
@@ -480,7 +453,7 @@ class Attention(Part):
         return self.out(self.norm(y.reshape(B, T, c.dim))), state, shared
 
     def with_null(self, keys, i: int):
-        """The mask's first column: a learned key and value, or none that counts."""
+        """The mask's first column: a learned key and value."""
         if "null" not in self.c.parts:
             return keys
         return torch.cat([self.null[i].to(keys.dtype).expand(keys.shape[0], 1, -1, -1), keys], 1)
@@ -683,10 +656,8 @@ class GPT(Part):
         state = state or {"before": tokens.new_zeros(B), "tail": tokens.new_zeros(B, 3), "cached": 0, "slots": {}}
         start = (tokens == BOS) if "reset" in c.parts else torch.zeros_like(tokens, dtype=torch.bool)
         pos = positions(start, state["before"])
-        mask = attention_mask(pos, state["cached"], c.reach)
-        if "null" not in c.parts:
-            mask = mask[..., 1:]
-        ctx = Context(pos, start, mask, rope_tables(c, pos), self.phase)
+        mask = attention_mask(pos, state["cached"], c.reach, int("null" in c.parts))
+        ctx = Context(pos, start, mask, rotary_tables(pos, c.rope_dims), self.phase)
         past = torch.cat([state["tail"], tokens], 1)
         x0 = self.embedding(past, pos)
         grams = self.engram(past, pos) if self.engram else None
@@ -742,38 +713,24 @@ def positions(start, before):
     return torch.where(last >= 0, t - last, t + before.unsqueeze(1))
 
 
-ENGRAM_PRIMES = (92821, 131071, 174763, 216091, 262147, 314159, 393241, 462841, 524287, 611953, 700001, 786433)
-
-
 class Engram(Part):
     """Hashed n-gram tables of orders 2, 3, 4: what a context usually means, looked up rather than computed."""
 
     family = "engram"
-    ORDERS = (2, 3, 4)
 
     def __init__(self, c: Config):
         super().__init__()
         self.c = c
-        self.table = nn.Parameter(torch.randn(len(self.ORDERS) * c.engram_heads * c.engram_rows, c.engram_width) * 0.02)
+        rows = len(ENGRAM_ORDERS) * c.engram_heads * c.engram_rows
+        self.table = nn.Parameter(torch.randn(rows, c.engram_width) * 0.02)
         self.register_buffer("count", torch.zeros(len(self.table)))
 
     def forward(self, past, pos):
         """(B, T, orders * heads * width), zero where the document has not had n tokens yet."""
-        ids, live = self.rows(past, pos)
+        ids, live = engram_rows(past, pos, self.c.engram_heads, self.c.engram_rows)
         if self.training:
             self.count.index_add_(0, ids.flatten(), live.flatten().float())
         return (F.embedding(ids, self.table) * live.unsqueeze(-1)).flatten(2)
-
-    def rows(self, past, pos):
-        T, ids, live = pos.shape[1], [], []
-        for order in self.ORDERS:
-            for _ in range(self.c.engram_heads):
-                h = torch.zeros_like(pos)
-                for back in range(order - 1, -1, -1):
-                    h = (h * ENGRAM_PRIMES[len(ids)] + past[:, 3 - back :][:, :T] + 1) % self.c.engram_rows
-                ids.append(h + len(ids) * self.c.engram_rows)
-                live.append(pos >= order - 1)
-        return torch.stack(ids, -1), torch.stack(live, -1)
 
     def keep_mask(self):
         """The rows training met most often, `engram_keep` of them, as ones."""
@@ -786,7 +743,7 @@ class EngramRead(Part):
 
     def __init__(self, c: Config):
         super().__init__()
-        inputs = len(Engram.ORDERS) * c.engram_heads * c.engram_width
+        inputs = len(ENGRAM_ORDERS) * c.engram_heads * c.engram_width
         self.key = Linear(inputs, c.dim, "control")
         self.value = Linear(inputs, c.dim, "control", std=0.1)
         self.gate = Gate(scale=torch.tensor([0.5]), bias=torch.zeros(1))
@@ -859,32 +816,7 @@ def trained_codec(c: Config, family: str) -> str:
     return row.codec(c) if row.qat or "qat" in c.parts else "fp32"
 
 
-class Muon:
-    """Momentum, rows made equal, then the nearest orthogonal matrix."""
-
-    slots = ("momentum",)
-
-    @staticmethod
-    def direction(grad, slots, progress, step):
-        mu = 0.85 + 0.1 * min(1.0, progress / 0.05)
-        momentum = slots["momentum"].mul_(mu).add_(grad)
-        u = grad + mu * momentum
-        u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        rows, columns = grad.shape[-2:]
-        return orthogonalise(u) * max(1.0, rows / columns) ** 0.5
-
-
-class AdamW:
-    slots = ("first", "second")
-
-    @staticmethod
-    def direction(grad, slots, progress, step):
-        first = slots["first"].lerp_(grad, 0.1)
-        second = slots["second"].lerp_(grad.square(), 0.05)
-        return (first / (1 - 0.9**step)) / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
-
-
-OPTIMIZERS = {"muon": Muon, "adamw": AdamW}
+OPTIMIZERS = {"muon": Muon, "adamw": AdamW, "lion": Lion}
 
 
 class Group:
@@ -903,7 +835,10 @@ class Group:
         rate = FAMILIES[self.family].rate(c) * multiplier
         grad = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]).float()
         awake = (grad.flatten(1).abs().amax(1) > 0).float().reshape(-1, *[1] * (grad.dim() - 1))
-        update = self.rule.direction(grad, self.slots, progress, self.step_count)
+        momentum = 0.85 + 0.1 * min(1.0, progress / 0.05)
+        update = self.rule.direction(grad, self.slots, momentum, self.step_count)
+        if self.rule is Muon:
+            update = Muon.finish(update)
         if FAMILIES[self.family].decay:
             self.master.mul_(1 - rate * c.weight_decay * awake)
         self.master.sub_(rate * awake * update)

@@ -326,7 +326,7 @@ def test_a_run_leaves_its_record_and_repeats_to_the_bit(dataset, tmp_path):
 def test_the_model_learns_the_toy_text(dataset, tmp_path):
     code, run = run_tiny(tmp_path, dataset, "max_steps=100", "log_every=10")
     curve = losses(run)
-    assert code == 0 and curve[-1] < 0.6 * curve[0]
+    assert code == 0 and curve[-1] < 0.75 * curve[0]
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(dataset, tmp_path, capsys):
@@ -354,6 +354,7 @@ def test_the_interface_explains_itself(flag, text, capsys):
     assert text in capsys.readouterr().out
 
 
+@pytest.mark.unhurried  # a fresh interpreter imports torch
 def test_importing_the_trainer_has_no_effect():
     code = "import sys, train_gpt, torch; assert torch.initial_seed() is not None; print(len(sys.argv))"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True,

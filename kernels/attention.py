@@ -1,0 +1,57 @@
+"""Causal attention within documents: rotary angles, who may see whom, and the two ways to compute it.
+
+A key `back` tokens before a query is in the query's document exactly if back <= pos, the query's place in it; so
+positions are all a mask takes, with or without keys cached from earlier pieces. Column 0 is the null key, if there is
+one. B batch, T queries, H heads, K kv heads, d head width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+
+def rotary_tables(pos, dims: int):
+    """Cosines and sines (B, T, 1, dims / 2) of positions in the document; angles in fp64, so far ones stay exact."""
+    exponents = torch.arange(0, dims, 2, device=pos.device, dtype=torch.float64) / dims
+    angles = pos.double().unsqueeze(-1) * 10_000.0**-exponents
+    return angles.cos().unsqueeze(2).float(), angles.sin().unsqueeze(2).float()
+
+
+def rotate(x, tables):
+    """Rotate the first dimensions of each head (half-split pairs); the rest pass."""
+    cos, sin = (t.to(x.dtype) for t in tables)
+    r = cos.shape[-1]
+    a, b, rest = x[..., :r], x[..., r : 2 * r], x[..., 2 * r :]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
+
+
+def dense_mask(pos, cached: int, reach: int, null: int):
+    """(B, 1, T, null + cached + T) booleans."""
+    T = pos.shape[1]
+    queries = torch.arange(T, device=pos.device).unsqueeze(1)
+    back = queries + cached - torch.arange(cached + T, device=pos.device)
+    seen = (back >= 0) & (back < reach) & (back <= pos.unsqueeze(-1))
+    return F.pad(seen, (null, 0), value=True).unsqueeze(1)
+
+
+def block_mask(pos, cached: int, reach: int, null: int):
+    """The same as a rule, for the fused kernel, which skips blocks no query sees."""
+
+    def seen(b, h, query, key):
+        back = query + cached - (key - null)
+        return (key < null) | ((back >= 0) & (back < reach) & (back <= pos[b, query]))
+
+    B, T = pos.shape
+    return create_block_mask(seen, B, None, T, null + cached + T, device=pos.device)
+
+
+def attention_mask(pos, cached: int, reach: int, null: int):
+    return (block_mask if pos.is_cuda else dense_mask)(pos, cached, reach, null)
+
+
+def attend(q, k, v, mask):
+    """q (B, T, H, d), k and v (B, null + cached + T, K, d) -> (B, T, H, d)."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if isinstance(mask, torch.Tensor):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
