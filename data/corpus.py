@@ -83,20 +83,20 @@ class Corpus:
             digest.update(sha256(key) + sha256(text))
         self.bytes = sum(size for _, size, _ in rows)
         self.cut = {} if val_documents else choose_validation(rows, val_bytes)
-        self.validation = self._validation()
+        self.validation, self.copies = self._validation()
         if not self.validation or not self.bytes:
             raise ValueError(f"no text: {self.bytes} bytes to train, {len(self.validation)} documents to validate on; "
                              "give files that hold some")
         for text in self.validation:
             digest.update(sha256(text))
-        self.copies = {sha256(text) for text in self.validation}
         self.hash = digest.hexdigest()[:12]
 
     def _validation(self):
-        if self.val_documents:
-            return [text for _, text in usable(self.val_documents())]
-        kept = {key: cut_at_line(text, self.cut[key]) for key, text in usable(self.documents()) if key in self.cut}
-        return [kept[key] for key in self.cut if kept[key]]
+        """The texts, and the hashes of the whole documents that they are or are cut from."""
+        whole = {key: text for key, text in usable((self.val_documents or self.documents)())
+                 if self.val_documents or key in self.cut}
+        texts = [cut_at_line(whole[key], size) for key, size in self.cut.items()] or list(whole.values())
+        return [text for text in texts if text], {sha256(text) for text in whole.values()}
 
     def train(self):
         for key, text in usable(self.documents()):

@@ -107,8 +107,11 @@ def _leak(finding):
 
 def _get(export, path, out):
     """One file of the repository, below `out/.hub` until everything has been verified."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError  # of the HTTP library that this version of the client uses
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HTTPError  # of the HTTP library that this version of the client uses
+    except ImportError as e:
+        raise ValueError(f"the hub client is not installed ({e}); pip install 'huggingface-hub>=1.0'") from e
     try:
         return Path(hf_hub_download(export.repository, f"datasets/{path}", repo_type="dataset", local_dir=out / ".hub"))
     except (OSError, HTTPError) as e:

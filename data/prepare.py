@@ -87,57 +87,65 @@ def tokenise(texts, tokenizer, folder, split, a):
     return counts
 
 
-def make_tokenizer(a, corpus, old, recipe):
-    path = a.out / "tokenizer.model"
-    if old.get("tokenizer") == recipe and intact(a.out, {path.name: old["files"][path.name]}):
-        print("  tokenizer: reused", flush=True)
-        return Tokenizer(path)
+def make_tokenizer(a, corpus, making, recipe):
+    path = making / "tokenizer.model"
+    for folder in (making, a.out):  # of an interrupted run, or of the dataset that is to be replaced
+        known = read_manifest(folder) if not a.force else {}
+        if known.get("tokenizer") == recipe and intact(folder, {path.name: known["files"][path.name]}):
+            path.write_bytes((folder / path.name).read_bytes())
+            print("  tokenizer: reused", flush=True)
+            return Tokenizer(path)
     if a.tokenizer:
-        model = Path(a.tokenizer).read_bytes()
+        path.write_bytes(Path(a.tokenizer).read_bytes())
     else:
         texts = (encode(t) if a.case else t for t in corpus.sample())
-        model = train_tokenizer(texts, a.vocab, MARKERS if a.case else ())
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(model)
-    tokenizer = Tokenizer(temporary)  # refuses what cannot be scored
-    temporary.replace(path)
-    write_manifest(a.out, {"tokenizer": recipe, "files": describe_files([path])})
+        path.write_bytes(train_tokenizer(texts, a.vocab, MARKERS if a.case else ()))
+    tokenizer = Tokenizer(path)  # refuses what cannot be scored
+    write_manifest(making, {"tokenizer": recipe, "files": describe_files([path])})
     print(f"  tokenizer: {tokenizer.vocab} pieces", flush=True)
     return tokenizer
 
 
 def prepare(a, corpus):
-    """Tokenizer, then shards in a folder of their own until all are right. Returns what was done, and the manifest."""
+    """Makes everything in a folder aside and moves it when all is right. Returns what was done, and the manifest."""
     if a.tokenizer:
         a.vocab = Tokenizer(a.tokenizer).vocab
     of_tokenizer = {"corpus": corpus.hash, "vocab": a.vocab, "case": a.case, "sentencepiece": sentencepiece.__version__,
                     "given": a.tokenizer and hashlib.sha256(Path(a.tokenizer).read_bytes()).hexdigest()}
     recipe = {"command": a.command, "shard_tokens": a.shard_tokens, "allow_lossy": a.allow_lossy, **of_tokenizer}
-    old = read_manifest(a.out)
+    old, making = read_manifest(a.out), a.out / ".making"
+    if old.get("recipe") == recipe and not a.force and intact(a.out, old["files"]):
+        return "reused", old
     present = [p for p in a.out.glob("*.bin") if SHARD_NAME.search(p.name)]
     if present and not old and not a.force:
         raise ValueError(f"{present[0]}: no manifest.json says where it comes from; give another --out or use --force")
-    old = {} if a.force else old
-    if old.get("recipe") == recipe and intact(a.out, old["files"]):
-        return "reused", old
-    making = a.out / ".making"
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir(parents=True)
-    tokenizer = make_tokenizer(a, corpus, old, of_tokenizer)
+    making.mkdir(parents=True, exist_ok=True)
+    for path in making.glob("*.bin*"):
+        path.unlink()
+    tokenizer = make_tokenizer(a, corpus, making, of_tokenizer)
     val = tokenise(corpus.validation, tokenizer, making, "val", a)
     train = tokenise(corpus.train(), tokenizer, making, "train", a)
     repeated, _ = overlap(shard_paths(making, "val"), shard_paths(making, "train"))
     if repeated:
-        raise ValueError(f"{a.out}: {repeated} validation documents stand in the training shards; the split is broken")
-    for path in present:
-        path.unlink()
-    files = [path.replace(a.out / path.name) for path in sorted(making.iterdir())]
-    making.rmdir()
+        raise ValueError(f"{a.out}: {repeated} validation documents stand in the training shards, by the split or "
+                         "because the tokenizer makes them equal; take them out of the text")
+    files = describe_files([making / "tokenizer.model", *making.glob("*.bin")])
     manifest = {"recipe": recipe, "tokenizer": of_tokenizer, "train": train, "val": val, "corpus_hash": corpus.hash,
                 "vocab": tokenizer.vocab, "variant": a.command, "transform": "caseops" if a.case else "none",
-                "files": describe_files([a.out / "tokenizer.model", *files])}
+                "files": files}
+    for path in present:
+        path.unlink()
+    for name in files:
+        (making / name).replace(a.out / name)
     write_manifest(a.out, manifest)
+    shutil.rmtree(making)
     return "made", manifest
+
+
+def positive(text):
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
 
 
 def parser():
@@ -150,15 +158,15 @@ def parser():
     files.add_argument("--val-files", nargs="+", metavar="PATH", help="validate on this text, not a part of the corpus")
     hub = commands.add_parser("hub", help="the competition's published shards")
     hub.add_argument("--variant", choices=sorted(EXPORTS), default="sp1024")
-    hub.add_argument("--train-shards", type=int, default=80, help="how many shards of 100 M tokens, 200 MB each (80)")
+    hub.add_argument("--train-shards", type=positive, default=80, help="shards of 100 M tokens, 200 MB each (80)")
     for c in (local, files):
-        c.add_argument("--vocab", type=int, default=1024, help="pieces of the tokenizer (1024)")
-        c.add_argument("--val-bytes", type=int, default=200_000, help="size of the fixed validation text (200000)")
+        c.add_argument("--vocab", type=positive, default=1024, help="pieces of the tokenizer (1024)")
+        c.add_argument("--val-bytes", type=positive, default=200_000, help="size of the fixed validation text (200000)")
         c.add_argument("--tokenizer", metavar="FILE", help="use this SentencePiece model instead of training one")
         c.add_argument("--allow-lossy", action="store_true", help="accept a tokenizer that normalises the text")
         c.add_argument("--case", action="store_true", help="CaseOps: lower case, markers, a sidecar of byte counts")
-        c.add_argument("--workers", type=int, default=2, help="threads (2); they do not change the result")
-        c.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="tokens a shard (100000000)")
+        c.add_argument("--workers", type=positive, default=2, help="threads (2); they do not change the result")
+        c.add_argument("--shard-tokens", type=positive, default=SHARD_TOKENS, help="tokens a shard (100000000)")
     for c in (local, files, hub):
         c.add_argument("--out", type=Path, help="dataset folder (datasets/local, datasets/files, datasets/VARIANT)")
         c.add_argument("--force", action="store_true", help="repeat finished steps")

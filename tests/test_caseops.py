@@ -59,6 +59,12 @@ def test_markers_stand_where_the_case_is(text, expected):
     assert encode(text) == "".join(shown.get(c, c) for c in expected)
 
 
+def test_every_character_counts_its_own_bytes():
+    every = [chr(c) for c in range(0x3000)]
+    counts = original_bytes([encode(c).encode() for c in every])
+    assert counts.tolist() == [len(c.encode()) for c in every]
+
+
 def test_markers_count_nothing_and_their_words_everything():
     pieces = [p.encode() for p in (TITLE, "é", "ta", " ", ALLCAPS, "nato", ESC, TITLE)]
     assert original_bytes(pieces).tolist() == [0, 2, 2, 1, 0, 4, 0, 3]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -178,6 +179,12 @@ def test_without_a_network_the_error_says_so(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().err
     assert "willdepueoai/parameter-golf: cannot fetch manifest.json" in said
     assert "check the network" in said and "`local`" in said
+
+
+def test_a_missing_client_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert main(["hub", "--out", str(tmp_path / "out")]) == 2
+    assert "pip install 'huggingface-hub>=1.0'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("spoil, complaint", [

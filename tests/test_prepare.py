@@ -189,16 +189,19 @@ def test_other_options_make_a_new_dataset_and_leave_no_old_shard(text, tmp_path)
     assert [p.name for p in sorted(tmp_path.glob("*.bin"))] == ["files_train_000000.bin", "files_val_000000.bin"]
 
 
-def test_an_interrupted_run_leaves_the_old_dataset_whole(text, tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_the_old_dataset_whole(text, tmp_path, monkeypatch, capsys):
     files(text, tmp_path)
-    before = {n: h for n, h in everything(tmp_path).items() if n.endswith(".bin")}
+    before = everything(tmp_path)
     monkeypatch.setattr("data.prepare.overlap", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        files(text, tmp_path, "--force")
-    assert before == {n: h for n, h in everything(tmp_path).items() if n.endswith(".bin")}
+        files(text, tmp_path, "--case")
+    assert before == everything(tmp_path)
     monkeypatch.undo()
-    assert files(text, tmp_path) == 0
+    capsys.readouterr()
+    assert files(text, tmp_path, "--case") == 0
+    assert "tokenizer: reused" in capsys.readouterr().out  # the step that the interrupted run had finished
     assert not (tmp_path / ".making").exists()
+    assert read_manifest(tmp_path)["transform"] == "caseops"
 
 
 def test_shards_of_unknown_origin_are_not_overwritten(text, tmp_path, capsys):
@@ -231,15 +234,27 @@ def test_json_lines_plain_or_packed_are_the_same_documents(tmp_path):
     ("a.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 999)[:-20], "a.jsonl.xz: damaged after line"),
     ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: damaged after line 0"),
     ("a.txt", b"caf\xe9", "a.txt: not UTF-8 text"),
-    ("a.txt", b"", "give files that hold some"),
+    ("a.txt", b"", "a corpus of 0 bytes is too small"),
     ("a.txt", b"short", "too small for 7,000 bytes of validation"),
     ("a.txt", b"x" * 100_000, "only 0 of 7,000 validation bytes"),
 ])
 def test_text_that_cannot_be_read_is_named(tmp_path, capsys, name, content, complaint):
     (tmp_path / name).write_bytes(content)
-    bytes_of_val = 0 if not content else 7000
-    assert complaint in error_of(capsys, "files", tmp_path / name, "--out", tmp_path / "o", "--val-bytes", bytes_of_val)
+    assert complaint in error_of(capsys, "files", tmp_path / name, "--out", tmp_path / "o", "--val-bytes", 7000)
     assert not (tmp_path / "o").exists()
+
+
+def test_validation_files_without_text_are_refused(text, tmp_path, capsys):
+    (tmp_path / "empty.txt").touch()
+    said = error_of(capsys, "files", text, "--val-files", tmp_path / "empty.txt", "--out", tmp_path / "o")
+    assert "0 documents to validate on; give files that hold some" in said
+
+
+@pytest.mark.parametrize("option", ["--vocab", "--val-bytes", "--workers", "--shard-tokens"])
+def test_numbers_below_one_are_refused(text, option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        files(text, "nowhere", option, 0)
+    assert f"{option}: 0 is not at least 1" in capsys.readouterr().err
 
 
 def test_a_missing_path_is_named(tmp_path, capsys):
@@ -279,6 +294,17 @@ def test_copies_of_validation_documents_do_not_train(tmp_path):
     corpus = Corpus(lambda: file_documents([tmp_path]), lambda: file_documents([tmp_path / "val.txt"]))
     assert list(corpus.train()) == ["other"]
     assert corpus.validation == ["held out"]
+
+
+def test_a_copy_of_a_document_that_validation_cuts_does_not_train_either(tmp_path):
+    lines = [f"{i}\n" * 30 for i in range(40)]
+    for i, line in enumerate(lines * 2):
+        (tmp_path / f"{i}.txt").write_text(line)
+    corpus = Corpus(lambda: file_documents([tmp_path]), val_bytes=1000)
+    shown = [line for line in lines for text in corpus.validation if line.startswith(text)]
+    assert len(corpus.validation[-1]) < 60  # it is cut
+    assert len(set(shown)) > 8
+    assert not set(shown) & set(corpus.train())
 
 
 def test_overlap_finds_planted_documents_and_only_those(tmp_path):
