@@ -202,10 +202,11 @@ def score_windows(
             columns = slice(low, low + reader.part)
             with torch.no_grad():
                 nats = reader.nats(ahead, window, columns)
-            yield ScoreRound(window, before, columns, charge(window, columns, nats, nbytes), closes=columns.stop >= end)
+            spans = score_charge(window, columns, nats, nbytes)
+            yield ScoreRound(window, before, columns, spans, closes=columns.stop >= end)
 
 
-def charge(window: ScoreWindow, columns: slice, nats: torch.Tensor, nbytes: np.ndarray) -> tuple[Span, ...]:
+def score_charge(window: ScoreWindow, columns: slice, nats: torch.Tensor, nbytes: np.ndarray) -> tuple[Span, ...]:
     """One span a row for the charged targets among these columns."""
     each = nats.float().cpu().numpy()
     spans = []
