@@ -62,7 +62,7 @@ def open_shard(path, vocab=None):
 def require_ids_below(vocab, tokens, where):
     if (top := int(tokens.max())) >= vocab:
         raise ValueError(f"{where}: token id {top} is past the vocabulary of {vocab}: the shards belong to another "
-                         f"tokenizer; set the vocabulary size to theirs, or tokenise the text again")
+                         "tokenizer; set vocab to theirs, or tokenise the text again")
 
 
 def _shard_files(folder, split):
@@ -186,12 +186,16 @@ class LaneOrder(_ShardWindows):
 
 
 def dataset_hash(folder):
-    """12 hex digits over the names and contents of all shards; a manifest whose file sizes agree saves the reading."""
-    files = sorted(p for p in Path(folder).glob("*.bin") if SHARD_NAME.search(p.name))
-    if not files:
-        shard_paths(folder, "train")  # says what is missing and how to make it
-    manifest = Path(folder) / "manifest.json"
-    known = json.loads(manifest.read_text())["files"] if manifest.is_file() else {}
+    """12 hex digits over shards and tokenizer; a manifest that gives their present sizes saves reading the files."""
+    folder = Path(folder)
+    files = [*shard_paths(folder, "train"), *shard_paths(folder, "val"), *sidecar_paths(folder)]
+    files += sorted(folder.glob("tokenizer.model"))
+    try:
+        known = json.loads((folder / "manifest.json").read_text()).get("files", {})
+    except FileNotFoundError:
+        known = {}
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{folder / 'manifest.json'}: damaged ({e}); delete it or prepare the data again") from e
     trusted = all(known.get(p.name, {}).get("bytes") == p.stat().st_size for p in files)
     lines = [f"{p.name} {known[p.name]['sha256'] if trusted else shard_sha256(p)}\n" for p in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]

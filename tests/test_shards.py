@@ -261,4 +261,12 @@ def test_the_hash_follows_every_token_and_trusts_a_manifest_of_the_right_sizes(f
     (folder / "manifest.json").write_text(json.dumps({"files": files}))
     assert dataset_hash(folder) == plain
     write_shard(folder / "toy_val_000000.bin", np.arange(40) + (np.arange(40) == 7))
-    assert dataset_hash(folder) != plain
+    changed = dataset_hash(folder)
+    (folder / "tokenizer.model").write_bytes(b"other pieces")
+    assert len({plain, changed, dataset_hash(folder)}) == 3
+
+
+def test_a_damaged_manifest_is_named(folder):
+    (folder / "manifest.json").write_text('{"files": ')
+    with pytest.raises(ValueError, match=r"manifest\.json: damaged"):
+        dataset_hash(folder)
