@@ -17,11 +17,11 @@ import torch
 
 # B lanes, T positions, O orders, W ways, P pairs (context, next token), S rows touched
 
-ENGRAM_ORDERS = 5  # contexts of 1..5 tokens
-ENGRAM_EPS = 0.5  # the Laplace constant
+MEMORY_ORDERS = 5  # contexts of 1..5 tokens
+MEMORY_EPS = 0.5  # the Laplace constant
 ENGRAM_COUNT_BUCKETS = 6  # log2 of how often the context was seen, the last open
 ENGRAM_ENTROPY_EDGES = (0.25, 0.75, 1.5, 2.5, 4.0)  # nats of the model's own distribution
-ENGRAM_ALPHA_SHAPE = (ENGRAM_ORDERS, ENGRAM_COUNT_BUCKETS, len(ENGRAM_ENTROPY_EDGES) + 1)
+ENGRAM_ALPHA_SHAPE = (MEMORY_ORDERS, ENGRAM_COUNT_BUCKETS, len(ENGRAM_ENTROPY_EDGES) + 1)
 ENGRAM_ALPHA_GRID = tuple(i / 16 for i in range(25))
 HASH_MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # odd, as int64
 
@@ -35,8 +35,8 @@ class EvalEngram:
         self.rows, self.min_count = rows, min_count
         self.alpha = torch.as_tensor(alpha, dtype=torch.float32, device=device)
         self.edges = torch.tensor(ENGRAM_ENTROPY_EDGES, device=device)
-        self.orders = torch.arange(1, ENGRAM_ORDERS + 1, device=device)
-        self.tail = torch.full((lanes, ENGRAM_ORDERS - 1), -1, device=device)  # -1: before the lane began
+        self.orders = torch.arange(1, MEMORY_ORDERS + 1, device=device)
+        self.tail = torch.full((lanes, MEMORY_ORDERS - 1), -1, device=device)  # -1: before the lane began
         try:
             self.tag = torch.zeros(lanes * rows, dtype=torch.int64, device=device)  # hash of the row's context; 0: free
             self.total = torch.zeros(lanes * rows, dtype=torch.int32, device=device)  # times it was seen
@@ -53,8 +53,8 @@ class EvalEngram:
         B, T = x.shape
         history = torch.cat([self.tail, x], 1)
         h, young, tags = torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool), []
-        for back in range(ENGRAM_ORDERS):
-            token = history[:, ENGRAM_ORDERS - 1 - back :][:, :T]
+        for back in range(MEMORY_ORDERS):
+            token = history[:, MEMORY_ORDERS - 1 - back :][:, :T]
             h = (h ^ (h >> 29) ^ (token + 1)) * HASH_MULTIPLIER
             young = young | (token < 0)
             tags.append(h.masked_fill(young, 0))
@@ -81,7 +81,7 @@ class EvalEngram:
         bucket = seen.clamp(min=1).log2().long().clamp(max=ENGRAM_COUNT_BUCKETS - 1)
         cell = (order - 1).clamp(min=0) * ENGRAM_COUNT_BUCKETS + bucket
         cell = cell * (len(ENGRAM_ENTROPY_EDGES) + 1) + torch.bucketize(entropy, self.edges)
-        gain = torch.log1p(counts / ENGRAM_EPS)  # 0 in a free way
+        gain = torch.log1p(counts / MEMORY_EPS)  # 0 in a free way
         own = z - logits.gather(-1, y.unsqueeze(-1)).squeeze(-1)
         return own, cell, gain, (gain * (nexts == y.unsqueeze(-1))).sum(-1), p.gather(-1, nexts)
 
@@ -93,12 +93,12 @@ class EvalEngram:
     def absorb(self, x: torch.Tensor, y: torch.Tensor, charged: torch.Tensor) -> None:
         """Count the pairs of positions already charged, in order; x continues where the last call ended."""
         tags, rows = self.contexts(x)
-        self.tail = torch.cat([self.tail, x], 1)[:, -(ENGRAM_ORDERS - 1) :]
+        self.tail = torch.cat([self.tail, x], 1)[:, -(MEMORY_ORDERS - 1) :]
         pairs = (charged.unsqueeze(-1) & (tags != 0)).flatten().nonzero().squeeze(1)  # a lane's in order of arrival
         rows, order = take_rows(rows.flatten(), pairs).sort(stable=True)
         pairs = take_rows(pairs, order)
         seated = self.seat(rows, take_rows(tags.flatten(), pairs)).nonzero().squeeze(1)
-        self.count(take_rows(rows, seated), take_rows(y.flatten(), take_rows(pairs, seated) // ENGRAM_ORDERS))
+        self.count(take_rows(rows, seated), take_rows(y.flatten(), take_rows(pairs, seated) // MEMORY_ORDERS))
 
     def seat(self, rows: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
         """Decide which context owns each touched row, as if they came one by one; True where a pair is the owner's."""

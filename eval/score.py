@@ -40,9 +40,9 @@ class EvalSettings:
     eval_stride: int = 64  # new tokens of a sliding window
     eval_lanes: int = 8  # contiguous parts of the stream
     eval_batch: int = 8  # lanes in one forward; divides eval_lanes
+    bos: int = 1  # the token that starts a document
     eval_seconds: float = 0.0  # the budget for all modes together; 0 is none
     val_tokens: int = 0  # score only so many tokens, and mark the score partial; 0 scores all
-    bos: int = 1  # the token that starts a document
     temperature: float = 1.0  # fitted on training tokens
     engram_rows: int = 1 << 17  # contexts a lane remembers
     engram_ways: int = 8  # continuations of a context

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.engram import ENGRAM_ALPHA_SHAPE, ENGRAM_EPS, ENGRAM_ORDERS, AlphaFit, EvalEngram
+from eval.engram import ENGRAM_ALPHA_SHAPE, MEMORY_EPS, MEMORY_ORDERS, AlphaFit, EvalEngram
 
 V = 12
 HALF = np.full(ENGRAM_ALPHA_SHAPE, 0.5, np.float32)
@@ -40,7 +40,7 @@ def true_counts(tokens):
     """Counts of the concatenated stream, by the book."""
     table, tokens = {}, tokens.tolist()
     for at in range(1, len(tokens)):
-        for order in range(1, min(at, ENGRAM_ORDERS) + 1):
+        for order in range(1, min(at, MEMORY_ORDERS) + 1):
             table.setdefault(tuple(tokens[at - order : at]), Counter())[tokens[at]] += 1
     return table
 
@@ -108,7 +108,7 @@ def test_probability_is_moved_not_made():
     assert torch.allclose((-every).exp().sum(-1), torch.ones(1, 40), atol=1e-5)
     _, _, nexts, counts = m.lookup(x)
     dense = torch.zeros(1, 40, V).scatter_add_(-1, nexts, counts.float())
-    expected = (logits + 0.5 * torch.log1p(dense / ENGRAM_EPS)).log_softmax(-1)
+    expected = (logits + 0.5 * torch.log1p(dense / MEMORY_EPS)).log_softmax(-1)
     assert torch.allclose(-every, expected, atol=1e-5)
     assert not torch.allclose(expected, logits.log_softmax(-1), atol=0.1)
 
