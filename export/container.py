@@ -20,8 +20,8 @@ SKC_MAGIC, SKC_VERSION = b"SKC", 1
 SKC_HEAD = struct.Struct("<3sBII")           # magic, version, crc32 of all that follows it, bytes of the manifest
 BYTE_CAP = 16_000_000
 MAX_WEIGHTS = 1 << 28
-BROTLI_TRIAL = 1 << 14                       # planes up to this size also try brotli
-LEFT_TO_BROTLI = ("high", "low")
+BROTLI_TRIAL = 1 << 12                       # planes up to this size also try brotli, which is slow
+LEFT_TO_BROTLI = ("low",)
 
 
 class Row(NamedTuple):
@@ -101,13 +101,13 @@ def _write(planes: list[list[Plane]], entries: list[Entry], meta: dict, group: i
     for i, j, plane, rows in reversed(coded):
         words.append(coder.encode(plane.symbols, rows, books[plane.kind]))
         entries[i].words[j] = len(words[-1]) // 2
-    rest = brotli.compress(_rest(planes, entries, coded, books), quality=11, lgwin=24)
+    rest = _deflate(_rest(planes, entries, coded, books))
     manifest = {
         "meta": meta, "group": group, "lanes": len(coder.states), "rest": len(rest),
         "books": {kind: len(book) for kind, book in books.items()}, "tensors": [list(entry) for entry in entries],
     }
     text = json.dumps(manifest, separators=(",", ":"), sort_keys=True, allow_nan=False).encode()
-    head = brotli.compress(text, quality=11, lgwin=24)
+    head = _deflate(text)
     body = struct.pack("<I", len(head)) + head + rest + coder.states.astype("<u4").tobytes() + b"".join(reversed(words))
     return SKC_MAGIC + bytes([SKC_VERSION]) + struct.pack("<I", zlib.crc32(body)) + body
 
@@ -142,7 +142,11 @@ def _assign(planes: list[list[Plane]]) -> tuple[list[Coded], dict[str, np.ndarra
 def _brotli_wins(plane: Plane, bits: float) -> bool:
     if plane.symbols.size > BROTLI_TRIAL:
         return False
-    return len(brotli.compress(plane.symbols.tobytes(), quality=11)) < bits / 8
+    return len(_deflate(plane.symbols.tobytes())) < bits / 8
+
+
+def _deflate(blob: bytes) -> bytes:
+    return brotli.compress(blob, quality=11, lgwin=24)
 
 
 def _rest(planes, entries, coded, books) -> bytes:
@@ -190,20 +194,35 @@ def unpack(blob: bytes) -> tuple[dict[str, torch.Tensor], dict]:
 
 def read_parts(blob: bytes) -> tuple[Manifest, list[Parts]]:
     """The manifest and the integer parts of every tensor, all checked."""
+    file = read_planes(blob)
+    return file.manifest, [_join(i, entry, file.planes) for i, entry in enumerate(file.manifest.entries)]
+
+
+class Planes(NamedTuple):
+    """A file taken apart: planes by (tensor, place), the tables their rows use where they are coded, the books."""
+
+    manifest: Manifest
+    slots: list["Slot"]
+    planes: dict[tuple[int, int], np.ndarray]
+    tables: dict[tuple[int, int], np.ndarray]
+    books: dict[str, np.ndarray]
+
+
+def read_planes(blob: bytes) -> Planes:
     manifest, body = read_manifest(blob)
     slots = _slots_by_kind(manifest)
     rest = Reader(_inflate(body.take(manifest.rest), "the brotli stream"), "the brotli stream")
     books = {kind: _read_book(rest, kind, manifest.books[kind]) for kind in ALPHABETS if kind in manifest.books}
-    tables = {slot: _read_rows(rest, slot, books[slot.kind]) for slot in slots if slot.words >= 0}
+    tables = {slot[:2]: _read_rows(rest, slot, books[slot.kind]) for slot in slots if slot.words >= 0}
     planes = {slot[:2]: _read_plain(rest, slot) for slot in slots if slot.words < 0}
     rest.finish()
     coder = Rans(np.frombuffer(body.take(4 * manifest.lanes), "<u4"))
-    for slot in sorted(tables):
+    for slot in sorted(slot for slot in slots if slot.words >= 0):
         words = body.take(2 * slot.words)
-        planes[slot[:2]] = coder.decode(words, (slot.rows, slot.columns), tables[slot], books[slot.kind])
+        planes[slot[:2]] = coder.decode(words, (slot.rows, slot.columns), tables[slot[:2]], books[slot.kind])
     coder.check_end()
     body.finish()
-    return manifest, [_join(i, entry, planes) for i, entry in enumerate(manifest.entries)]
+    return Planes(manifest, slots, planes, tables, books)
 
 
 class Slot(NamedTuple):

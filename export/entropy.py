@@ -10,13 +10,13 @@ import numpy as np
 PRECISION = 14                         # a table's frequencies add up to 2 ** 14
 SCALE = 1 << PRECISION
 STATE_LOW = 1 << 16                    # states live in [2 ** 16, 2 ** 32) and move 16-bit words
-MAX_LANES = 1024
+MIN_LANES, MAX_LANES = 8, 1024
 MAX_TABLES = 16
 
 
 def lanes_for(symbols: int) -> int:
-    """More lanes are faster and cost four bytes each: a power of two near one lane for 2,048 symbols."""
-    return min(MAX_LANES, 1 << max(0, (symbols >> 11).bit_length() - 1))
+    """More lanes are faster and cost four bytes each: a power of two near one lane for 8,192 symbols."""
+    return max(MIN_LANES, min(MAX_LANES, 1 << (symbols >> 13).bit_length() >> 1))
 
 
 class Rans:

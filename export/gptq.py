@@ -142,6 +142,15 @@ def _inverse_root(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     return torch.linalg.solve_triangular(root, torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True).float()
 
 
+def felt(curve: Curvature, damping: float = 0.01) -> torch.Tensor:
+    """What the loss feels of one unit of squared rounding error in each row (N,), after GPTQ has made good what it can.
+
+    Half the Fisher: output gradients squared, times the variance of an input that the later inputs cannot stand in for.
+    """
+    inputs = (1 / _inverse_root(curve.inputs, damping).diagonal().square()).mean()
+    return 0.5 * curve.outputs * inputs
+
+
 def low_rank(w: torch.Tensor, value: torch.Tensor, hessian: torch.Tensor, rank: int) -> Parts:
     """LQER: a (N, r), b (r, K) whose product is most of the error w - value, as the inputs feel it."""
     size = hessian.diagonal().clamp(min=1e-12).sqrt()
