@@ -59,7 +59,8 @@ def print_bench(found: list[dict]) -> None:
     for line in found:
         ratio = line["bits"] / line["entropy"]
         print(f"{line['weights']:9} {line['family']:8} {line['millions']:>8.2f} {line['codec']:32} "
-              f"{line['bits']:>8.4f} {line['entropy']:>8.4f} {ratio:>7.4f} {line['encode_seconds']:>9.2f} {line['decode_seconds']:>9.2f}")
+              f"{line['bits']:>8.4f} {line['entropy']:>8.4f} {ratio:>7.4f} "
+              f"{line['encode_seconds']:>9.2f} {line['decode_seconds']:>9.2f}")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
