@@ -431,7 +431,8 @@ def __post_init__(self):
 def lock_structure(config):
     """A structural field set to another value than the built one is an error that names it."""
     lock = like(ast.parse(LOCK).body[0], config)
-    lock.is_lock = True
+    for statement in lock.body:
+        statement.is_lock = True
     own = next((m for m in config.body if isinstance(m, ast.FunctionDef) and m.name == "__post_init__"), None)
     if own is None:
         config.body.append(lock)
@@ -463,12 +464,12 @@ def selected(units, fields):
 UNKNOWN = object()
 PURE = {name: getattr(builtins, name) for name in (
     "abs", "all", "any", "bool", "dict", "divmod", "enumerate", "float", "int", "len", "list", "max", "min", "range",
-    "reversed", "round", "set", "sorted", "str", "sum", "tuple", "zip")}
+    "reversed", "round", "sorted", "str", "sum", "tuple", "zip")}
 PURE_METHODS = {"count", "endswith", "find", "get", "index", "isdigit", "items", "join", "keys", "lower", "lstrip",
                 "removeprefix", "removesuffix", "replace", "rstrip", "split", "startswith", "strip", "upper", "values"}
 PURE_NODES = (ast.Constant, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare,
               ast.IfExp, ast.Subscript, ast.Slice, ast.Starred, ast.operator, ast.unaryop, ast.boolop, ast.cmpop,
-              ast.expr_context, ast.comprehension, *COMPREHENSIONS)
+              ast.expr_context, ast.comprehension, ast.ListComp, ast.DictComp, ast.GeneratorExp)
 
 
 def known(node, constants):
@@ -1080,14 +1081,20 @@ class Strip(ast.NodeTransformer):
 
 
 def positional_only(tree):
-    """Marks leading parameters that nobody passes by name: the minifier may then rename them, and drops the mark."""
+    """Marks leading parameters that nobody passes by name: the minifier may then rename them, and drops the mark.
+
+    A function that is decorated or handed over as a value keeps all its names: its caller may be a library.
+    """
     spoken = {k.arg for k in ast.walk(tree) if isinstance(k, ast.keyword)}
     spoken |= {c.value for c in ast.walk(tree) if isinstance(c, ast.Constant) and isinstance(c.value, str)}
-    for node in ast.walk(tree):
-        if isinstance(node, (*FUNCTIONS, ast.Lambda)) and not (is_kernel(node) or is_op(node)):
-            args = node.args
-            while args.args and args.args[0].arg not in spoken:
-                args.posonlyargs.append(args.args.pop(0))
+    called = {id(c.func) for c in ast.walk(tree) if isinstance(c, ast.Call)}
+    values = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in called}
+    for node in (n for n in ast.walk(tree) if isinstance(n, (*FUNCTIONS, ast.Lambda))):
+        if isinstance(node, FUNCTIONS) and (node.decorator_list or node.name in values):
+            continue
+        args = node.args
+        while args.args and args.args[0].arg not in spoken:
+            args.posonlyargs.append(args.args.pop(0))
 
 
 def minify(tree):
@@ -1306,8 +1313,9 @@ def table(b):
 # ---------------------------------------------------------------- prove: the packed file does what the source does
 
 STEPS = 3
-PROOF = {"max_steps": STEPS, "log_every": 1, "vocab": 384}  # besides: every size at most what `tiny` has
+PROOF = {"max_steps": STEPS, "max_seconds": 0.0, "log_every": 1, "vocab": 384}  # the step clock: time never repeats
 VOLATILE = {"seconds", "tokens_per_second", "mfu", "peak_memory_bytes", "eval_seconds", "train_seconds", "run_id"}
+ON_CUDA = "kernels and what launches them, CUDA only"
 KERNELS = """
 import json, train_gpt
 kernels = [v for v in vars(train_gpt).values() if type(v).__name__ == "JITFunction"]
@@ -1425,13 +1433,13 @@ def prove(b, root):
         finish(start(trace, work), "the traced run")
         compare_runs(work / "runs" / "source", work / "runs" / "traced")
         lines = set(json.loads((work / "lines.json").read_text()))
-    silent = unexecuted(b.readable, lines)
+    silent = unexecuted(b, lines)
     return {
         "steps": [r for r in rows if r["kind"] == "step"],
         "artifact_bytes": len(artifact),
         "artifact_sha256": hashlib.sha256(artifact).hexdigest(),
         "kernels": check_kernels(b.text, captured),
-        "unexecuted_share": round(sum(map(len, silent.values())) / len(code_lines(b.readable)), 4),
+        "shares": shares(b, silent),
         "unexecuted": silent,
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -1447,27 +1455,51 @@ def code_lines(text):
     return lines
 
 
-def unexecuted(text, seen):
-    """Lines the proof did not run, by the reason that shows: kernels and their launches, errors, or the definition."""
-    source, found = text.splitlines(), defaultdict(list)
-    owner = {line: node for node in ast.parse(text).body if isinstance(node, (*FUNCTIONS, ast.ClassDef))
+def registered_for(node, what):
+    return any("register_" in d and what in d for d in map(ast.unparse, getattr(node, "decorator_list", ())))
+
+
+def cuda_only(b):
+    """Top-level definitions that live for the sake of a kernel registered for CUDA alone."""
+    units = bundle({"train_gpt": b.readable}, "train_gpt")
+    without = mark([u for u in units if not registered_for(u.node, "cuda")], b.fields)
+    return {n for u in units for n in u.names} - {n for i in without if i.because for n in i.unit.names}
+
+
+def unexecuted(b, seen):
+    """Lines of code the proof did not run, by the reason that shows, or else by definition."""
+    source, cuda, found = b.readable.splitlines(), cuda_only(b), defaultdict(list)
+    owner = {line: node for node in ast.parse(b.readable).body if isinstance(node, (*FUNCTIONS, ast.ClassDef))
              for line in range(node.lineno, node.end_lineno + 1)}
-    for line in sorted(code_lines(text) - seen):
+    for line in sorted(code_lines(b.readable) - seen):
         node, code = owner.get(line), source[line - 1].strip()
-        if code.startswith("raise") or code.startswith("except"):
+        if node is None:
+            found["<top level>"].append(code)
+        elif node.name in cuda:
+            found[ON_CUDA].append(code)
+        elif registered_for(node, "fake"):
+            found["shapes for torch.compile"].append(code)
+        elif code.startswith(("raise", "except")):
             found["errors that did not happen"].append(code)
-        elif node is not None and is_kernel(node):
-            found["Triton kernels, which need a GPU"].append(code)
         else:
-            found[node.name if node else "<top level>"].append(code)
+            found[node.name].append(code)
     return dict(found)
+
+
+def shares(b, silent):
+    """Lines that did not run, over all lines and over those a CPU can run."""
+    total, cuda = len(code_lines(b.readable)), len(silent.get(ON_CUDA, ()))
+    missed = sum(map(len, silent.values()))
+    return {"lines": total, "unexecuted": missed / total, "unexecuted_on_cpu": (missed - cuda) / (total - cuda)}
 
 
 def proof_lines(proof):
     if proof is None:
         return ""
+    share = proof["shares"]
     lines = [f"proved in {proof['seconds']} s: {len(proof['steps'])} steps, {proof['artifact_bytes']:,} artifact bytes "
-             f"and {proof['kernels']} kernels alike; {proof['unexecuted_share']:.1%} of the lines did not run:"]
+             f"and {proof['kernels']} kernels alike; of {share['lines']} lines {share['unexecuted']:.1%} did not run, "
+             f"{share['unexecuted_on_cpu']:.1%} of those a CPU can run:"]
     by_size = sorted(proof["unexecuted"].items(), key=lambda item: -len(item[1]))
     lines += [f"  {len(code):4} {reason}" for reason, code in by_size]
     return "\n".join(lines) + "\n"

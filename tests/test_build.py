@@ -15,6 +15,7 @@ from build_submission import (
     bake,
     build,
     bundle,
+    check_calls,
     explain,
     fold,
     minify,
@@ -52,6 +53,7 @@ class Config:
     dim: int = free(8, "width")
     vocab: int = free(64, "pieces")
     max_steps: int = free(3, "steps")
+    max_seconds: float = free(60.0, "seconds")
     log_every: int = free(1, "steps between records")
     data: str = free("", "data set")
     runs: str = free("runs", "folder of runs")
@@ -204,6 +206,7 @@ def test_the_lock_runs_before_a_check_of_the_config_s_own():
     files = {"train_gpt": CONFIG.replace("@property\n    def depth", own)}
     units = bundle(files, "train_gpt")
     bake(units, "plain")
+    check_calls(units)
     space = {"E": ValueError}
     exec(ast.unparse(as_module([u for u in units if u.names != ["MIXERS"]])), space)
     for bad, match in (({"dim": 0}, "^0$"), ({"moe": True}, "moe=True: this file is built for moe=False")):
@@ -375,11 +378,16 @@ def test_minify_renames_names_but_no_field_kernel_parameter_or_keyword():
     def compute(configuration, keyword=2):
         intermediate = configuration.dimension + keyword
         return intermediate
+    def callback(context, inputs): return context
+    @contextmanager
+    def decorated(something): yield something
     compute(Config(dimension=3), keyword=3)
+    register(callback)
     """
     short = minify(parsed(code))
     assert "configuration" not in short and "intermediate" not in short and "compute" not in short
-    for name in ("dimension", "keyword", "source,BLOCK_SIZE:tl.constexpr", "range(3)", "tl.load(source"):
+    kept = ("dimension", "keyword", "source,BLOCK_SIZE:tl.constexpr", "range(3)", "tl.load(source", "(context,inputs)")
+    for name in (*kept, "(something)"):
         assert name in short
     assert short == minify(parsed(code))
 
@@ -615,9 +623,10 @@ def test_the_packed_toy_does_what_its_source_does(toy, profile):
     proof = prove(builds[profile], root)
     assert len(proof["steps"]) == 3 and proof["kernels"] == 1 and proof["artifact_bytes"] == 32
     assert proof["steps"][0]["loss"] != proof["steps"][2]["loss"] and "seconds" not in proof["steps"][0]
-    reasons = {"errors that did not happen", "Triton kernels, which need a GPU"}
-    assert proof["unexecuted"].keys() == {*reasons, "double_cuda", "double_fake", "load_config"}
-    assert proof["unexecuted_share"] < 0.15 and "1 kernels alike" in proof_lines(proof)
+    silent = {reason: len(code) for reason, code in proof["unexecuted"].items()}
+    assert silent == {"kernels and what launches them, CUDA only": 5, "errors that did not happen": 3,
+                      "shapes for torch.compile": 1, "load_config": 1}  # fmt: skip
+    assert proof["shares"]["unexecuted_on_cpu"] < 0.15 and "1 kernels alike" in proof_lines(proof)
 
 
 @pytest.mark.unhurried  # two interpreters that look torch's classes up
