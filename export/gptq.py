@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from export.quantise import Parts, int_levels, int_round, row_rms
+from export.container import Row
+from export.quantise import INT_BITS, Parts, from_grid, int_levels, int_round, row_rms
 from kernels.ternary import ternary_grid
 
 CLIP_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
@@ -26,7 +27,7 @@ class Curvature(NamedTuple):
 class CurvatureCollector:
     """Watches {name: module} while training tokens pass: `with CurvatureCollector(m) as seen: ...; seen.finish()`.
 
-    A backward pass of the mean loss adds the output gradients; without one they stay 0 and only the inputs count.
+    A backward pass of the mean loss adds the output gradients; without one all outputs count alike.
     """
 
     def __init__(self, modules: dict[str, nn.Module]):
@@ -67,7 +68,8 @@ class CurvatureCollector:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for total in (inputs, outputs, tokens):
                 torch.distributed.all_reduce(total)
-        return Curvature(inputs / tokens.item(), outputs / tokens.item(), int(tokens))
+        outputs = outputs / tokens.item() if outputs.any() else torch.ones_like(outputs)
+        return Curvature(inputs / tokens.item(), outputs, int(tokens))
 
 
 def output_error(w: torch.Tensor, value: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
@@ -151,9 +153,36 @@ def felt(curve: Curvature, damping: float = 0.01) -> torch.Tensor:
     return 0.5 * curve.outputs * inputs
 
 
-def low_rank(w: torch.Tensor, value: torch.Tensor, hessian: torch.Tensor, rank: int) -> Parts:
-    """LQER: a (N, r), b (r, K) whose product is most of the error w - value, as the inputs feel it."""
-    size = hessian.diagonal().clamp(min=1e-12).sqrt()
-    u, s, v = torch.linalg.svd((w - value) * size, full_matrices=False)
-    root = s[:rank].sqrt()
-    return u[:, :rank] * root, root[:, None] * v[:rank] / size
+def low_rank(w: torch.Tensor, value: torch.Tensor, curve: Curvature, rank: int, damping: float = 0.01) -> Parts:
+    """LQER: a (N, r), b (r, K) whose product takes away most of the harm of w - value that r directions can."""
+    h = curve.inputs + torch.eye(len(curve.inputs), device=w.device) * (damping * curve.inputs.diagonal().mean())
+    root, gain = torch.linalg.cholesky(h.double()).float(), curve.outputs.clamp(min=1e-12).sqrt()[:, None]
+    u, s, v = torch.linalg.svd(gain * ((w - value) @ root), full_matrices=False)
+    size = s[:rank].sqrt()
+    b = torch.linalg.solve_triangular(root, size[:, None] * v[:rank], upper=False, left=False)
+    return u[:, :rank] * size / gain, b
+
+
+def gptq_rows(rows: list[Row], curves: dict, *, group: int, rule: str, clips: dict, **solve) -> list[Row]:
+    """Rows with their integers chosen: GPTQ where a curvature is known (by the row's name), clip search elsewhere.
+
+    A clip of 0 searches each row's clip. GPTQ's integers are taken only if they do less harm than plain rounding.
+    """
+    return [_gptq_row(row, curves.get(row.name), group, rule, clips.get(row.codec, 0.0), solve) for row in rows]
+
+
+def _gptq_row(row: Row, curve: Curvature | None, group: int, rule: str, clip: float, solve: dict) -> Row:
+    w, bits = row.tensor.detach().float(), INT_BITS.get(row.codec)
+    if bits is None and (row.codec != "ternary" or curve is None):
+        return row
+    if bits is None:
+        plain, better = ternary_grid(w, group, rule), gptq_ternary(w, curve.inputs, group, rule, **solve)
+    else:
+        step = clip * row_rms(w) / int_levels(bits) if clip else clip_search(w, bits)
+        plain = int_round(w, step.float(), bits)
+        better = plain if curve is None else gptq_int(w, curve.inputs, bits, step, **solve)
+    if curve is None:
+        return row._replace(parts=plain)
+    ours, theirs = (float((output_error(w, from_grid(row.codec, p), curve.inputs) * curve.outputs).sum())
+                    for p in (better, plain))
+    return row._replace(parts=better if ours <= theirs else plain)

@@ -1,6 +1,7 @@
 """The artifact: what trained is what ships, and nothing damaged is ever read as a model."""
 
 import json
+import math
 import os
 import random
 import struct
@@ -20,6 +21,7 @@ from export.container import (
     pack,
     read_manifest,
     read_parts,
+    read_planes,
     unpack,
     write_artifact,
 )
@@ -176,6 +178,59 @@ def test_the_golden_file_reads_and_writes_as_it_always_did():
     check_shipped(snapped(masters()), tensors)
     assert meta == META
     assert packed() == GOLDEN.read_bytes(), "the writer changed: raise SKC_VERSION if an old reader fails"
+
+
+def planes_of(codec, shape, group):
+    """FORMAT.md, section 3."""
+    rows, size = math.prod(shape[:-1]), math.prod(shape)
+    halves = [("high", 1, size if codec == "fp16" else rows), ("low", 1, size if codec == "fp16" else rows)]
+    if codec == "ternary":
+        return [("trits", rows, -(-shape[-1] // 4)), ("factor", 1, size // group), *halves]
+    return halves if codec == "fp16" else [(codec, rows, shape[-1]), *halves]
+
+
+def plain_reader(blob):
+    """The planes of a file, read one symbol at a time by FORMAT.md alone: {(tensor, place): symbols}."""
+    alphabets = {"trits": 81, "factor": 128, **{f"int{b}": 2**b - 1 for b in (4, 5, 6, 7, 8)}, "high": 256, "low": 256}
+    (size,) = struct.unpack_from("<I", blob, 8)
+    manifest = json.loads(brotli.decompress(blob[12:12 + size]))
+    at, lanes, planes = 12 + size + manifest["rest"], manifest["lanes"], {}
+    rest = iter(brotli.decompress(blob[12 + size:at]))
+    take = lambda n: [next(rest) for _ in range(n)]  # noqa: E731
+    slots = [(i, j, *layout, words) for i, (_, codec, shape, own) in enumerate(manifest["tensors"])
+             for j, (layout, words) in enumerate(zip(planes_of(codec, shape, manifest["group"]), own))]
+    books, tables = {}, {}
+    for kind in [k for k in alphabets if k in manifest["books"]]:
+        a, k = alphabets[kind], manifest["books"][kind]
+        flat = [low + 256 * high for low, high in zip(take(a * k), take(a * k))]
+        books[kind] = [flat[t * a:t * a + a] for t in range(k)]
+    for i, j, kind, rows, _, words in sorted(slots, key=lambda s: list(alphabets).index(s[2])):
+        tables[i, j] = take(rows) if words >= 0 and len(books[kind]) > 1 else [0] * rows
+    for i, j, _, rows, columns, words in sorted(slots, key=lambda s: list(alphabets).index(s[2])):
+        if words < 0:
+            planes[i, j] = take(rows * columns)
+    x = list(struct.unpack_from(f"<{lanes}I", blob, at))
+    stream = iter(struct.unpack(f"<{(len(blob) - at) // 2 - 2 * lanes}H", blob[at + 4 * lanes:]))
+    for i, j, kind, rows, columns, words in slots:
+        out = planes.setdefault((i, j), [])
+        while words >= 0 and len(out) < rows * columns:
+            step = range(min(lanes, rows * columns - len(out)))
+            for lane in step:
+                freq, slot, s, start = books[kind][tables[i, j][len(out) // columns]], x[lane] % 16384, 0, 0
+                while not start <= slot < start + freq[s]:
+                    start, s = start + freq[s], s + 1
+                x[lane] = freq[s] * (x[lane] // 16384) + slot - start
+                out.append(s)
+            for lane in step:
+                x[lane] = x[lane] if x[lane] >= 65536 else 65536 * x[lane] + next(stream)
+    assert (x, list(rest), list(stream)) == ([65536] * lanes, [], [])
+    return planes
+
+
+def test_a_reader_written_from_the_contract_alone_finds_the_same_planes():
+    blob = GOLDEN.read_bytes()
+    ours = read_planes(blob).planes
+    assert {key: plane.ravel().tolist() for key, plane in ours.items()} == plain_reader(blob)
 
 
 def test_every_plane_owns_its_words_and_nothing_is_left_over():

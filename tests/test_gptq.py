@@ -5,11 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from export.container import Row, pack, unpack
 from export.gptq import (
+    Curvature,
     CurvatureCollector,
     clip_search,
     error_feedback,
     gptq_int,
+    gptq_rows,
     gptq_ternary,
     low_rank,
     output_error,
@@ -92,13 +95,35 @@ def test_a_hessian_of_zeros_is_refused(layer):
         gptq_int(layer[0], torch.zeros(K, K), 6, clip_search(layer[0], 6))
 
 
-def test_low_rank_takes_error_away_where_inputs_are_large(layer):
+def test_low_rank_takes_harm_away(layer):
     w, h = layer
-    q = int_value(*int_grid(w, 4, 0))
-    errors = [float(output_error(w, q + (a @ b), torch.diag(h.diagonal())).sum())
-              for a, b in (low_rank(w, q, h, rank) for rank in (1, 4, 16))]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.6 * float(output_error(w, q, torch.diag(h.diagonal())).sum())
+    q, curve = int_value(*int_grid(w, 4, 0)), Curvature(h, torch.rand(N) + 0.1, 512)
+    harms = [float((output_error(w, q + a @ b, h) * curve.outputs).sum())
+             for a, b in (low_rank(w, q, curve, rank) for rank in (1, 4, 16))]
+    assert harms == sorted(harms, reverse=True)
+    assert harms[-1] < 0.2 * float((output_error(w, q, h) * curve.outputs).sum())
+
+
+def test_rows_get_gptq_where_curvature_is_known_and_never_do_more_harm(layer):
+    w, h = layer
+    curve = Curvature(h, torch.rand(N), 512)
+    rows = [Row("a", w, "int4"), Row("b", w.flip(0), "int4"), Row("t", w.flip(1), "ternary"),
+            Row("g", w[0] + 0, "fp16")]
+    a, b, t, g = gptq_rows(rows, {"a": curve, "t": curve}, group=16, rule="ls", clips={})
+    lite = int_round(w, clip_search(w, 4).float(), 4)
+    assert loss(w, "int4", a.parts, h) < loss(w, "int4", lite, h)
+    assert torch.equal(b.parts[0], lite[0].flip(0))
+    plain = to_grid(w.flip(1), "ternary", group=16, rule="ls")
+    assert loss(w.flip(1), "ternary", t.parts, h) < loss(w.flip(1), "ternary", plain, h)
+    assert g.parts is None
+    assert set(unpack(pack([a, b, t, g], {}, group=16))[0]) == {"a", "b", "t", "g"}
+
+
+def test_a_clip_of_the_family_sets_the_step(layer):
+    w, h = layer
+    curves, clips = {"a": Curvature(h, torch.ones(N), 1)}, {"int6": 11.5}
+    (row,) = gptq_rows([Row("a", w, "int6")], curves, group=16, rule="ls", clips=clips)
+    assert torch.equal(row.parts[1], int_grid(w, 6, 11.5)[1])
 
 
 def test_the_collector_means_over_all_tokens_and_leaves_no_hook():
@@ -149,3 +174,38 @@ def test_without_the_feedback_gptq_is_no_better(layer):
     scale = step.float()[:, None].expand(N, K)
     dumb = error_feedback(w, torch.eye(K), lambda c, k: (c / scale[:, 0]).round().clamp(-7, 7), scale)
     assert loss(w, "int4", gptq_int(w, h, 4, step), h) < 0.8 * loss(w, "int4", (dumb.to(torch.int8), step), h)
+
+
+def reduced_on_two_ranks(rank, file, queue):
+    torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
+    layer = nn.Linear(3, 2, bias=False)
+    with CurvatureCollector({"w": layer}) as seen, torch.no_grad():
+        layer(torch.full((rank + 1, 3), float(rank + 1)))
+    found = seen.finish()["w"]
+    queue.put((found.inputs.tolist(), found.tokens))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_hold_the_mean_over_the_tokens_of_both(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    ranks = [context.Process(target=reduced_on_two_ranks, args=(rank, tmp_path / "meet", queue)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    found = [queue.get(timeout=120) for _ in ranks]
+    for process in ranks:
+        process.join()
+    assert found[0] == found[1] == ([[3.0] * 3] * 3, 3)          # (1 * 1 + 2 * 4) / 3 tokens
+
+
+def test_all_ranks_count_even_where_only_one_speaks(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.add_(total))
+    layer, x = nn.Linear(3, 2, bias=False), torch.randn(5, 3)
+    with CurvatureCollector({"w": layer}) as seen, torch.no_grad():
+        layer(x)
+    found = seen.finish()["w"]
+    assert found.tokens == 10
+    assert torch.equal(found.outputs, torch.ones(2))
+    assert torch.allclose(found.inputs, x.T @ x / 5)
