@@ -43,6 +43,8 @@ class Probes:
             raise ValueError(f"{len(self.tokens)} tokens are too few to probe; give at least 4")
         if not 0 <= min(self.tokens) <= max(self.tokens) < vocab:
             raise ValueError(f"token ids {min(self.tokens)}..{max(self.tokens)} lie outside a vocabulary of {vocab}")
+        if positions < 2:
+            raise ValueError(f"positions={positions} probes too little; give at least 2")
         self.random = np.random.default_rng(0)
         self.whole = self.score(self.tokens)
         self.noise = float(np.abs(self.score(self.tokens) - self.whole).max())

@@ -8,8 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from eval import ttt
+from eval.__main__ import main
+from eval.engram import ENGRAM_ALPHA_SHAPE, EvalEngram
 from eval.legality import Probes
+from eval.score import EvalSettings
+from eval.ttt import EVAL_MODES
 
 V, N = 16, 80
 PRIOR = np.random.default_rng(5).dirichlet(np.full(V, 0.3), V) * 0.98 + 0.02 / V  # the artifact: a bigram model
@@ -284,41 +291,46 @@ def write_evaluators(folder):
     np.save(folder / "floats.npy", np.zeros(4))
 
 
-def certify(folder, evaluator, tokens="tokens.npy", vocab="16", *more):
-    root = str(Path(__file__).parents[1])
-    command = [sys.executable, "-m", "eval", "certify", evaluator, "--vocab", vocab, "--tokens", tokens, *more]
-    return subprocess.run(command, cwd=folder, env={"PYTHONPATH": root}, capture_output=True, text=True)
-
-
-@pytest.mark.unhurried  # several interpreters start
+@pytest.mark.unhurried  # interpreters start
 def test_the_command_prints_a_certificate_and_its_status_says_legal_or_not(tmp_path):
     write_evaluators(tmp_path)
-    done = certify(tmp_path, "mine:uniform", "tokens.npy", "16", "--json")
-    certificate = json.loads(done.stdout)
-    assert done.returncode == 0 and certificate["legal"] is True
-    assert {probe: certificate[probe]["status"] for probe in ("L1", "L2", "L3", "L4", "L5")} == {
-        "L1": "pass", "L2": "pass", "L3": "pass", "L4": "na", "L5": "na",
-    }  # fmt: skip
-    done = certify(tmp_path, "mine:cheap", "tokens.npy", "16", "--json")
-    certificate = json.loads(done.stdout)
-    assert done.returncode == 1 and certificate["legal"] is False and certificate["L3"]["status"] == "fail"
+
+    def certify(evaluator):
+        more = ["certify", evaluator, "--vocab", "16", "--tokens", "tokens.npy", "--json"]
+        command, root = [sys.executable, "-m", "eval", *more], str(Path(__file__).parents[1])
+        done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": root}, capture_output=True, text=True)
+        return done.returncode, json.loads(done.stdout)
+
+    status, certificate = certify("mine:uniform")
+    assert status == 0 and certificate["legal"] is True
+    verdicts = [certificate[probe]["status"] for probe in ("L1", "L2", "L3", "L4", "L5")]
+    assert verdicts == ["pass", "pass", "pass", "na", "na"]
+    status, certificate = certify("mine:cheap")
+    assert status == 1 and certificate["legal"] is False and certificate["L3"]["status"] == "fail"
     assert certificate["L3"]["evidence"]["sum"] == pytest.approx(16 / 15)
 
 
-@pytest.mark.unhurried  # several interpreters start
-def test_what_cannot_be_judged_is_one_line_and_status_two(tmp_path):
+@pytest.mark.parametrize(
+    "words, error",
+    [
+        (["mine:short"], "not one fewer"),
+        (["mine:absent"], "mine:absent"),
+        (["nowhere:f"], "nowhere:f"),
+        (["mine:number"], "not a callable"),
+        (["mine:uniform", "--tokens", "absent.npy"], "absent.npy"),
+        (["mine:uniform", "--tokens", "floats.npy"], "float64"),
+        (["mine:uniform", "--vocab", "9"], "vocabulary of 9"),
+        (["mine:uniform", "--positions", "1"], "positions=1"),
+    ],
+)
+def test_what_cannot_be_judged_is_one_line_and_status_two(words, error, tmp_path, monkeypatch, capsys):
     write_evaluators(tmp_path)
-    for arguments, words in [
-        (("mine:short",), "not one fewer"),
-        (("mine:absent",), "mine:absent"),
-        (("nowhere:f",), "nowhere:f"),
-        (("mine:number",), "not a callable"),
-        (("mine:uniform", "absent.npy"), "absent.npy"),
-        (("mine:uniform", "floats.npy"), "float64"),
-        (("mine:uniform", "tokens.npy", "9"), "vocabulary of 9"),
-    ]:
-        done = certify(tmp_path, *arguments)
-        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    assert main(["certify", "--vocab", "16", "--tokens", "tokens.npy", *words]) == 2
+    told = capsys.readouterr().err
+    assert error in told and told.count("\n") == 1
 
 
 def test_sampled_candidates_still_find_an_excess_and_never_accuse_for_a_shortfall():
@@ -344,3 +356,143 @@ def test_sampled_candidates_still_find_an_excess_and_never_accuse_for_a_shortfal
 def test_a_verdict_needs_a_stream_with_documents_to_judge_a_claim_of_isolation():
     with pytest.raises(ValueError, match="is one document"):
         Probes(Isolated(), V, [1, *stream()[1:20]]).certificate()
+
+
+# ---- the project's own evaluator, at a vocabulary where every token can be tried ------------------------------------
+
+WIDE = 64
+
+
+class Toy(nn.Module):
+    """The face of a model that eval sees: an average of past embeddings, then a linear."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.embed, self.head = nn.Embedding(WIDE, 8), nn.Linear(8, WIDE)
+
+    def forward(self, tokens, state):
+        h = torch.zeros(len(tokens), 8) if state is None else state
+        out = []
+        for x in self.embed(tokens).unbind(1):
+            h = 0.7 * h + x
+            out.append(h)
+        return self.head(torch.stack(out, 1)), h
+
+    def scope(self, name):
+        return {"scales": [self.head.bias], "all": list(self.parameters()), "engram": []}[name]
+
+    def linears(self):
+        return {"head": self.head}
+
+
+class Twin:
+    """The project's evaluator as a callable that keeps events; `length` pads, so that lanes end where they would."""
+
+    def __init__(self, model, mode, s, length=0):
+        self.model, self.mode, self.s, self.length = model, mode, s, length
+        self.alpha = np.full(ENGRAM_ALPHA_SHAPE, 0.5, np.float32)
+        self.learners = []
+
+    def __call__(self, tokens):
+        self.events, nats, n = [], {}, len(tokens)
+        tokens = np.array([*tokens, *[2] * (self.length - n)])
+        ones = np.ones_like(tokens)
+        for lanes in ttt.mode_groups(tokens, ones, self.mode, self.s):
+            for span in ttt.adapt_lanes(self.model, tokens, ones, self.mode, self.s, lanes, self.alpha):
+                nats |= dict(zip(range(span.start, span.stop), span.each))
+                self.events.append(("score", span.start, span.stop, self.digest()))
+            self.learners.clear()
+        return [nats[at] for at in range(1, n)]
+
+    def digest(self):
+        return hash(tuple(t.numpy().tobytes() for learner in self.learners for t in learner()))
+
+
+def watch(monkeypatch, twin):
+    """Have what learns tell the twin what it learned from."""
+
+    class Reader(ttt.EngramReader):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            twin.learners.append(lambda: (self.memory.tag, self.memory.total, self.memory.counts))
+
+        def learn(self, done):
+            super().learn(done)
+            twin.events += [("learn", span.start, span.stop, twin.digest()) for span in done.spans]
+
+    class Learner(ttt.LaneLearner):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            twin.learners.append(lambda: [row.detach() for row in self.adapters.rows])
+
+        def learn(self, done):
+            super().learn(done)
+            if done.closes:
+                twin.events += [("learn", start, stop, twin.digest()) for *_, start, stop in done.window.places]
+
+    monkeypatch.setattr(ttt, "EngramReader", Reader)
+    monkeypatch.setattr(ttt, "LaneLearner", Learner)
+    return twin
+
+
+def small(**changes):
+    sizes = {"eval_seq_len": 16, "eval_stride": 8, "eval_lanes": 1, "eval_batch": 1, "ttt_chunk": 12, "ttt_rank": 2}
+    return EvalSettings(**sizes | {"ttt_lr": 0.05, "engram_rows": 256, "engram_chunk": 12} | changes)
+
+
+@pytest.mark.unhurried  # hundreds of evaluations
+@pytest.mark.parametrize("mode", EVAL_MODES)
+def test_the_projects_evaluator_is_legal_in_every_mode(mode, monkeypatch):
+    twin = watch(monkeypatch, Twin(Toy(), mode, small()))
+    certificate = Probes(twin, WIDE, stream(28), positions=2).certificate()
+    assert certificate["legal"] and certificate["L3"]["evidence"]["complete"], certificate
+    assert certificate["L4"]["status"] == "pass"
+
+
+@pytest.mark.parametrize("scope", ["scales", "all"])
+def test_it_reads_no_future_in_any_scope(scope):
+    s = small(ttt_scope=scope, ttt_reset=0, ttt_epochs=2)
+    probes = Probes(Twin(Toy(), "ttt", s), WIDE, stream(40), positions=2)
+    assert probes.prefix().status == probes.future().status == "pass"
+
+
+@pytest.mark.unhurried  # a hundred evaluations
+def test_lanes_side_by_side_read_no_future_unless_they_share_a_memory(monkeypatch):
+    s = small(eval_lanes=2, eval_batch=2)
+    probes = Probes(Twin(Toy(), "all", s, 48), WIDE, stream(40), positions=2)
+    assert probes.prefix().status == probes.future().status == "pass"
+    honest = EvalEngram.contexts
+
+    def shared(self, x):
+        tags, rows = honest(self, x)
+        return tags, rows % self.rows
+
+    monkeypatch.setattr(EvalEngram, "contexts", shared)
+    probes = Probes(Twin(Toy(), "engram", s, 112), WIDE, stream(100), positions=2)
+    assert probes.future().status == "fail"
+
+
+def test_a_learner_that_is_early_or_silent_breaks_the_order(monkeypatch):
+    """Planted in the real evaluator: learning before the span is yielded, and learning nobody is told of."""
+    twin = watch(monkeypatch, Twin(Toy(), "ttt", small(ttt_reset=0)))
+    honest = ttt.legal_ttt
+
+    def early(rounds, learn):
+        for done in rounds:
+            learn(done)
+            yield from done.spans
+
+    monkeypatch.setattr(ttt, "legal_ttt", early)
+    assert Probes(twin, WIDE, stream(24)).order().status == "fail"
+
+    def silent(rounds, learn):
+        def quietly(done):
+            learn(done)
+            learn(done)
+            twin.events.pop()
+
+        yield from honest(rounds, quietly)
+
+    monkeypatch.setattr(ttt, "legal_ttt", silent)
+    assert Probes(twin, WIDE, stream(24)).order().status == "fail"
