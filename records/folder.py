@@ -177,18 +177,20 @@ class Folder:
         if claim is None:
             return []
         if claim.bpbs():
-            return [self._prove(r.seed, r.val_bpb) for r in claim.results.values() if r.val_bpb is not None]
+            # writers drop trailing zeros, so the longest number of the table says how exact all of them are
+            slack = min(map(tolerance, claim.bpbs()))
+            return [self._prove(r.seed, r.val_bpb, slack) for r in claim.results.values() if r.val_bpb is not None]
         headline = claim.number("val_bpb")
         if headline is None:
             return []
-        proof = self._prove(None, headline)
+        proof = self._prove(None, headline, tolerance(headline))
         return [proof] if proof.metric else self._prove_mean(headline) or [proof]
 
-    def _prove(self, seed: int | None, value: float) -> Proof:
+    def _prove(self, seed: int | None, value: float, slack: float) -> Proof:
         logs = [log for log in self.logs if seed is None or self.log_seed(log) == seed]
         # a file that names no seed can prove a seed only by showing its number
         spare = [log for log in self.logs if self.log_seed(log) is None] if seed is not None else []
-        hits = [(log, m) for log in [*logs, *spare] for m in log.metrics if matches(value, m)]
+        hits = [(log, m) for log in [*logs, *spare] for m in log.metrics if matches(value, m, slack)]
         hits.sort(key=lambda hit: (not hit[1].final, -hit[1].digits, abs(hit[1].bpb - value)))
         if hits:
             return Proof(seed, value, *hits[0])
@@ -230,9 +232,9 @@ class Folder:
         return bpb, nats if len(nats) == len(bpb) else []
 
 
-def matches(value: float, metric: Metric) -> bool:
-    """A claim with d digits equals a log line when rounding explains the difference."""
-    return abs(metric.bpb - value) <= tolerance(value) + (0 if metric.exact else 5e-5)
+def matches(value: float, metric: Metric, slack: float) -> bool:
+    """A claim equals a log line when the rounding of either explains the difference."""
+    return abs(metric.bpb - value) <= slack + (0 if metric.exact else 5e-5)
 
 
 def seed_in_name(name: str) -> int | None:

@@ -177,7 +177,7 @@ def copy_run(folder: Path, run: Run, label: str) -> None:
             shutil.copyfile(run.path / name, folder / target)
     if not (run.path / "metrics.jsonl").exists():
         return
-    steps = run.metrics.curves["loss"].count + run.metrics.curves["loss"].bad
+    steps = run.metrics.every * (run.metrics.curves["loss"].count + run.metrics.curves["loss"].bad)
     every = max(1, -(-steps // MAX_METRIC_LINES))
     head = {
         "kind": "run",

@@ -4,8 +4,6 @@ import ast
 import base64
 import binascii
 import bz2
-import gzip
-import io
 import lzma
 import zlib
 from dataclasses import dataclass
@@ -32,11 +30,13 @@ class Unpacked:
     reads: str = ""  # the file another script is executed from
 
 
-def bounded(step, data: bytes) -> bytes:
+def bounded(decoder, data: bytes) -> bytes:
     """Run a streaming decompressor to its end, or stop at the limit."""
-    out = step(data, MAX_UNPACKED + 1)
+    out = decoder.decompress(data, MAX_UNPACKED + 1)
     if len(out) > MAX_UNPACKED:
         raise Unpackable(f"unpacks to more than {MAX_UNPACKED:,} bytes: a decompression bomb")
+    if not decoder.eof:
+        raise Unpackable("the compressed stream is truncated")
     return out
 
 
@@ -47,19 +47,19 @@ def un_lzma(data: bytes, **options: object) -> bytes:
     if any(f.get("dict_size", 0) > MAX_DICTIONARY for f in options["filters"] or []):
         raise Unpackable(f"an lzma dictionary above {MAX_DICTIONARY:,} bytes")
     decoder = lzma.LZMADecompressor(**options, memlimit=None if options["format"] == lzma.FORMAT_RAW else 256 << 20)
-    return bounded(decoder.decompress, data)
+    return bounded(decoder, data)
 
 
 def un_zlib(data: bytes, wbits: int = zlib.MAX_WBITS, **_: object) -> bytes:
-    return bounded(zlib.decompressobj(wbits).decompress, data)
+    return bounded(zlib.decompressobj(wbits), data)
 
 
 def un_gzip(data: bytes) -> bytes:
-    return bounded(lambda d, n: gzip.GzipFile(fileobj=io.BytesIO(d)).read(n), data)
+    return bounded(zlib.decompressobj(16 + zlib.MAX_WBITS), data)
 
 
 def un_bz2(data: bytes) -> bytes:
-    return bounded(bz2.BZ2Decompressor().decompress, data)
+    return bounded(bz2.BZ2Decompressor(), data)
 
 
 def un_brotli(data: bytes, **_: object) -> bytes:
@@ -201,7 +201,9 @@ class _Stub:
         if name in DECODERS:
             self.layers.append(name)
             return DECODERS[name](*args, **options)
-        if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS:
+        owner = getattr(node.func, "value", None)
+        module = isinstance(owner, ast.Name) and owner.id in self.names
+        if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS and not module:
             return self._method(self._text_of(node.func.value, depth), node.func.attr, args, options)
         raise Unpackable(f"line {node.lineno}: call of {name} is not a known decoder")
 

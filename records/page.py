@@ -18,12 +18,12 @@ p{margin:.5em 0}.dim{color:var(--dim)}a{color:var(--a)}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:8px 10px}
 .tile b{display:block;font-size:1.12rem}
 .tile span{color:var(--dim);font-size:.8rem}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr));gap:14px;align-items:start}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:14px;align-items:start}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:8px}
 figcaption{font-size:.85rem;color:var(--dim);padding:0 4px 4px}
 svg{width:100%;height:auto;display:block}.t{font-size:11px;fill:var(--dim)}.g{stroke:var(--line)}.l{fill:none;stroke-width:1.6}
 .band{fill:var(--a);opacity:.16}.mark{fill:var(--fail)}.spark{width:100px;height:24px}
-.scroll{overflow-x:auto;max-width:100%}table{border-collapse:collapse;font-size:.86rem;width:100%}
+.scroll{overflow-x:auto;max-width:100%}table{border-collapse:collapse;font-size:.86rem;min-width:min(100%,340px)}
 th,td{text-align:left;padding:3px 8px;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:normal}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}th{color:var(--dim);font-weight:600}
 details{margin:.5em 0}summary{cursor:pointer}
@@ -41,8 +41,10 @@ class Raw(str):
 def cell(value: object) -> str:
     if isinstance(value, Raw):
         return value
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        value = int(value)
     if isinstance(value, float):
-        return escape(f"{value:,.6g}")
+        return escape(f"{value:,.8g}")
     if isinstance(value, int) and not isinstance(value, bool):
         return escape(f"{value:,}")
     return escape(clean(value, 2_000))

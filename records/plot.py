@@ -7,7 +7,7 @@ from html import escape
 import numpy as np
 
 WIDTH, HEIGHT = 480, 260
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 40
+LEFT, RIGHT, TOP, BOTTOM = 52, 20, 24, 40
 COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)", "var(--e)", "var(--f)")
 
 
@@ -53,8 +53,10 @@ class Axes:
         if not self.log:
             return ticks(*self.y)
         low, high = self.y
-        whole = [10.0**e for e in range(math.ceil(low), math.floor(high) + 1)]
-        return whole if len(whole) > 1 else [10**v for v in np.linspace(low, high, 4)[1:-1]]
+        exponents = range(math.floor(low), math.floor(high) + 1)
+        whole = [10.0**e for e in exponents if low <= e <= high]
+        fine = [m * 10.0**e for e in exponents for m in (1, 2, 5) if low <= math.log10(m) + e <= high]
+        return whole if len(whole) > 3 else fine or ticks(10**low, 10**high)
 
     def frame(self, x_label: str, y_label: str) -> str:
         x_at, bottom = (LEFT + WIDTH) / 2, HEIGHT - BOTTOM + 15
@@ -105,11 +107,14 @@ def lines(
     if not kept:
         return ""
     xs, ys = np.concatenate([k[1] for k in kept]), np.concatenate([k[2] for k in kept])
-    axes = Axes((xs.min(), xs.max()), (ys.min(), ys.max()), log)
-    body = [axes.frame(x_label, y_label)]
+    bottom, top = ys.min(), ys.max()
     if band is not None:
         bx, low, high = (np.asarray(v, float) for v in band)
-        low, high = np.clip(low, ys.min(), ys.max()), np.clip(high, ys.min(), ys.max())
+        bottom, top = min(bottom, np.quantile(low, 0.01)), max(top, np.quantile(high, 0.99))
+    axes = Axes((xs.min(), xs.max()), (bottom, top), log)
+    body = [axes.frame(x_label, y_label)]
+    if band is not None:
+        low, high = np.clip(low, bottom, top), np.clip(high, bottom, top)
         body.append(f'<polygon class="band" points="{points(axes, bx, high)} {points(axes, bx[::-1], low[::-1])}"/>')
     for i, (name, x, y) in enumerate(kept):
         colour = COLOURS[i % len(COLOURS)]
@@ -129,15 +134,16 @@ def lines(
 
 
 def legend(names: list[str]) -> str:
+    """One row above the drawing, from the right."""
     if len(names) < 2:
         return ""
-    wide = max(map(len, names)) * 6.5 + 22
-    left = WIDTH - RIGHT - wide
-    return "".join(
-        f'<rect x="{left:.0f}" y="{TOP + 4 + 16 * i}" width="10" height="10" style="fill:{COLOURS[i % len(COLOURS)]}"/>'
-        f'<text class="t" x="{left + 15:.0f}" y="{TOP + 13 + 16 * i}">{escape(n)}</text>'
-        for i, n in enumerate(names)
-    )
+    parts, right = [], WIDTH - RIGHT
+    for i, name in reversed(list(enumerate(names))):
+        right -= 6.2 * len(name) + 20
+        colour = COLOURS[i % len(COLOURS)]
+        parts.append(f'<rect x="{right:.0f}" y="2" width="9" height="9" style="fill:{colour}"/>')
+        parts.append(label(right + 13, 11, name))
+    return "".join(parts)
 
 
 def bars(title: str, rows: list[tuple[str, float]], unit: str, *, zero: bool = True) -> str:

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from records.plot import bars, lines, spark, text_spark
 from records.runs import Curve, Run
 
 RANGES = 10
+PLOT_POINTS = 200
 LAYER_STAT = re.compile(r"(?:.*\.)?layers?\.(\d+)\.(.+)$")
 
 
@@ -37,12 +39,12 @@ def headline(run: Run, price: float | None) -> list[tuple[str, str]]:
     _, nbytes, _ = run.artifact
     rows = [
         ("status", run.status),
-        ("BPB (headline)" + (", partial" if metrics.val_partial else ""), f"{bpb:.5f}" if bpb else ""),
+        ("BPB (headline)" + (", partial" if partial(run) else ""), f"{bpb:.5f}" if bpb else ""),
         *((f"BPB {m}", f"{v:.5f}") for m, v in modes.items()),
         ("artifact bytes", f"{nbytes:,}" if nbytes else ""),
         ("left of the cap", f"{CAP_BYTES - nbytes:,}" if nbytes else ""),
-        ("steps", f"{metrics.last_step:,}"),
-        ("tokens", f"{metrics.tokens or as_number(result.get('tokens')) or 0:,.0f}"),
+        ("steps", f"{int(as_number(result.get('steps')) or metrics.last_step):,}"),
+        ("tokens", f"{as_number(result.get('tokens')) or metrics.tokens:,.0f}"),
         ("training", span(seconds)),
         ("all phases", span(sum(metrics.phases.values())) if metrics.phases else ""),
         ("alerts", f"{metrics.counts.get('alert', 0):,}"),
@@ -50,6 +52,12 @@ def headline(run: Run, price: float | None) -> list[tuple[str, str]]:
         ("cost", f"{price * sum(metrics.phases.values()) / 3600:,.2f}" if price is not None and metrics.phases else ""),
     ]
     return [(name, value) for name, value in rows if value]
+
+
+def partial(run: Run) -> bool:
+    """Whether the headline was scored on a part of the validation set."""
+    same = [e for e in run.metrics.evals.values() if e.get("bpb") == run.result.get("val_bpb")]
+    return any(e.get("partial") for e in same) if same else run.metrics.val_partial
 
 
 def loss_ranges(run: Run) -> list[list]:
@@ -133,7 +141,7 @@ def layer_plots(run: Run, limit: int = 12) -> Iterator[Raw]:
         series = []
         for layer, name in sorted(layers)[:6]:
             x, mean, _, _ = run.metrics.stats[name].rows()
-            series.append((f"layer {layer}", x, mean))
+            series.append((f"L{layer}", x, mean))
         if any(len(s[1]) > 1 for s in series):
             yield figure(
                 f"{stat}" + (f" (6 of {len(layers)} layers)" if len(layers) > 6 else ""),
@@ -254,14 +262,14 @@ def environment_rows(run: Run) -> list[list]:
 
 
 def curve_figure(run: Run, name: str, title: str, label: str, *, log: bool = False) -> Raw:
-    x, mean, low, high = run.metrics.curves[name].rows()
+    x, mean, low, high = run.metrics.curves[name].thin(PLOT_POINTS)
     return figure(
         title, lines(title, [(name, x, mean)], "step", label, band=(x, low, high) if len(x) > 1 else None, log=log)
     )
 
 
 def loss_figure(run: Run) -> Raw:
-    x, mean, low, high = run.metrics.curves["loss"].rows()
+    x, mean, low, high = run.metrics.curves["loss"].thin(PLOT_POINTS)
     vx, val, _, _ = run.metrics.val_loss.rows()
     series = [("train", x, mean)] + ([("validation", vx, val)] if len(vx) else [])
     spikes = [
@@ -308,6 +316,7 @@ def html_report(run: Run, price: float | None = None) -> str:
     phases = sorted(metrics.phases.items(), key=lambda p: -p[1])
     tensors = tensor_rows(run)
     damaged = f'<p class="warn">{metrics.damaged} damaged lines were skipped</p>' if metrics.damaged else ""
+    damaged += f'<p class="dim">one step line in {metrics.every} was read</p>' if metrics.every > 1 else ""
     parts = [
         f'<p class="dim">seed {run.seed} · configuration {cell(run.config_hash[:12])}</p>{damaged}',
         tiles(headline(run, price)),
@@ -321,7 +330,10 @@ def html_report(run: Run, price: float | None = None) -> str:
                     "Train-validation gap", lines("gap", [("gap", x, gap)], "step", "nats", dots=frozenset({"gap"}))
                 ),
                 figure("Validation BPB", lines("BPB", [("BPB", bx, bpb)], "step", "BPB", dots=frozenset({"BPB"}))),
-                *(figure(n, lines(n, [(n, *c.rows()[:2])], "step", n)) for n, c in sorted(metrics.aux.items())[:12]),
+                *(
+                    figure(n, lines(n, [(n, *c.thin(PLOT_POINTS)[:2])], "step", n))
+                    for n, c in sorted(metrics.aux.items())[:12]
+                ),
             ),
         ),
         section("Loss by range", table(HEADS["ranges"], loss_ranges(run))),
@@ -345,7 +357,7 @@ def html_report(run: Run, price: float | None = None) -> str:
         section("Alerts", table(HEADS["alerts"], event_rows(run, "alert", HEADS["alerts"]))),
         section(
             "Artifact",
-            figure("Share of zeros", lines("zeros", zeros, "step", "share")),
+            grid(figure("Share of zeros", lines("zeros", zeros, "step", "share"))),
             artifact_line(run),
             folded(f"{len(tensors)} tensors", table(HEADS["tensors"], tensors)),
         ),
@@ -434,7 +446,7 @@ def md_cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.6g}"
     text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else clean(value, 300)
-    return re.sub(r"([|<>`*_\[\]\\])", r"\\\1", text)
+    return re.sub(r"([|`*_\[\]\\])", r"\\\1", escape(text, quote=False))
 
 
 def md_table(head: list[str], rows: list[list]) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from records.claim import as_number, parse_json
 from records.files import open_regular, read_bytes
 from records.folder import sha256_file
 
-CHUNK = 4 << 20  # bytes of metrics parsed at a time
+CHUNK = 1 << 20  # bytes of metrics parsed at a time
+MAX_STEPS = 250_000  # step lines parsed; of a longer run every k-th one, and all that hold NaN or infinity
+STEP_LINE = (b'{"kind": "step"', b'{"kind":"step"')
 MAX_NAMES = 1_000  # distinct statistics
 MAX_EVENTS = 500  # kept of each rare kind; all are counted
 LINE_LIMIT = 8 << 20
@@ -56,6 +59,20 @@ class Curve:
         """x, mean, low, high of the used buckets."""
         used = self.n > 0
         return self.x[used], self.total[used] / self.n[used], self.low[used], self.high[used]
+
+    def thin(self, points: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The same in at most `points` buckets."""
+        x, mean, low, high = self.rows()
+        if len(x) <= points:
+            return x, mean, low, high
+        cuts = np.linspace(0, len(x), points + 1).astype(int)
+        parts = list(pairwise(cuts))
+        return (
+            np.array([x[b - 1] for _, b in parts]),
+            np.array([mean[a:b].mean() for a, b in parts]),
+            np.array([low[a:b].min() for a, b in parts]),
+            np.array([high[a:b].max() for a, b in parts]),
+        )
 
     @property
     def last(self) -> float:
@@ -107,13 +124,14 @@ class Metrics:
     last_step: int = 0
     tokens: float = 0.0
     damaged: int = 0
+    every: int = 1  # one step line in so many was read
     status: str = ""
 
     def steps(self, events: list[dict]) -> None:
         column = {name: numbers(events, name) for name in (*STEP_FIELDS, "step")}
         x = column["step"]
         for name in STEP_FIELDS:
-            if not np.isnan(column[name]).all():
+            if any(name in e for e in events):
                 self.curves[name].extend(x, column[name])
         self.grad.extend(column["grad_norm"])
         for name in {k for e in (events[0], events[-1]) for k in e if k.startswith("aux.")}:
@@ -126,11 +144,12 @@ class Metrics:
         self._milestones(column)
 
     def _milestones(self, column: dict) -> None:
-        """First step at which a smoothed loss passes each half nat."""
+        """First step at which a smoothed loss passes each mark: half nats, below 4 quarters, below 2.5 tenths."""
         for step, loss, seconds in zip(column["step"], column["loss"], column["seconds"]):
             if math.isfinite(loss):
                 self.smooth = loss if math.isnan(self.smooth) else 0.98 * self.smooth + 0.02 * loss
-                mark = math.ceil(self.smooth * 4) / 4
+                fine = 2 if self.smooth > 4 else 4 if self.smooth > 2.5 else 10
+                mark = math.ceil(self.smooth * fine) / fine
                 if mark not in self.milestones and len(self.milestones) < 200 and math.isfinite(step):
                     self.milestones[mark] = (int(step), float(seconds))
 
@@ -191,7 +210,15 @@ def numbers(events: list[dict], name: str) -> np.ndarray:
 def event_chunks(path: Path, metrics: Metrics) -> Iterator[list[dict]]:
     """Lists of events; a damaged line is counted and skipped."""
     with open_regular(path) as stream:
+        size = stream.seek(0, 2)
+        stream.seek(0)
+        seen = 0
         while lines := stream.readlines(CHUNK):
+            if seen == 0 and size > 32 * CHUNK:
+                metrics.every = max(1, round(size / sum(map(len, lines)) * len(lines) / MAX_STEPS))
+            seen += len(lines)
+            if metrics.every > 1:
+                lines = thinned(lines, seen - len(lines), metrics.every)
             if any(len(line) > LINE_LIMIT for line in lines):
                 metrics.damaged += sum(len(line) > LINE_LIMIT for line in lines)
                 lines = [line for line in lines if len(line) <= LINE_LIMIT]
@@ -200,6 +227,15 @@ def event_chunks(path: Path, metrics: Metrics) -> Iterator[list[dict]]:
             except (ValueError, RecursionError):
                 events = [e for line in lines if (e := one_event(line, metrics)) is not None]
             yield [e for e in events if isinstance(e, dict)]
+
+
+def thinned(lines: list[bytes], seen: int, every: int) -> list[bytes]:
+    """Every k-th step line, and every line that is no plain step."""
+    return [
+        line
+        for i, line in enumerate(lines, seen)
+        if i % every == 0 or not line.startswith(STEP_LINE) or b"NaN" in line or b"Inf" in line
+    ]
 
 
 def one_event(line: bytes, metrics: Metrics) -> object:

@@ -1,0 +1,495 @@
+"""Run folders: reading metrics of any length, reports, new records, the ledger and comparisons."""
+
+import hashlib
+import json
+import math
+import random
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from records.check import check_folder
+from records.cli import main
+from records.folder import Folder
+from records.ledger import COLUMNS, leaderboard, read_ledger
+from records.new import Request, build
+from records.report import html_report, md_report
+from records.runs import Curve, Percentiles, Run, open_run, read_metrics
+
+TOKENS, BYTES = 40_540_160, 151_078_222
+SCRIPT = "import numpy as np\nimport torch\n\n\ndef main():\n    print('trained')\n"
+
+
+def step_line(step, steps, loss, seed=0):
+    rate = 0.02 * (1 - step / steps)
+    row = {
+        "kind": "step",
+        "step": step,
+        "seconds": step * 0.1,
+        "progress": step / steps,
+        "loss": loss,
+        "lr": rate,
+        "grad_norm": 1.0 + 0.1 * math.sin(step + seed),
+        "tokens": step * 8192,
+        "tokens_per_second": 70000.0,
+        "aux.z_loss": 0.01,
+    }
+    return json.dumps(row)
+
+
+def make_run(
+    folder,
+    seed=42,
+    bpb=1.08,
+    steps=200,
+    status="finished",
+    device="NVIDIA H100 80GB HBM3",
+    world=8,
+    official=True,
+    **result,
+):
+    """A run folder as the trainer writes it."""
+    folder.mkdir(parents=True)
+    tokens, nbytes = (TOKENS, BYTES) if official else (60_000, 200_000)
+    blob = random.Random(seed).randbytes(2000)
+    config = {"seed": seed, "run_id": folder.name, "lr": 0.02, "layers": "AKSA"}
+    (folder / "config.json").write_text(json.dumps({"config": config, "origins": {"lr": "profile"}, "hash": "c0ffee"}))
+    (folder / "train.log").write_text("step 1 loss 9.0\n")
+    (folder / "final_model.skc").write_bytes(blob)
+    probes = {f"L{i}": {"status": "pass", "evidence": "ok"} for i in range(1, 6)}
+    (folder / "certificate.json").write_text(json.dumps(probes | {"legal": True}))
+    losses = [2.0 + 7 * math.exp(-s / steps * 6) + random.Random(s + seed).gauss(0, 0.01) for s in range(1, steps + 1)]
+    lines = [step_line(s, steps, loss, seed) for s, loss in enumerate(losses, 1)]
+    events = [
+        {"kind": "val", "step": steps // 2, "val_loss": 2.4, "val_bpb": 0.93, "partial": True},
+        {
+            "kind": "stats",
+            "step": 10,
+            "stats": {f"layers.{i}.gate_mean": 0.5 + i / 10 for i in range(3)} | {"quant.zeros": 0.31},
+        },
+        {
+            "kind": "stats",
+            "step": steps,
+            "stats": {f"layers.{i}.gate_mean": 0.4 for i in range(3)} | {"quant.zeros": 0.35},
+        },
+        {"kind": "alert", "step": 9, "what": "gate stuck", "where": "layers.1.gate_mean", "value": 0.5},
+        {"kind": "spike", "step": 7, "loss": 11.0, "provenance": [[3, 4096]]},
+        {"kind": "sample", "step": 5, "prompt": "<b>The", "text": "king\x1b[31m of <script>alert(1)</script> | pipes"},
+        {"kind": "checkpoint", "step": 100, "path": "000100.pt", "bytes": 12345678, "sha256": "ab" * 32},
+        {"kind": "phase", "name": "train", "seconds": steps * 0.1},
+        {"kind": "phase", "name": "hessian", "seconds": 2.0},
+        {
+            "kind": "artifact",
+            "bytes": len(blob),
+            "sha256": hashlib.sha256(blob).hexdigest(),
+            "tensors": [{"name": "embed", "shape": [100, 8], "codec": "int6", "bytes": 700, "entropy_bits": 5.5}],
+        },
+    ]
+    for mode, more in (("chunked", 0.03), ("stream", 0.0)):
+        nats = (bpb + more) * math.log(2) * nbytes
+        events.append(
+            {
+                "kind": "eval",
+                "mode": mode,
+                "bpb": bpb + more,
+                "nats": nats,
+                "nbytes": nbytes,
+                "tokens": tokens,
+                "seconds": 60.0,
+                "by_position": [[64, 1.3], [4096, 1.1]],
+                "by_length": [{"upto": 512, "bpb": 1.2}, {"upto": 8192, "bpb": 1.05}],
+            }
+        )
+    events.append({"kind": "end", "status": status})
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, *map(json.dumps, events)]) + "\n")
+    values = {
+        "status": status,
+        "val_bpb": bpb,
+        "train_seconds": steps * 0.1,
+        "steps": steps,
+        "tokens": steps * 8192,
+        "peak_memory_bytes": 10**9,
+        "data_hash": "d00d",
+        "device": device,
+        "world_size": world,
+    } | result
+    (folder / "result.json").write_text(json.dumps(values))
+    return Run(folder)
+
+
+def request(tmp_path, **more):
+    script = tmp_path / "packed.py"
+    script.write_text(SCRIPT)
+    return Request(
+        **(
+            {
+                "name": "A try",
+                "author": "me",
+                "github": "me",
+                "script": script,
+                "out": tmp_path / "records",
+                "date": "2026-05-02",
+            }
+            | more
+        )
+    )
+
+
+def three(tmp_path, **more):
+    return [make_run(tmp_path / f"run{s}", s, 1.08 + d, **more) for s, d in ((42, 0.0), (1337, 0.0012), (7, -0.0007))]
+
+
+def worries(folder):
+    report = check_folder(Folder(folder))
+    return [
+        (c["id"], e["status"], e["note"])
+        for c in report["checks"]
+        for e in c["evidence"]
+        if e["status"] in ("warn", "fail")
+    ]
+
+
+def test_what_new_writes_passes_check_unchanged(tmp_path):
+    folder = build(three(tmp_path), request(tmp_path))
+    assert worries(folder) == []
+    names = {p.name for p in folder.iterdir()}
+    assert {
+        "README.md",
+        "submission.json",
+        "train_gpt.py",
+        "manifest.json",
+        "train_seed42.log",
+        "metrics_seed7.jsonl",
+        "loss.svg",
+        "certificate_seed1337.json",
+        "final_model_seed42.skc",
+    } <= names
+    claim = json.loads((folder / "submission.json").read_text())
+    assert (
+        claim["track"] == "10min_16mb"
+        and claim["val_bpb"] == pytest.approx(1.08 + 0.0005 / 3)
+        and claim["seeds"] == [42, 1337, 7]
+    )
+
+
+def test_a_record_on_other_text_says_so_and_is_no_failure(tmp_path):
+    folder = build([make_run(tmp_path / "r", official=False, device="cpu", world=1)], request(tmp_path))
+    assert json.loads((folder / "submission.json").read_text())["track"] == "non_record_16mb"
+    assert "not the official validation text" in (folder / "README.md").read_text()
+    found = worries(folder)
+    assert {status for _, status, _ in found} == {"warn"} and {check for check, _, _ in found} == {"F4", "F14"}
+
+
+def test_a_changed_number_in_a_written_record_is_caught(tmp_path):
+    folder = build(three(tmp_path), request(tmp_path))
+    text = (folder / "submission.json").read_text()
+    claim = json.loads(text)
+    (folder / "submission.json").write_text(
+        text.replace(f'"val_bpb": {claim["seed_results"]["7"]["val_bpb"]}', '"val_bpb": 1.05')
+    )
+    assert {("F1", "fail"), ("F4", "fail"), ("F6", "fail")} <= {(c, s) for c, s, _ in worries(folder)}
+
+
+def test_failed_runs_are_disclosed(tmp_path):
+    runs = [*three(tmp_path), make_run(tmp_path / "bad", 9, steps=30, status="failed: NaN")]
+    folder = build(runs, request(tmp_path))
+    assert json.loads((folder / "submission.json").read_text())["failed_runs"][0]["status"] == "failed: NaN"
+    assert "## Runs that failed" in (folder / "README.md").read_text() and worries(folder) == []
+
+
+def test_an_artifact_kept_elsewhere_is_listed_by_hash_and_address(tmp_path):
+    folder = build(three(tmp_path), request(tmp_path, address="hub://me/models"))
+    row = json.loads((folder / "manifest.json").read_text())["files"]["final_model_seed42.skc"]
+    assert row["address"] == "hub://me/models" and len(row["sha256"]) == 64 and worries(folder) == []
+
+
+def partial(run):
+    path = run.path / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"mode": "stream"', '"mode": "stream", "partial": true'))
+
+
+def no_eval(run):
+    path = run.path / "metrics.jsonl"
+    path.write_text("".join(line + "\n" for line in path.read_text().splitlines() if '"eval"' not in line))
+
+
+def wrong_sum(run):
+    path = run.path / "metrics.jsonl"
+    path.write_text(path.read_text().replace(f'"nbytes": {BYTES}', '"nbytes": 100000000'))
+
+
+def other_rate(run):
+    text = (run.path / "config.json").read_text()
+    (run.path / "config.json").write_text(text.replace("0.02", "0.03").replace("c0ffee", "beef"))
+
+
+def same_seed(run):
+    text = (run.path / "config.json").read_text()
+    (run.path / "config.json").write_text(text.replace('"seed": 42', '"seed": 7'))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (partial, "is partial"),
+        (no_eval, "no evaluation"),
+        (wrong_sum, "nats and bytes give"),
+        (other_rate, "differ in lr"),
+        (same_seed, "same seed"),
+    ],
+)
+def test_new_refuses_what_cannot_be_claimed_and_leaves_nothing(tmp_path, spoil, message):
+    runs = three(tmp_path)
+    spoil(runs[0])
+    with pytest.raises(ValueError, match=message):
+        build([Run(r.path) for r in runs], request(tmp_path))
+    assert not list((tmp_path / "records").glob("*"))
+
+
+def test_new_refuses_a_script_that_breaks_the_cap(tmp_path):
+    req = request(tmp_path)
+    req.script.write_text("#" * 16_000_000)
+    with pytest.raises(ValueError, match="over the cap"):
+        build(three(tmp_path), req)
+    assert not list((tmp_path / "records").glob("*"))
+
+
+def test_the_report_shows_everything_and_runs_nothing(tmp_path):
+    run = make_run(tmp_path / "run")
+    text = html_report(run, price=20.0)
+    for title in (
+        "Training",
+        "Loss by range",
+        "Milestones",
+        "Gradient norm",
+        "Spikes",
+        "Time and memory",
+        "Layers",
+        "Alerts",
+        "Artifact",
+        "Evaluation",
+        "Samples",
+        "Checkpoints",
+        "Cost",
+        "Environment",
+        "Result",
+        "Configuration",
+    ):
+        assert f"<h2>{title}</h2>" in text
+    assert "<script" not in text and "\x1b" not in text and "http" not in text.replace("http-equiv", "")
+    assert "&lt;script&gt;" in text and text.count("<svg") == text.count("</svg>") >= 10
+    markdown = md_report(run)
+    assert "<script" not in markdown and "\x1b" not in markdown and "stream" in markdown and "gate\\_mean" in markdown
+
+
+def test_a_report_of_a_run_that_died_early_is_still_a_report(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text(
+        '{"kind": "step", "step": 1, "loss": NaN}\n{"kind": "val", "step": "x"}\n[1]\n{"ki'
+    )
+    run = open_run(tmp_path / "run")
+    assert "unfinished" in html_report(run) and "unfinished" in md_report(run)
+    assert run.metrics.damaged == 1 and run.metrics.curves["loss"].bad == 1
+
+
+EVENT = st.dictionaries(
+    st.sampled_from(
+        [
+            "kind",
+            "step",
+            "seconds",
+            "loss",
+            "lr",
+            "stats",
+            "mode",
+            "bpb",
+            "tensors",
+            "bytes",
+            "by_position",
+            "text",
+            "where",
+        ]
+    ),
+    st.one_of(
+        st.sampled_from(
+            ["step", "val", "stats", "eval", "artifact", "sample", "alert", "phase", "end", "run", "spike"]
+        ),
+        st.none(),
+        st.integers(),
+        st.floats(),
+        st.text(max_size=5),
+        st.lists(st.integers(), max_size=3),
+        st.dictionaries(st.text(max_size=3), st.floats(), max_size=2),
+    ),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(EVENT, max_size=12), st.text(max_size=20))
+def test_any_events_make_a_report(tmp_path_factory, events, tail):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, events)) + "\n" + tail, encoding="utf-8")
+    run = open_run(folder)
+    assert html_report(run, 1.0).endswith("</html>\n") and md_report(run)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400), st.integers(1, 7))
+def test_a_curve_keeps_mean_and_range_of_everything_it_saw(ys, pieces):
+    curve = Curve(16)
+    for part in np.array_split(np.array(ys), pieces):
+        curve.extend(np.arange(len(part), dtype=float), part)
+    x, m, low, high = curve.rows()
+    assert len(x) <= 16 and curve.count == len(ys) == curve.n.sum()
+    assert (low.min(), high.max()) == (min(ys), max(ys)) and math.isclose(
+        (m * curve.n[curve.n > 0]).sum(), math.fsum(ys), abs_tol=1e-3
+    )
+
+
+def test_percentiles_are_within_three_percent():
+    values = np.exp(np.random.default_rng(0).normal(0, 1, 20_000))
+    found = Percentiles()
+    found.extend(values)
+    for share in (0.01, 0.5, 0.99):
+        assert found.at(share) == pytest.approx(np.quantile(values, share), rel=0.04)
+
+
+def test_a_long_run_is_thinned_and_nothing_rare_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr("records.runs.CHUNK", 1 << 12)
+    monkeypatch.setattr("records.runs.MAX_STEPS", 500)
+    lines = [step_line(s, 4000, 3.0) for s in range(1, 4001)]
+    lines[1234] = '{"kind": "step", "step": 1235, "loss": NaN}'
+    lines.insert(2000, '{"kind": "alert", "step": 2000, "what": "x"}')
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    metrics = read_metrics(path)
+    assert metrics.every >= 4 and metrics.curves["loss"].count < 1100
+    assert metrics.curves["loss"].bad == 1 and metrics.counts["alert"] == 1
+
+
+@pytest.mark.unhurried  # tracing memory is slow
+def test_memory_stays_bounded_over_a_long_stream(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with open(path, "w") as stream:
+        for i in range(3):
+            stream.write("\n".join(step_line(s, 30_000, 3.0) for s in range(10_000 * i, 10_000 * i + 10_000)) + "\n")
+            stream.write(
+                "\n".join(f'{{"kind": "sample", "step": {s}, "text": "{"y" * 50}"}}' for s in range(1000)) + "\n"
+            )
+    tracemalloc.start()
+    metrics = read_metrics(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 24 << 20 and metrics.counts["sample"] == 3000 and len(metrics.events["sample"]) == 500
+
+
+test_memory_stays_bounded_over_a_long_stream = pytest.mark.unhurried(
+    test_memory_stays_bounded_over_a_long_stream
+)  # tracing is slow
+
+
+def test_the_ledger_keeps_every_run_and_flags_what_never_trained(tmp_path, capsys):
+    ledger = tmp_path / "ledger.tsv"
+    good = make_run(tmp_path / "good")
+    twin = make_run(tmp_path / "twin", seed=43)
+    (twin.path / "final_model.skc").write_bytes((good.path / "final_model.skc").read_bytes())
+    flat = make_run(tmp_path / "flat", seed=44)
+    lines = [step_line(s, 50, 3.0) for s in range(50)]
+    (flat.path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    dead = make_run(tmp_path / "dead", seed=45, steps=10, status="killed")
+    names = [str(r.path) for r in (good, twin, flat, dead)]
+    assert main(["ledger", *names, "--file", str(ledger), "--note", "tab\there"]) == 0
+    rows = read_ledger(ledger)
+    assert [r["flags"] for r in rows] == ["-", "same artifact as good", "losses never moved", "-"]
+    assert rows[3]["status"] == "killed" and rows[0]["chunked"] == "1.11" and rows[0]["note"] == "tab here"
+    before = ledger.read_bytes()
+    assert main(["ledger", *names, "--file", str(ledger)]) == 0 and ledger.read_bytes() == before
+    capsys.readouterr()
+    assert main(["ledger", "--file", str(ledger)]) == 0 and "4 runs, 2 flagged" in capsys.readouterr().out
+
+
+def test_the_leaderboard_sorts_and_filters(tmp_path, capsys):
+    ledger = tmp_path / "ledger.tsv"
+    runs = [
+        make_run(tmp_path / n, i, b, status=s)
+        for i, (n, b, s) in enumerate([("a", 1.2, "finished"), ("b", 1.1, "killed"), ("c", 1.15, "finished")])
+    ]
+    main(["ledger", *(str(r.path) for r in runs), "--file", str(ledger)])
+    rows = read_ledger(ledger)
+    assert [r["run"] for r in leaderboard(rows)] == ["b", "c", "a"]
+    assert [r["run"] for r in leaderboard(rows, where=["status=finished", "val_bpb<1.18"])] == ["c"]
+    assert [r["run"] for r in leaderboard(rows, "chunked", limit=1)] == ["b"]
+    capsys.readouterr()
+    assert main(["list", "--file", str(ledger), "--json", "--where", "run=a"]) == 0
+    assert json.loads(capsys.readouterr().out)["val_bpb"] == "1.2"
+    assert main(["list", "--file", str(ledger), "--where", "nonsense"]) == 2
+
+
+def test_the_repositorys_ledger_has_the_header_of_this_version():
+    from records.ledger import LEDGER
+
+    assert LEDGER.read_text().splitlines()[0] == "\t".join(COLUMNS)
+
+
+def test_a_ledger_of_another_shape_is_refused(tmp_path, capsys):
+    (tmp_path / "l.tsv").write_text("commit\tbpb\n")
+    assert main(["list", "--file", str(tmp_path / "l.tsv")]) == 2 and "header" in capsys.readouterr().err
+
+
+def test_compare_tests_records_and_lists_runs(tmp_path, capsys):
+    old = build(three(tmp_path / "x"), request(tmp_path, name="old"))
+    better = [make_run(tmp_path / "y" / f"r{s}", s, 1.070 + d) for s, d in ((1, 0.0), (2, 0.0003), (3, -0.0004))]
+    new = build(better, request(tmp_path, name="new"))
+    assert main(["compare", "--json", str(old), str(new)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (
+        found["test"]["practice"]
+        and found["test"]["readme"]
+        and found["test"]["gain_bpb"] == pytest.approx(0.0102, abs=1e-4)
+    )
+    assert found["test"]["margin_bpb"] == pytest.approx(0.005 / (math.log(2) * BYTES / TOKENS))
+    assert main(["compare", str(new), str(old)]) == 0 and "not significant" in capsys.readouterr().out
+    assert main(["compare", "--json", str(better[0].path), str(tmp_path / "x" / "run42")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (
+        found["test"] is None and ["alerts", 1, 1] in found["rows"] and any("gate_mean" in r[0] for r in found["rows"])
+    )
+
+
+def test_another_tokenizer_is_compared_in_bits(tmp_path, capsys):
+    a = build(three(tmp_path / "x"), request(tmp_path, name="old"))
+    runs = [make_run(tmp_path / "y" / f"r{s}", s, 1.07 + s / 1e4, official=False) for s in (1, 2, 3)]
+    b = build(runs, request(tmp_path, name="new"))
+    main(["compare", "--json", str(a), str(b)])
+    test = json.loads(capsys.readouterr().out)["test"]
+    assert "converted" in test["readme_rule"] and test["margin_bpb"] == pytest.approx(
+        0.005 / (math.log(2) * 200_000 / 60_000)
+    )
+    assert test["gain_nats"] == pytest.approx(test["gain_bpb"] * math.log(2) * 200_000 / 60_000)
+
+
+def test_wrong_requests_name_the_way_out(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "none")]) == 2 and "no such run folder" in capsys.readouterr().err
+    assert main(["report", str(tmp_path)]) == 2 and "is it a run folder" in capsys.readouterr().err
+    make_run(tmp_path / "run")
+    assert (
+        main(
+            [
+                "new",
+                "--from",
+                str(tmp_path / "run"),
+                "--name",
+                "x",
+                "--author",
+                "y",
+                "--script",
+                str(tmp_path / "no.py"),
+            ]
+        )
+        == 2
+    )
+    assert "build_submission.py" in capsys.readouterr().err
+    (tmp_path / "run" / "result.json").write_text("{")
+    assert main(["report", str(tmp_path / "run")]) == 2 and "result.json" in capsys.readouterr().err

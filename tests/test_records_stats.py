@@ -1,0 +1,81 @@
+"""Significance: the Welch test against known values, the published p-values of the leaderboard, both rules."""
+
+import math
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from records.stats import beta_regularised, deviation, mean, seeds_needed, significance, t_upper, welch
+
+# per-seed BPB as printed in the logs of the accepted records
+PR1493 = [1.08079352, 1.08103103, 1.08118408]
+PR1514 = [1.07928348, 1.07996676, 1.08024795]
+PR1736 = [1.06610085, 1.06473025, 1.06562743]
+PR1868 = [1.06248776, 1.06090748, 1.06083288]
+PR1855 = [1.05989454, 1.06124613, 1.06208695]
+PR1769 = [1.06356801, 1.0641313, 1.06466993, 1.06509678, 1.06516558]
+
+
+def test_the_t_distribution_has_its_textbook_values():
+    # quantiles from printed tables: P(T > t) for t and degrees of freedom
+    for t, df, p in ((6.314, 1, 0.05), (2.920, 2, 0.05), (4.541, 3, 0.01), (1.812, 10, 0.05), (2.326, 1e9, 0.01)):
+        assert t_upper(t, df) == pytest.approx(p, rel=2e-3)
+    assert t_upper(0.0, 3.3) == 0.5 and t_upper(math.inf, 2) == 0.0 and t_upper(-math.inf, 2) == 1.0
+    assert t_upper(1.0, 1.0) == pytest.approx(0.25, abs=1e-12)  # exact: the Cauchy distribution
+
+
+@given(st.floats(-50, 50), st.floats(0.5, 200))
+def test_the_two_tails_add_to_one(t, df):
+    assert t_upper(t, df) + t_upper(-t, df) == pytest.approx(1.0, abs=1e-12)
+
+
+@given(st.floats(0.2, 50), st.floats(0.2, 50), st.floats(0.001, 0.999))
+def test_the_incomplete_beta_is_symmetric(a, b, x):
+    assert beta_regularised(a, b, x) == pytest.approx(1 - beta_regularised(b, a, 1 - x), abs=1e-10)
+
+
+def test_published_p_values_are_reproduced():
+    assert welch(PR1493, PR1514).p == pytest.approx(0.0203, abs=5e-5)
+    assert welch(PR1736, PR1769).p == pytest.approx(0.0626, abs=5e-5)
+    assert welch(PR1736, [*PR1769, 1.06540571, 1.06534272]).p == pytest.approx(0.106, abs=5e-4)  # with the two left out
+    assert welch(PR1868, PR1855).p == pytest.approx(0.355, abs=5e-4)
+
+
+def test_the_written_rule_wants_more_than_the_applied_one():
+    nats = math.log(2) * 3.726631
+    found = significance(PR1493, PR1514, [b * nats for b in PR1493], [b * nats for b in PR1514])
+    assert found.practice and found.readme is False
+    far = [b - 0.01 for b in PR1493]
+    assert significance(PR1493, far, [b * nats for b in PR1493], [b * nats for b in far]).readme
+
+
+def test_a_worse_record_is_never_significant():
+    assert not significance(PR1514, PR1493, [], []).practice and welch(PR1514, PR1493).p > 0.97
+
+
+def test_seeds_needed_match_the_noise():
+    # gain 0.003 BPB at deviation 0.0007 against 0.005 nats of a CaseOps token
+    margin = 0.005 / (math.log(2) * 3.157152)
+    assert seeds_needed(0.006, 0.0007, 3, 0.0007, margin, 0.01) == 3
+    assert seeds_needed(margin / 2, 0.0007, 3, 0.0007, margin, 0.01) is None
+    needed = [seeds_needed(g, 0.0007, 9, 0.0007, margin, 0.01) for g in (0.003, 0.004, 0.006)]
+    assert needed == sorted(needed, reverse=True) and None not in needed
+
+
+def test_one_seed_is_no_test():
+    with pytest.raises(ValueError, match="two values on each side, got 1 and 3"):
+        welch([1.0], PR1493)
+
+
+def test_equal_constants_have_no_evidence_either_way():
+    assert welch([1.0, 1.0], [1.0, 1.0]).p == 0.5
+    assert welch([1.0, 1.0], [0.9, 0.9]).p == 0.0
+
+
+@given(st.lists(st.floats(0.5, 3), min_size=2, max_size=20))
+def test_mean_and_deviation_agree_with_the_standard_library(xs):
+    assert mean(xs) == pytest.approx(statistics.fmean(xs))
+    assert deviation(xs) == pytest.approx(statistics.stdev(xs), abs=1e-12)
+    assert deviation(xs, 0) == pytest.approx(statistics.pstdev(xs), abs=1e-12)
