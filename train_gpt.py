@@ -8,10 +8,7 @@ counts from there, and nothing is carried across.
 """
 
 import dataclasses
-import difflib
 import hashlib
-import json
-import logging
 import math
 import os
 import platform
@@ -19,7 +16,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,16 +26,41 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data.feed import Feed
+from data.fields import (
+    changed_fields,
+    check_choices,
+    describe_fields,
+    field_values,
+    fields_hash,
+    free,
+    nearest,
+    parse_options,
+    read_fields,
+    replay_line,
+    show_value,
+    structural,
+)
+from data.run_folder import Log, StopSignals, deadline, load_checkpoint, newest_checkpoint, save_checkpoint
 from data.shards import WindowOrder, dataset_hash, read_sidecar, read_tokens, shard_paths
-from eval.score import EvalSettings, bpb, gather_spans, score
-from eval.tokens import byte_table, sidecar_bytes, stream_bytes
-from export.quantise import int_grid, int_value
-from kernels.attention import attend, attention_mask, rotary_tables, rotate
+from data.watch import Trace, Watch
+from eval.generate import generate_ids, stream_text
+from eval.score import EvalSettings, check_reload, evaluating, red_flags
+from eval.tokens import byte_table, load_tokenizer, sidecar_bytes, stream_bytes
+from eval.ttt import evaluate_modes, fit_engram, fit_temperature
+from export.budget import check_budget, describe, plan_bytes
+from export.container import BYTE_CAP, Row, check_model, check_shipped, pack, unpack, write_artifact
+from export.gptq import CurvatureCollector, gptq_int, gptq_ternary
+from export.quantise import INT_BITS, int_grid, int_value
+from kernels.attention import attend, attention_mask, rotary_tables, rotate_pairs
 from kernels.capsule import capsule_scan
 from kernels.engram import ENGRAM_ORDERS, engram_rows
-from kernels.hadamard import causal_walsh, walsh_signs
+from kernels.hadamard import causal_walsh, walsh_signs, wht
 from kernels.loss import softcap_ce
+from kernels.moe import moe_mix, route
+from kernels.masters import MasterGroup, clip_gradients
 from kernels.optimizers import AdamW, Lion, Muon
+from kernels.ranks import GradientBuckets, Runtime, agree, detect_runtime, mean_over_ranks, require_same
 from kernels.scan import koopman_scan
 from kernels.ternary import ternary_project
 
@@ -46,7 +69,9 @@ from kernels.ternary import ternary_project
 # └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 BOS = 1
-CAP_BYTES = 16_000_000
+CODE_BYTES = 24_000  # set aside for the packed trainer; build_submission.py checks the real one
+PACKED = False  # true in a built submission: what it does not need is left out
+DEFAULT_PROFILE = "local"
 
 PARTS = {  # optional parts of the model, switched on by naming them in `parts`
     "reset": "nothing is carried across a document's start",
@@ -59,17 +84,9 @@ PARTS = {  # optional parts of the model, switched on by naming them in `parts`
     "spectral": "capsules: the causal Walsh filter bank on their input",
     "static": "capsules: decays that do not depend on the token (ablation)",
     "qat": "matrices and embeddings train on the grid of the codec they ship in",
+    "untied": "the head has a matrix of its own",
+    "carry": "training follows lanes of consecutive windows and carries their detached state",
 }
-
-
-def structural(default, text, registry=None):
-    """A field that decides which code runs: the submission builder folds it away."""
-    return field(default=default, metadata={"kind": "structural", "help": text, "registry": registry})
-
-
-def free(default, text, resumable=False):
-    """A size, rate, budget or path: stays settable in a built submission."""
-    return field(default=default, metadata={"kind": "free", "help": text, "registry": None, "resumable": resumable})
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +114,11 @@ class Config:
     loop: tuple[int, ...] = structural((), "first and last layer of the segment that repeats")
     loop_times: int = structural(2, "passes through the looped segment")
     loop_start: float = free(0.35, "progress at which the loop begins")
+    shared_blocks: int = structural(0, "layer l runs block l modulo this, with its own scales; 0 is a block a layer")
+    experts: tuple[int, ...] = structural((), "experts beside the MLP in the upper third, and how many a token uses")
+    moe_start: float = free(0.3, "progress at which the experts begin")
+    feedback_passes: int = structural(0, "times the second half runs again, fed with what it came to")
+    halt: float = free(0.0, "evaluation: positions that a feedback pass moved less than this are at rest; 0 is none")
     engram_layers: tuple[int, ...] = structural((), "layers that read the n-gram memory")
     engram_heads: int = free(2, "hash tables per n-gram order (2, 3, 4)")
     engram_rows: int = free(8192, "rows per table")
@@ -106,9 +128,11 @@ class Config:
     # loss
     z_loss: float = free(0.0, "weight of logsumexp squared")
     label_smoothing: float = free(0.0, "share of the target spread over the vocabulary")
+    entropy_loss: float = free(0.0, "weight of the output's entropy, which training then raises")
+    mtp_heads: int = structural(0, "heads that predict tokens t+2 and on while training; they do not ship")
     # quantisation
-    weight_codec: str = structural("ternary", "codec of the matrices", "CODECS")
-    embed_codec: str = structural("int6", "codec of embedding and engram tables", "CODECS")
+    weight_codec: str = structural("ternary", "codec of the matrices", "GRIDS")
+    embed_codec: str = structural("int6", "codec of embedding and engram tables", "GRIDS")
     group: int = free(128, "inputs that share a ternary scale")
     rule: str = structural("ls", "ternary threshold and scale: absmean, rms or ls")
     clip: float = free(12.0, "int-k clip in standard deviations of the row")
@@ -130,15 +154,28 @@ class Config:
     # data and run
     data: str = free("datasets/local", "dataset folder, see data/prepare.py", resumable=True)
     seq_len: int = free(512, "tokens per training sequence T")
+    seq_schedule: tuple[str, ...] = free((), "progress:length of shorter sequences, as 0:128,0.5:512")
     batch_tokens: int = free(8192, "tokens per optimizer step over all ranks", resumable=True)
     micro_tokens: int = free(8192, "tokens per forward pass of one rank", resumable=True)
     max_steps: int = free(0, "stop after this many steps; 0 is no limit", resumable=True)
     max_seconds: float = free(600.0, "stop after this much training time; 0 is no limit", resumable=True)
+    dtype: str = free("auto", "float32, bfloat16, or auto: bfloat16 where it is measured to be faster")
     seed: int = free(42, "initial weights and data order")
     val_every: int = free(0, "steps between validations; 0 is only at the end", resumable=True)
     val_tokens: int = free(0, "validation tokens; 0 is all, fewer marks the score partial", resumable=True)
     eval_lanes: int = free(8, "contiguous lanes the validation stream is cut into")
     eval_stride: int = free(64, "new tokens per window of sliding evaluation")
+    eval_modes: tuple[str, ...] = free(
+        ("chunked", "sliding", "stream", "engram", "ttt", "all"), "ways to score the artifact", resumable=True
+    )
+    eval_seconds: float = free(600.0, "budget of the evaluation; 0 is none", resumable=True)
+    ttt_scope: str = free("lora", "what test-time training adapts: lora, scales or all", resumable=True)
+    ttt_lr: float = free(1e-3, "rate of test-time training", resumable=True)
+    gptq_seconds: float = free(0.0, "part of max_seconds set aside for second moments, when matrices are not qat")
+    checkpoint_every: int = free(0, "steps between checkpoints; 0 is none", resumable=True)
+    keep_every: int = free(0, "checkpoints of every so many steps stay; of the others the newest two", resumable=True)
+    resume: str = free("", "auto, or a checkpoint file to go on from", resumable=True)
+    sample_every: int = free(0, "steps between samples of generated text", resumable=True)
     log_every: int = free(10, "steps between log lines", resumable=True)
     profile_steps: int = free(0, "trace this many steps into the run folder", resumable=True)
     runs: str = free("runs", "folder of all runs", resumable=True)
@@ -168,12 +205,17 @@ class Config:
     def looped(self) -> range:
         return range(self.loop[0], self.loop[1] + 1) if self.loop else range(0)
 
+    @property
+    def blocks(self) -> int:
+        return self.shared_blocks or self.depth
+
 
 PROFILES = {
     "default": {},
     "tiny": dict(
         layers="AKS", dim=64, heads=4, kv_heads=2, vocab=64, mlp_mult=2.0, rope_dims=8, slots=4, group=32, seq_len=32,
         batch_tokens=256, micro_tokens=256, max_steps=8, max_seconds=0.0, log_every=2, eval_lanes=2, eval_stride=8,
+        dtype="float32", eval_modes=("chunked", "stream"),
         data="datasets/tiny",
     ),
     "local": dict(
@@ -201,53 +243,26 @@ PROFILES = {
 }
 
 
-def parse_value(f: dataclasses.Field, text: str):
-    """Text to a field's own type; tuples are comma-separated."""
-    kind = type(f.default)
-    items = [t for t in text.split(",") if t] if kind is tuple else []
-    try:
-        if kind is tuple:
-            return tuple(items) if f.name == "parts" else tuple(int(t) for t in items)
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"{f.name}={text!r} is not a {kind.__name__}: {f.metadata['help']}") from None
-
-
-def nearest(name: str, names) -> str:
-    close = difflib.get_close_matches(name, list(names), 3)
-    return f"did you mean {' or '.join(close)}?" if close else f"one of: {', '.join(names)}"
-
-
-def load_config(argv: list[str], env: dict[str, str]) -> tuple[Config, dict[str, str]]:
-    """Defaults < profile < environment (UPPER_CASE names) < key=value; and where each value came from."""
-    known = {f.name: f for f in dataclasses.fields(Config)}
-    profile = argv[argv.index("--profile") + 1] if "--profile" in argv[:-1] else env.get("PROFILE", "local")
+def load_config(
+    argv: list[str], env: dict[str, str], profile: str | None = None, stored: dict | None = None
+) -> tuple[Config, dict[str, str]]:
+    """The configuration, and where each value came from; `stored` fields of a file stand in for the profile."""
+    profile = profile or env.get("PROFILE", DEFAULT_PROFILE)
     if profile not in PROFILES:
         raise ValueError(f"no profile {profile!r}: {nearest(profile, PROFILES)}")
-    values, origin = dict(PROFILES[profile]), dict.fromkeys(PROFILES[profile], f"profile {profile}")
-    for name, f in known.items():
-        if name.upper() in env:
-            values[name], origin[name] = parse_value(f, env[name.upper()]), "environment"
-    for name, text in (a.split("=", 1) for a in argv if "=" in a and not a.startswith("--")):
-        if name not in known:
-            raise ValueError(f"no field {name!r}: {nearest(name, known)}")
-        values[name], origin[name] = parse_value(known[name], text), "command line"
+    source = "file" if stored else f"profile {profile}"
+    values, origin = read_fields(dataclasses.fields(Config), argv, env, stored or PROFILES[profile], source)
     values["run_id"] = values.get("run_id") or f"{profile}-s{values.get('seed', 42)}"
     c = Config(**values)
+    if not PACKED:
+        check_choices(c, {"MIXERS": MIXERS, "ACTIVATIONS": ACTIVATIONS, "GRIDS": GRIDS, "OPTIMIZERS": OPTIMIZERS,
+                          "SCHEDULES": SCHEDULES, "PARTS": PARTS})  # fmt: skip
     check_config(c)
     return c, origin
 
 
 def check_config(c: Config) -> None:
     """Every impossible combination is one line that names the value and the way out."""
-    names = {"MIXERS": MIXERS, "ACTIVATIONS": ACTIVATIONS, "CODECS": CODECS, "OPTIMIZERS": OPTIMIZERS,
-             "SCHEDULES": SCHEDULES, "PARTS": PARTS}  # fmt: skip
-    for f in dataclasses.fields(Config):
-        registry = f.metadata["registry"]
-        chosen = dataclasses.asdict(c)[f.name] if registry else ()
-        for name in [chosen] if isinstance(chosen, str) and registry != "MIXERS" else chosen:
-            if name not in names[registry]:
-                raise ValueError(f"{f.name}: no {name!r}, {nearest(name, names[registry])}")
     ternary_inputs = {"dim": c.dim, "mlp_mult * dim": c.hidden, "state": c.width}
     odd = [f"{k} {v}" for k, v in ternary_inputs.items() if v % c.group] if c.weight_codec == "ternary" else []
     for bad, text in [
@@ -263,51 +278,20 @@ def check_config(c: Config) -> None:
         (len(c.loop) not in (0, 2) or (c.loop and not 0 <= c.loop[0] <= c.loop[1] < c.depth),
          f"loop {c.loop}: first and last of the {c.depth} layers, as loop=3,5"),
         (any(i >= c.depth for i in c.engram_layers), f"engram_layers {c.engram_layers}: there are {c.depth} layers"),
+        (any(kind != c.layers[i % c.blocks] for i, kind in enumerate(c.layers)),
+         f"layers {c.layers} do not repeat after shared_blocks {c.shared_blocks}"),
+        (len(c.experts) not in (0, 2) or (c.experts and not 1 <= c.experts[1] <= c.experts[0]),
+         f"experts {c.experts}: how many there are, and how many of them a token uses, as experts=8,2"),
+        (c.experts and c.shared_blocks, "experts are of the upper layers, shared blocks of all: choose one"),
+        (any(c.seq_len % length for length in sequence_lengths(c).values()),
+         f"seq_schedule {show_value(c.seq_schedule)}: lengths must divide seq_len {c.seq_len}"),
+        ("carry" in c.parts and c.seq_schedule, "part carry goes on from window to window: leave seq_schedule empty"),
         (c.micro_tokens % c.seq_len, f"micro_tokens {c.micro_tokens} is not a multiple of seq_len {c.seq_len}"),
         (not c.max_steps and not c.max_seconds, "no limit: set max_steps or max_seconds"),
+        (0 < c.max_seconds <= c.gptq_seconds, f"gptq_seconds {c.gptq_seconds} leaves nothing of max_seconds"),
     ]:  # fmt: skip
         if bad:
             raise ValueError(text)
-
-
-def config_hash(c: Config) -> str:
-    """Equal hashes mean equal runs: everything but limits, paths and logging."""
-    values = dataclasses.asdict(c)
-    fields = {f.name: values[f.name] for f in dataclasses.fields(Config) if not f.metadata.get("resumable")}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
-
-
-@dataclass(frozen=True, slots=True)
-class Runtime:
-    """Where the run happens; the only reader of RANK, WORLD_SIZE and LOCAL_RANK."""
-
-    rank: int
-    world: int
-    device: torch.device
-    dtype: torch.dtype
-    peak_flops: float
-
-    @staticmethod
-    def detect(env: dict[str, str]) -> "Runtime":
-        rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        device = torch.device(kind, int(env.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
-        rates = {t: matmul_rate(device, t) for t in (torch.float32, torch.bfloat16)}
-        # bf16 where the machine is fast at it: emulated bf16 on an old CPU is slower than fp32
-        dtype = torch.bfloat16 if rates[torch.bfloat16] > 1.3 * rates[torch.float32] else torch.float32
-        return Runtime(rank, world, device, dtype, rates[dtype])
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product, best of five: the ceiling that `mfu` is measured against."""
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(5):
-        began = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - began)
-    return 2 * n**3 / best
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -321,12 +305,14 @@ class Part(nn.Module):
     family = "vector"
 
 
-class Linear(Part):
+class Matrix(Part):
     def __init__(self, inputs: int, outputs: int, family: str = "matrix", std: float = 1.0):
         super().__init__()
         self.family = family
         self.weight = nn.Parameter(torch.randn(outputs, inputs) * (std * inputs**-0.5))
 
+
+class Linear(Matrix):
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
 
@@ -389,8 +375,29 @@ class MLP(nn.Module):
         self.norm = rms if c.weight_codec == "ternary" else nn.Identity()
         self.activation = ACTIVATIONS[c.activation]
 
-    def forward(self, x):
-        return self.down(self.norm(self.activation(self.up(x))))
+    def inner(self, u):
+        return self.norm(self.activation(u))
+
+    def forward(self, x, ctx):
+        return self.down(self.inner(self.up(x))), {}
+
+
+class Experts(MLP):
+    """The MLP for every token, and from `moe_start` on its choice of experts beside it; they begin at zero."""
+
+    def __init__(self, c: Config):
+        super().__init__(c)
+        (count, self.top_k), self.router = c.experts, Linear(c.dim, c.experts[0], "control")
+        self.ups = nn.ModuleList(Matrix(c.dim, c.hidden) for _ in range(count))
+        self.downs = nn.ModuleList(Matrix(c.hidden, c.dim, std=0.0) for _ in range(count))
+
+    def forward(self, x, ctx):
+        y, _ = super().forward(x, ctx)
+        if not ctx.phase.routing:
+            return y, {}
+        weights, chosen, balance = route(self.router(rms(x)).float().flatten(0, 1), self.top_k)
+        up, down = (torch.stack([m.weight for m in matrices]).to(x.dtype) for matrices in (self.ups, self.downs))
+        return y + moe_mix(x.flatten(0, 1), weights, chosen, up, down, self.inner).view_as(y), {"balance": balance}
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -407,8 +414,11 @@ class Context(NamedTuple):
     start: torch.Tensor  # (B, T) true on a document's first token
     mask: object  # who may attend to whom, in the form `attend` takes
     rope: tuple  # cosines and sines (B, T, 1, rope_dims / 2)
-    phase: int
+    phase: "Phase"
+    x0: torch.Tensor  # (B, T, D) embeddings
+    grams: torch.Tensor | None = None  # their n-gram rows
     v_first: torch.Tensor | None = None
+    rest: torch.Tensor | None = None  # (B, T, 1) positions whose features stand
 
 
 class Attention(Part):
@@ -426,8 +436,8 @@ class Attention(Part):
             self.null = nn.Parameter(torch.randn(2, c.kv_heads, self.d) * 0.02)
         if "gate" in c.parts:
             self.gate = Gate(weight=torch.zeros(c.heads, 12))
-        if "vres" in c.parts and "A" in c.layers[:layer]:
-            self.residual = Gate(logit=torch.full((c.kv_heads, 1), 4.0))
+        first = "vres" not in c.parts or "A" not in c.layers[:layer]
+        self.residual = None if first else Gate(logit=torch.full((c.kv_heads, 1), 4.0))
 
     def forward(self, x, ctx, state):
         c, B, T = self.c, x.shape[0], x.shape[1]
@@ -436,8 +446,8 @@ class Attention(Part):
         n, tail = self.conv(x, ctx.pos, old["conv"])
         q, k, v = self.qkv(n).split([c.dim, c.kv_heads * self.d, c.kv_heads * self.d], -1)
         q, k, v = (t.reshape(B, T, -1, self.d) for t in (q, k, v))
-        q, k = rotate(rms(q), ctx.rope) * self.gain.to(x.dtype), rotate(rms(k), ctx.rope)
-        if "vres" in c.parts and ctx.v_first is not None:
+        q, k = rotate_pairs(rms(q), ctx.rope) * self.gain.to(x.dtype), rotate_pairs(rms(k), ctx.rope)
+        if self.residual is not None:
             s = torch.sigmoid(self.residual.logit).to(x.dtype)
             v = s * v + (1 - s) * ctx.v_first
         keys, values = torch.cat([old["k"].to(k.dtype), k], 1), torch.cat([old["v"].to(v.dtype), v], 1)
@@ -511,9 +521,8 @@ class Capsules(Part):
     def forward(self, x, ctx, state):
         c, B, T = self.c, x.shape[0], x.shape[1]
         old = state or {"conv": None, "walsh": None, "slots": None}
-        rows = F.linear(x, torch.cat([self.value.weight, self.control.weight]).to(x.dtype))
-        u, g, control = rows[..., : c.dim], rows[..., c.dim : 2 * c.dim], rows[..., 2 * c.dim :]
-        control = control.reshape(B, T, c.heads, -1)
+        u, g = self.value(x).chunk(2, -1)
+        control = self.control(x).reshape(B, T, c.heads, -1)
         write, read, dt = control[..., : c.slots], control[..., c.slots : 2 * c.slots], control[..., 2 * c.slots :]
         filtered, tail = self.conv(u, ctx.pos, old["conv"])
         walsh = None
@@ -560,6 +569,12 @@ class Slot(NamedTuple):
 
 
 def execution_order(c: Config, looping: bool) -> list[Slot]:
+    """All steps of a forward pass; each feedback pass repeats the second half."""
+    first, second = halves(c, looping)
+    return first + second * (1 + c.feedback_passes)
+
+
+def halves(c: Config, looping: bool) -> tuple[list[Slot], list[Slot]]:
     """Layers in order, the looped segment repeated; the second half takes what the first half stored, mirrored.
 
     A pair with an end inside the loop is dropped, so that both orders use the same skips.
@@ -574,15 +589,16 @@ def execution_order(c: Config, looping: bool) -> list[Slot]:
         paired = "unet" in c.parts and half <= layer < 2 * half and layer not in inside and mate not in inside
         slots.append(Slot(layer, site, mate if paired else None))
         seen[layer] += 1
-    return slots
+    cut = max((i + 1 for i, layer in enumerate(layers) if layer < half), default=0)
+    return slots[:cut], slots[cut:]
 
 
 class Block(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.mixer = MIXERS[c.layers[layer]](c, layer)
-        self.mlp = MLP(c)
-        self.engram = EngramRead(c) if layer in c.engram_layers else None
+        self.mlp = Experts(c) if c.experts and layer >= 2 * c.depth // 3 else MLP(c)
+        self.engram = EngramRead(c) if layer in [i % c.blocks for i in c.engram_layers] else None
 
 
 class Site(Part):
@@ -613,6 +629,41 @@ class Site(Part):
         return [x + self.write[part, i].to(y.dtype) * y for i, x in enumerate(xs)]
 
 
+class Feedback(Part):
+    """What the second half came to enters it again, mixed over channels; one gate per pass and channel."""
+
+    family = "gate"
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate, self.block = nn.Parameter(torch.full((c.feedback_passes, c.dim), 0.05)), c.dim & -c.dim
+
+    def forward(self, entry: list, y, turn: int) -> list:
+        back = self.gate[turn].to(y.dtype) * wht(y, self.block)
+        return [x + back for x in entry]
+
+
+class Trip(NamedTuple):
+    """What the steps of one forward pass find and leave."""
+
+    states: dict  # by step, as it was
+    new: dict  # by step, to go on from
+    stored: dict  # by layer, for the skips
+    kept: dict  # by site, what entered it last
+    aux: dict
+
+
+def hold(rest, old: list, new: list) -> list:
+    """Positions at rest keep the old features."""
+    return new if rest is None else [torch.where(rest, a, b) for a, b in zip(old, new)]
+
+
+def detached(state):
+    if isinstance(state, dict):
+        return {name: detached(value) for name, value in state.items()}
+    return state.detach() if isinstance(state, torch.Tensor) else state
+
+
 class GPT(Part):
     def __init__(self, c: Config):
         super().__init__()
@@ -624,8 +675,11 @@ class GPT(Part):
         if "smear" in c.parts:
             self.smear = Gate(weight=torch.zeros(12), scale=torch.zeros(1))
         self.engram = Engram(c) if c.engram_layers else None
-        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.depth))
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.blocks))
         self.sites = nn.ModuleList(Site(c, slot) for slot in sorted(set(slots), key=lambda s: s.site))
+        self.feedback = Feedback(c) if c.feedback_passes else None
+        self.ahead = nn.ModuleList(Linear(c.dim, c.dim, "train_only", std=0.0) for _ in range(c.mtp_heads))
+        self.unembed = Linear(c.rank, c.vocab, "embed", std=0.02 * c.rank**0.5) if "untied" in c.parts else self.embed
 
     def forward(self, tokens, state=None):
         x, state, _ = self.features(tokens, state)
@@ -636,34 +690,53 @@ class GPT(Part):
         nll, _, _, _ = softcap_ce(self.head(x).flatten(0, 1), targets.flatten(), self.c.softcap)
         return nll.reshape(targets.shape), state
 
-    def loss(self, tokens, targets):
-        """What training minimises, and its parts; the plain next-token loss is always one of them."""
-        x, _, aux = self.features(tokens, None)
-        nll, lse, mean, _ = softcap_ce(self.head(x).flatten(0, 1), targets.flatten(), self.c.softcap)
-        plain, z = nll.mean(), lse.square().mean()
-        smooth = (lse - mean).mean()
-        total = plain + self.c.z_loss * z + self.c.label_smoothing * (smooth - plain)
-        return total, {"loss": plain.detach(), "aux.z": z.detach()} | aux
+    def loss(self, tokens, targets, state=None):
+        """What training minimises, its parts (the plain next-token loss is always one), and the state to carry."""
+        c, T = self.c, min(tokens.shape[1], phases(self.c)[self.phase].seq_len)
+        tokens, targets = tokens.reshape(-1, T), targets.reshape(-1, T)
+        x, state, aux = self.features(tokens, state)
+        nll, lse, mean, entropy = softcap_ce(self.head(x).flatten(0, 1), targets.flatten(), c.softcap)
+        plain, balance = nll.mean(), [value for name, value in aux.items() if name.endswith(".balance")]
+        terms = {  # weight and value
+            "z": (c.z_loss, lse.square().mean()),
+            "smooth": (c.label_smoothing, (lse - mean).mean() - plain),
+            "entropy": (-c.entropy_loss, entropy.mean()),
+            "balance": (0.01, sum(balance) / len(balance)) if balance else (0.0, plain * 0),
+            "mtp": (0.2, self.ahead_loss(x, targets)) if c.mtp_heads else (0.0, plain * 0),
+        }
+        total = plain + sum(weight * value for weight, value in terms.values() if weight)
+        logged = {"loss": plain} | {f"aux.{name}": value for name, (_, value) in terms.items()} | aux
+        return total, detached(logged), detached(state) if "carry" in c.parts else None
+
+    def ahead_loss(self, x, targets):
+        """Of the tokens after the next: one matrix for each before the common head."""
+        nats = []
+        for k, matrix in enumerate(self.ahead, 1):
+            y = rms(x[:, :-k] + matrix(x[:, :-k]))
+            nats.append(softcap_ce(self.head(y).flatten(0, 1), targets[:, k:].flatten(), self.c.softcap)[0].mean())
+        return sum(nats) / len(nats)
 
     def head(self, x):
         if self.c.rank != self.c.dim:
             x = x @ self.lift.weight.to(x.dtype)
-        return F.linear(x, self.embed.weight.to(x.dtype))
+        return F.linear(x, self.unembed.weight.to(x.dtype))
 
     def features(self, tokens, state):
         """(B, T) tokens -> (B, T, D) normed features, the state to go on from, statistics by layer."""
         c, B = self.c, tokens.shape[0]
-        state = state or {"before": tokens.new_zeros(B), "tail": tokens.new_zeros(B, 3), "cached": 0, "slots": {}}
+        if not state or state["phase"] != self.phase:  # another phase has other steps
+            zeros = tokens.new_zeros
+            state = {"phase": self.phase, "before": zeros(B), "tail": zeros(B, 3), "cached": 0, "slots": {}}
         start = (tokens == BOS) if "reset" in c.parts else torch.zeros_like(tokens, dtype=torch.bool)
         pos = positions(start, state["before"])
         mask = attention_mask(pos, state["cached"], c.reach, int("null" in c.parts))
-        ctx = Context(pos, start, mask, rotary_tables(pos, c.rope_dims), self.phase)
         past = torch.cat([state["tail"], tokens], 1)
-        x0 = self.embedding(past, pos)
-        grams = self.engram(past, pos) if self.engram else None
-        x, slots, aux = self.run(x0, grams, ctx, state["slots"])
+        x0, grams = self.embedding(past, pos), self.engram(past, pos) if self.engram else None
+        ctx = Context(pos, start, mask, rotary_tables(pos, c.rope_dims), phases(c)[self.phase], x0, grams)
+        x, slots, aux = self.run(ctx, state["slots"])
         cached = min(state["cached"] + tokens.shape[1], c.reach - 1)
-        return x, {"before": pos[:, -1] + 1, "tail": past[:, -3:], "cached": cached, "slots": slots}, aux
+        new = {"before": pos[:, -1] + 1, "tail": past[:, -3:], "cached": cached, "slots": slots}
+        return x, {"phase": self.phase} | new, aux
 
     def embedding(self, past, pos):
         """x0 (B, T, D) of the tokens after the three in `past` that came before them."""
@@ -676,27 +749,44 @@ class GPT(Part):
             return rms(e[:, 1:] + share.unsqueeze(-1) * e[:, :-1])
         return rms(e[:, 1:])
 
-    def run(self, x0, grams, ctx, states):
-        c, xs, stored, new, aux = self.c, [x0] * self.c.streams, {}, {}, {}
-        for i, slot in enumerate(execution_order(c, phases(c)[self.phase].looping)):
-            block, site, damp = self.blocks[slot.layer], self.sites[slot.site], (slot.layer + 1) ** -0.5
+    def run(self, ctx, states):
+        """Both halves, and the second again for each feedback pass, from the same entry and what it came to."""
+        c, trip, (first, second) = self.c, Trip(states, {}, {}, {}, {}), halves(self.c, ctx.phase.looping)
+        entry, ctx = self.steps(first, [ctx.x0] * c.streams, ctx, trip)
+        xs, ctx = self.steps(second, entry, ctx, trip)
+        y = rms(sum(xs) / len(xs))
+        for turn in range(c.feedback_passes):
+            xs, ctx = self.steps(second, self.feedback(entry, y, turn), ctx, trip)
+            before, y = y, *hold(ctx.rest, [y], [rms(sum(xs) / len(xs))])
+            if c.halt and not self.training:
+                ctx = ctx._replace(rest=(y - before).square().mean(-1, keepdim=True) < c.halt**2)
+        return y, trip.new, trip.aux
+
+    def steps(self, slots: list[Slot], xs: list, ctx, trip: Trip):
+        c, aux, stored = self.c, trip.aux, trip.stored
+        for slot in slots:
+            i, block, site = len(trip.new), self.blocks[slot.layer % c.blocks], self.sites[slot.site]
+            damp = (slot.layer + 1) ** -0.5
+            xs = hold(ctx.rest, trip.kept.get(slot.site, xs), xs)
+            trip.kept[slot.site] = xs if c.halt else ()
             reads = (0, 1) if 0 < c.parallel_from <= slot.layer else (slot.layer % c.streams,) * 2
             if slot.take is not None:
                 xs = [x + site.skip.to(x.dtype) * stored[slot.take] for x in xs]
-            xs = site.enter(xs, x0)
-            if block.engram is not None:
-                xs, aux[f"layers.{i}.engram_gate"] = block.engram(xs, grams, reads[0])
-            y, new[str(i)], told = block.mixer(rms(xs[reads[0]]) * damp, ctx, states.get(str(i)))
+            xs = site.enter(xs, ctx.x0)
+            if slot.layer in c.engram_layers:
+                xs, aux[f"layers.{i}.engram_gate"] = block.engram(xs, ctx.grams, reads[0])
+            y, trip.new[str(i)], told = block.mixer(rms(xs[reads[0]]) * damp, ctx, trip.states.get(str(i)))
             ctx = ctx._replace(v_first=told.pop("v_first", ctx.v_first))
-            aux |= {f"layers.{i}.{name}": value for name, value in told.items()}
             xs = site.add(xs, y, 0)
-            xs = site.add(xs, block.mlp(rms(xs[reads[1]]) * damp), 1)
+            y, more = block.mlp(rms(xs[reads[1]]) * damp, ctx)
+            xs = site.add(xs, y, 1)
+            aux.update({f"layers.{i}.{name}": value for name, value in (told | more).items()})
             stored[slot.layer] = sum(xs) / len(xs)
-        return rms(sum(xs) / len(xs)), new, aux
+        return xs, ctx
 
     def scope(self, name: str) -> list[nn.Parameter]:
         """Parameters that test-time training may touch."""
-        families = {"scales": ("vector", "gate"), "all": tuple(FAMILIES)}
+        families = {"scales": ("vector", "gate"), "engram": ("engram",), "all": [f for f in FAMILIES if FAMILIES[f].ships]}
         if name not in families:
             raise ValueError(f"no scope {name!r}: {nearest(name, families)}")
         return [p for _, p, family in family_rows(self) if family in families[name]]
@@ -768,7 +858,7 @@ def uniform(bits: int) -> Callable:
     return lambda c, w: int_value(*int_grid(w, bits, c.clip))
 
 
-CODECS = {
+GRIDS = {
     "ternary": lambda c, w: ternary_project(w, c.group, c.rule),
     "int4": uniform(4),
     "int5": uniform(5),
@@ -788,6 +878,7 @@ class Family(NamedTuple):
     decay: bool
     codec: Callable  # of the config: the codec it ships in
     qat: bool  # trains on that codec's grid even without the part "qat"
+    ships: bool = True
 
 
 FAMILIES = {
@@ -797,6 +888,7 @@ FAMILIES = {
     "engram": Family(lambda c: c.vector_optimizer, lambda c: c.embed_lr, False, lambda c: c.embed_codec, True),
     "vector": Family(lambda c: c.vector_optimizer, lambda c: c.scalar_lr, False, lambda c: "fp16", True),
     "gate": Family(lambda c: c.vector_optimizer, lambda c: c.gate_lr, False, lambda c: "fp16", True),
+    "train_only": Family(lambda c: c.matrix_optimizer, lambda c: c.matrix_lr, True, lambda c: "fp32", True, False),
 }
 
 
@@ -819,71 +911,56 @@ def trained_codec(c: Config, family: str) -> str:
 OPTIMIZERS = {"muon": Muon, "adamw": AdamW, "lion": Lion}
 
 
-class Group:
-    """Parameters of one family and shape: their masters, stacked, and the optimizer's slots."""
-
-    def __init__(self, c: Config, family: str, names: list[str], params: list[nn.Parameter]):
-        self.family, self.names, self.params, self.step_count = family, names, params, 0
-        self.rule = OPTIMIZERS[FAMILIES[family].optimizer(c)]
-        self.master = torch.stack([p.detach().float() for p in params])
-        self.slots = {name: torch.zeros_like(self.master) for name in self.rule.slots}
-        self.average = None
-
-    def step(self, c: Config, multiplier: float, progress: float) -> None:
-        """A tensor without a gradient keeps its value: neither update nor decay."""
-        self.step_count += 1
-        rate = FAMILIES[self.family].rate(c) * multiplier
-        grad = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]).float()
-        awake = (grad.flatten(1).abs().amax(1) > 0).float().reshape(-1, *[1] * (grad.dim() - 1))
-        momentum = 0.85 + 0.1 * min(1.0, progress / 0.05)
-        update = self.rule.direction(grad, self.slots, momentum, self.step_count)
-        if self.rule is Muon:
-            update = Muon.finish(update)
-        if FAMILIES[self.family].decay:
-            self.master.mul_(1 - rate * c.weight_decay * awake)
-        self.master.sub_(rate * awake * update)
-
-    def project(self, c: Config, source: torch.Tensor, mask=None) -> None:
-        """Parameters become the values that would ship."""
-        values = CODECS[trained_codec(c, self.family)](c, source)
-        with torch.no_grad():
-            torch._foreach_copy_(self.params, list((values if mask is None else values * mask.unsqueeze(-1)).unbind()))
-
-
 class Optimizer:
-    def __init__(self, c: Config, model: "GPT"):
-        self.c, self.model, self.engram_mask = c, model, None
-        stacks: dict[tuple, list] = {}
+    """All groups, and the policy: rates by family, when averaging begins, when the engram is pruned."""
+
+    def __init__(self, c: Config, model: "GPT", ranks=None):
+        self.c, self.model, self.ranks, self.ramp, self.averaged, stacks = c, model, ranks, None, False, {}
         for name, p, family in family_rows(model):
             stacks.setdefault((family, tuple(p.shape)), []).append((name, p))
-        self.groups = [Group(c, family, *map(list, zip(*rows))) for (family, _), rows in stacks.items()]
+        self.groups = []
+        for (family, _), rows in stacks.items():
+            rule, grid = OPTIMIZERS[FAMILIES[family].optimizer(c)], partial(GRIDS[trained_codec(c, family)], c)
+            self.groups.append(MasterGroup(family, rows, rule, grid, FAMILIES[family].decay))
+        self.params = [p for _, p, _ in family_rows(model)]
+        self.buckets = GradientBuckets(ranks, self.params)
         self.project()
 
-    def project(self, average: bool = False) -> None:
+    def project(self, averaged: bool = False) -> None:
+        self.averaged = averaged
         for g in self.groups:
-            g.project(self.c, g.average if average else g.master, self.engram_mask if g.family == "engram" else None)
+            g.project(averaged)
+
+    def multiplier(self, progress: float, step: int) -> float:
+        """Of all rates. A run that was extended comes to its new schedule over 150 steps, not in one."""
+        now = SCHEDULES[self.c.schedule](self.c, progress)
+        if self.ramp is None:
+            return now
+        began, was = self.ramp
+        return was + (now - was) * min(1.0, (step - began) / 150)
 
     @torch.no_grad()
     def step(self, progress: float, step: int) -> torch.Tensor:
         """One update from the gradients at hand; returns their norm before clipping."""
-        params = [p for g in self.groups for p in g.params]
-        norm = nn.utils.clip_grad_norm_(params, self.c.clip_norm or math.inf)
-        multiplier = SCHEDULES[self.c.schedule](self.c, progress)
+        c, norm = self.c, clip_gradients(self.params, self.c.clip_norm)
         for g in self.groups:
-            g.step(self.c, multiplier, progress)
-        if self.c.engram_layers and self.c.engram_keep < 1 and progress >= 0.5 and self.engram_mask is None:
-            self.engram_mask = self.model.engram.keep_mask()
-        if self.c.ema > 0 and progress >= self.c.ema_start:
-            self.update_average(progress, step)
+            rate = FAMILIES[g.family].rate(c) * self.multiplier(progress, step)
+            g.step(rate, c.weight_decay, 0.85 + 0.1 * min(1.0, progress / 0.05), self.ranks)
+            if g.family == "engram" and c.engram_keep < 1 and progress >= 0.5 and g.keep is None:
+                g.keep = self.model.engram.keep_mask().unsqueeze(-1)
+            if c.ema > 0 and progress >= c.ema_start:
+                g.update_average(max(2.0, c.ema * step / max(progress, 1e-9)))  # a share of the run, in steps
         self.project()
         self.model.zero_grad(set_to_none=True)
         return norm
 
-    def update_average(self, progress: float, step: int) -> None:
-        """Starts from the current weights; its memory is `ema` of the whole run, in steps."""
-        memory = max(2.0, self.c.ema * step / max(progress, 1e-9))
-        for g in self.groups:
-            g.average = g.master.clone() if g.average is None else g.average.lerp_(g.master, 1 / memory)
+    def state(self) -> list[dict]:
+        return [g.state() for g in self.groups]
+
+    def restore(self, state: list[dict]) -> None:
+        for g, row in zip(self.groups, state, strict=True):
+            g.restore(row)
+        self.project()
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -895,9 +972,9 @@ class Data:
     """Training windows in their seeded order, and the validation stream with its byte counts."""
 
     def __init__(self, c: Config, rt: Runtime):
-        self.c, self.rt, folder = c, rt, Path(c.data)
-        self.rows, self.accumulate = c.micro_tokens // c.seq_len, accumulation(c, rt)
-        self.order = WindowOrder(shard_paths(folder, "train"), c.seq_len, c.seed, rt.rank, rt.world, c.vocab)
+        folder = Path(c.data)
+        self.accumulate = accumulation(c, rt)
+        self.feed = Feed(training_windows(c, rt, c.seed), c.micro_tokens // c.seq_len, rt.device)
         self.val = read_tokens(folder, "val", c.vocab, c.val_tokens)
         table, sidecar = byte_table(folder / "tokenizer.model"), read_sidecar(folder, c.val_tokens)
         if table.vocab != c.vocab:
@@ -905,32 +982,10 @@ class Data:
         self.val_bytes = stream_bytes(self.val, table) if sidecar is None else sidecar_bytes(self.val, sidecar)
         self.bytes_per_token = self.val_bytes.sum() / max(1, len(self.val) - 1)
         self.hash = dataset_hash(folder)
-        self.copies = torch.cuda.Stream() if rt.device.type == "cuda" else None
-        self.staged = self.stage()
 
-    def batch(self):
-        """Inputs and targets (rows, T) on the device, and where they came from; the next ones are on their way."""
-        windows, copied, origin = self.staged
-        if copied is not None:
-            torch.cuda.current_stream().wait_event(copied)
-        self.staged = self.stage()
-        return windows[:, :-1], windows[:, 1:], origin
 
-    def stage(self):
-        windows, origin = self.order.next(self.rows)
-        host = torch.from_numpy(windows)
-        if self.copies is None:
-            return host.to(self.rt.device), None, origin
-        with torch.cuda.stream(self.copies):
-            windows, copied = host.pin_memory().to(self.rt.device, non_blocking=True), torch.cuda.Event()
-            copied.record()
-        windows.record_stream(torch.cuda.current_stream())
-        return windows, copied, origin
-
-    @property
-    def position(self) -> int:
-        """Windows this rank has trained on; the staged ones are not among them."""
-        return self.order.position - self.rows
+def training_windows(c: Config, rt: Runtime, seed: int) -> WindowOrder:
+    return WindowOrder(shard_paths(c.data, "train"), c.seq_len, seed, rt.rank, rt.world, c.vocab)
 
 
 def accumulation(c: Config, rt: Runtime) -> int:
@@ -965,11 +1020,25 @@ class Phase(NamedTuple):
 
     start: float
     looping: bool
+    routing: bool  # of tokens to experts
+    seq_len: int  # a window is cut into rows of this length
 
 
 def phases(c: Config) -> list[Phase]:
     """The last one is what training ends with, and what evaluation runs."""
-    return [Phase(0.0, False), Phase(c.loop_start, True)] if c.loop else [Phase(0.0, False)]
+    lengths = {0.0: c.seq_len} | sequence_lengths(c)
+    late = [c.loop_start] * bool(c.loop) + [c.moe_start] * bool(c.experts)
+    return [
+        Phase(at, bool(c.loop) and at >= c.loop_start, bool(c.experts) and at >= c.moe_start,
+              lengths[max(t for t in lengths if t <= at)])
+        for at in sorted({*lengths, *late})
+    ]  # fmt: skip
+
+
+def sequence_lengths(c: Config) -> dict[float, int]:
+    """Progress -> length from there on."""
+    pairs = [pair.split(":") for pair in c.seq_schedule]
+    return {float(start): int(length) for start, length in pairs}
 
 
 def phase_at(c: Config, progress: float) -> int:
@@ -994,7 +1063,7 @@ class Clock:
 
     def progress(self) -> float:
         by_step = self.step / self.c.max_steps if self.c.max_steps else 0.0
-        by_time = self.elapsed / self.c.max_seconds if self.c.max_seconds else 0.0
+        by_time = self.elapsed / (self.c.max_seconds - self.c.gptq_seconds) if self.c.max_seconds else 0.0
         return max(by_step, by_time)
 
 
@@ -1003,108 +1072,100 @@ class Clock:
 # └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 
-class Log:
-    """A run's folder: text in train.log and on the terminal, metrics.jsonl, config.json and result.json."""
+class Run(NamedTuple):
+    """All that training changes: what a checkpoint holds."""
 
-    def __init__(self, c: Config, rt: Runtime):
-        self.main, self.folder = rt.rank == 0, Path(c.runs) / c.run_id
-        self.logger = logging.getLogger(f"train_gpt.{c.run_id}")
-        self.logger.handlers, self.logger.propagate = [], False
-        self.logger.setLevel(logging.INFO if self.main else logging.ERROR)
-        if self.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.metrics = (self.folder / "metrics.jsonl").open("w", buffering=1)
-            self.logger.addHandler(logging.FileHandler(self.folder / "train.log", "w"))
-            self.logger.addHandler(logging.StreamHandler(sys.stdout))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        """Whatever ended the run, its last line says so."""
-        self.record("end", status="finished" if kind is None else "failed", error=str(error or ""))
-        for handler in self.logger.handlers:
-            handler.close()
-        if self.main:
-            self.metrics.close()
-
-    def text(self, line: str) -> None:
-        self.logger.info(line)
-
-    def record(self, kind: str, **values) -> None:
-        if self.main:
-            self.metrics.write(json.dumps({"kind": kind} | values) + "\n")
-
-    def save(self, name: str, values: dict) -> None:
-        """Whole or not at all."""
-        if self.main:
-            temporary = self.folder / f"{name}.tmp"
-            temporary.write_text(json.dumps(values, indent=1) + "\n")
-            temporary.replace(self.folder / name)
+    model: GPT
+    optimizer: Optimizer
+    data: Data
+    clock: Clock
 
 
-def open_log(c: Config, rt: Runtime, origin: dict[str, str]) -> Log:
+def open_log(c: Config, rt: Runtime, origin: dict[str, str], saved: dict | None) -> Log:
     """The log begins with all it takes to run this again."""
-    log = Log(c, rt)
-    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    log = Log(Path(c.runs) / c.run_id, rt.rank == 0, saved and saved["log_sizes"])
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    values = dataclasses.asdict(c)
-    log.save("config.json", {"hash": config_hash(c), "source": source, "config": values, "origin": origin} | versions)
-    log.text(f"source {source}, python {versions['python']}, torch {versions['torch']}, {platform.platform()}")
+    facts = {"hash": fields_hash(c), "source": source_hash(), "config": field_values(c), "origin": origin}
+    log.save("config.json", facts | versions)
+    words = " ".join(f"{name} {version}" for name, version in versions.items())
+    log.text(f"source {source_hash()}, {words}, {platform.platform()}")
     log.text(f"device {rt.device}, {rt.world} ranks, {rt.dtype} at a measured {rt.peak_flops / 1e9:.0f} GFLOP/s")
-    log.text(f"config {config_hash(c)}; to run it again: python train_gpt.py {replay(c)}")
+    log.text(f"config {fields_hash(c)}; to run it again: python train_gpt.py {replay_line(c)}")
     return log
 
 
-def replay(c: Config) -> str:
-    """The arguments that give this configuration, whatever the profile."""
-    values = dataclasses.asdict(c)
-    changed = [f"{f.name}={words(values[f.name])}" for f in dataclasses.fields(Config) if values[f.name] != f.default]
-    return " ".join(["--profile default", *changed])
+def source_hash() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 
-def train(c: Config, rt: Runtime, model: GPT, data: Data, log: Log) -> dict:
-    """Until a limit ends it. Returns the facts of the run."""
-    clock, optimizer = Clock(c), Optimizer(c, model)
+def train(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
+    """Until a limit ends it, or a signal. Returns the facts of the run."""
+    model, optimizer, data, clock = run
     loss = torch.compile(model.loss, fullgraph=True, dynamic=False) if rt.device.type == "cuda" else model.loss
     warm_up(c, rt, model, loss)
-    facts, trace = {"train_loss": math.nan}, Trace(c, rt, log)
+    watch, trace = watching(c, rt, run, log), Trace(log, c.profile_steps)
     model.train()
-    clock.run()
-    while (progress := clock.progress()) < 1:
-        model.phase = phase_at(c, progress)
-        parts, origin = accumulate(model, loss, data)
-        norm = optimizer.step(progress, clock.step)
-        clock.step += 1
-        trace.step(clock.step)
-        last = clock.progress() >= 1
-        if clock.step % c.log_every == 0 or last:
-            facts["train_loss"] = report_step(c, rt, clock, log, data, parts, norm, origin)
-        if c.val_every and clock.step % c.val_every == 0 and not last:
-            clock.pause()
-            validate(c, rt, model, data, log, clock)
-            clock.run()
-    clock.pause()
+    with StopSignals() as stop:
+        clock.run()
+        while True:
+            progress, stopped = agree(rt.ranks, [clock.progress() if rt.rank == 0 else 0.0, float(stop.wanted)])
+            if progress >= 1 or stopped:
+                break
+            model.phase = phase_at(c, progress)
+            parts, origin = accumulate(model, loss, data, optimizer.buckets)
+            norm = optimizer.step(progress, clock.step)
+            clock.step += 1
+            trace.step(clock.step)
+            watch.step(clock.step, progress, parts, norm, origin)
+            if clock.step % c.log_every == 0:
+                watch.report(clock.elapsed, optimizer.multiplier(progress, clock.step), trits(c, optimizer))
+            between_steps(c, rt, run, log)
+        clock.pause()
+    watch.report(clock.seconds, optimizer.multiplier(progress, clock.step), trits(c, optimizer))
+    watch.milestones()
+    if stopped or c.checkpoint_every:
+        checkpoint(c, rt, run, log)
+    log.status = "killed" if stopped else "finished"
     model.phase = len(phases(c)) - 1
     tokens = clock.step * c.batch_tokens
-    return facts | {
+    return {
+        "status": log.status,
+        "train_loss": watch.loss,
         "steps": clock.step,
-        "train_seconds": clock.elapsed,
+        "train_seconds": clock.seconds,
         "tokens": tokens,
-        "tokens_per_second": tokens / clock.elapsed,
-        "mfu": tokens / clock.elapsed * flops_per_token(c) / (rt.peak_flops * rt.world),
+        "tokens_per_second": tokens / max(clock.seconds, 1e-9),
+        "mfu": tokens / max(clock.seconds, 1e-9) * flops_per_token(c) / (rt.peak_flops * rt.world),
     }
 
 
-def accumulate(model: GPT, loss: Callable, data: Data):
-    """Gradients of one optimizer step; the mean of each part of the loss, still on the device."""
+def between_steps(c: Config, rt: Runtime, run: Run, log: Log) -> None:
+    """What happens every so many steps, with the clock stopped."""
+    due = [every > 0 and run.clock.step % every == 0 for every in (c.val_every, c.sample_every, c.checkpoint_every)]
+    if not any(due):
+        return
+    run.clock.pause()
+    if due[0]:
+        validate(c, rt, run.model, run.data, log, run.clock)
+    if due[1] and rt.rank == 0:
+        sample(c, run.model, log, run.clock.step)
+    if due[2]:
+        checkpoint(c, rt, run, log)
+    run.clock.run()
+
+
+def accumulate(model: GPT, loss: Callable, data: Data, buckets: GradientBuckets):
+    """Gradients of one optimizer step, averaged over ranks; the mean of each part of the loss, still on the device."""
     sums, origins = {}, []
-    for _ in range(data.accumulate):
-        tokens, targets, origin = data.batch()
-        total, parts = loss(tokens, targets)
+    for i in range(data.accumulate):
+        windows, origin = data.feed.next()
+        total, parts = loss(windows[:, :-1], windows[:, 1:])
+        if i == data.accumulate - 1:
+            buckets.arm()
         (total / data.accumulate).backward()
-        sums = {name: sums.get(name, 0.0) + value / data.accumulate for name, value in parts.items()}
+        sums = {name: sums.get(name, 0.0) + value.detach() / data.accumulate for name, value in parts.items()}
         origins += origin
+    buckets.finish()
     return sums, origins
 
 
@@ -1120,45 +1181,170 @@ def warm_up(c: Config, rt: Runtime, model: GPT, loss: Callable) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def report_step(c: Config, rt: Runtime, clock: Clock, log: Log, data: Data, parts: dict, norm, origin: list) -> float:
-    """One metrics line and one line of text; the only place of the loop that waits for the device."""
-    values = {name: float(v) for name, v in parts.items()}
-    nats, seconds = values["loss"], clock.elapsed
-    if not math.isfinite(nats + float(norm)):
-        raise ValueError(
-            f"loss {nats}, gradient norm {float(norm)} at step {clock.step}: lower matrix_lr, embed_lr or scalar_lr; "
-            f"the batch began at {origin[:2]}"
-        )
-    progress, tokens = clock.progress(), clock.step * c.batch_tokens
-    left = seconds * (1 - progress) / max(progress, 1e-9)
-    bits = nats / math.log(2) / data.bytes_per_token
-    multiplier = SCHEDULES[c.schedule](c, min(1.0, progress))
-    log.text(
-        f"step {clock.step:6d}  loss {nats:.4f}  ~bpb {bits:.4f}  lr x{multiplier:.3f}  |g| {float(norm):.2f}  "
-        f"{tokens / seconds:,.0f} tokens/s  {max(0.0, left):.0f} s left"
-    )
-    log.record(
-        "step", step=clock.step, seconds=seconds, progress=progress, lr=multiplier, grad_norm=float(norm),
-        tokens=tokens, tokens_per_second=tokens / seconds, **values,
-    )  # fmt: skip
-    return nats
+def watching(c: Config, rt: Runtime, run: Run, log: Log) -> Watch:
+    bits = 1 / math.log(2) / run.data.bytes_per_token
+    return Watch(log, c.batch_tokens, bits, lambda table: mean_over_ranks(rt.ranks, table))
 
 
-class Trace:
-    """`profile_steps` steps, from the third on, as a trace to open in a browser."""
+def trits(c: Config, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """Stacks of ternary weights by shape."""
+    on_grid = [g for g in optimizer.groups if trained_codec(c, g.family) == "ternary"]
+    return {f"{g.family}.{'x'.join(map(str, g.master.shape))}": torch.stack(g.params).detach() for g in on_grid}
 
-    def __init__(self, c: Config, rt: Runtime, log: Log):
-        self.c, self.log, self.profiler = c, log, None
-        if c.profile_steps and rt.rank == 0:
-            self.profiler = torch.profiler.profile()
 
-    def step(self, step: int) -> None:
-        if self.profiler and step == 2:
-            self.profiler.start()
-        if self.profiler and step == 2 + self.c.profile_steps:
-            self.profiler.stop()
-            self.profiler.export_chrome_trace(str(self.log.folder / "trace.json"))
-            self.log.text(self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
+def checkpoint(c: Config, rt: Runtime, run: Run, log: Log) -> None:
+    """All it takes to go on as if nothing had happened, on any number of ranks. A full disk costs only this one."""
+    if rt.rank != 0:
+        return
+    model, optimizer, data, clock = run
+    state = {
+        "config": field_values(c),
+        "clock": {"step": clock.step, "seconds": clock.seconds},
+        "multiplier": optimizer.multiplier(min(1.0, clock.progress()), clock.step),
+        "optimizer": optimizer.state(),
+        "buffers": {name: b for name, b in model.named_buffers() if name in model.state_dict()},
+        "windows": data.feed.position * rt.world,
+        "rng": torch.get_rng_state(),
+        "log_sizes": log.sizes(),
+    }
+    try:
+        with deadline(rt.patience / 2, "writing a checkpoint"):
+            facts = save_checkpoint(log.folder, clock.step, state, c.keep_every)
+    except OSError as error:
+        log.text(f"ALERT at step {clock.step}: no checkpoint written ({error}); the one before it stays")
+        log.record("alert", step=clock.step, what="no checkpoint", where=str(log.folder), value=0.0)
+        return
+    log.record("checkpoint", step=clock.step, **facts)
+
+
+def find_checkpoint(c: Config) -> tuple[dict | None, list[str]]:
+    """resume=auto takes the newest that can be trusted, a path that one; and a line about each that cannot."""
+    if not c.resume:
+        return None, []
+    newest = c.resume == "auto"
+    saved, complaints = newest_checkpoint(Path(c.runs) / c.run_id) if newest else (load_checkpoint(c.resume), [])
+    was, now = saved["config"] if saved else {}, field_values(c, resumable=False)
+    odd = [f"{name} was {was[name]}, is {now[name]}" for name in now if was and was[name] != now[name]]
+    if odd:
+        raise ValueError(f"the checkpoint is of another run: {'; '.join(odd)}. Give the same fields, or another run_id")
+    return saved, complaints
+
+
+def restore(c: Config, rt: Runtime, run: Run, saved: dict, log: Log) -> None:
+    model, optimizer, data, clock = run
+    clock.step, clock.seconds = saved["clock"]["step"], saved["clock"]["seconds"]
+    optimizer.restore(saved["optimizer"])
+    model.load_state_dict(saved["buffers"], strict=False)
+    data.feed.go_to(saved["windows"] // rt.world)
+    torch.set_rng_state(saved["rng"])
+    was = saved["config"]
+    if (was["max_steps"], was["max_seconds"]) != (c.max_steps, c.max_seconds):
+        optimizer.ramp = (clock.step, saved["multiplier"])
+    log.text(f"resumed at step {clock.step}, {clock.seconds:.1f} s")
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Export                                                                                                           │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+def export_model(c: Config, rt: Runtime, run: Run, log: Log) -> bytes:
+    """The artifact: what training ended with, packed, checked against the cap, and read back bit for bit."""
+    choose_weights(c, rt, run, log)
+    began = time.perf_counter()
+    rows = [Row(name, master, codec, None) for name, master, codec in shipping_rows(c, run)]
+    if "qat" not in c.parts:
+        rows = round_with_gptq(c, rt, run, rows, log)
+    log.record("phase", name="quantise", seconds=time.perf_counter() - began)
+    began = time.perf_counter()
+    blob = pack(rows, {"config": changed_fields(c, resumable=False)}, group=c.group, rule=c.rule, clips=clips(c))
+    left = check_budget(blob, CODE_BYTES)
+    if "qat" in c.parts:
+        check_shipped({row.name: p for row, p in zip(rows, shipping_parameters(c, run))}, unpack(blob)[0])
+    log.record("phase", name="compress", seconds=time.perf_counter() - began)
+    digest = hashlib.sha256(blob).hexdigest()
+    if rt.rank == 0:
+        write_artifact(log.folder / "final_model.skc", blob)
+    log.record("artifact", bytes=len(blob), sha256=digest, tensors=describe(blob)["tensors"])
+    log.text(f"artifact: {len(blob):,} bytes, sha256 {digest}; with {CODE_BYTES:,} of code {left:,} under the cap")
+    return blob
+
+
+def clips(c: Config) -> dict[str, float]:
+    return dict.fromkeys(INT_BITS, c.clip)
+
+
+def shipping_rows(c: Config, run: Run) -> list[tuple]:
+    """(name, master, codec) of every parameter that ships, from the masters in use."""
+    return [
+        (name, master, FAMILIES[g.family].codec(c))
+        for g in run.optimizer.groups
+        for name, master in zip(g.names, (g.average if run.optimizer.averaged else g.master).unbind())
+    ]
+
+
+def shipping_parameters(c: Config, run: Run) -> list[nn.Parameter]:
+    return [p for g in run.optimizer.groups for p in g.params]
+
+
+def choose_weights(c: Config, rt: Runtime, run: Run, log: Log) -> None:
+    """Averaged or last weights, whichever has the lower loss on training tokens, through the quantiser."""
+    if run.optimizer.groups[0].average is None:
+        return
+    found = {}
+    for averaged in (False, True):
+        run.optimizer.project(averaged)
+        found[averaged] = training_loss(c, rt, run)
+    run.optimizer.project(found[True] < found[False])
+    log.text(f"loss on training tokens: last weights {found[False]:.5f}, averaged {found[True]:.5f}; the lower ships")
+
+
+@torch.no_grad()
+def training_loss(c: Config, rt: Runtime, run: Run, batches: int = 4) -> float:
+    """Of the first windows of the training order; the data position is left alone."""
+    order, total = training_windows(c, rt, c.seed), torch.zeros(1)
+    for _ in range(batches):
+        windows = torch.from_numpy(order.next(run.data.feed.rows)[0]).to(rt.device)
+        total += run.model.nll(windows[:, :-1], windows[:, 1:])[0].mean().cpu()
+    return float(mean_over_ranks(rt.ranks, total / batches))
+
+
+def round_with_gptq(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> list[Row]:
+    """Integers of the matrices from second moments of training tokens; the time counts as training."""
+    run.clock.run()
+    order, linears = training_windows(c, rt, c.seed + 1), run.model.linears()
+    began = time.perf_counter()
+    with torch.no_grad(), CurvatureCollector(linears) as seen:
+        while time.perf_counter() - began < 0.5 * c.gptq_seconds or not seen.inputs:
+            windows = torch.from_numpy(order.next(run.data.feed.rows)[0]).to(rt.device)
+            run.model(windows[:, :-1])
+    curvature = {f"blocks.{name}.weight": found.inputs for name, found in seen.finish().items()}
+    run.clock.pause()
+    log.record("phase", name="hessian", seconds=time.perf_counter() - began)
+    return [row._replace(parts=gptq_parts(c, row, curvature.get(row.name))) for row in rows]
+
+
+def gptq_parts(c: Config, row: Row, hessian):
+    """Integers that make up for each other's errors; plain rounding where nothing was seen of a layer's inputs."""
+    if hessian is None:
+        return None
+    if row.codec == "ternary":
+        return gptq_ternary(row.tensor, hessian, c.group, c.rule)
+    bits = INT_BITS[row.codec]
+    return gptq_int(row.tensor, hessian, bits, int_grid(row.tensor, bits, c.clip)[1].float())
+
+
+def load_model(c: Config, rt: Runtime, blob: bytes) -> GPT:
+    """The model a file holds, exactly: nothing is quantised here."""
+    tensors, meta = unpack(blob)
+    model = GPT(c).to(rt.device)
+    own = dict(model.named_parameters())
+    check_model(tensors, meta["config"], {n: p.shape for n, p in own.items()}, meta["config"])
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(tensors[name])
+    model.dtype = rt.dtype
+    return model.eval()
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -1166,19 +1352,62 @@ class Trace:
 # └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 
+def eval_settings(c: Config) -> EvalSettings:
+    return EvalSettings(
+        eval_seq_len=c.seq_len, eval_stride=c.eval_stride, eval_lanes=c.eval_lanes, eval_batch=c.eval_lanes, bos=BOS,
+        eval_seconds=c.eval_seconds, ttt_scope=c.ttt_scope, ttt_lr=c.ttt_lr,
+    )  # fmt: skip
+
+
 def validate(c: Config, rt: Runtime, model: GPT, data: Data, log: Log, clock: Clock | None = None) -> dict:
     """Non-overlapping windows over the whole validation stream: nats per token and bits per byte."""
     began = time.perf_counter()
-    settings = EvalSettings(c.seq_len, c.eval_stride, c.eval_lanes, c.eval_lanes, BOS)
-    spans = list(score(model, data.val, data.val_bytes, "chunked", settings, rt.rank, rt.world))
-    total = bpb(gather_spans(spans, rt.world), len(data.val))
-    partial = c.val_tokens > 0
+    found = evaluate_modes(model, data.val, data.val_bytes, eval_settings(c), ["chunked"], ranks=(rt.rank, rt.world))
+    total, partial = found["chunked"], c.val_tokens > 0
     facts = {"val_loss": total.nats / total.tokens, "val_bpb": total.bpb}
     step = {} if clock is None else {"step": clock.step, "seconds": clock.elapsed}
     log.record("val", partial=partial, **step, **facts)
-    log.text(f"validation: loss {facts['val_loss']:.5f}, bpb {facts['val_bpb']:.5f}{' (partial)' if partial else ''}, "
-             f"{total.tokens} tokens, {total.nbytes} bytes, {time.perf_counter() - began:.1f} s")  # fmt: skip
+    log.text(
+        f"validation: loss {facts['val_loss']:.5f}, bpb {facts['val_bpb']:.5f}{' (partial)' if partial else ''}, "
+        f"{total.tokens} tokens, {total.nbytes} bytes, {time.perf_counter() - began:.1f} s"
+    )
     return facts
+
+
+def evaluate(c: Config, rt: Runtime, model: GPT, data: Data, log: Log) -> dict:
+    """Every mode on the artifact's own weights; what a mode must know beforehand comes from training tokens."""
+    s = eval_settings(c)
+    train = read_tokens(c.data, "train", c.vocab, 1 + 64 * c.seq_len)
+    s = dataclasses.replace(s, temperature=fit_temperature(model, train, s))
+    alpha = fit_engram(model, train, s)
+    found = evaluate_modes(
+        model, data.val, data.val_bytes, s, c.eval_modes, ranks=(rt.rank, rt.world), alpha=alpha,
+        resume=log.folder / "evaluation",
+    )  # fmt: skip
+    partial = " (partial)" if c.val_tokens else ""
+    for mode, score in found.items():
+        log.record("eval", mode=mode, bpb=score.bpb, nats=score.nats, nbytes=score.nbytes, seconds=score.seconds,
+                   tokens=score.tokens, by_position=score.by_position, by_length=score.by_length)  # fmt: skip
+        speed = f"{score.tokens_per_second:,.0f} tokens/s  {score.seconds:.1f} s"
+        log.text(f"{mode:8} bpb {score.bpb:.5f}{partial}  {speed}")
+    for flag in red_flags(found):
+        log.text(f"RED FLAG: {flag}")
+        log.record("alert", step=0, what="red flag", where=flag, value=0.0)
+    return {f"val_bpb_{mode}": score.bpb for mode, score in found.items()}
+
+
+PROMPTS = ("The ", "In the beginning", "def ")
+
+
+def sample(c: Config, model: GPT, log: Log, step: int) -> None:
+    """The same prompts throughout training, so that progress can be read."""
+    tokenizer = load_tokenizer(Path(c.data) / "tokenizer.model")
+    with evaluating(model):
+        for prompt in PROMPTS:
+            ids = generate_ids(model, [BOS, *tokenizer.encode(prompt)], 48, 0.8, 50, c.seed)
+            text = "".join(stream_text(tokenizer, ids))
+            log.record("sample", step=step, prompt=prompt, text=text)
+            log.text(f"sample: {prompt}|{text!r}")
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -1188,46 +1417,38 @@ def validate(c: Config, rt: Runtime, model: GPT, data: Data, log: Log, clock: Cl
 
 def parameter_table(c: Config) -> dict[str, int]:
     """Parameters by family, without allocating any."""
-    with torch.device("meta"):
-        model = GPT(c)
     table = dict.fromkeys(FAMILIES, 0)
-    for _, p, family in family_rows(model):
+    for _, p, family in family_rows(weightless(c)):
         table[family] += p.numel()
     return table
 
 
+def weightless(c: Config) -> GPT:
+    with torch.device("meta"):
+        return GPT(c)
+
+
 def flops_per_token(c: Config) -> float:
     """Forward and backward of the last phase: 6 per weight and use, and attention over half its reach on average."""
-    with torch.device("meta"):
-        model = GPT(c)
-    per_layer = [sum(m.weight.numel() for m in b.modules() if isinstance(m, Linear)) for b in model.blocks]
+    per_layer = [sum(m.weight.numel() for m in b.modules() if isinstance(m, Linear)) for b in weightless(c).blocks]
     layers = [slot.layer for slot in execution_order(c, looping=True)]
     head = c.vocab * c.rank + 2 * c.rank * c.dim * (c.rank != c.dim)
     attention = sum(2 * c.dim * min(c.reach, c.seq_len) for layer in layers if c.layers[layer] == "A")
     return 6.0 * (sum(per_layer[layer] for layer in layers) + head) + 3.0 * attention
 
 
-ENTROPY_BITS = {"ternary": 1.53 + 0.065, "fp16": 16.0, "fp32": 32.0}  # ternary: 45 % zeros, and its scales
-
-
-def bits_per_weight(c: Config, codec: str) -> float:
-    """After entropy coding, for Gaussian weights: log2(sigma sqrt(2 pi e) / step), step = clip sigma / levels."""
-    if codec in ENTROPY_BITS:
-        return ENTROPY_BITS[codec]
-    return math.log2(math.sqrt(2 * math.pi * math.e) * (2 ** (int(codec[3:]) - 1) - 1) / (c.clip or 4.0))
-
-
 def plan(c: Config, rt: Runtime) -> str:
     """What a configuration costs, without data: parameters and bytes by family, arithmetic, steps and seconds."""
-    table, lines, total = parameter_table(c), [], 0.0
-    lines.append(f"{'family':10} {'parameters':>12} {'codec':>8} {'trains on':>9} {'bits':>6} {'bytes':>12}")
+    table = parameter_table(c)
+    lines = [f"{'family':10} {'parameters':>12} {'ships as':>8} {'trains as':>9} {'bits':>6} {'bytes':>12}"]
+    shapes = [(name, tuple(p.shape), FAMILIES[family].codec(c)) for name, p, family in family_rows(weightless(c))]
+    sizes = {row["name"]: row["bytes"] for row in plan_bytes(shapes, group=c.group, rule=c.rule, clips=clips(c))}
     for family, count in table.items():
-        codec = FAMILIES[family].codec(c)
-        size = count * bits_per_weight(c, codec) / 8
-        total += size
-        grid = trained_codec(c, family)
-        lines.append(f"{family:10} {count:12,} {codec:>8} {grid:>9} {8 * size / max(count, 1):6.2f} {size:12,.0f}")
-    lines.append(f"{'all':10} {sum(table.values()):12,} {'':25} {total:12,.0f}  of {CAP_BYTES:,}")
+        size = sum(sizes[name] for name, _, of in family_rows(weightless(c)) if of == family)
+        codecs = f"{FAMILIES[family].codec(c):>8} {trained_codec(c, family):>9}"
+        lines.append(f"{family:10} {count:12,} {codecs} {8 * size / max(count, 1):6.2f} {size:12,}")
+    total = sum(sizes.values())
+    lines.append(f"{'all':10} {sum(table.values()):12,} {'':25} {total:12,}; {CODE_BYTES:,} of code, cap {BYTE_CAP:,}")
     flops = flops_per_token(c)
     lines.append(f"FLOPs per token {flops:.4g} (forward and backward, all passes)")
     machines = {"this machine at half its matmul rate": rt.peak_flops / 2, "8 H100 at 30 % of peak": 8 * 0.3 * 989e12}
@@ -1238,10 +1459,10 @@ def plan(c: Config, rt: Runtime) -> str:
     return "\n".join(lines)
 
 
-def report(c: Config, rt: Runtime, model: GPT, data: Data, facts: dict, log: Log) -> None:
+def report(c: Config, rt: Runtime, data: Data, facts: dict, log: Log) -> None:
     """result.json, and the same as the last lines of the log."""
-    parameters = sum(p.numel() for p in model.parameters())
-    result = {"status": "finished", "run_id": c.run_id, "config_hash": config_hash(c)} | facts | {
+    parameters = sum(parameter_table(c).values())
+    result = {"status": "finished", "run_id": c.run_id, "config_hash": fields_hash(c)} | facts | {
         "partial": c.val_tokens > 0,
         "flops_per_token": flops_per_token(c),
         "peak_memory_bytes": peak_memory(rt),
@@ -1261,52 +1482,132 @@ def peak_memory(rt: Runtime) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def words(value) -> str:
-    """A field's value as the command line takes it."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def describe_fields() -> str:
-    lines = [__doc__, "Fields (key=value, or KEY in the environment; [s] structural, fixed in a built submission):"]
-    for f in dataclasses.fields(Config):
-        mark = "[s] " if f.metadata["kind"] == "structural" else ""
-        lines.append(f"  {f.name:17} {words(f.default):32} {mark}{f.metadata['help']}")
-    return "\n".join(lines + ["", "Parts:"] + [f"  {name:17} {text}" for name, text in PARTS.items()])
-
-
 def describe_profiles() -> str:
-    rows = [(name, " ".join(f"{k}={words(v)}" for k, v in values.items())) for name, values in PROFILES.items()]
+    rows = [(name, " ".join(f"{k}={show_value(v)}" for k, v in values.items())) for name, values in PROFILES.items()]
     return "\n".join(f"{name}: {text}" for name, text in rows)
 
 
 def main(c: Config, rt: Runtime, origin: dict[str, str]) -> None:
+    """From data to a scored artifact."""
+    require_same(rt.ranks, "config and source", f"{fields_hash(c)} {source_hash()}")
     torch.manual_seed(c.seed)
-    data = Data(c, rt)
+    data, model = Data(c, rt), GPT(c).to(rt.device)
+    model.dtype = rt.dtype
+    run = Run(model, Optimizer(c, model, rt.ranks), data, Clock(c))
+    saved, complaints = find_checkpoint(c)
+    with open_log(c, rt, origin, saved) as log:
+        for line in complaints:
+            log.text(f"ALERT: {line}")
+        if saved:
+            restore(c, rt, run, saved, log)
+        facts = train(c, rt, run, log)
+        if log.status == "finished":
+            facts |= finish(c, rt, run, log)
+        report(c, rt, data, facts, log)
+
+
+def finish(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
+    """Export, reload, and score what was reloaded; the live model's score stands beside it."""
+    blob = export_model(c, rt, run, log)
+    live = validate(c, rt, run.model, run.data, log)
+    began = time.perf_counter()
+    model = load_model(c, rt, blob)
+    log.record("phase", name="decompress", seconds=time.perf_counter() - began)
+    reloaded = validate(c, rt, model, run.data, log)
+    if "qat" in c.parts:
+        check_reload(live["val_bpb"], reloaded["val_bpb"])
+    facts = reloaded | {"live_val_bpb": live["val_bpb"], "artifact_bytes": len(blob)}
+    return facts | evaluate(c, rt, model, run.data, log)
+
+
+def run_generate(c: Config, rt: Runtime, options: dict) -> None:
+    """--generate TEXT --checkpoint FILE: tokens as they come."""
+    model = checkpoint_model(c, rt, options["--checkpoint"])
+    tokenizer = load_tokenizer(Path(c.data) / "tokenizer.model")
+    prompt = [BOS, *tokenizer.encode(options["--generate"])]
+    settings = int(options["--tokens"]), float(options["--temperature"]), int(options["--top-k"])
+    sys.stdout.write(options["--generate"])
+    for piece in stream_text(tokenizer, generate_ids(model, prompt, *settings, c.seed)):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def checkpoint_model(c: Config, rt: Runtime, path: str) -> GPT:
+    """The model of a checkpoint or of an artifact, on its grid."""
+    if path.endswith(".skc"):
+        return load_model(c, rt, Path(path).read_bytes())
+    model = GPT(c).to(rt.device)
+    Optimizer(c, model).restore(load_checkpoint(path)["optimizer"])
+    model.dtype = rt.dtype
+    return model.eval()
+
+
+def run_export(c: Config, rt: Runtime, options: dict) -> None:
+    """--export --checkpoint FILE: the artifact of a checkpoint, in the run's folder."""
     model = GPT(c).to(rt.device)
     model.dtype = rt.dtype
-    with open_log(c, rt, origin) as log:
-        facts = train(c, rt, model, data, log)
-        facts |= validate(c, rt, model, data, log)
-        report(c, rt, model, data, facts, log)
+    run = Run(model, Optimizer(c, model, rt.ranks), Data(c, rt), Clock(c))
+    with open_log(c, rt, {}, {"log_sizes": {}}) as log:
+        restore(c, rt, run, load_checkpoint(options["--checkpoint"]), log)
+        export_model(c, rt, run, log)
+        log.status = "finished"
+
+
+def run_evaluate(c: Config, rt: Runtime, options: dict) -> None:
+    """--evaluate FILE: the score of an artifact, on its own."""
+    model, data = load_model(c, rt, Path(options["--evaluate"]).read_bytes()), Data(c, rt)
+    with open_log(c, rt, {}, None) as log:
+        for name, value in evaluate(c, rt, model, data, log).items():
+            log.text(f"{name}: {value:.6g}")
+        log.status = "finished"
+
+
+OPTIONS = {
+    "--profile": "", "--generate": "", "--checkpoint": "", "--evaluate": "", "--tokens": "100", "--temperature": "0.8",
+    "--top-k": "50",
+}  # fmt: skip
+SWITCHES = ("--help", "-h", "--list-profiles", "--plan", "--export")
+
+
+def stored_config(options: dict[str, str]) -> dict:
+    """The fields a checkpoint or an artifact was made with, so that a file alone is enough."""
+    path = options.get("--evaluate") or options.get("--checkpoint") or ""
+    if path.endswith(".skc"):
+        fields = unpack(Path(path).read_bytes())[1]["config"]
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return load_checkpoint(path)["config"] if path else {}
 
 
 def command_line(argv: list[str]) -> int:
     try:
-        if "--help" in argv or "-h" in argv:
-            sys.stdout.write(describe_fields() + "\n")
-        elif "--list-profiles" in argv:
+        options = parse_options(argv, OPTIONS, SWITCHES)
+        if not PACKED and ("--help" in options or "-h" in options):
+            parts = "\n".join(f"  {name:17} {text}" for name, text in PARTS.items())
+            sys.stdout.write(f"{__doc__}\n{describe_fields(dataclasses.fields(Config))}\n\nParts:\n{parts}\n")
+        elif not PACKED and "--list-profiles" in options:
             sys.stdout.write(describe_profiles() + "\n")
         else:
-            c, origin = load_config(argv, dict(os.environ))
-            rt = Runtime.detect(dict(os.environ))
-            if "--plan" in argv:
-                sys.stdout.write(plan(c, rt) + "\n")
-            else:
-                main(c, rt, origin)
-    except ValueError as error:
+            run_command(options, argv)
+    except (ValueError, TimeoutError, MemoryError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     return 0
+
+
+def run_command(options: dict[str, str], argv: list[str]) -> None:
+    c, origin = load_config(argv, dict(os.environ), options.get("--profile"), stored_config(options))
+    rt = detect_runtime(dict(os.environ), c.dtype)
+    if "--evaluate" in options:
+        run_evaluate(c, rt, options)
+    elif not PACKED and "--plan" in options:
+        sys.stdout.write(plan(c, rt) + "\n")
+    elif not PACKED and "--generate" in options:
+        run_generate(c, rt, OPTIONS | options)
+    elif not PACKED and "--export" in options:
+        run_export(c, rt, options)
+    else:
+        main(c, rt, origin)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def rotary_tables(pos, dims: int):
     return angles.cos().unsqueeze(2).float(), angles.sin().unsqueeze(2).float()
 
 
-def rotate(x, tables):
+def rotate_pairs(x, tables):
     """Rotate the first dimensions of each head (half-split pairs); the rest pass."""
     cos, sin = (t.to(x.dtype) for t in tables)
     r = cos.shape[-1]

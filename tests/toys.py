@@ -40,7 +40,7 @@ def toy_dataset(folder: Path, documents: int = 60) -> Path:
 def tiny(*words: str, **values) -> Config:
     """The tiny profile with changes; values as text, as on the command line."""
     args = [f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in values.items()]
-    return load_config(["--profile", "tiny", *words, *args], {})[0]
+    return load_config([*words, *args], {}, "tiny")[0]
 
 
 def stirred(c: Config) -> GPT:

@@ -1,0 +1,160 @@
+"""A run's folder: text, metrics, facts and checkpoints that a kill at any moment leaves readable."""
+
+import fcntl
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+CHECKPOINT_MAGIC = b"SKC checkpoint 1\n"
+CHECKPOINT_NAME = re.compile(r"checkpoint_(\d{8})\.pt$")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Whole or not at all: a reader sees the old file or the new one."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+class Log:
+    """Text to train.log and the terminal, one JSON line a metric, and facts as whole files. Only rank 0 writes."""
+
+    def __init__(self, folder: Path, main: bool, resume_at: dict[str, int] | None = None):
+        self.main, self.folder, self.status = main, folder, "failed"
+        self.logger = logging.getLogger(f"skc.{folder.resolve()}.{id(self)}")
+        self.logger.propagate = False
+        self.logger.setLevel(logging.INFO if main else logging.CRITICAL)
+        if not main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = (folder / "lock").open("w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock.close()
+            raise ValueError(f"{folder} belongs to a run that is still going: choose another run_id") from None
+        for name in ("metrics.jsonl", "train.log"):  # what was written after the checkpoint will be written again
+            with (folder / name).open("ab") as file:
+                file.truncate((resume_at or {}).get(name, 0))
+        self.metrics = (folder / "metrics.jsonl").open("a", buffering=1)
+        self.logger.addHandler(logging.FileHandler(folder / "train.log", "a"))
+        self.logger.addHandler(logging.StreamHandler(sys.stdout))
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Whatever ended the run, its last line says so."""
+        self.record("end", status=self.status, error=str(error or ""))
+        if self.main:
+            self.metrics.close()
+            self.lock.close()
+        for handler in self.logger.handlers:
+            handler.close()
+
+    def text(self, line: str) -> None:
+        self.logger.info(line)
+
+    def record(self, kind: str, **values) -> None:
+        """One write a line, so that a killed run loses at most one."""
+        if self.main:
+            self.metrics.write(json.dumps({"kind": kind} | values) + "\n")
+
+    def save(self, name: str, values: dict) -> None:
+        if self.main:
+            write_whole(self.folder / name, (json.dumps(values, indent=1) + "\n").encode())
+
+    def sizes(self) -> dict[str, int]:
+        return {name: (self.folder / name).stat().st_size for name in ("metrics.jsonl", "train.log")}
+
+
+def save_checkpoint(folder: Path, step: int, state: dict, keep_every: int) -> dict:
+    """Sealed with a hash and renamed into place; then the newest two and every `keep_every`-th stay."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getvalue()
+    seal = hashlib.sha256(payload).hexdigest()
+    path = folder / f"checkpoint_{step:08d}.pt"
+    write_whole(path, CHECKPOINT_MAGIC + seal.encode() + payload)
+    for old, was in checkpoints(folder)[2:]:
+        if not (keep_every and was % keep_every == 0):
+            old.unlink()
+    return {"path": str(path), "bytes": path.stat().st_size, "sha256": seal}
+
+
+def checkpoints(folder: Path) -> list[tuple[Path, int]]:
+    """(path, step), newest first."""
+    found = [(p, int(m[1])) for p in Path(folder).glob("checkpoint_*.pt") if (m := CHECKPOINT_NAME.search(p.name))]
+    return sorted(found, key=lambda row: -row[1])
+
+
+def load_checkpoint(path: Path) -> dict:
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    head = len(CHECKPOINT_MAGIC)
+    if content[:head] != CHECKPOINT_MAGIC:
+        raise ValueError(f"{path}: not a checkpoint of this version")
+    payload = content[head + 64 :]
+    if hashlib.sha256(payload).hexdigest().encode() != content[head : head + 64]:
+        raise ValueError(f"{path}: damaged, its contents do not match its hash")
+    return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+
+
+def newest_checkpoint(folder: Path) -> tuple[dict | None, list[str]]:
+    """The newest one that can be trusted, and a line about each newer one that cannot."""
+    complaints = []
+    for path, _ in checkpoints(folder):
+        try:
+            return load_checkpoint(path), complaints
+        except ValueError as error:
+            complaints.append(f"{error}; using the one before it")
+    return None, complaints
+
+
+class StopSignals:
+    """SIGTERM and SIGINT become a wish that the training loop reads once a step."""
+
+    def __enter__(self) -> "StopSignals":
+        self.wanted = False
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def note(self, *_) -> None:
+        self.wanted = True
+
+    def __exit__(self, *_) -> None:
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+
+@contextmanager
+def deadline(seconds: float, what: str):
+    """Work that other ranks wait for must end well before their patience does."""
+
+    def late(*_):
+        raise TimeoutError(f"{what} took more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

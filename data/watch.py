@@ -1,0 +1,117 @@
+"""What a run reports of itself while it trains, and what should worry its owner.
+
+Losses stay on the device until a report is due; a report is the only place of the training loop that waits for it.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+SPIKE_WINDOW = 20
+COLLAPSES = (  # what, the statistic's last name, lower and upper bound of a healthy value
+    ("decays at a bound", "lambda_mean", 0.01, 0.9999),
+    ("a capsule nobody writes to", "slot_least", 1e-4, 1.0),
+    ("routing always the same", "slot_entropy", 0.0, 0.9999),
+    ("the engram gate is closed", "engram_gate", 0.01, 1.0),
+    ("weights nearly all zero", "zeros", 0.0, 0.95),
+)
+MILESTONES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+
+
+def collapses(stats: dict[str, float]) -> list[tuple[str, str, float]]:
+    """(what, where, value) of every statistic that says a part has stopped working."""
+    return [(what, name, value) for what, last, low, high in COLLAPSES for name, value in stats.items()
+            if name.split(".")[-1] == last and not low <= value <= high]  # fmt: skip
+
+
+class Watch:
+    """`mean` averages a tensor over ranks; `bits` turns nats per token into bits per byte."""
+
+    def __init__(self, log, tokens_per_step: int, bits: float, mean):
+        self.log, self.tokens_per_step, self.bits, self.mean = log, tokens_per_step, bits, mean
+        self.pending, self.curve, self.told, self.signs, self.loss = [], [], set(), {}, math.nan
+
+    def step(self, step: int, progress: float, parts: dict, norm, origin: list) -> None:
+        """A finished step: losses and statistics, gradient norm before clipping, where its windows came from."""
+        self.pending.append((step, progress, parts, norm, origin))
+
+    def report(self, seconds: float, rate: float, weights: dict) -> None:
+        """One line of text, one of metrics, one of statistics; `weights` are stacks of values on a ternary grid."""
+        if not self.pending:
+            return
+        names = list(self.pending[-1][2])
+        table = torch.stack([torch.stack([*(p[n].float() for n in names), norm]) for _, _, p, norm, _ in self.pending])
+        table = self.mean(table.detach()).tolist()
+        for (step, _, _, _, origin), row in zip(self.pending, table):
+            self.check(step, row[names.index("loss")], row[-1], origin)
+        (step, progress), values, norm = self.pending[-1][:2], dict(zip(names, table[-1])), table[-1][-1]
+        self.pending, self.loss, tokens = [], values["loss"], step * self.tokens_per_step
+        self.curve.append((progress, step, seconds, self.loss))
+        left = seconds * (1 - progress) / max(progress, 1e-9)
+        self.log.text(
+            f"step {step:6d}  loss {self.loss:.4f}  ~bpb {self.loss * self.bits:.4f}  lr x{rate:.3f}  |g| {norm:.2f}  "
+            f"{tokens / max(seconds, 1e-9):,.0f} tokens/s  {max(0.0, left):.0f} s left"
+        )
+        scalars = {n: v for n, v in values.items() if not n.startswith("layers.")}
+        self.log.record(
+            "step", step=step, seconds=seconds, progress=progress, lr=rate, grad_norm=norm, tokens=tokens,
+            tokens_per_second=tokens / max(seconds, 1e-9), **scalars,
+        )  # fmt: skip
+        stats = {n: v for n, v in values.items() if n not in scalars} | self.trits(weights)
+        self.log.record("stats", step=step, stats=stats)
+        for what, where, value in collapses(stats):
+            self.alert(step, what, where, value)
+
+    def check(self, step: int, nats: float, norm: float, origin: list) -> None:
+        """A loss that is no number ends the run; a spike is recorded with its batch."""
+        if not math.isfinite(nats + norm):
+            raise ValueError(
+                f"loss {nats}, gradient norm {norm} at step {step}: lower matrix_lr, embed_lr or scalar_lr, or resume "
+                f"from the last checkpoint; the batch began at {origin[:2]}"
+            )
+        recent = [loss for _, _, _, loss in self.curve[-SPIKE_WINDOW:]]
+        if len(recent) == SPIKE_WINDOW and nats > np.mean(recent) + 6 * np.std(recent) + 0.1:
+            self.log.record("spike", step=step, loss=nats, grad_norm=norm, provenance=origin)
+            self.alert(step, "loss spike", str(origin[0]), nats)
+
+    def trits(self, weights: dict) -> dict[str, float]:
+        """Share of zeros, and of weights whose sign changed since the last report."""
+        stats, signs = {}, {}
+        for name, values in weights.items():
+            signs[name] = values.sign().to(torch.int8)
+            stats[f"{name}.zeros"] = float((signs[name] == 0).float().mean())
+            if name in self.signs:
+                stats[f"{name}.flips"] = float((signs[name] != self.signs[name]).float().mean())
+        self.signs = signs
+        return stats
+
+    def alert(self, step: int, what: str, where: str, value: float) -> None:
+        """Said once for each place."""
+        if (what, where) not in self.told:
+            self.told.add((what, where))
+            self.log.text(f"ALERT at step {step}: {what} in {where} ({value:.4g})")
+            self.log.record("alert", step=step, what=what, where=where, value=value)
+
+    def milestones(self) -> None:
+        """The whole run in a few lines."""
+        self.log.text("progress    step   seconds    loss")
+        for mark in MILESTONES:
+            for progress, step, seconds, loss in [row for row in self.curve if row[0] <= mark][-1:]:
+                self.log.text(f"{progress:8.0%} {step:7d} {seconds:9.1f} {loss:7.4f}")
+
+
+class Trace:
+    """`count` steps, from the third on, as a trace to open in a browser and a table in the log."""
+
+    def __init__(self, log, count: int):
+        self.log, self.count = log, count
+        self.profiler = torch.profiler.profile() if count and log.main else None
+
+    def step(self, step: int) -> None:
+        if self.profiler and step == 2:
+            self.profiler.start()
+        if self.profiler and step == 2 + self.count:
+            self.profiler.stop()
+            self.profiler.export_chrome_trace(str(self.log.folder / "trace.json"))
+            self.log.text(self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))

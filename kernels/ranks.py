@@ -1,0 +1,152 @@
+"""Where a process runs, and what ranks do together: the plain computation on one rank, the same collectives on all."""
+
+import math
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+BUCKET_BYTES = 25 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype  # of activations
+    peak_flops: float  # measured, in that dtype
+    ranks: object = None  # the CPU group of all ranks; None if there is one
+    patience: float = 600.0  # seconds a rank waits for the others
+
+
+def detect_runtime(env: dict[str, str], dtype: str) -> Runtime:
+    """The only reader of RANK, WORLD_SIZE and LOCAL_RANK."""
+    rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(kind, int(env.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    rates = {t: matmul_rate(device, t) for t in (torch.float32, torch.bfloat16)}
+    # bf16 where the machine is fast at it: emulated bf16 on an old CPU is slower than fp32
+    fast = torch.bfloat16 if rates[torch.bfloat16] > 1.3 * rates[torch.float32] else torch.float32
+    chosen = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": fast}
+    if dtype not in chosen:
+        raise ValueError(f"dtype {dtype!r}: one of {', '.join(chosen)}")
+    return Runtime(rank, world, device, chosen[dtype], rates[chosen[dtype]], join_ranks(rank, world, device, 600.0))
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product, best of five: the ceiling that `mfu` is measured against."""
+    n = 8192 if device.type == "cuda" else 768
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+def join_ranks(rank: int, world: int, device: torch.device, timeout: float):
+    """The default group for tensors, and a CPU group for decisions, so that no decision waits for the device."""
+    if world == 1:
+        return None
+    limit = timedelta(seconds=timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=world, timeout=limit)
+    return dist.new_group(backend="gloo", timeout=limit)
+
+
+def agree(group, values: list[float]) -> list[float]:
+    """The largest of every value over all ranks: what one rank knows, all know."""
+    if group is None:
+        return values
+    shared = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(shared, dist.ReduceOp.MAX, group=group)
+    return shared.tolist()
+
+
+def require_same(group, what: str, value: str) -> None:
+    """Ranks that differ stop before the first step, all of them."""
+    if group is None:
+        return
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    odd = {rank: v for rank, v in enumerate(values) if v != values[0]}
+    if odd:
+        raise ValueError(f"{what} is {values[0]} on rank 0 but {odd}: start every rank with the same files and fields")
+
+
+def mean_over_ranks(group, values: torch.Tensor) -> torch.Tensor:
+    if group is None:
+        return values
+    values = values.double().cpu()
+    dist.all_reduce(values, group=group)
+    return values / dist.get_world_size(group)
+
+
+def shared_out(group, rule, stack: torch.Tensor) -> torch.Tensor:
+    """rule(stack) for a rule that treats the matrices of a stack one by one: each rank does its share."""
+    if group is None:
+        return rule(stack)
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    share = -(-len(stack) // world)
+    padded = F.pad(stack.flatten(1), (0, 0, 0, share * world - len(stack))).unflatten(1, stack.shape[1:])
+    mine = rule(padded[rank * share : (rank + 1) * share]).contiguous()
+    parts = torch.empty_like(padded, dtype=mine.dtype)
+    dist.all_gather_into_tensor(parts, mine)
+    return parts[: len(stack)]
+
+
+class GradientBuckets:
+    """Averages gradients over ranks; a bucket is sent as soon as backward has filled it and all buckets before it.
+
+    The order of sending is fixed, whatever the order in which gradients arrive, so ranks cannot disagree about it. A
+    parameter without a gradient counts as zero.
+    """
+
+    def __init__(self, group, params: list[torch.nn.Parameter]):
+        self.group, self.armed, self.buckets = group, False, [[]]
+        if group is None:
+            return
+        size = 0
+        for p in reversed(params):  # backward reaches the last layers first
+            if size + p.numel() * 4 > BUCKET_BYTES and self.buckets[-1]:
+                self.buckets.append([])
+                size = 0
+            self.buckets[-1].append(p)
+            size += p.numel() * 4
+        self.home = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
+        for p in params:
+            p.register_post_accumulate_grad_hook(self.ready)
+
+    def arm(self) -> None:
+        """Before the last backward pass of a step."""
+        self.armed, self.sent, self.left = self.group is not None, [], [len(bucket) for bucket in self.buckets]
+
+    def ready(self, p) -> None:
+        if self.armed:
+            self.left[self.home[p]] -= 1
+            while len(self.sent) < len(self.buckets) and self.left[len(self.sent)] == 0:
+                self.send()
+
+    def send(self) -> None:
+        bucket = self.buckets[len(self.sent)]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
+        self.sent.append((flat, dist.all_reduce(flat, async_op=True)))
+
+    def finish(self) -> None:
+        if self.group is None:
+            return
+        while len(self.sent) < len(self.buckets):
+            self.send()
+        for bucket, (flat, work) in zip(self.buckets, self.sent):
+            work.wait()
+            flat /= dist.get_world_size(self.group)
+            for p, grad in zip(bucket, flat.split([p.numel() for p in bucket])):
+                p.grad = grad.view_as(p)
+        self.armed = False
