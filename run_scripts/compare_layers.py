@@ -1,0 +1,95 @@
+"""Which layer pattern wins? Equal parameters, equal steps and equal time, three seeds; bits per byte with their spread.
+
+    python run_scripts/compare_layers.py data=datasets/local steps=150 seconds=60 seeds=42,43,44
+
+Two CPU cores, about 25 minutes. Patterns run in turn, seed by seed, so that a machine that slows down slows all of them
+alike. Every run is a whole one: trained on the ternary grid, exported, reloaded, and that is what is scored. Finished
+runs are reused. Below the table stands what a bigram model of the same training tokens scores.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.shards import read_tokens
+from eval.tokens import byte_table, stream_bytes
+from train_gpt import load_config, parameter_table
+
+PATTERNS = {"A only": "AAAAAA", "S in a third": "AASAAS", "K in a third": "AAKAAK", "S and K": "AASAAK"}
+COMMON = ["dim=128", "heads=4", "kv_heads=2", "seq_len=256", "batch_tokens=4096", "micro_tokens=4096", "group=32",
+          "eval_modes=chunked,stream", "eval_stride=64", "val_every=0", "log_every=25"]  # fmt: skip
+
+
+def fields(pattern: str, *words: str) -> list[str]:
+    return ["layers=" + pattern, *COMMON, *words]
+
+
+def size(pattern: str, mlp: float) -> int:
+    return sum(parameter_table(load_config(fields(pattern, f"mlp_mult={mlp}"), {}, "local")[0]).values())
+
+
+def equal_width(pattern: str, target: int) -> float:
+    """The feed-forward factor, in steps of the quantiser's group, that brings a pattern nearest to `target`."""
+    choices = [n * 32 / 128 for n in range(8, 24)]
+    return min(choices, key=lambda mlp: abs(size(pattern, mlp) - target))
+
+
+def run(name: str, pattern: str, mlp: float, seed: int, limit: str, options: dict) -> dict:
+    run_id = f"{name.replace(' ', '_')}-{limit.replace('=', '')}-s{seed}"
+    result = Path("runs/compare") / run_id / "result.json"
+    if not result.exists():
+        other = "max_seconds=0" if limit.startswith("max_steps") else "max_steps=0"
+        words = fields(pattern, f"mlp_mult={mlp}", f"seed={seed}", limit, other, f"data={options['data']}")
+        words += ["runs=runs/compare", f"run_id={run_id}"]
+        command = [sys.executable, "train_gpt.py", "--profile", "local", *words]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return json.loads(result.read_text())
+
+
+def bigram_bpb(folder: str, vocab: int) -> float:
+    """Interpolated with the unigram, add-one at the end: what counting pairs of tokens is worth."""
+    train, val = (read_tokens(folder, split, vocab).astype(np.int64) for split in ("train", "val"))
+    pairs = np.bincount(train[:-1] * vocab + train[1:], minlength=vocab * vocab).reshape(vocab, vocab)
+    unigram = (np.bincount(train, minlength=vocab) + 1.0) / (len(train) + vocab)
+    seen = pairs.sum(1, keepdims=True)
+    kinds = (pairs > 0).sum(1, keepdims=True)
+    share = seen / np.maximum(seen + kinds, 1)  # Witten-Bell: trust a context as far as it has stopped surprising
+    p = share * pairs / np.maximum(seen, 1) + (1 - share) * unigram
+    nats = -np.log(p[val[:-1], val[1:]]).sum()
+    return nats / math.log(2) / stream_bytes(val, byte_table(Path(folder) / "tokenizer.model")).sum()
+
+
+def spread(values: list[float]) -> str:
+    return f"{np.mean(values):.4f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.4f}"
+
+
+def table(options: dict) -> list[str]:
+    target = size("AAAAAA", 4.0)
+    widths = {name: equal_width(pattern, target) for name, pattern in PATTERNS.items()}
+    found: dict[tuple, list] = {}
+    for seed in options["seeds"].split(","):
+        for limit in (f"max_steps={options['steps']}", f"max_seconds={options['seconds']}"):
+            for name, pattern in PATTERNS.items():
+                result = run(name, pattern, widths[name], int(seed), limit, options)
+                found.setdefault((name, limit), []).append(result)
+    lines = ["| layers | parameters | limit | steps | tokens/s | bpb chunked | bpb stream |", "|---" * 7 + "|"]
+    for (name, limit), results in sorted(found.items(), key=lambda row: row[0][1]):
+        steps, speed = (np.mean([r[key] for r in results]) for key in ("steps", "tokens_per_second"))
+        scores = [spread([r[f"val_bpb_{mode}"] for r in results]) for mode in ("chunked", "stream")]
+        count = results[0]["parameters"]
+        cells = [f"{name} ({PATTERNS[name]})", f"{count:,} ({count / target - 1:+.1%})", limit]
+        cells += [f"{steps:.0f}", f"{speed:,.0f}"]
+        lines.append(f"| {' | '.join(cells + scores)} |")
+    return [*lines, "", f"bigram: {bigram_bpb(options['data'], 1024):.4f} bpb"]
+
+
+if __name__ == "__main__":
+    defaults = {"data": "datasets/local", "steps": "150", "seconds": "60", "seeds": "42,43,44"}
+    chosen = defaults | dict(word.split("=", 1) for word in sys.argv[1:])
+    sys.stdout.write("\n".join(table(chosen)) + "\n")

@@ -1,0 +1,141 @@
+"""Several processes: the same losses as one, the same collectives everywhere, the same parameters."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.run_folder import checkpoints, load_checkpoint
+from tests.toys import toy_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = ("layers=AKS", "batch_tokens=512", "micro_tokens=128", "max_steps=6", "log_every=1", "eval_lanes=4",
+            "checkpoint_every=3", "eval_modes=chunked,stream")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return toy_dataset(tmp_path_factory.mktemp("toy"))
+
+
+def launch(ranks: int, folder: Path, dataset: Path, *words: str, **kwargs):
+    """torchrun on this machine, or one plain process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = (command if ranks > 1 else [sys.executable]) + ["train_gpt.py", "--profile", "tiny"]
+    command += [f"data={dataset}", f"runs={folder}", f"run_id=r{ranks}", *SETTINGS, *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, **kwargs)
+
+
+def metrics(run: Path, kind: str) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+@pytest.mark.slow
+def test_one_two_and_four_ranks_train_the_same_model(dataset, tmp_path):
+    losses, scores = {}, {}
+    for ranks in (1, 2, 4):
+        done = launch(ranks, tmp_path, dataset)
+        assert done.returncode == 0, done.stderr[-2000:]
+        losses[ranks] = [row["loss"] for row in metrics(tmp_path / f"r{ranks}", "step")]
+        scores[ranks] = json.loads((tmp_path / f"r{ranks}" / "result.json").read_text())["val_bpb"]
+    for ranks in (2, 4):
+        assert losses[ranks] == pytest.approx(losses[1], rel=1e-5)
+        assert scores[ranks] == pytest.approx(scores[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_resumes_on_another_number_of_ranks(dataset, tmp_path):
+    assert launch(2, tmp_path, dataset).returncode == 0
+    whole = [row["loss"] for row in metrics(tmp_path / "r2", "step")]
+    first = checkpoints(tmp_path / "r2")[-1]
+    assert first[1] == 3
+    done = launch(1, tmp_path, dataset, f"resume={first[0]}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [row["loss"] for row in metrics(tmp_path / "r1", "step")] == pytest.approx(whole[3:], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_ranks_that_disagree_stop_before_the_first_step(dataset, tmp_path):
+    script = (
+        "import os, sys; from train_gpt import command_line;"
+        f"sys.exit(command_line(['--profile', 'tiny', 'data={dataset}', 'runs={tmp_path}', 'run_id=r',"
+        " 'seed=' + os.environ['RANK'], 'micro_tokens=128']))"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python",
+               sys.executable, "-c", script]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "start every rank with the same files and fields" in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+COLLECTIVES = """
+import os, sys, json
+import torch.distributed as dist
+calls = []
+for name in ("all_reduce", "all_gather_object", "all_gather_into_tensor", "broadcast", "barrier"):
+    def spy(*a, _name=name, _real=getattr(dist, name), **k):
+        shape = list(a[1].shape) if _name == "all_gather_into_tensor" else list(getattr(a[0], "shape", []))
+        calls.append([_name, shape])
+        return _real(*a, **k)
+    setattr(dist, name, spy)
+from train_gpt import command_line
+code = command_line(sys.argv[2:])
+json.dump(calls, open(os.path.join(sys.argv[1], os.environ["RANK"] + ".json"), "w"))
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_issue_the_same_collectives_in_the_same_order(dataset, tmp_path):
+    words = ["--profile", "tiny", f"data={dataset}", f"runs={tmp_path}", "run_id=r", *SETTINGS]
+    words += ["val_every=2", "sample_every=3"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python",
+               sys.executable, "-c", COLLECTIVES, str(tmp_path), *words]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    calls = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert len(calls[0]) > 20 and calls[0] == calls[1]
+
+
+@pytest.mark.slow
+def test_two_agents_on_one_machine_are_two_nodes(dataset, tmp_path):
+    """The multi-node command of the README: the same on every node, but for its rank."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    agents = []
+    for node in range(2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}",
+                   "--nproc_per_node=1", "--master_addr=127.0.0.1", "--master_port=29517", "train_gpt.py", "--profile",
+                   "tiny", f"data={dataset}", f"runs={tmp_path}", "run_id=r", *SETTINGS]  # fmt: skip
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        agents.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+    out = [agent.communicate(timeout=240)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], out[0][-2000:]
+    assert json.loads((tmp_path / "r" / "result.json").read_text())["status"] == "finished"
+
+
+def test_a_matrix_too_many_for_the_ranks_is_padded():
+    from kernels.ranks import shared_out
+
+    stack = torch.randn(3, 4, 5)
+    assert torch.equal(shared_out(None, lambda x: x * 2, stack), stack * 2)
+
+
+def test_a_checkpoint_is_sealed(tmp_path):
+    from data.run_folder import save_checkpoint
+
+    facts = save_checkpoint(tmp_path, 7, {"x": torch.ones(3)}, 0)
+    assert torch.equal(load_checkpoint(facts["path"])["x"], torch.ones(3))
+    content = bytearray(Path(facts["path"]).read_bytes())
+    content[-20] ^= 1
+    Path(facts["path"]).write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        load_checkpoint(facts["path"])

@@ -1,0 +1,113 @@
+"""A run's folder survives: whole files, trusted checkpoints, one owner, a last word."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from data.run_folder import (
+    Log,
+    StopSignals,
+    checkpoints,
+    deadline,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    write_whole,
+)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x"
+    write_whole(path, b"good")
+    with pytest.raises(TypeError):
+        write_whole(path, "not bytes")
+    assert path.read_bytes() == b"good" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_newest_two_checkpoints_and_every_kept_one_stay(tmp_path):
+    for step in range(1, 10):
+        save_checkpoint(tmp_path, step, {"step": step}, keep_every=4)
+    assert [step for _, step in checkpoints(tmp_path)] == [9, 8, 4]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda b: b[:-1], lambda b: b[:40], lambda b: b"x" + b[1:], lambda b: b"",
+    lambda b: b[:200] + bytes([b[200] ^ 1]) + b[201:],
+])  # fmt: skip
+def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, damage):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"step": step, "x": torch.randn(50)}, 0)
+    newest = checkpoints(tmp_path)[0][0]
+    newest.write_bytes(damage(newest.read_bytes()))
+    saved, complaints = newest_checkpoint(tmp_path)
+    assert saved["step"] == 1
+    assert len(complaints) == 1 and newest.name in complaints[0]
+
+
+def test_a_half_written_checkpoint_is_not_seen(tmp_path):
+    save_checkpoint(tmp_path, 1, {"step": 1}, 0)
+    (tmp_path / ".checkpoint_00000002.pt.99").write_bytes(b"half")
+    assert newest_checkpoint(tmp_path) == ({"step": 1}, [])
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_checkpoint(tmp_path / "no_such.pt")
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    with Log(tmp_path, True), pytest.raises(ValueError, match="choose another run_id"):
+        Log(tmp_path, True)
+    Log(tmp_path, True).__exit__(None, None, None)
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
+    with Log(tmp_path, True) as log:
+        log.record("step", step=1)
+        kept = log.sizes()
+        log.record("step", step=2)
+    with Log(tmp_path, True, kept) as log:
+        log.record("step", step=2, again=True)
+    assert [r.get("step") for r in rows(tmp_path)] == [1, 2, None]
+    assert rows(tmp_path)[1]["again"]
+
+
+def test_a_run_always_ends_with_a_status(tmp_path):
+    with pytest.raises(ValueError), Log(tmp_path, True):
+        raise ValueError("loss nan")
+    assert rows(tmp_path)[-1] == {"kind": "end", "status": "failed", "error": "loss nan"}
+    with Log(tmp_path, True) as log:
+        log.status = "finished"
+    assert rows(tmp_path)[-1]["status"] == "finished"
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    with Log(tmp_path / "x", False) as log:
+        log.text("hello")
+        log.record("step", step=1)
+        log.save("result.json", {})
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_signal_is_a_wish_until_the_loop_reads_it():
+    with StopSignals() as stop:
+        assert not stop.wanted
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wanted
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_late_work_is_ended():
+    with pytest.raises(TimeoutError, match="napping took more than"), deadline(0.05, "napping"):
+        time.sleep(1)
+    with deadline(0.05, "nothing"):
+        pass
+    time.sleep(0.06)
