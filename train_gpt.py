@@ -42,7 +42,7 @@ from data.fields import (
     structural,
 )
 from data.run_folder import Log, StopSignals, deadline, load_checkpoint, newest_checkpoint, save_checkpoint
-from data.shards import WindowOrder, dataset_hash, read_sidecar, read_tokens, shard_paths
+from data.shards import LaneOrder, WindowOrder, dataset_hash, read_sidecar, read_tokens, shard_paths
 from data.watch import Trace, Watch
 from eval.generate import generate_ids, stream_text
 from eval.score import EvalSettings, check_reload, evaluating, red_flags
@@ -54,11 +54,12 @@ from export.gptq import CurvatureCollector, gptq_int, gptq_ternary
 from export.quantise import INT_BITS, int_grid, int_value
 from kernels.attention import attend, attention_mask, rotary_tables, rotate_pairs
 from kernels.capsule import capsule_scan
-from kernels.engram import ENGRAM_ORDERS, engram_rows
-from kernels.hadamard import causal_walsh, walsh_signs, wht
+from kernels.engram import Engram, EngramRead
+from kernels.hadamard import causal_walsh, walsh_signs
+from kernels.layers import Conv, Feedback, Gate, Linear, Matrix, NoConv, Part, after, detached, hold, positions, rms
 from kernels.loss import softcap_ce
-from kernels.moe import moe_mix, route
 from kernels.masters import MasterGroup, clip_gradients
+from kernels.moe import moe_mix, route
 from kernels.optimizers import AdamW, Lion, Muon
 from kernels.ranks import GradientBuckets, Runtime, agree, detect_runtime, mean_over_ranks, require_same
 from kernels.scan import koopman_scan
@@ -283,7 +284,7 @@ def check_config(c: Config) -> None:
         (len(c.experts) not in (0, 2) or (c.experts and not 1 <= c.experts[1] <= c.experts[0]),
          f"experts {c.experts}: how many there are, and how many of them a token uses, as experts=8,2"),
         (c.experts and c.shared_blocks, "experts are of the upper layers, shared blocks of all: choose one"),
-        (any(c.seq_len % length for length in sequence_lengths(c).values()),
+        (any(length < 1 or c.seq_len % length for length in sequence_lengths(c).values()),
          f"seq_schedule {show_value(c.seq_schedule)}: lengths must divide seq_len {c.seq_len}"),
         ("carry" in c.parts and c.seq_schedule, "part carry goes on from window to window: leave seq_schedule empty"),
         (c.micro_tokens % c.seq_len, f"micro_tokens {c.micro_tokens} is not a multiple of seq_len {c.seq_len}"),
@@ -299,65 +300,6 @@ def check_config(c: Config) -> None:
 # └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 # A module's parameters belong to one family (FAMILIES, below), which names their optimizer, rate and codec. There is
 # no quantiser in any forward: the optimizer owns fp32 masters, and parameters always hold the values that ship.
-
-
-class Part(nn.Module):
-    family = "vector"
-
-
-class Matrix(Part):
-    def __init__(self, inputs: int, outputs: int, family: str = "matrix", std: float = 1.0):
-        super().__init__()
-        self.family = family
-        self.weight = nn.Parameter(torch.randn(outputs, inputs) * (std * inputs**-0.5))
-
-
-class Linear(Matrix):
-    def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-class Gate(Part):
-    """Parameters of gates and decays: a family, so an optimizer group, of their own."""
-
-    family = "gate"
-
-    def __init__(self, **tensors):
-        super().__init__()
-        for name, tensor in tensors.items():
-            self.register_parameter(name, nn.Parameter(tensor))
-
-
-def rms(x):
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
-
-
-def after(tail, x, length: int):
-    """x with the `length` rows that came before it, and the rows to keep for what comes next."""
-    tail = x.new_zeros(x.shape[0], length, *x.shape[2:]) if tail is None else tail.to(x.dtype)
-    xs = torch.cat([tail, x], 1)
-    return xs, xs[:, xs.shape[1] - length :]
-
-
-class Conv(Part):
-    """Causal depthwise convolution, identity at first; no tap reaches across a document's start."""
-
-    def __init__(self, width: int, taps: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.cat([torch.ones(1, width), torch.zeros(taps - 1, width)]))
-
-    def forward(self, x, pos, tail):
-        T, taps, w = x.shape[1], len(self.weight), self.weight.to(x.dtype)
-        xs, tail = after(tail, x, taps - 1)
-        y = w[0] * x
-        for k in range(1, taps):
-            y = torch.addcmul(y, w[k], xs[:, taps - 1 - k :][:, :T] * (pos >= k).unsqueeze(-1))
-        return y, tail
-
-
-class NoConv(nn.Module):
-    def forward(self, x, pos, tail):
-        return x, tail
 
 
 def convolution(c: Config, width: int) -> nn.Module:
@@ -598,7 +540,8 @@ class Block(nn.Module):
         super().__init__()
         self.mixer = MIXERS[c.layers[layer]](c, layer)
         self.mlp = Experts(c) if c.experts and layer >= 2 * c.depth // 3 else MLP(c)
-        self.engram = EngramRead(c) if layer in [i % c.blocks for i in c.engram_layers] else None
+        reads = [i % c.blocks for i in c.engram_layers]
+        self.engram = EngramRead(c.engram_heads * c.engram_width, c.dim) if c.engram_layers and layer in reads else None
 
 
 class Site(Part):
@@ -629,20 +572,6 @@ class Site(Part):
         return [x + self.write[part, i].to(y.dtype) * y for i, x in enumerate(xs)]
 
 
-class Feedback(Part):
-    """What the second half came to enters it again, mixed over channels; one gate per pass and channel."""
-
-    family = "gate"
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.gate, self.block = nn.Parameter(torch.full((c.feedback_passes, c.dim), 0.05)), c.dim & -c.dim
-
-    def forward(self, entry: list, y, turn: int) -> list:
-        back = self.gate[turn].to(y.dtype) * wht(y, self.block)
-        return [x + back for x in entry]
-
-
 class Trip(NamedTuple):
     """What the steps of one forward pass find and leave."""
 
@@ -653,33 +582,23 @@ class Trip(NamedTuple):
     aux: dict
 
 
-def hold(rest, old: list, new: list) -> list:
-    """Positions at rest keep the old features."""
-    return new if rest is None else [torch.where(rest, a, b) for a, b in zip(old, new)]
-
-
-def detached(state):
-    if isinstance(state, dict):
-        return {name: detached(value) for name, value in state.items()}
-    return state.detach() if isinstance(state, torch.Tensor) else state
-
-
 class GPT(Part):
     def __init__(self, c: Config):
         super().__init__()
-        self.c, self.phase, self.dtype = c, len(phases(c)) - 1, torch.float32
+        self.c, self.phase, self.dtype, self.carried = c, len(phases(c)) - 1, torch.float32, None
         slots = execution_order(c, looping=True)
         self.embed = Linear(c.rank, c.vocab, "embed", std=0.02 * c.rank**0.5)
         if c.rank != c.dim:
             self.lift = Linear(c.rank, c.dim)
         if "smear" in c.parts:
             self.smear = Gate(weight=torch.zeros(12), scale=torch.zeros(1))
-        self.engram = Engram(c) if c.engram_layers else None
+        self.engram = Engram(c.engram_heads, c.engram_rows, c.engram_width) if c.engram_layers else None
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.blocks))
         self.sites = nn.ModuleList(Site(c, slot) for slot in sorted(set(slots), key=lambda s: s.site))
-        self.feedback = Feedback(c) if c.feedback_passes else None
+        self.feedback = Feedback(c.feedback_passes, c.dim) if c.feedback_passes else None
         self.ahead = nn.ModuleList(Linear(c.dim, c.dim, "train_only", std=0.0) for _ in range(c.mtp_heads))
-        self.unembed = Linear(c.rank, c.vocab, "embed", std=0.02 * c.rank**0.5) if "untied" in c.parts else self.embed
+        if "untied" in c.parts:
+            self.unembed = Matrix(c.rank, c.vocab, "embed", std=0.02 * c.rank**0.5)
 
     def forward(self, tokens, state=None):
         x, state, _ = self.features(tokens, state)
@@ -719,7 +638,7 @@ class GPT(Part):
     def head(self, x):
         if self.c.rank != self.c.dim:
             x = x @ self.lift.weight.to(x.dtype)
-        return F.linear(x, self.unembed.weight.to(x.dtype))
+        return F.linear(x, (self.unembed if "untied" in self.c.parts else self.embed).weight.to(x.dtype))
 
     def features(self, tokens, state):
         """(B, T) tokens -> (B, T, D) normed features, the state to go on from, statistics by layer."""
@@ -773,7 +692,7 @@ class GPT(Part):
             if slot.take is not None:
                 xs = [x + site.skip.to(x.dtype) * stored[slot.take] for x in xs]
             xs = site.enter(xs, ctx.x0)
-            if slot.layer in c.engram_layers:
+            if c.engram_layers and slot.layer in c.engram_layers:
                 xs, aux[f"layers.{i}.engram_gate"] = block.engram(xs, ctx.grams, reads[0])
             y, trip.new[str(i)], told = block.mixer(rms(xs[reads[0]]) * damp, ctx, trip.states.get(str(i)))
             ctx = ctx._replace(v_first=told.pop("v_first", ctx.v_first))
@@ -786,7 +705,8 @@ class GPT(Part):
 
     def scope(self, name: str) -> list[nn.Parameter]:
         """Parameters that test-time training may touch."""
-        families = {"scales": ("vector", "gate"), "engram": ("engram",), "all": [f for f in FAMILIES if FAMILIES[f].ships]}
+        every = [family for family in FAMILIES if FAMILIES[family].ships]
+        families = {"scales": ("vector", "gate"), "engram": ("engram",), "all": every}
         if name not in families:
             raise ValueError(f"no scope {name!r}: {nearest(name, families)}")
         return [p for _, p, family in family_rows(self) if family in families[name]]
@@ -794,57 +714,6 @@ class GPT(Part):
     def linears(self) -> dict[str, nn.Module]:
         """Places an adapter may sit."""
         return {name: m for name, m in self.blocks.named_modules() if isinstance(m, Linear)}
-
-
-def positions(start, before):
-    """Tokens since the document's start; `before` (B,) of them came in earlier pieces."""
-    t = torch.arange(start.shape[1], device=start.device)
-    last = torch.where(start, t, -1).cummax(1).values
-    return torch.where(last >= 0, t - last, t + before.unsqueeze(1))
-
-
-class Engram(Part):
-    """Hashed n-gram tables of orders 2, 3, 4: what a context usually means, looked up rather than computed."""
-
-    family = "engram"
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.c = c
-        rows = len(ENGRAM_ORDERS) * c.engram_heads * c.engram_rows
-        self.table = nn.Parameter(torch.randn(rows, c.engram_width) * 0.02)
-        self.register_buffer("count", torch.zeros(len(self.table)))
-
-    def forward(self, past, pos):
-        """(B, T, orders * heads * width), zero where the document has not had n tokens yet."""
-        ids, live = engram_rows(past, pos, self.c.engram_heads, self.c.engram_rows)
-        if self.training:
-            self.count.index_add_(0, ids.flatten(), live.flatten().float())
-        return (F.embedding(ids, self.table) * live.unsqueeze(-1)).flatten(2)
-
-    def keep_mask(self):
-        """The rows training met most often, `engram_keep` of them, as ones."""
-        keep = max(1, round(self.c.engram_keep * len(self.count)))
-        return (self.count.argsort(descending=True, stable=True).argsort() < keep).float()
-
-
-class EngramRead(Part):
-    """A layer's gated read of the n-gram rows."""
-
-    def __init__(self, c: Config):
-        super().__init__()
-        inputs = len(ENGRAM_ORDERS) * c.engram_heads * c.engram_width
-        self.key = Linear(inputs, c.dim, "control")
-        self.value = Linear(inputs, c.dim, "control", std=0.1)
-        self.gate = Gate(scale=torch.tensor([0.5]), bias=torch.zeros(1))
-
-    def forward(self, xs: list, grams, stream: int):
-        x = xs[stream]
-        e = grams.to(x.dtype)
-        cosine = (rms(x) * rms(self.key(e))).sum(-1, keepdim=True).float() * x.shape[-1] ** -0.5
-        gate = torch.sigmoid((0.1 + 3.9 * torch.sigmoid(self.gate.scale)) * cosine + self.gate.bias)
-        read = gate.to(x.dtype) * self.value(e)
-        return [x + read for x in xs], gate.detach().mean()
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -947,7 +816,7 @@ class Optimizer:
             rate = FAMILIES[g.family].rate(c) * self.multiplier(progress, step)
             g.step(rate, c.weight_decay, 0.85 + 0.1 * min(1.0, progress / 0.05), self.ranks)
             if g.family == "engram" and c.engram_keep < 1 and progress >= 0.5 and g.keep is None:
-                g.keep = self.model.engram.keep_mask().unsqueeze(-1)
+                g.keep = self.model.engram.keep_mask(self.c.engram_keep).unsqueeze(-1)
             if c.ema > 0 and progress >= c.ema_start:
                 g.update_average(max(2.0, c.ema * step / max(progress, 1e-9)))  # a share of the run, in steps
         self.project()
@@ -984,8 +853,9 @@ class Data:
         self.hash = dataset_hash(folder)
 
 
-def training_windows(c: Config, rt: Runtime, seed: int) -> WindowOrder:
-    return WindowOrder(shard_paths(c.data, "train"), c.seq_len, seed, rt.rank, rt.world, c.vocab)
+def training_windows(c: Config, rt: Runtime, seed: int) -> WindowOrder | LaneOrder:
+    order = LaneOrder if "carry" in c.parts else WindowOrder
+    return order(shard_paths(c.data, "train"), c.seq_len, seed, rt.rank, rt.world, c.vocab)
 
 
 def accumulation(c: Config, rt: Runtime) -> int:
@@ -1037,8 +907,10 @@ def phases(c: Config) -> list[Phase]:
 
 def sequence_lengths(c: Config) -> dict[float, int]:
     """Progress -> length from there on."""
-    pairs = [pair.split(":") for pair in c.seq_schedule]
-    return {float(start): int(length) for start, length in pairs}
+    try:
+        return {float(at): int(length) for at, length in (str(pair).split(":") for pair in c.seq_schedule)}
+    except ValueError:
+        raise ValueError(f"seq_schedule {show_value(c.seq_schedule)}: progress and length, as 0:128,0.5:512") from None
 
 
 def phase_at(c: Config, progress: float) -> int:
@@ -1159,7 +1031,7 @@ def accumulate(model: GPT, loss: Callable, data: Data, buckets: GradientBuckets)
     sums, origins = {}, []
     for i in range(data.accumulate):
         windows, origin = data.feed.next()
-        total, parts = loss(windows[:, :-1], windows[:, 1:])
+        total, parts, model.carried = loss(windows[:, :-1], windows[:, 1:], model.carried)
         if i == data.accumulate - 1:
             buckets.arm()
         (total / data.accumulate).backward()
@@ -1177,7 +1049,10 @@ def warm_up(c: Config, rt: Runtime, model: GPT, loss: Callable) -> None:
     tokens = torch.randint(c.vocab, (c.micro_tokens // c.seq_len, c.seq_len), device=rt.device, generator=generator)
     model.eval()  # training mode would count these tokens into the engram
     for model.phase in range(len(phases(c))):
-        loss(tokens, tokens)[0].backward()
+        total, _, state = loss(tokens, tokens, None)
+        total.backward()
+        if "carry" in c.parts:
+            loss(tokens, tokens, state)[0].backward()
     model.zero_grad(set_to_none=True)
 
 
@@ -1194,9 +1069,10 @@ def trits(c: Config, optimizer: Optimizer) -> dict[str, torch.Tensor]:
 
 def checkpoint(c: Config, rt: Runtime, run: Run, log: Log) -> None:
     """All it takes to go on as if nothing had happened, on any number of ranks. A full disk costs only this one."""
+    model, optimizer, data, clock = run
+    model.carried = None  # a file holds no lanes: the run that goes on and the one that resumes both begin them anew
     if rt.rank != 0:
         return
-    model, optimizer, data, clock = run
     state = {
         "config": field_values(c),
         "clock": {"step": clock.step, "seconds": clock.seconds},
@@ -1278,13 +1154,13 @@ def shipping_rows(c: Config, run: Run) -> list[tuple]:
     """(name, master, codec) of every parameter that ships, from the masters in use."""
     return [
         (name, master, FAMILIES[g.family].codec(c))
-        for g in run.optimizer.groups
+        for g in run.optimizer.groups if FAMILIES[g.family].ships
         for name, master in zip(g.names, (g.average if run.optimizer.averaged else g.master).unbind())
     ]
 
 
 def shipping_parameters(c: Config, run: Run) -> list[nn.Parameter]:
-    return [p for g in run.optimizer.groups for p in g.params]
+    return [p for g in run.optimizer.groups if FAMILIES[g.family].ships for p in g.params]
 
 
 def choose_weights(c: Config, rt: Runtime, run: Run, log: Log) -> None:
@@ -1338,7 +1214,7 @@ def load_model(c: Config, rt: Runtime, blob: bytes) -> GPT:
     """The model a file holds, exactly: nothing is quantised here."""
     tensors, meta = unpack(blob)
     model = GPT(c).to(rt.device)
-    own = dict(model.named_parameters())
+    own = {name: p for name, p, family in family_rows(model) if FAMILIES[family].ships}
     check_model(tensors, meta["config"], {n: p.shape for n, p in own.items()}, meta["config"])
     with torch.no_grad():
         for name, p in own.items():
@@ -1430,21 +1306,24 @@ def weightless(c: Config) -> GPT:
 
 def flops_per_token(c: Config) -> float:
     """Forward and backward of the last phase: 6 per weight and use, and attention over half its reach on average."""
-    per_layer = [sum(m.weight.numel() for m in b.modules() if isinstance(m, Linear)) for b in weightless(c).blocks]
+    per_block = [sum(m.weight.numel() for m in b.modules() if isinstance(m, Linear)) for b in weightless(c).blocks]
+    routed = 2 * c.dim * c.hidden * c.experts[1] if c.experts else 0
     layers = [slot.layer for slot in execution_order(c, looping=True)]
-    head = c.vocab * c.rank + 2 * c.rank * c.dim * (c.rank != c.dim)
+    head = (c.vocab * c.rank + 2 * c.rank * c.dim * (c.rank != c.dim)) * (1 + c.mtp_heads) + c.dim**2 * c.mtp_heads
     attention = sum(2 * c.dim * min(c.reach, c.seq_len) for layer in layers if c.layers[layer] == "A")
-    return 6.0 * (sum(per_layer[layer] for layer in layers) + head) + 3.0 * attention
+    used = sum(per_block[layer % c.blocks] + routed * (layer >= 2 * c.depth // 3) for layer in layers)
+    return 6.0 * (used + head) + 3.0 * attention
 
 
 def plan(c: Config, rt: Runtime) -> str:
     """What a configuration costs, without data: parameters and bytes by family, arithmetic, steps and seconds."""
     table = parameter_table(c)
     lines = [f"{'family':10} {'parameters':>12} {'ships as':>8} {'trains as':>9} {'bits':>6} {'bytes':>12}"]
-    shapes = [(name, tuple(p.shape), FAMILIES[family].codec(c)) for name, p, family in family_rows(weightless(c))]
+    rows = [(name, p, family) for name, p, family in family_rows(weightless(c)) if FAMILIES[family].ships]
+    shapes = [(name, tuple(p.shape), FAMILIES[family].codec(c)) for name, p, family in rows]
     sizes = {row["name"]: row["bytes"] for row in plan_bytes(shapes, group=c.group, rule=c.rule, clips=clips(c))}
     for family, count in table.items():
-        size = sum(sizes[name] for name, _, of in family_rows(weightless(c)) if of == family)
+        size = sum(sizes[name] for name, _, of in rows if of == family)
         codecs = f"{FAMILIES[family].codec(c):>8} {trained_codec(c, family):>9}"
         lines.append(f"{family:10} {count:12,} {codecs} {8 * size / max(count, 1):6.2f} {size:12,}")
     total = sum(sizes.values())

@@ -1,6 +1,10 @@
-"""Which rows of the hashed n-gram tables a position reads."""
+"""Hashed n-gram tables: what a context usually means, looked up rather than computed; the trained, shipped kind."""
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels.layers import Gate, Linear, Part, rms
 
 ENGRAM_ORDERS = (2, 3, 4)
 ENGRAM_PRIMES = (92821, 131071, 174763, 216091, 262147, 314159, 393241, 462841, 524287, 611953, 700001, 786433)
@@ -20,3 +24,47 @@ def engram_rows(past, pos, heads: int, rows: int):
             ids.append(h + len(ids) * rows)
             live.append(pos >= order - 1)
     return torch.stack(ids, -1), torch.stack(live, -1)
+
+
+class Engram(Part):
+    """The tables of all orders, one under another, and how often training met each row."""
+
+    family = "engram"
+
+    def __init__(self, heads: int, rows: int, width: int):
+        super().__init__()
+        self.heads, self.rows = heads, rows
+        self.table = nn.Parameter(torch.randn(len(ENGRAM_ORDERS) * heads * rows, width) * 0.02)
+        self.register_buffer("count", torch.zeros(len(self.table)))
+
+    def forward(self, past, pos):
+        """(B, T, orders * heads * width), zero where the document has not had n tokens yet."""
+        ids, live = engram_rows(past, pos, self.heads, self.rows)
+        if self.training:
+            self.count.index_add_(0, ids.flatten(), live.flatten().float())
+        return (F.embedding(ids, self.table) * live.unsqueeze(-1)).flatten(2)
+
+    def keep_mask(self, share: float):
+        """The rows training met most often, as ones."""
+        keep = max(1, round(share * len(self.count)))
+        return (self.count.argsort(descending=True, stable=True).argsort() < keep).float()
+
+
+class EngramRead(Part):
+    """A layer's gated read of the n-gram rows, `width` numbers per order."""
+
+    def __init__(self, width: int, dim: int):
+        super().__init__()
+        inputs = len(ENGRAM_ORDERS) * width
+        self.key = Linear(inputs, dim, "control")
+        self.value = Linear(inputs, dim, "control", std=0.1)
+        self.gate = Gate(scale=torch.tensor([0.5]), bias=torch.zeros(1))
+
+    def forward(self, xs: list, grams, stream: int):
+        """The streams with the read added, and the mean gate."""
+        x = xs[stream]
+        e = grams.to(x.dtype)
+        cosine = (rms(x) * rms(self.key(e))).sum(-1, keepdim=True).float() * x.shape[-1] ** -0.5
+        gate = torch.sigmoid((0.1 + 3.9 * torch.sigmoid(self.gate.scale)) * cosine + self.gate.bias)
+        read = gate.to(x.dtype) * self.value(e)
+        return [x + read for x in xs], gate.detach().mean()

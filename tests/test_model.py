@@ -16,18 +16,30 @@ VARIANTS = {letter: dict(layers=letter * 2) for letter in MIXERS} | {
     "one slot": dict(layers="SS", slots=1),
     "window": dict(layers="AA", window=8),
     "no reset": dict(layers="AKS", parts=("unet",)),
+    "experts": dict(layers="AKA", experts=(4, 2), moe_start=0.0),
+    "feedback": dict(layers="AKSA", feedback_passes=2),
+    "halting": dict(layers="AAKA", feedback_passes=3, halt=0.15),
+    "shared blocks": dict(layers="AKAKAK", shared_blocks=2, engram_layers=(3,), engram_rows=32),
+    "untied": dict(layers="AK", parts=("reset", "unet", "untied"), embed_rank=32, mtp_heads=2),
+    "all of them": dict(
+        layers="KAKAKA", parts=("reset", "unet", "vres", "untied"), streams=2, shared_blocks=2, loop=(1, 2),
+        loop_start=0.0, feedback_passes=1, halt=0.1, mtp_heads=1, entropy_loss=0.1,
+    ),
 }  # fmt: skip
+ROUNDING = {"experts": 1e-12}  # who shares an expert decides the shape of a matmul, so its rounding in float64
 
 
-def leak(model, tokens, train: bool) -> int | None:
-    """The first k whose tokens from k on change a logit before k, bit for bit."""
+def leak(model, tokens, train: bool, rounding: float = 0.0) -> int | None:
+    """The first k whose tokens from k on change a logit before k, bit for bit; rounding is measured in float64."""
     model.train(train)
+    if rounding:
+        model.double().dtype = torch.float64
     with torch.no_grad():
         before = model(tokens)[0]
         for k in range(1, tokens.shape[1]):
             other = tokens.clone()
             other[:, k:] = torch.randint(1, 64, other[:, k:].shape)
-            if not torch.equal(model(other)[0][:, :k], before[:, :k]):
+            if not (model(other)[0][:, :k] - before[:, :k]).abs().max() <= rounding:
                 return k
     return None
 
@@ -36,7 +48,7 @@ def leak(model, tokens, train: bool) -> int | None:
 @pytest.mark.parametrize("train", [False, True])
 def test_no_logit_depends_on_a_later_token(name, train):
     c = tiny(**VARIANTS[name])
-    assert leak(stirred(c), documents(c), train) is None
+    assert leak(stirred(c), documents(c), train, ROUNDING.get(name, 0.0)) is None
 
 
 @pytest.mark.parametrize("letter", MIXERS)

@@ -1,0 +1,102 @@
+"""What every layer is made of: linear maps, gates, a short convolution, and how a stream goes on in pieces.
+
+B batch, T time, D width. A module's parameters belong to one family, which names their optimizer, rate and codec.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels.hadamard import wht
+
+
+class Part(nn.Module):
+    family = "vector"
+
+
+class Matrix(Part):
+    def __init__(self, inputs: int, outputs: int, family: str = "matrix", std: float = 1.0):
+        super().__init__()
+        self.family = family
+        self.weight = nn.Parameter(torch.randn(outputs, inputs) * (std * inputs**-0.5))
+
+
+class Linear(Matrix):
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Gate(Part):
+    """Parameters of gates and decays: a family, so an optimizer group, of their own."""
+
+    family = "gate"
+
+    def __init__(self, **tensors):
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor))
+
+
+def rms(x):
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def after(tail, x, length: int):
+    """x with the `length` rows that came before it, and the rows to keep for what comes next."""
+    tail = x.new_zeros(x.shape[0], length, *x.shape[2:]) if tail is None else tail.to(x.dtype)
+    xs = torch.cat([tail, x], 1)
+    return xs, xs[:, xs.shape[1] - length :]
+
+
+class Conv(Part):
+    """Causal depthwise convolution, identity at first; no tap reaches across a document's start."""
+
+    def __init__(self, width: int, taps: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.cat([torch.ones(1, width), torch.zeros(taps - 1, width)]))
+
+    def forward(self, x, pos, tail):
+        T, taps, w = x.shape[1], len(self.weight), self.weight.to(x.dtype)
+        xs, tail = after(tail, x, taps - 1)
+        y = w[0] * x
+        for k in range(1, taps):
+            y = torch.addcmul(y, w[k], xs[:, taps - 1 - k :][:, :T] * (pos >= k).unsqueeze(-1))
+        return y, tail
+
+
+class NoConv(nn.Module):
+    def forward(self, x, pos, tail):
+        return x, tail
+
+
+class Feedback(Part):
+    """What a run of layers came to enters it again, mixed over channels; one gate per pass and channel."""
+
+    family = "gate"
+
+    def __init__(self, passes: int, width: int):
+        super().__init__()
+        self.gate, self.block = nn.Parameter(torch.full((passes, width), 0.05)), width & -width
+
+    def forward(self, entry: list, y, turn: int) -> list:
+        back = self.gate[turn].to(y.dtype) * wht(y, self.block)
+        return [x + back for x in entry]
+
+
+def positions(start, before):
+    """Tokens since the document's start; `before` (B,) of them came in earlier pieces."""
+    t = torch.arange(start.shape[1], device=start.device)
+    last = torch.where(start, t, -1).cummax(1).values
+    return torch.where(last >= 0, t - last, t + before.unsqueeze(1))
+
+
+def hold(rest, old: list, new: list) -> list:
+    """Positions at rest keep the old features."""
+    return new if rest is None else [torch.where(rest, a, b) for a, b in zip(old, new)]
+
+
+def detached(state):
+    """A state, or any tree of dicts, without its gradient."""
+    if isinstance(state, dict):
+        return {name: detached(value) for name, value in state.items()}
+    return state.detach() if isinstance(state, torch.Tensor) else state
