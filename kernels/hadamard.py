@@ -66,9 +66,9 @@ def _wht_kernel(x, y, ROWS, SCALE, BLOCK: tl.constexpr, N: tl.constexpr, BM: tl.
 def wht_triton(x, block):
     x, N = x.contiguous(), max(16, block)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows = x.numel() // block
-    _wht_kernel[(triton.cdiv(x.numel(), 64 * N),)](
-        x, y, rows, block**-0.5, BLOCK=block, N=N, BM=64,
+    rows, at_once = x.numel() // block, 16 if x.dtype == torch.float32 else 64
+    _wht_kernel[(triton.cdiv(x.numel(), at_once * N),)](
+        x, y, rows, block**-0.5, BLOCK=block, N=N, BM=at_once,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",  # +-1 times 16 bits is exact in tf32
         num_warps=4 if N <= 64 else 8, enable_fp_fusion=True,
     )
@@ -135,40 +135,46 @@ def causal_walsh_reference(x, signs, pos, adjoint=False):
 
 
 @triton.jit
+def _walsh_stage(w, sign, pos, first, last, lane, SHIFT: tl.constexpr, ROWS: tl.constexpr, ADJOINT: tl.constexpr):
+    """One stage over a window of rows from first on; the later row of a pair decides whether it holds."""
+    after = ()
+    for j in tl.static_range(ROWS):
+        # beyond the ends the rows are zero, whatever position is read for them
+        if ADJOINT and j + SHIFT < ROWS:
+            reaches = lane + tl.load(pos + tl.minimum(tl.maximum(first + j + SHIFT, 0), last)) >= SHIFT
+            after = after + (w[j] + sign * tl.where(reaches, w[j + SHIFT], 0.0),)
+        elif not ADJOINT and j >= SHIFT:
+            reaches = lane + tl.load(pos + tl.minimum(tl.maximum(first + j, 0), last)) >= SHIFT
+            after = after + (w[j] + sign * tl.where(reaches, w[j - SHIFT], 0.0),)
+        else:
+            after = after + (w[j],)
+    return after
+
+
+@triton.jit
 def _causal_walsh_kernel(
     x, signs, pos, y, T, D, SCALE, M: tl.constexpr, STEPS: tl.constexpr, BD: tl.constexpr, ADJOINT: tl.constexpr
 ):
     """All stages in registers over a window of STEPS + 2^M - 1 rows: one read (the overlap from cache), one write."""
-    b, first = tl.program_id(2).to(tl.int64), tl.program_id(0) * STEPS
+    b = tl.program_id(2).to(tl.int64)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     inside, lane = d < D, tl.full([BD], 0, tl.int32)
-    halo: tl.constexpr = (1 << M) - 1
-    rows: tl.constexpr = STEPS + halo
-    if not ADJOINT:
-        first -= halo
+    rows: tl.constexpr = STEPS + (1 << M) - 1
+    ahead: tl.constexpr = 0 if ADJOINT else (1 << M) - 1
+    first = tl.program_id(0) * STEPS - ahead
     w = ()
     for j in tl.static_range(rows):
         live = inside & (lane + first + j >= 0) & (lane + first + j < T)
         w = w + (tl.load(x + (b * T + first + j) * D + d, mask=live, other=0.0).to(tl.float32),)
     for stage in tl.static_range(M):
-        i: tl.constexpr = M - 1 - stage if ADJOINT else stage
-        shift: tl.constexpr = 1 << i
-        sign = tl.load(signs + i * D + d, mask=inside, other=0.0).to(tl.float32)
-        after = ()
-        for j in tl.static_range(rows):
-            source: tl.constexpr = j + shift if ADJOINT else j - shift
-            if source < 0 or source >= rows:
-                after = after + (w[j],)
-            else:
-                # the later of the two rows decides; beyond the ends its value is zero, whatever is read here
-                late = tl.minimum(tl.maximum(first + (source if ADJOINT else j), 0), T - 1)
-                reaches = lane + tl.load(pos + b * T + late) >= shift
-                after = after + (w[j] + sign * tl.where(reaches, w[source], 0.0),)
-        w = after
+        sign = tl.load(signs + (M - 1 - stage if ADJOINT else stage) * D + d, mask=inside, other=0.0).to(tl.float32)
+        w = _walsh_stage(
+            w, sign, pos + b * T, first, T - 1, lane, 1 << (M - 1 - stage if ADJOINT else stage), rows, ADJOINT
+        )
     for j in tl.static_range(STEPS):
-        at: tl.constexpr = j if ADJOINT else j + halo
-        live = inside & (lane + first + at < T)
-        tl.store(y + (b * T + first + at) * D + d, (w[at] * SCALE).to(y.dtype.element_ty), mask=live)
+        live = inside & (lane + first + ahead + j < T)
+        out = w[ahead + j] * SCALE
+        tl.store(y + (b * T + first + ahead + j) * D + d, out.to(y.dtype.element_ty), mask=live)
 
 
 def causal_walsh_triton(x, signs, pos, adjoint=False):

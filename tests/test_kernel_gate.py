@@ -1,0 +1,72 @@
+"""kernels/gate.py: every kernel compiles for sm_90 at its production launches, without spills, as the table says."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels.gate import GATE_SHARED, gate_faults, gate_table
+
+ROOT = Path(__file__).parents[1]
+
+
+def gate(*arguments):
+    """In a process of its own: here the kernels are interpreted."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, "-m", "kernels.gate", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+def launched_kernels():
+    """Names of the jitted functions that are launched, from the source."""
+    names = set()
+    for path in (ROOT / "kernels").glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                names.add(node.name.removeprefix("_").removesuffix("_kernel"))
+    return names
+
+
+def test_the_table_knows_every_kernel_and_no_production_launch_spills():
+    _, rows = gate_table()
+    assert {row["kernel"] for row in rows} == launched_kernels()
+    production = [row for row in rows if not row["launch"].startswith("fp32")]
+    assert [row for row in production if row["spilled"]] == []
+    assert all(row["shared"] <= GATE_SHARED and row["registers"] <= 255 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        ({"spilled": 8}, "spills 8 bytes"),
+        ({"registers": 109}, "109 registers, were 100"),
+        ({"shared": GATE_SHARED + 1}, "shared memory"),
+        ({"launch": "other"}, "not in resources.tsv"),
+    ],
+)
+def test_growth_is_a_fault(change, fault):
+    row = {"kernel": "k", "launch": "bf16", "warps": 4, "registers": 100, "spilled": 0, "shared": 0}
+    assert gate_faults([row], [row], True) == []
+    assert fault in gate_faults([row | change], [row], True)[0]
+    assert gate_faults([row | {"registers": 200}], [row], False) == []  # another compiler, other registers
+
+
+@pytest.mark.unhurried  # compiles three kernels
+def test_quick_kernels_compile_as_recorded():
+    done = gate("--check", "softcap_ce_backward", "koopman_pass", "capsule_pass")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.unhurried  # imports torch and triton once more
+def test_the_interpreter_cannot_pass_for_the_compiler():
+    done = subprocess.run([sys.executable, "-m", "kernels.gate"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "unset TRITON_INTERPRET" in done.stderr
+
+
+@pytest.mark.slow
+def test_every_launch_compiles_as_recorded():
+    done = gate("--check")
+    assert done.returncode == 0, done.stdout + done.stderr
