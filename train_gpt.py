@@ -531,7 +531,7 @@ def halves(c: Config, looping: bool) -> tuple[list[Slot], list[Slot]]:
         paired = "unet" in c.parts and half <= layer < 2 * half and layer not in inside and mate not in inside
         slots.append(Slot(layer, site, mate if paired else None))
         seen[layer] += 1
-    cut = max((i + 1 for i, layer in enumerate(layers) if layer < half), default=0)
+    cut = max([0] + [i + 1 for i, layer in enumerate(layers) if layer < half])
     return slots[:cut], slots[cut:]
 
 

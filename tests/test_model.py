@@ -18,12 +18,12 @@ VARIANTS = {letter: dict(layers=letter * 2) for letter in MIXERS} | {
     "no reset": dict(layers="AKS", parts=("unet",)),
     "experts": dict(layers="AKA", experts=(4, 2), moe_start=0.0),
     "feedback": dict(layers="AKSA", feedback_passes=2),
-    "halting": dict(layers="AAKA", feedback_passes=3, halt=0.15),
+    "halting": dict(layers="AAKA", feedback_passes=3, halt=0.017),
     "shared blocks": dict(layers="AKAKAK", shared_blocks=2, engram_layers=(3,), engram_rows=32),
     "untied": dict(layers="AK", parts=("reset", "unet", "untied"), embed_rank=32, mtp_heads=2),
     "all of them": dict(
         layers="KAKAKA", parts=("reset", "unet", "vres", "untied"), streams=2, shared_blocks=2, loop=(1, 2),
-        loop_start=0.0, feedback_passes=1, halt=0.1, mtp_heads=1, entropy_loss=0.1,
+        loop_start=0.0, feedback_passes=2, halt=0.02, mtp_heads=1, entropy_loss=0.1,
     ),
 }  # fmt: skip
 ROUNDING = {"experts": 1e-12}  # who shares an expert decides the shape of a matmul, so its rounding in float64

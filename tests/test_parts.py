@@ -1,0 +1,384 @@
+"""Optional parts, each off unless named: what it promises, and the fault that would break the promise."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt
+from data.shards import LaneOrder, WindowOrder
+from export.container import pack, unpack
+from tests.toys import documents, stirred, tiny, toy_dataset
+from train_gpt import (
+    GPT,
+    MLP,
+    Data,
+    Experts,
+    Optimizer,
+    Run,
+    Runtime,
+    accumulate,
+    execution_order,
+    family_rows,
+    load_model,
+    phase_at,
+    phases,
+    shipping_parameters,
+    shipping_rows,
+)
+
+CPU = Runtime(0, 1, torch.device("cpu"), torch.float32, 1e9)
+EXPERTS = dict(layers="AAA", experts=(3, 1), moe_start=0.5)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return toy_dataset(tmp_path_factory.mktemp("toy"))
+
+
+def with_weights_of(c, model) -> GPT:
+    """A model of another configuration that holds what both have."""
+    twin = stirred(c)
+    own = twin.state_dict()
+    both = {name: value for name, value in model.state_dict().items() if name in own}
+    twin.load_state_dict(own | {name: value.expand_as(own[name]) for name, value in both.items()})
+    return twin
+
+
+def batch(rows: int = 2, length: int = 32):
+    tokens = torch.randint(2, 64, (rows, length + 1), generator=torch.Generator().manual_seed(5))
+    tokens[:, 0] = 1
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(tokens)[0]
+
+
+# ---- auxiliary losses
+
+
+@pytest.mark.parametrize("part", [
+    dict(mtp_heads=2), dict(entropy_loss=0.5), dict(z_loss=0.1), dict(label_smoothing=0.2),
+    dict(layers="AAA", experts=(3, 1), moe_start=0.0),
+])  # fmt: skip
+def test_auxiliaries_stand_apart_from_the_plain_loss(part):
+    c = tiny(**part)
+    model = stirred(c)
+    total, parts, state = model.loss(*batch())
+    plain = model.nll(*batch())[0].mean()
+    assert torch.equal(parts["loss"], plain) and not torch.equal(total, plain) and state is None
+    assert not any(value.requires_grad for value in parts.values())
+
+
+def test_without_auxiliaries_the_plain_loss_is_all_there_is():
+    total, parts, _ = stirred(tiny()).loss(*batch())
+    assert torch.equal(total, parts["loss"]) and parts["aux.mtp"] == parts["aux.balance"] == 0
+
+
+def test_entropy_is_rewarded_at_its_weight():
+    tokens, targets = batch()
+    model = stirred(tiny(entropy_loss=0.5))
+    total, parts, _ = model.loss(tokens, targets)
+    log_p = logits(model, tokens).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1).mean()
+    assert torch.allclose(parts["loss"] - total, 0.5 * entropy, atol=1e-5)
+
+
+# ---- tokens t+2 and on
+
+
+def ahead_by_hand(model, tokens, targets, shift: int):
+    """The definition: head k at position t is right about token t + 1 + k."""
+    with torch.no_grad():
+        x = model.features(tokens, None)[0]
+        losses = []
+        for k, matrix in enumerate(model.ahead, 1):
+            y = F.rms_norm(x + x @ matrix.weight.T, x.shape[-1:], eps=1e-6)
+            u = 30 * torch.tanh(model.head(y) / 30)
+            losses.append(F.cross_entropy(u[:, :-k].flatten(0, 1), targets[:, k:].roll(shift, 1).flatten()))
+    return sum(losses) / len(losses)
+
+
+def test_each_head_predicts_its_own_token_ahead():
+    model, (tokens, targets) = stirred(tiny(mtp_heads=2)), batch()
+    total, parts, _ = model.loss(tokens, targets)
+    assert torch.allclose(parts["aux.mtp"], ahead_by_hand(model, tokens, targets, 0), atol=1e-5)
+    assert torch.allclose(total, parts["loss"] + 0.2 * parts["aux.mtp"], atol=1e-6)
+    assert not torch.allclose(parts["aux.mtp"], ahead_by_hand(model, tokens, targets, 1), atol=1e-3)
+
+
+def test_heads_that_only_train_neither_ship_nor_change_a_logit():
+    c = tiny(layers="A", mtp_heads=2)
+    model = stirred(c)
+    run = Run(model, Optimizer(c, model), None, None)
+    rows = shipping_rows(c, run)
+    left = {name for name, _, _ in family_rows(model)} - {name for name, _, _ in rows}
+    assert left == {"ahead.0.weight", "ahead.1.weight"}
+    assert [tuple(p.shape) for p in shipping_parameters(c, run)] == [tuple(w.shape) for _, w, _ in rows]
+    assert not {id(p) for p in model.ahead.parameters()} & {id(p) for p in model.scope("all")}
+    blob = pack([train_gpt.Row(*row, None) for row in rows], {"config": {}}, group=c.group, rule=c.rule,
+                clips=train_gpt.clips(c))  # fmt: skip
+    assert not any("ahead" in name for name in unpack(blob)[0])
+    assert torch.equal(logits(load_model(c, CPU, blob), documents(c)), logits(model, documents(c)))
+
+
+# ---- experts
+
+
+def test_before_their_start_experts_are_no_part_of_the_model():
+    c, tokens = tiny(**EXPERTS), documents(tiny())
+    model = stirred(c)
+    dense = with_weights_of(tiny(layers="AAA"), model)
+    assert [p.routing for p in phases(c)] == [False, True]
+    routed = logits(model, tokens)
+    model.phase = 0
+    assert torch.equal(logits(model, tokens), logits(dense, tokens)) and not torch.equal(routed, logits(dense, tokens))
+
+
+def test_only_the_upper_third_has_experts_and_they_begin_at_zero():
+    model = GPT(tiny(layers="AAAAAA", experts=(3, 1)))
+    assert [type(b.mlp) for b in model.blocks] == [MLP] * 4 + [Experts] * 2
+    assert all(m.weight.abs().max() == 0 for b in model.blocks[4:] for m in b.mlp.downs)
+
+
+def unpopular(model, expert: int) -> Experts:
+    """No token can choose this expert: its logit is constant and low, the others' are large."""
+    experts = model.blocks[-1].mlp
+    experts.router.forward = lambda x: x[..., :3] - 1e4 * (torch.arange(3) == expert)
+    return experts
+
+
+def test_an_expert_nobody_chose_is_untouched_though_it_has_momentum_and_decay():
+    c = tiny(**EXPERTS, weight_decay=0.1)
+    model = stirred(c).train()
+    optimizer = Optimizer(c, model)
+    model.loss(*batch(8))[0].backward()
+    optimizer.step(0.6, 1)
+    experts = unpopular(model, 1)
+    before = {name: group.master[i].clone() for group in optimizer.groups for i, name in enumerate(group.names)}
+    model.loss(*batch(8))[0].backward()
+    grads = [m.weight.grad for m in (*experts.ups, *experts.downs)]
+    assert all(g is not None for g in grads)  # so that ranks exchange the same tensors, whoever routed where
+    optimizer.step(0.6, 2)
+    after = {name: group.master[i] for group in optimizer.groups for i, name in enumerate(group.names)}
+    for name in (name for name in after if "blocks.2.mlp.ups" in name or "blocks.2.mlp.downs" in name):
+        assert torch.equal(before[name], after[name]) == (".1." in name), name
+
+
+def test_balance_does_not_grow_with_the_batch():
+    model, (tokens, targets) = stirred(tiny(**EXPERTS)), batch()
+    once = model.loss(tokens, targets)[1]["aux.balance"]
+    assert torch.allclose(model.loss(tokens.repeat(4, 1), targets.repeat(4, 1))[1]["aux.balance"], once, rtol=1e-5)
+    assert once > 0.9
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_router_learns_from_the_loss_alone(top_k):
+    model = stirred(tiny(layers="AAA", experts=(3, top_k), moe_start=0.0))
+    model.nll(*batch())[0].mean().backward()  # no balance in it
+    assert model.blocks[-1].mlp.router.weight.grad.abs().max() > 1e-8
+
+
+# ---- feedback
+
+
+def test_closed_feedback_is_no_feedback():
+    model, tokens = stirred(tiny(layers="AKAS", feedback_passes=2)), documents(tiny())
+    plain = with_weights_of(tiny(layers="AKAS"), model)
+    assert not torch.allclose(logits(model, tokens), logits(plain, tokens), atol=1e-3)
+    with torch.no_grad():
+        model.feedback.gate.zero_()
+    assert torch.allclose(logits(model, tokens), logits(plain, tokens), atol=1e-5)
+
+
+def test_feedback_repeats_the_tail_of_the_execution_order():
+    c = tiny(layers="AAAAAAAA", loop=(3, 4), parts=("unet",), feedback_passes=1)
+    slots = execution_order(c, looping=True)
+    assert [s.layer for s in slots] == [0, 1, 2, 3, 4, 3, 4, 5, 6, 7, 4, 5, 6, 7]
+    assert [s.take for s in slots[-3:]] == [2, 1, 0]
+
+
+def test_positions_at_rest_keep_the_features_of_the_pass_that_brought_them_there():
+    once, tokens = stirred(tiny(layers="AKAA", feedback_passes=1)), documents(tiny())
+    all_rest = with_weights_of(tiny(layers="AKAA", feedback_passes=3, halt=1e9), once)
+    none_rests = with_weights_of(tiny(layers="AKAA", feedback_passes=3, halt=1e-9), once)
+    never = with_weights_of(tiny(layers="AKAA", feedback_passes=3), once)
+    assert torch.equal(logits(all_rest, tokens), logits(once, tokens))
+    assert torch.equal(logits(none_rests, tokens), logits(never, tokens))
+    assert not torch.equal(logits(never, tokens), logits(once, tokens))
+    assert torch.equal(logits(all_rest.train(), tokens), logits(never, tokens))  # only at evaluation
+
+
+def state_of_passes(model, tokens):
+    """The attention caches of the last layer, one for each pass."""
+    with torch.no_grad():
+        slots = model(tokens)[1]["slots"]
+    return [slots[str(i)]["k"] for i in (3, 5, 7)]
+
+
+def test_features_and_state_of_a_position_at_rest_are_of_one_pass(monkeypatch):
+    c = tiny(layers="AAAA", feedback_passes=2, halt=1e9)
+    model, tokens = stirred(c), documents(c)
+    first, second, third = state_of_passes(model, tokens)
+    assert torch.equal(second, third) and not torch.equal(first, second)
+    monkeypatch.setattr(train_gpt, "hold", lambda rest, old, new: new)  # the fault: features go on, only y stays
+    _, second, third = state_of_passes(model, tokens)
+    assert not torch.equal(second, third)
+
+
+def test_some_positions_come_to_rest_and_others_do_not():
+    seen, c = [], tiny(layers="AAKA", feedback_passes=3, halt=0.017)
+    model, tokens = stirred(c), documents(c)
+    inner = model.steps
+    model.steps = lambda slots, xs, ctx, trip: seen.append(ctx.rest) or inner(slots, xs, ctx, trip)
+    logits(model, tokens)
+    assert seen[2] is None and 0 < seen[3].float().mean() < 1
+    assert bool((seen[4] >= seen[3]).all())  # rest is for good
+
+
+# ---- shared blocks, untied head, value residual
+
+
+def test_shared_blocks_are_blocks_with_equal_weights_and_scales_of_their_own():
+    c, tokens = tiny(layers="AKAK", shared_blocks=2), documents(tiny())
+    model = stirred(c)
+    assert (len(model.blocks), len(model.sites)) == (2, 4)
+    copied = {name.replace(f"blocks.{i}.", f"blocks.{i + 2}."): value for i in (0, 1)
+              for name, value in model.state_dict().items() if name.startswith(f"blocks.{i}.")}  # fmt: skip
+    plain = stirred(tiny(layers="AKAK"))
+    plain.load_state_dict(model.state_dict() | copied)
+    assert torch.equal(logits(model, tokens), logits(plain, tokens))
+    with torch.no_grad():
+        plain.sites[2].scale.mul_(2)
+    assert not torch.equal(logits(model, tokens), logits(plain, tokens))
+
+
+def test_an_untied_head_has_its_own_optimizer_state_and_the_others_keep_theirs():
+    tied, c = tiny(), tiny(parts=("reset", "unet", "smear", "null", "spectral", "qat", "untied"))
+    model = stirred(c).train()
+    optimizer = Optimizer(c, model)
+    model.loss(*batch())[0].backward()
+    optimizer.step(0.1, 1)
+    (group,) = [g for g in optimizer.groups if "unembed.weight" in g.names]
+    assert group.family == "embed" and group.slots["second"][group.names.index("unembed.weight")].abs().max() > 0
+    without = {n for g in Optimizer(tied, stirred(tied)).groups for n in g.names}
+    assert {n for g in optimizer.groups for n in g.names} == without | {"unembed.weight"}
+
+
+def test_an_untied_head_that_equals_the_embedding_is_the_tied_one():
+    c, tokens = tiny(embed_rank=32), documents(tiny())
+    model = stirred(c)
+    untied = with_weights_of(tiny("parts=" + ",".join([*c.parts, "untied"]), embed_rank=32), model)
+    assert not torch.allclose(logits(model, tokens), logits(untied, tokens), atol=1e-2)
+    with torch.no_grad():
+        untied.unembed.weight.copy_(model.embed.weight)
+    assert torch.equal(logits(model, tokens), logits(untied, tokens))
+
+
+def test_values_of_the_first_attention_layer_come_round_in_a_loop():
+    c = tiny(layers="KAKA", parts=("vres",), loop=(1, 2), loop_start=0.0)
+    model = stirred(c)
+    assert [b.mixer.residual is not None for b in model.blocks if hasattr(b.mixer, "residual")] == [False, True]
+    assert logits(model, documents(c)).isfinite().all()
+
+
+# ---- sequence lengths
+
+
+def test_lengths_are_phases_beside_the_others():
+    c = tiny(layers="AAA", seq_schedule=("0:8", "0.5:16", "0.75:32"), loop=(1, 1), loop_start=0.6)
+    assert [(p.start, p.seq_len, p.looping) for p in phases(c)] == [
+        (0.0, 8, False), (0.5, 16, False), (0.6, 16, True), (0.75, 32, True)
+    ]  # fmt: skip
+    assert [phases(c)[phase_at(c, p)].seq_len for p in (0.0, 0.49, 0.5, 0.9)] == [8, 8, 16, 32]
+
+
+def test_a_shorter_length_is_the_same_tokens_in_more_rows():
+    c, (tokens, targets) = tiny(seq_schedule=("0:8", "0.5:32")), batch(2)
+    model = stirred(c)
+    model.phase = 0
+    rows = tokens.reshape(8, 8), targets.reshape(8, 8)
+    assert torch.equal(model.loss(tokens, targets)[1]["loss"], model.nll(*rows)[0].mean())
+    model.phase = 1
+    assert torch.equal(model.loss(tokens, targets)[1]["loss"], model.nll(tokens, targets)[0].mean())
+
+
+def test_the_data_position_knows_nothing_of_lengths(dataset):
+    origins = []
+    for schedule in ((), ("0:8", "0.5:16")):
+        c = tiny(layers="A", data=dataset, seq_schedule=schedule)
+        data, model = Data(c, CPU), stirred(c)
+        optimizer = Optimizer(c, model)
+        for model.phase in range(len(phases(c))):
+            origins.append(accumulate(model, model.loss, data, optimizer.buckets)[1])
+    assert origins[0] == origins[1] and len(origins) == 3
+
+
+@pytest.mark.unhurried  # the tracer has to be imported
+def test_a_phase_once_compiled_is_not_compiled_again():
+    c = tiny(layers="A", conv_taps=0, seq_schedule=("0:8",), experts=(2, 1), moe_start=0.7, feedback_passes=1)
+    model, graphs = stirred(c).bfloat16().train(), []
+    model.dtype = torch.bfloat16
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    loss = torch.compile(model.loss, backend=backend, fullgraph=True, dynamic=False)
+    for model.phase in [0, 1, 1, 0]:
+        loss(*batch(), None)
+    assert len(graphs) == len(phases(c)) == 2
+
+
+@pytest.mark.parametrize("words, text", [
+    ("seq_schedule=0:7", "lengths must divide seq_len 32"),
+    ("seq_schedule=8", "progress and length"),
+    ("seq_schedule=0:0", "lengths must divide"),
+    ("experts=2", "how many of them a token uses"),
+    ("experts=2,3", "how many of them a token uses"),
+    ("shared_blocks=2", "do not repeat after shared_blocks 2"),
+])
+def test_what_cannot_be_is_one_line(words, text):
+    with pytest.raises(ValueError, match=text):
+        tiny(words)
+
+
+# ---- carried lanes
+
+CARRY = ("reset", "unet", "smear", "null", "spectral", "qat", "carry")
+
+
+def test_carried_training_goes_on_where_the_lane_stopped():
+    c = tiny(layers="AKS", parts=CARRY)
+    model, (tokens, targets) = stirred(c), batch()
+    _, _, state = model.loss(tokens[:, :16], targets[:, :16])
+    carried = model.loss(tokens[:, 16:], targets[:, 16:], state)[1]["loss"]
+    whole = model.nll(tokens, targets)[0][:, 16:].mean()
+    assert torch.allclose(carried, whole, atol=1e-5)
+    assert not torch.allclose(model.loss(tokens[:, 16:], targets[:, 16:])[1]["loss"], whole, atol=1e-3)
+
+
+def leaves(state):
+    return [t for v in state.values() for t in (leaves(v) if isinstance(v, dict) else [v])]
+
+
+def test_a_carried_state_has_no_gradient_and_ends_with_its_phase():
+    c = tiny(layers="AAA", parts=CARRY, loop=(1, 1))
+    model, (tokens, targets) = stirred(c), batch()
+    model.phase = 0
+    state = model.loss(tokens, targets)[2]
+    tensors = [t for t in leaves(state) if isinstance(t, torch.Tensor)]
+    assert tensors and not any(t.requires_grad for t in tensors)
+    model.phase = 1
+    assert torch.equal(model.loss(tokens, targets, state)[0], model.loss(tokens, targets)[0])
+
+
+def test_lanes_are_read_in_order_and_their_state_reaches_the_next_step(dataset):
+    c = tiny(layers="A", data=dataset, parts=CARRY)
+    data, model = Data(c, CPU), stirred(c)
+    assert isinstance(data.feed.order, LaneOrder) and isinstance(Data(tiny(data=dataset), CPU).feed.order, WindowOrder)
+    buckets = Optimizer(c, model).buckets
+    origins = [accumulate(model, model.loss, data, buckets)[1] for _ in range(2)]
+    assert [(name, at + c.seq_len) for name, at in origins[0]] == origins[1]
+    assert model.carried["cached"] == c.reach - 1
