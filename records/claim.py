@@ -1,7 +1,6 @@
 """What a submission.json claims, whatever schema it was written in."""
 
 import json
-import math
 import re
 from dataclasses import dataclass, field
 
@@ -129,11 +128,15 @@ def _object(pairs: list, problems: list[str]) -> dict:
     return dict(pairs)
 
 
+LARGEST = 1e18  # no honest number of a record is larger, and squares stay finite
+
+
 def as_number(value: object) -> float | None:
+    """A finite number of plausible size, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
-        if not math.isfinite(value):
+        if not abs(value) <= LARGEST:
             return None
         return value if isinstance(value, Written) else float(value)
     except OverflowError:

@@ -35,13 +35,17 @@ class Finding:
         return shown | {"value": clean(self.value) if isinstance(self.value, str) else self.value}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Script:
     name: str
     size: int
     text: str
     unpacked: Unpacked
-    facts: dict
+
+    @cached_property
+    def facts(self) -> dict:
+        """Parsed when asked for: most helpers of a folder never are."""
+        return facts_of(self.unpacked.text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +248,7 @@ def seed_in_name(name: str) -> int | None:
 
 def load_script(entry: Entry) -> Script:
     text = read_text(entry.path, MAX_SCRIPT)
-    unpacked = unpack(text)
-    return Script(entry.name, entry.size, text, unpacked, facts_of(unpacked.text))
+    return Script(entry.name, entry.size, text, unpack(text))
 
 
 @lru_cache(maxsize=256)

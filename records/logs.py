@@ -15,7 +15,8 @@ from pathlib import Path
 from records.claim import as_number, as_seed
 from records.files import open_regular
 
-MAX_LINE = 1 << 16
+BLOCK = 1 << 20
+MAX_LINE = 1 << 13  # characters of a line that patterns look at
 MAX_READ = 96 << 20  # of a longer log, this much from the start and TAIL from the end are read
 TAIL = 8 << 20
 MAX_KEPT = 2_000  # metrics, sizes, parameters, notes: more than any honest log has
@@ -65,10 +66,10 @@ class Steps:
     backwards: int = 0  # line at which the step number fell
     bad: int = 0  # line of the first NaN or infinity
     by_step: dict[int, float] = field(default_factory=dict)  # early steps, the fingerprint of data and seed
-    digest: object = field(default_factory=hashlib.sha256)
+    digest: int = 0  # equal for equal curves
 
     def add(self, step: int, loss: float, line: int, milliseconds: float = 0.0) -> None:
-        if loss - loss != 0:
+        if not abs(loss) < 1e9:
             self.bad = self.bad or line
             return
         if self.count == 0:
@@ -77,9 +78,13 @@ class Steps:
             self.backwards = self.backwards or line
         self.count += 1
         self.last, self.last_step = loss, step
-        self.low, self.high = min(self.low, loss), max(self.high, loss)
-        self.milliseconds = max(self.milliseconds, milliseconds)
-        self.digest.update(f"{step}:{loss};".encode())
+        if loss < self.low:
+            self.low = loss
+        if loss > self.high:
+            self.high = loss
+        if milliseconds > self.milliseconds:
+            self.milliseconds = milliseconds
+        self.digest = hash((self.digest, step, loss))
         if step in (1, 500):
             self.by_step[step] = loss
 
@@ -128,16 +133,17 @@ class Log:
         return sum(seconds for seconds, _ in self.phases.get(name, []))
 
 
-NUM = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf)"
+NUM = r"[-+]?(?:\d{1,18}(?:\.\d{0,18})?(?:[eE][-+]?\d{1,3})?|nan|inf)"  # bounded: a hostile line must not cost seconds
 STEP = re.compile(rf"(?:step:)?(\d{{1,9}})/\d+ (?:train_)?loss: ?({NUM})(?: (?:train_time|t): ?({NUM})(ms|m|s)\b)?")
-VAL = re.compile(rf"^(.*?)[\s:]*\b(?:val_)?loss[:=] ?({NUM})[ ,]+(?:val_)?bpb[:=] ?({NUM})(.*)$")
+VAL = re.compile(rf"\b(?:val_)?loss[:=] ?({NUM})[ ,]+(?:val_)?bpb[:=] ?({NUM})")
+NOISE = ("ttp:", "ttpp:", "ttpr:", "tttg:", "ttt_progress:", "  ttt_chunk")  # running scores, thousands of lines
 EVAL_TIME = re.compile(rf"\b(?:eval_time|elapsed|time)[:=]({NUM})(ms|s)")
 PARAM = re.compile(r"  (\w{1,60}): (.*)")
 PAIR = re.compile(r"(\w{1,60})=(\S*)")
 STAMP = re.compile(r"(\d{10}\.\d{3}) ")
 ESCAPE = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|[@-Z\\-_])")
 CODE_START = re.compile(r'(?:import \w|from [\w.]+ import |"""|\'\'\'|#!/|"\w.*"$)')
-GPU = re.compile(r"\|\s+\d+\s+((?:NVIDIA|AMD|Tesla|GeForce)[\w /+-]*?(?:\d+GB[\w ]*?)?)\s{2,}")
+GPU = re.compile(r"\|\s+\d+\s+((?:NVIDIA|AMD|Tesla|GeForce)[\w /+-]{0,60}?(?:\d{1,4}GB[\w ]{0,30}?)?)\s{2,}")
 SCALE = {"ms": 0.001, "s": 1.0, "m": 60.0}
 
 
@@ -199,7 +205,7 @@ RULES: tuple[tuple[str, re.Pattern, Callable, str], ...] = (
     ("decompression done", re.compile(rf"Deserialize: .*decompression done in ({NUM})s"), _phase, "decompress"),
     ("compression done", re.compile(rf"Serialize: .*\bcompression done in ({NUM})s"), _phase, "compress"),
     ("warmup done", re.compile(rf"ttt_lora:compile warmup done \(({NUM})s\)"), _phase, "warmup"),
-    ("precompute", re.compile(rf"\w*(?:ngram|hint)\w*.*precompute\w*.*?({NUM}) ?s"), _phase, "precompute"),
+    ("precompute", re.compile(rf"\w{{1,30}}:precompute .*?elapsed=({NUM})s"), _phase, "precompute"),
     (
         "warming up compile",
         re.compile(r"ttt_lora:warming up compile \(random tokens, no val data\)"),
@@ -222,25 +228,32 @@ def read_log(path: Path, name: str) -> Log:
     reader = _Reader(log)
     digest = hashlib.sha256()
     with open_regular(path) as stream:
-        for raw in _lines(stream, log):
-            digest.update(raw)
-            reader.feed(raw)
-        log.size = max(log.size, stream.seek(0, 2))
+        for block in _blocks(stream, log):
+            digest.update(block)
+            reader.feed(block)
+        log.size = stream.seek(0, 2)
     log.sha256 = digest.hexdigest()
     reader.close()
     return log
 
 
-def _lines(stream, log: Log) -> Iterator[bytes]:
-    seen = 0
-    while raw := stream.readline(MAX_LINE):
-        yield raw
-        seen += len(raw)
+def _blocks(stream, log: Log) -> Iterator[bytes]:
+    """Pieces of whole lines; a line without end is cut at a block's length."""
+    rest, seen = b"", 0
+    while data := stream.read(BLOCK):
+        seen += len(data)
+        data = rest + data
+        cut = data.rfind(b"\n") + 1 or (len(data) if len(data) > BLOCK else 0)
+        rest = data[cut:]
+        if cut:
+            yield data[:cut]
         if seen > MAX_READ and not log.cut:
             size = stream.seek(0, 2)
             stream.seek(max(seen, size - TAIL))
             log.cut = size - TAIL > seen
             seen = float("-inf")
+    if rest:
+        yield rest
 
 
 class _Reader:
@@ -254,26 +267,35 @@ class _Reader:
         self.source_size = 0
         self.json = log.name.endswith(".jsonl")
 
-    def feed(self, raw: bytes) -> None:
+    def feed(self, block: bytes) -> None:
         log = self.log
-        log.lines += 1
-        if b"\0" in raw:
-            log.nul += raw.count(b"\0")
-            return
-        line = raw.decode("utf-8", errors="replace").rstrip("\r\n")
+        text = block.decode("utf-8", errors="replace")
+        odd = "\0" in text or "\x1b" in text or "\r" in text
+        lines = text.split("\n")
+        if not lines[-1]:
+            lines.pop()
+        for line in lines:
+            log.lines += 1
+            if odd:
+                line = self._plain(line)
+            if line[10:11] == "." and (stamp := STAMP.match(line)):
+                seconds = float(stamp[1])
+                log.stamps = (log.stamps[0] if log.stamps else seconds, seconds)
+                line = line[stamp.end() :]
+            if self.json:
+                _read_event(log, line)
+            elif not line.startswith(NOISE) and not self._listing(line):
+                self._text(line if len(line) < MAX_LINE else line[:MAX_LINE])
+
+    def _plain(self, line: str) -> str:
+        """A line without colours and without what a progress bar overwrote; empty when it is no text."""
+        if "\0" in line:
+            self.log.nul += line.count("\0")
+            return ""
         if "\x1b" in line:
-            log.escapes = log.escapes or log.lines
+            self.log.escapes = self.log.escapes or self.log.lines
             line = ESCAPE.sub("", line)
-        if "\r" in line:
-            line = line.rpartition("\r")[2]
-        if line[:1].isdigit() and (stamp := STAMP.match(line)):
-            seconds = float(stamp[1])
-            log.stamps = (log.stamps[0] if log.stamps else seconds, seconds)
-            line = line[stamp.end() :]
-        if self.json:
-            _read_event(log, line)
-        elif not self._listing(line):
-            self._text(line)
+        return line.rstrip("\r").rpartition("\r")[2]
 
     def _listing(self, line: str) -> bool:
         """Skip an embedded source listing; it is full of text that looks like results."""
@@ -327,7 +349,7 @@ class _Reader:
             log.params.update((k, v[:300]) for k, v in PAIR.findall(line)[:MAX_KEPT])
         elif (m := STEP.match(line)) and "val_" not in line[: m.end()]:
             self._step(line, m)
-        elif "loss" in line and "bpb" in line and (m := VAL.match(line)):
+        elif "loss" in line and "bpb" in line and (m := VAL.search(line)):
             self._metric(line, m)
         else:
             self._facts(line)
@@ -341,17 +363,16 @@ class _Reader:
         self.log.steps.add(int(m[1]), float(m[2]), self.log.lines, seconds * 1000)
 
     def _metric(self, line: str, m: re.Match) -> None:
-        if line.startswith(("ttt_progress", "ttp:", "  ttt_chunk")):
+        loss, bpb, rest = float(m[1]), float(m[2]), line[m.end() :]
+        if not (abs(loss) < 1e9 and abs(bpb) < 1e9):
+            self.log.steps.bad = self.log.steps.bad or self.log.lines
             return
-        loss, bpb = float(m[2]), float(m[3])
-        took = EVAL_TIME.search(m[4])
-        seconds = float(took[1]) * SCALE[took[2]] if took and "train_time" not in m[4] else None
-        digits = min(len(x.partition(".")[2]) for x in (m[2], m[3]))
-        metric = Metric(m[1].strip(" :")[:80], self.log.lines, loss, bpb, digits, seconds)
+        took = EVAL_TIME.search(rest)
+        seconds = float(took[1]) * SCALE[took[2]] if took and "train_time" not in rest else None
+        digits = min(len(x.partition(".")[2]) for x in (m[1], m[2]))
+        metric = Metric(line[: m.start()].strip(" :")[:80], self.log.lines, loss, bpb, digits, seconds)
         if metric.final or len(self.log.metrics) < MAX_KEPT // 2:
             _append(self.log.metrics, metric)
-        if loss - loss != 0 or bpb - bpb != 0:
-            self.log.steps.bad = self.log.steps.bad or self.log.lines
 
     def _facts(self, line: str) -> None:
         for needle, pattern, act, argument in RULES:

@@ -5,6 +5,7 @@ import base64
 import binascii
 import bz2
 import lzma
+import re
 import zlib
 from dataclasses import dataclass
 
@@ -73,6 +74,7 @@ def un_brotli(data: bytes, **_: object) -> bytes:
     return bytes(out)
 
 
+CALL = re.compile(r"(?<![\w.])(?:exec|eval)\s*\(")
 DECODERS = {
     "lzma.decompress": un_lzma,
     "zlib.decompress": un_zlib,
@@ -223,7 +225,7 @@ def unpack(text: str) -> Unpacked:
     """The code a script really runs. Plain scripts come back as they are."""
     layers: list[str] = []
     for _ in range(MAX_LAYERS):
-        if "exec" not in text and "eval" not in text:
+        if not CALL.search(text):
             return Unpacked(text, tuple(layers))
         try:
             tree = ast.parse(text)

@@ -1,9 +1,9 @@
 """F4-F6, F14, F20-F22: does the claimed score follow from the logs, on the right bytes, from honest seeds?"""
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from records.claim import Claim, as_number, tolerance
@@ -94,7 +94,7 @@ def duplicates(logs: list[Log]) -> Iterator[Finding]:
             names = {seed_in_name(x.name) for x in (a, b)} - {None}
             if a.sha256 == b.sha256 and len(names) > 1:
                 yield Finding("fail", f"the same file as {a.name}, under another seed", b.name)
-            same_curve = a.steps.count > 5 and a.steps.digest.digest() == b.steps.digest.digest()
+            same_curve = a.steps.count > 5 and a.steps.digest == b.steps.digest
             if same_curve and a.sha256 != b.sha256 and a.seed is not None and b.seed is not None and a.seed != b.seed:
                 yield Finding("fail", f"seed {b.seed} has the very losses of seed {a.seed} in {a.name}", b.name)
 
@@ -194,7 +194,7 @@ def byte_fingerprint(folder: Folder) -> Iterator[Finding]:
     claim = folder.claim
     shown: list[tuple[float, float]] = []
     for proof in folder.proofs:
-        if proof.metric and proof.metric.loss > 0 and proof.metric.bpb > 0:
+        if proof.metric and min(proof.metric.loss, proof.metric.bpb) > 1e-6:
             ratio, error = (
                 bytes_per_token(proof.metric.loss, proof.metric.bpb),
                 digits_error(proof.metric.loss, proof.metric.bpb, proof.metric.digits),
@@ -203,7 +203,7 @@ def byte_fingerprint(folder: Folder) -> Iterator[Finding]:
             tokens = proof.log.value("val_tokens") if proof.log else None
             yield judge_ratio(folder, ratio, error, tokens, proof.log.name, proof.metric.line)
     bpb, loss = (claim.number("val_bpb"), claim.number("val_loss")) if claim else (None, None)
-    if bpb and loss and bpb > 0 and loss > 0:
+    if bpb and loss and min(bpb, loss) > 1e-6:
         error = tolerance(loss) / loss + tolerance(bpb) / bpb + 2e-6
         ratio = bytes_per_token(loss, bpb)
         yield judge_ratio(folder, ratio, error, None, folder.json_name, 0)
@@ -319,18 +319,21 @@ def significant(folder: Folder) -> Iterator[Finding]:
 def frontier(folder: Folder) -> Path | None:
     """The best record of an earlier date beside this one that shows at least three seeds."""
     here = folder.path.resolve()
-    earlier = [
-        p
-        for p in here.parent.iterdir()
-        if p.is_dir() and p.name[:10] < here.name[:10] and re.match(r"\d{4}-\d\d-\d\d", p.name)
-    ]
-    best, best_bpb = None, math.inf
-    for path in earlier if re.match(r"\d{4}-\d\d-\d\d", here.name) else []:
-        claim = Folder(path).claim
-        bpb = claim.number("val_bpb") if claim else None
-        if bpb is not None and len(claim.bpbs()) >= 3 and bpb < best_bpb:
-            best, best_bpb = path, bpb
-    return best
+    if not DATED.match(here.name):
+        return None
+    earlier = (p for p in here.parent.iterdir() if DATED.match(p.name) and p.name[:10] < here.name[:10] and p.is_dir())
+    shown = [(bpb, p) for p in earlier if (bpb := three_seeds(p)) is not None]
+    return min(shown, default=(0.0, None))[1]
+
+
+DATED = re.compile(r"\d{4}-\d\d-\d\d")
+
+
+@lru_cache(maxsize=1024)
+def three_seeds(path: Path) -> float | None:
+    """The claimed score of a record with at least three seeds."""
+    claim = Folder(path).claim
+    return claim.number("val_bpb") if claim and len(claim.bpbs()) >= 3 else None
 
 
 NUMBER = re.compile(r"(?<![\w.])(\d\.\d{3,10})(?![\w.])")

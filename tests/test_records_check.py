@@ -821,6 +821,7 @@ def test_the_page_and_the_terminal_show_names_harmlessly(tmp_path, capsys):
 def test_a_huge_log_is_read_in_bounded_memory_and_said_so(tmp_path, monkeypatch):
     monkeypatch.setattr("records.logs.MAX_READ", 1 << 16)
     monkeypatch.setattr("records.logs.TAIL", 1 << 14)
+    monkeypatch.setattr("records.logs.BLOCK", 1 << 12)
     made = record("B")
     folder = write(tmp_path, made)
     with open(folder / "train_seed42.log", "r+") as stream:

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,24 @@ def test_curves_of_every_family_are_summed_up_alike(rows, form):
     losses = [round(loss, 4) for _, loss in rows]
     assert (steps.count, steps.last_step) == (len(rows), rows[-1][0])
     assert (steps.low, steps.high, steps.first) == pytest.approx((min(losses), max(losses), losses[0]), abs=2e-4)
+
+
+HOSTILE = [
+    " " * 8000 + "loss bpb",
+    "loss:" + "1" * 8000 + " bpb",
+    "| 0 NVIDIA " + "a 1GB" * 1600 + "| ",
+    "\x1b[" * 4000,
+    ("loss:1" + " " * 50) * 140 + "bpb",
+    "ngram" * 1600 + ":precompute",
+    "1" * 8000 + "/2 train_loss: 1",
+]
+
+
+@pytest.mark.parametrize("line", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_hostile_line_costs_no_time(line):
+    before = time.process_time()
+    read((line + "\n") * 20)
+    assert time.process_time() - before < 0.5
 
 
 def test_memory_does_not_grow_with_the_log():
