@@ -11,10 +11,11 @@ import torch
 
 from export.codecs import ALPHABETS, CODECS
 from export.container import BYTE_CAP, Planes, Row, pack, read_planes, row_parts
-from export.entropy import book_bits, learn_book, row_counts, row_entropy
+from export.entropy import TABLE_BITS, choice_bits, learn_book, row_counts, row_entropy
 from export.quantise import INT_BITS, Parts, from_grid, int_levels, int_round, int_value, to_grid
 
 SAMPLE = 1 << 16                              # weights that stand for a tensor on a rate-distortion curve
+TRAINED = 0.98                                # trained weights take less than Gaussian ones, for their rows differ
 LADDER = tuple(2.0 ** (i / 8) for i in range(-40, 17))      # steps of a rate curve, in units of the tensor's rms
 
 
@@ -36,10 +37,9 @@ def describe(blob: bytes) -> dict:
 
 def _brotli_shares(file: Planes) -> dict:
     """The bytes of the brotli stream, shared out by the entropy of what lies in it: planes, table choices, books."""
-    bits = {"books": 12.0 * sum(np.count_nonzero(book) for book in file.books.values())}
-    for slot in file.slots:
-        plane = file.planes[slot[:2]] if slot.words < 0 else file.tables[slot[:2]]
-        bits[slot[:2]] = _plane_bits(plane, slot.kind) if slot.words < 0 or len(file.books[slot.kind]) > 1 else 0.0
+    bits = {"books": TABLE_BITS * sum(np.count_nonzero(book.freq) for book in file.books.values())}
+    bits |= {slot[:2]: _plane_bits(file.planes[slot[:2]], slot.kind) for slot in file.slots if slot.words < 0}
+    bits |= {key: sum(map(choice_bits, classes)) for key, classes in file.classes.items()}
     scale = file.manifest.rest / max(sum(bits.values()), 1e-9)
     return {key: value * scale for key, value in bits.items()}
 
@@ -117,7 +117,7 @@ def predict_bytes(rows: list[Row], *, group: int = 128, rule: str = "absmean", c
 
 
 def plan_bytes(shapes: list, *, group: int = 128, rule: str = "absmean", clips: dict | None = None) -> list[dict]:
-    """(name, shape, codec) without any weights: bytes as if they were Gaussian, which trained weights nearly are."""
+    """(name, shape, codec) without any weights: bytes as if they were Gaussian, less what trained weights save."""
     lines, known = [], {}
     for name, shape, codec in shapes:
         key = codec, shape[-1] if shape else 1
@@ -132,14 +132,14 @@ def _gaussian_line(codec: str, columns: int, group: int, rule: str, clips: dict)
     rows = max(16, SAMPLE // columns)
     w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02
     parts = to_grid(w, codec, group=group, rule=rule, clip=clips.get(codec, 0.0))
-    return _predicted("", w.shape, codec, parts)
+    line = _predicted("", w.shape, codec, parts)
+    return line if codec == "fp16" else {**line, "bytes": round(TRAINED * line["bytes"])}
 
 
 def _predicted(name: str, shape: tuple, codec: str, parts: Parts) -> dict:
     bits = []
     for plane in CODECS[codec].encode(tuple(p.detach().cpu() for p in parts)):
-        counts = row_counts(plane.symbols, ALPHABETS[plane.kind])
-        bits.append(book_bits(counts, *learn_book(counts)))
+        bits += learn_book([plane.symbols], ALPHABETS[plane.kind])[2]
     total, weights = sum(bits) / 8 + 12, max(math.prod(shape), 1)       # a line of the manifest has some 12 bytes
     return {"name": name, "shape": list(shape), "codec": codec, "bytes": round(total),
             "bits_per_weight": round(float(8 * total / weights), 4)}
@@ -187,7 +187,7 @@ class RateCurve:
     def __init__(self, w: torch.Tensor, felt: torch.Tensor):
         self.w, self.felt = w.reshape(-1, w.shape[-1]), felt.to(w.device).clamp(min=1e-30)
         # reverse water-filling within the tensor: a row that is felt four times as much gets half the step
-        self.rows = (self.felt.log().mean() - self.felt.log()).mul(0.5).exp().clamp(0.25, 4).reshape(w.shape[:-1])
+        self.rows = (self.felt.log().median() - self.felt.log()).mul(0.5).exp().clamp(0.25, 4).reshape(w.shape[:-1])
         every = max(1, self.w.numel() // SAMPLE)
         sample, rows, felt = self.w[::every], self.rows.reshape(-1)[::every], self.felt[::every]
         self.steps = np.array(LADDER) * max(float(self.w.square().mean().sqrt()), 1e-12)

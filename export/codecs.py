@@ -11,9 +11,8 @@ import torch
 
 from export.quantise import int_levels
 
-ALPHABETS = {"trits": 81, "factor": 128, "int4": 15, "int5": 31, "int6": 63, "int7": 127, "int8": 255,
+ALPHABETS = {"trits": 3, "factor": 128, "int4": 15, "int5": 31, "int6": 63, "int7": 127, "int8": 255,
              "high": 256, "low": 256}
-QUAD = np.array([27, 9, 3, 1], np.uint8)                     # four trits make one symbol of the plane "trits"
 BASE3 = np.array([81, 27, 9, 3, 1], np.uint16)
 
 
@@ -23,25 +22,22 @@ class Plane(NamedTuple):
 
 
 class TernaryCodec:
-    """trits (..., K) int8, factor (..., K / G) uint8, row (...) float16 <-> trits by fours, factors, two bytes."""
+    """trits (..., K) int8, factor (..., K / G) uint8, row (...) float16 <-> trits + 1, factors, two byte planes."""
 
     def encode(self, parts: tuple[torch.Tensor, ...]) -> list[Plane]:
         trits, factor, row = parts
-        flat = trits.reshape(-1, trits.shape[-1]).numpy()
-        padded = np.pad(flat, ((0, 0), (0, -flat.shape[1] % 4))).view(np.uint8) + np.uint8(1)
-        quads = (padded.reshape(len(flat), -1, 4) * QUAD).sum(2, dtype=np.uint8)
-        return [Plane("trits", quads), Plane("factor", factor.reshape(1, -1).numpy()), *half_planes(row)]
+        symbols = trits.reshape(-1, trits.shape[-1]).numpy().view(np.uint8) + np.uint8(1)
+        factors = factor.reshape(-1, factor.shape[-1]).numpy()
+        return [Plane("trits", symbols), Plane("factor", factors), *half_planes(row)]
 
     def decode(self, planes: list[np.ndarray], shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
-        quads, factor, high, low = planes
-        table = (np.arange(81)[:, None] // QUAD % 3 - 1).astype(np.int8)
-        trits = table[quads].reshape(len(quads), -1)[:, :shape[-1]]
-        return (torch.from_numpy(np.ascontiguousarray(trits)).reshape(shape),
-                torch.from_numpy(factor).reshape(*shape[:-1], -1), half_join(high, low).reshape(shape[:-1]))
+        symbols, factor, high, low = planes
+        trits = torch.from_numpy(symbols.view(np.int8) - np.int8(1)).reshape(shape)
+        return trits, torch.from_numpy(factor).reshape(*shape[:-1], -1), half_join(high, low).reshape(shape[:-1])
 
     def layout(self, shape: tuple[int, ...], group: int) -> list[tuple[str, int, int]]:
         rows = math.prod(shape[:-1])
-        return [("trits", rows, -(-shape[-1] // 4)), ("factor", 1, rows * (shape[-1] // group)), *half_layout(rows)]
+        return [("trits", rows, shape[-1]), ("factor", rows, shape[-1] // group), *half_layout(rows)]
 
 
 class IntCodec:

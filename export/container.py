@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from export.codecs import ALPHABETS, CODECS, Plane
-from export.entropy import SCALE, Rans, coded_bits, fresh_states, lanes_for, learn_book, row_counts
+from export.entropy import MAX_CLASSES, SCALE, Book, Classes, Rans, fresh_states, lanes_for, learn_book
 from export.quantise import Parts, from_grid, to_grid
 
 SKC_MAGIC, SKC_VERSION = b"SKC", 1
@@ -47,7 +47,7 @@ class Manifest(NamedTuple):
     group: int
     lanes: int
     rest: int                     # bytes of the brotli stream: books, table of each row, planes left to brotli
-    books: dict[str, int]         # kind of plane -> its number of tables
+    books: dict[str, list[int]]   # kind of plane -> its row classes and column classes
     entries: list[Entry]
 
 
@@ -98,13 +98,14 @@ def _write(planes: list[list[Plane]], entries: list[Entry], meta: dict, group: i
     coded, books = _assign(planes)
     coder = Rans(fresh_states(lanes_for(sum(c.plane.symbols.size for c in coded))))
     words = []
-    for i, j, plane, rows in reversed(coded):
-        words.append(coder.encode(plane.symbols, rows, books[plane.kind]))
+    for i, j, plane, classes in reversed(coded):
+        book = books[plane.kind]
+        words.append(coder.encode(plane.symbols, classes.tables(book.column_classes), book.freq))
         entries[i].words[j] = len(words[-1]) // 2
     rest = _deflate(_rest(planes, entries, coded, books))
     manifest = {
         "meta": meta, "group": group, "lanes": len(coder.states), "rest": len(rest),
-        "books": {kind: len(book) for kind, book in books.items()}, "tensors": [list(entry) for entry in entries],
+        "books": {kind: book[1:] for kind, book in books.items()}, "tensors": [list(entry) for entry in entries],
     }
     text = json.dumps(manifest, separators=(",", ":"), sort_keys=True, allow_nan=False).encode()
     head = _deflate(text)
@@ -113,28 +114,23 @@ def _write(planes: list[list[Plane]], entries: list[Entry], meta: dict, group: i
 
 
 class Coded(NamedTuple):
-    """A plane on its way into the coded stream: whose it is, and which table each of its rows uses."""
+    """A plane on its way into the coded stream: whose it is, and the classes of its rows and columns."""
 
     entry: int
     place: int
     plane: Plane
-    rows: np.ndarray
+    classes: Classes
 
 
-def _assign(planes: list[list[Plane]]) -> tuple[list[Coded], dict[str, np.ndarray]]:
+def _assign(planes: list[list[Plane]]) -> tuple[list[Coded], dict[str, Book]]:
     """Learn one book for each kind of plane, and leave to brotli the small planes that it makes smaller."""
     coded, books = [], {}
     for kind in ALPHABETS:
         found = [(i, j, plane) for i, own in enumerate(planes) for j, plane in enumerate(own) if plane.kind == kind]
-        if kind in LEFT_TO_BROTLI or not found:
+        if kind in LEFT_TO_BROTLI or not any(plane.symbols.size for _, _, plane in found):
             continue
-        counts = [row_counts(plane.symbols, ALPHABETS[kind]) for _, _, plane in found]
-        symbols = sum(plane.symbols.size for _, _, plane in found)
-        books[kind], rows = learn_book(np.concatenate(counts), symbols >> 16)
-        ends = np.cumsum([len(c) for c in counts])
-        for (i, j, plane), own, count in zip(found, np.split(rows, ends[:-1]), counts):
-            if not _brotli_wins(plane, coded_bits(count, books[kind], own)):
-                coded.append(Coded(i, j, plane, own))
+        books[kind], classes, bits = learn_book([plane.symbols for _, _, plane in found], ALPHABETS[kind])
+        coded += [Coded(*own, c) for own, c, b in zip(found, classes, bits) if not _brotli_wins(own[2], b)]
     used = {c.plane.kind for c in coded}
     return sorted(coded, key=lambda c: c[:2]), {kind: book for kind, book in books.items() if kind in used}
 
@@ -150,9 +146,12 @@ def _deflate(blob: bytes) -> bytes:
 
 
 def _rest(planes, entries, coded, books) -> bytes:
-    """What brotli packs, like beside like: books, the table of each row, then the planes left to it, kind by kind."""
-    parts = [split_bytes(book) for book in books.values()]
-    parts += [c.rows.tobytes() for kind in books if len(books[kind]) > 1 for c in coded if c.plane.kind == kind]
+    """What brotli packs, like beside like: books, classes of rows and columns, the planes left to it, kind by kind."""
+    parts = [split_bytes(book.freq) for book in books.values()]
+    for kind, book in books.items():
+        own = [c for c in coded if c.plane.kind == kind]
+        parts += [c.classes.rows.tobytes() for c in own if book.row_classes > 1]
+        parts += [c.classes.columns.tobytes() for c in own if book.column_classes > 1 and len(c.plane.symbols) > 1]
     parts += [plane.symbols.tobytes() for kind in ALPHABETS for own, entry in zip(planes, entries)
               for plane, words in zip(own, entry.words) if plane.kind == kind and words < 0]
     return b"".join(parts)
@@ -199,13 +198,13 @@ def read_parts(blob: bytes) -> tuple[Manifest, list[Parts]]:
 
 
 class Planes(NamedTuple):
-    """A file taken apart: planes by (tensor, place), the tables their rows use where they are coded, the books."""
+    """A file taken apart: planes by (tensor, place), their classes where they are coded, the books."""
 
     manifest: Manifest
     slots: list["Slot"]
     planes: dict[tuple[int, int], np.ndarray]
-    tables: dict[tuple[int, int], np.ndarray]
-    books: dict[str, np.ndarray]
+    classes: dict[tuple[int, int], Classes]
+    books: dict[str, Book]
 
 
 def read_planes(blob: bytes) -> Planes:
@@ -213,16 +212,21 @@ def read_planes(blob: bytes) -> Planes:
     slots = _slots_by_kind(manifest)
     rest = Reader(_inflate(body.take(manifest.rest), "the brotli stream"), "the brotli stream")
     books = {kind: _read_book(rest, kind, manifest.books[kind]) for kind in ALPHABETS if kind in manifest.books}
-    tables = {slot[:2]: _read_rows(rest, slot, books[slot.kind]) for slot in slots if slot.words >= 0}
+    classes = {}
+    for kind, book in books.items():
+        own = [slot for slot in slots if slot.kind == kind and slot.words >= 0]
+        rows = [_read_ids(rest, slot.rows, book.row_classes) for slot in own]
+        columns = [_read_ids(rest, slot.columns, book.column_classes if slot.rows > 1 else 1) for slot in own]
+        classes |= {slot[:2]: Classes(r, c) for slot, r, c in zip(own, rows, columns)}
     planes = {slot[:2]: _read_plain(rest, slot) for slot in slots if slot.words < 0}
     rest.finish()
     coder = Rans(np.frombuffer(body.take(4 * manifest.lanes), "<u4"))
     for slot in sorted(slot for slot in slots if slot.words >= 0):
-        words = body.take(2 * slot.words)
-        planes[slot[:2]] = coder.decode(words, (slot.rows, slot.columns), tables[slot[:2]], books[slot.kind])
+        tables = classes[slot[:2]].tables(books[slot.kind].column_classes)
+        planes[slot[:2]] = coder.decode(body.take(2 * slot.words), tables, books[slot.kind].freq)
     coder.check_end()
     body.finish()
-    return Planes(manifest, slots, planes, tables, books)
+    return Planes(manifest, slots, planes, classes, books)
 
 
 class Slot(NamedTuple):
@@ -252,22 +256,23 @@ def _inflate(blob: bytes, what: str) -> bytes:
         raise ValueError(f"damaged artifact: {what} does not decompress") from error
 
 
-def _read_book(rest: Reader, kind: str, tables: int) -> np.ndarray:
-    book = join_bytes(rest.take(2 * tables * ALPHABETS[kind]), (tables, ALPHABETS[kind]))
-    if (book.sum(1, dtype=np.int64) != SCALE).any():
+def _read_book(rest: Reader, kind: str, classes: list[int]) -> Book:
+    tables = math.prod(classes)
+    freq = join_bytes(rest.take(2 * tables * ALPHABETS[kind]), (tables, ALPHABETS[kind]))
+    if (freq.sum(1, dtype=np.int64) != SCALE).any():
         raise ValueError(f"damaged artifact: a table of {kind} does not add up to {SCALE}")
-    return book
+    return Book(freq, *classes)
 
 
-def _read_rows(rest: Reader, slot: Slot, book: np.ndarray) -> np.ndarray:
-    rows = np.frombuffer(rest.take(slot.rows), np.uint8) if len(book) > 1 else np.zeros(slot.rows, np.uint8)
-    if (rows >= len(book)).any():
-        raise ValueError(f"damaged artifact: table {rows.max()} of {len(book)} for {slot.kind}")
-    return rows
+def _read_ids(rest: Reader, count: int, classes: int) -> np.ndarray:
+    ids = np.frombuffer(rest.take(count), np.uint8) if classes > 1 else np.zeros(count, np.uint8)
+    if (ids >= classes).any():
+        raise ValueError(f"damaged artifact: class {ids.max()} of {classes}")
+    return ids
 
 
 def _read_plain(rest: Reader, slot: Slot) -> np.ndarray:
-    plane = np.frombuffer(rest.take(slot.rows * slot.columns), np.uint8).reshape(slot.rows, slot.columns)
+    plane = np.frombuffer(bytearray(rest.take(slot.rows * slot.columns)), np.uint8).reshape(slot.rows, slot.columns)
     if (plane >= ALPHABETS[slot.kind]).any():
         raise ValueError(f"damaged artifact: symbol {plane.max()} of {ALPHABETS[slot.kind]} for {slot.kind}")
     return plane
@@ -304,18 +309,20 @@ def read_manifest(blob: bytes) -> tuple[Manifest, Reader]:
 def _parse_manifest(text: bytes) -> Manifest:
     raw = json.loads(text)
     entries = [Entry(name, codec, tuple(shape), list(words)) for name, codec, shape, words in raw["tensors"]]
-    return Manifest(dict(raw["meta"]), raw["group"], raw["lanes"], raw["rest"], dict(raw["books"]), entries)
+    return Manifest(dict(raw["meta"]), raw["group"], raw["lanes"], raw["rest"],
+                    {kind: list(classes) for kind, classes in raw["books"].items()}, entries)
 
 
 def _check_manifest(manifest: Manifest) -> None:
-    numbers = [manifest.group, manifest.lanes, manifest.rest, *manifest.books.values()]
+    numbers = [manifest.group, manifest.lanes, manifest.rest]
     numbers += [size for entry in manifest.entries for size in entry.shape]
     if not all(type(n) is int and 0 <= n <= MAX_WEIGHTS for n in numbers) or 0 in numbers[:2]:
         raise ValueError("damaged artifact: a count or a shape is not a sensible integer")
     if sum(math.prod(entry.shape) for entry in manifest.entries) > MAX_WEIGHTS:
         raise ValueError(f"damaged artifact: more than {MAX_WEIGHTS} weights")
-    if not set(manifest.books) <= set(ALPHABETS):
-        raise ValueError(f"damaged artifact: books {sorted(manifest.books)} are not all known")
+    sizes = tuple(range(1, MAX_CLASSES + 1))
+    if not all(kind in ALPHABETS and len(b) == 2 and set(b) <= set(sizes) for kind, b in manifest.books.items()):
+        raise ValueError(f"damaged artifact: books {manifest.books} are not all known")
     names = [str(entry.name) for entry in manifest.entries]
     if len(set(names)) != len(names):
         raise ValueError("damaged artifact: a tensor name occurs twice")

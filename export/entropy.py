@@ -5,13 +5,16 @@ run on from plane to plane: a file pays for them once, and each plane still owns
 Letters: R rows, C columns of a plane, A symbols of its alphabet, K tables of a book.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 PRECISION = 14                         # a table's frequencies add up to 2 ** 14
 SCALE = 1 << PRECISION
 STATE_LOW = 1 << 16                    # states live in [2 ** 16, 2 ** 32) and move 16-bit words
 MIN_LANES, MAX_LANES = 8, 1024
-MAX_TABLES = 16
+MAX_CLASSES = 8                        # of rows, and of columns: at most 64 tables, which fit in a cache
+TABLE_BITS = 12                        # what brotli takes for one entry of a table
 
 
 def lanes_for(symbols: int) -> int:
@@ -25,9 +28,9 @@ class Rans:
     def __init__(self, states: np.ndarray):
         self.states = states.astype(np.uint32)
 
-    def encode(self, symbols: np.ndarray, rows: np.ndarray, book: np.ndarray) -> bytes:
-        """Symbols (R, C), table of each row (R,), book (K, A) of frequencies: the plane's words, in reading order."""
-        index = _table_index(symbols, rows, book)
+    def encode(self, symbols: np.ndarray, tables: np.ndarray, book: np.ndarray) -> bytes:
+        """Symbols (R, C), the table of each (R, C), book (K, A) of frequencies: the plane's words, in reading order."""
+        index = table_index(symbols, tables, book.shape[1])
         freq = book.ravel().astype(np.uint32)
         start = _starts(book).ravel().astype(np.uint32)
         last_fit = ((freq.astype(np.uint64) << np.uint64(32 - PRECISION)) - np.uint64(1)).astype(np.uint32)
@@ -43,12 +46,12 @@ class Rans:
             x += start.take(pick)
         return np.concatenate(words[::-1] or [np.empty(0, np.uint16)]).astype("<u2").tobytes()
 
-    def decode(self, words: bytes, shape: tuple[int, int], rows: np.ndarray, book: np.ndarray) -> np.ndarray:
-        """The inverse: uint8 symbols of the given shape. Every word must be used, or the plane is damaged."""
+    def decode(self, words: bytes, tables: np.ndarray, book: np.ndarray) -> np.ndarray:
+        """The inverse: uint8 symbols (R, C). Every word must be used, or the plane is damaged."""
         symbol, freq, bias = _slots(book)
-        offset = _offsets(rows, shape[1]) if len(book) > 1 else None
+        offset = (tables.astype(np.uint32) << PRECISION).ravel() if len(book) > 1 else None
         source = np.frombuffer(words, "<u2").astype(np.uint32)
-        out, used, lanes = np.empty(shape[0] * shape[1], np.uint8), 0, len(self.states)
+        out, used, lanes = np.empty(tables.size, np.uint8), 0, len(self.states)
         for at in range(0, len(out), lanes):
             x = self.states[:len(out) - at]
             slot = x & (SCALE - 1)
@@ -65,7 +68,7 @@ class Rans:
             used += len(low)
         if used != len(source):
             raise ValueError(f"damaged artifact: {used} of {len(source)} coded words used")
-        return out.reshape(shape)
+        return out.reshape(tables.shape)
 
     def check_end(self) -> None:
         """After the last plane every lane is back where the writer began: a checksum that costs nothing."""
@@ -81,14 +84,11 @@ def _starts(book: np.ndarray) -> np.ndarray:
     return np.cumsum(book, axis=1, dtype=np.int64) - book
 
 
-def _table_index(symbols: np.ndarray, rows: np.ndarray, book: np.ndarray) -> np.ndarray:
-    alphabet = book.shape[1]
-    kind = np.uint16 if book.size <= 1 << 16 else np.uint32
-    return (symbols.astype(kind) + (rows.astype(kind) * kind(alphabet))[:, None]).ravel()
-
-
-def _offsets(rows: np.ndarray, columns: int) -> np.ndarray:
-    return np.repeat(rows.astype(np.uint32) << PRECISION, columns)
+def table_index(symbols: np.ndarray, tables: np.ndarray, alphabet: int) -> np.ndarray:
+    """Where each symbol's frequency lies in a flattened book."""
+    index = tables.astype(np.uint16) * np.uint16(alphabet)     # 64 tables of 256 symbols at most
+    index += symbols
+    return index.ravel()
 
 
 def _slots(book: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -127,24 +127,65 @@ def row_counts(symbols: np.ndarray, alphabet: int) -> np.ndarray:
     return out
 
 
-def learn_book(counts: np.ndarray, most: int = MAX_TABLES) -> tuple[np.ndarray, np.ndarray]:
-    """Row histograms (R, A) to frequencies (K, A) and the table of each row (R,), as many tables as pay."""
-    tries = [_group_rows(counts, tables) for tables in (1, 4, MAX_TABLES) if tables <= max(most, 1)]
-    return min(tries, key=lambda found: book_bits(counts, *found))
+class Classes(NamedTuple):
+    """A plane's choice of tables: the class of each row (R,) and of each column (C,)."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+
+    def tables(self, column_classes: int) -> np.ndarray:
+        """The table of each symbol (R, C): row class and column class together."""
+        return self.rows[:, None] * np.uint8(column_classes) + self.columns
 
 
-def _group_rows(counts: np.ndarray, tables: int, rounds: int = 8) -> tuple[np.ndarray, np.ndarray]:
+class Book(NamedTuple):
+    """Tables for one kind of plane: frequencies (row classes * column classes, A), and what they code a symbol at."""
+
+    freq: np.ndarray
+    row_classes: int
+    column_classes: int
+
+    @property
+    def bits(self) -> np.ndarray:
+        return np.where(self.freq > 0, PRECISION - np.log2(np.maximum(self.freq, 1)), 0)
+
+
+def learn_book(planes: list[np.ndarray], alphabet: int) -> tuple[Book, list[Classes], list[float]]:
+    """The book that codes planes (R, C) shortest, the classes of each plane, and the bits each will take.
+
+    Rows alike share a class, and columns alike; both, one, or neither are used: what is shortest with all side costs.
+    """
+    blank = [Classes(np.zeros(len(p), np.uint8), np.zeros(p.shape[1], np.uint8)) for p in planes]
+    rows = _classes([row_counts(p, alphabet) for p in planes])
+    columns = _classes([row_counts(p.T, alphabet) for p in planes if len(p) > 1])
+    columns = iter(columns)
+    full = [Classes(r, next(columns) if len(r) > 1 else b.columns) for r, b in zip(rows, blank)]
+    tries = [blank, [f._replace(columns=b.columns) for f, b in zip(full, blank)],
+             [f._replace(rows=b.rows) for f, b in zip(full, blank)], full]
+    return min((_fill_book(planes, classes, alphabet) for classes in tries), key=lambda found: found[3])[:3]
+
+
+def _classes(counts: list[np.ndarray]) -> list[np.ndarray]:
+    """Row histograms of several planes to a class for every row, by as many common classes as pay for themselves."""
+    if not counts:
+        return []
+    merged = np.concatenate(counts)
+    tries = [_group_rows(merged, classes) for classes in (1, 4, MAX_CLASSES)]
+    best = min(tries, key=lambda rows: _grouped_bits(merged, rows))
+    return np.split(best, np.cumsum([len(c) for c in counts])[:-1])
+
+
+def _group_rows(counts: np.ndarray, classes: int, rounds: int = 8) -> np.ndarray:
     """Lloyd's algorithm with code length as distance; the first groups are the rows sorted by their own entropy."""
     order = np.argsort(row_entropy(counts), kind="stable")
     rows = np.empty(len(counts), np.int64)
-    rows[order] = np.arange(len(counts)) * tables // max(len(counts), 1)
-    for _ in range(rounds if tables > 1 else 0):
+    rows[order] = np.arange(len(counts)) * classes // max(len(counts), 1)
+    for _ in range(rounds if classes > 1 else 0):
         totals, rows = _totals(counts, rows)
         share = np.bincount(rows) / len(rows)
         p = (totals + 1e-3) / (totals + 1e-3).sum(1, keepdims=True)
         rows = (counts @ -np.log2(p).T.astype(np.float32) - np.log2(share)).argmin(1)
-    totals, rows = _totals(counts, rows)
-    return np.stack([quantise_counts(total) for total in totals]), rows.astype(np.uint8)
+    return _totals(counts, rows)[1].astype(np.uint8)
 
 
 def _totals(counts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -153,19 +194,30 @@ def _totals(counts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.stack([counts[rows == k].sum(0) for k in range(len(used))]), rows
 
 
-def book_bits(counts: np.ndarray, book: np.ndarray, rows: np.ndarray) -> float:
-    """What a book costs in all: the coded symbols, the choice of a table for each row, and the tables."""
-    choice = row_entropy(np.bincount(rows)[None])[0] * len(rows)
-    return coded_bits(counts, book, rows) + choice + 12 * np.count_nonzero(book)
+def _grouped_bits(counts: np.ndarray, rows: np.ndarray) -> float:
+    totals, rows = _totals(counts, rows)
+    coded = float((row_entropy(totals) * totals.sum(1)).sum())
+    return coded + choice_bits(rows) + TABLE_BITS * np.count_nonzero(totals)
+
+
+def _fill_book(planes: list[np.ndarray], classes: list[Classes], alphabet: int) -> tuple:
+    """Book, classes, bits of each plane, and the bits of all with their side costs."""
+    row_classes, column_classes = (1 + max(int(ids[i].max(initial=0)) for ids in classes) for i in range(2))
+    size = row_classes * column_classes * alphabet
+    counts = np.stack([np.bincount(table_index(p, c.tables(column_classes), alphabet), minlength=size)
+                       for p, c in zip(planes, classes)])
+    freq = np.stack([quantise_counts(total) for total in counts.sum(0).reshape(-1, alphabet)])
+    book = Book(freq, row_classes, column_classes)
+    bits = [float(own @ book.bits.ravel()) + sum(map(choice_bits, c)) for own, c in zip(counts, classes)]
+    return book, classes, bits, sum(bits) + TABLE_BITS * np.count_nonzero(freq)
+
+
+def choice_bits(ids: np.ndarray) -> float:
+    """What brotli takes for the classes of rows or columns."""
+    return float(row_entropy(np.bincount(ids)[None])[0]) * len(ids) if len(ids) else 0.0
 
 
 def row_entropy(counts: np.ndarray) -> np.ndarray:
     """Empirical entropy of each histogram (R, A), in bits a symbol."""
     p = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     return -(p * np.log2(np.where(p > 0, p, 1))).sum(1)
-
-
-def coded_bits(counts: np.ndarray, book: np.ndarray, rows: np.ndarray) -> float:
-    """What rows with these histograms will cost under their tables, without coding them."""
-    length = np.where(book > 0, PRECISION - np.log2(np.maximum(book, 1)), 0)
-    return float((counts * length[rows]).sum())

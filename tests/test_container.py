@@ -45,6 +45,7 @@ def numbers(*shape, salt=1):
 def masters():
     return [Row("up", numbers(48, 64), "ternary"), Row("bank", numbers(2, 24, 32, salt=3), "ternary"),
             *(Row(f"w{bits}", numbers(16, 40, salt=bits), f"int{bits}") for bits in (4, 5, 6, 7, 8)),
+            Row("uneven", numbers(96, 80, salt=9) * (1 + 8 * (torch.arange(80) % 2)), "int6"),
             Row("gain", numbers(33), "fp16"), Row("scale", numbers(), "fp16"), Row("none", torch.zeros(0), "fp16")]
 
 
@@ -185,13 +186,13 @@ def planes_of(codec, shape, group):
     rows, size = math.prod(shape[:-1]), math.prod(shape)
     halves = [("high", 1, size if codec == "fp16" else rows), ("low", 1, size if codec == "fp16" else rows)]
     if codec == "ternary":
-        return [("trits", rows, -(-shape[-1] // 4)), ("factor", 1, size // group), *halves]
+        return [("trits", rows, shape[-1]), ("factor", rows, shape[-1] // group), *halves]
     return halves if codec == "fp16" else [(codec, rows, shape[-1]), *halves]
 
 
 def plain_reader(blob):
     """The planes of a file, read one symbol at a time by FORMAT.md alone: {(tensor, place): symbols}."""
-    alphabets = {"trits": 81, "factor": 128, **{f"int{b}": 2**b - 1 for b in (4, 5, 6, 7, 8)}, "high": 256, "low": 256}
+    alphabets = {"trits": 3, "factor": 128, **{f"int{b}": 2**b - 1 for b in (4, 5, 6, 7, 8)}, "high": 256, "low": 256}
     (size,) = struct.unpack_from("<I", blob, 8)
     manifest = json.loads(brotli.decompress(blob[12:12 + size]))
     at, lanes, planes = 12 + size + manifest["rest"], manifest["lanes"], {}
@@ -201,11 +202,15 @@ def plain_reader(blob):
              for j, (layout, words) in enumerate(zip(planes_of(codec, shape, manifest["group"]), own))]
     books, tables = {}, {}
     for kind in [k for k in alphabets if k in manifest["books"]]:
-        a, k = alphabets[kind], manifest["books"][kind]
+        a, k = alphabets[kind], math.prod(manifest["books"][kind])
         flat = [low + 256 * high for low, high in zip(take(a * k), take(a * k))]
         books[kind] = [flat[t * a:t * a + a] for t in range(k)]
-    for i, j, kind, rows, _, words in sorted(slots, key=lambda s: list(alphabets).index(s[2])):
-        tables[i, j] = take(rows) if words >= 0 and len(books[kind]) > 1 else [0] * rows
+    for kind, (row_classes, column_classes) in [(k, manifest["books"][k]) for k in books]:
+        own = [slot for slot in slots if slot[2] == kind and slot[-1] >= 0]
+        by_row = [take(rows) if row_classes > 1 else [0] * rows for _, _, _, rows, _, _ in own]
+        by_column = [take(c) if column_classes > 1 and rows > 1 else [0] * c for _, _, _, rows, c, _ in own]
+        for slot, ids, columns in zip(own, by_row, by_column):
+            tables[slot[:2]] = [r * column_classes + c for r in ids for c in columns]
     for i, j, _, rows, columns, words in sorted(slots, key=lambda s: list(alphabets).index(s[2])):
         if words < 0:
             planes[i, j] = take(rows * columns)
@@ -216,7 +221,7 @@ def plain_reader(blob):
         while words >= 0 and len(out) < rows * columns:
             step = range(min(lanes, rows * columns - len(out)))
             for lane in step:
-                freq, slot, s, start = books[kind][tables[i, j][len(out) // columns]], x[lane] % 16384, 0, 0
+                freq, slot, s, start = books[kind][tables[i, j][len(out)]], x[lane] % 16384, 0, 0
                 while not start <= slot < start + freq[s]:
                     start, s = start + freq[s], s + 1
                 x[lane] = freq[s] * (x[lane] // 16384) + slot - start
@@ -241,8 +246,17 @@ def test_every_plane_owns_its_words_and_nothing_is_left_over():
     assert len(blob) == head + manifest.rest + 4 * manifest.lanes + 2 * words
 
 
-def test_no_rows_are_a_valid_artifact():
+def test_planes_left_to_brotli_come_back_too():
+    w = torch.stack([numbers(64).roll(i) for i in range(64)])
+    blob = pack([Row("t", w, "ternary"), Row("q", w + 1, "int6")], {}, group=16)
+    assert [entry.words[0] for entry in read_manifest(blob)[0].entries] == [-1, -1]
+    assert torch.equal(unpack(blob)[0]["t"], snap(w, "ternary", group=16))
+
+
+def test_no_rows_and_empty_tensors_are_a_valid_artifact():
     assert unpack(pack([], {})) == ({}, {})
+    tensors, _ = unpack(pack([Row("a", torch.zeros(0, 5), "int6"), Row("b", torch.zeros(3, 0), "fp16")], {}))
+    assert [tuple(t.shape) for t in tensors.values()] == [(0, 5), (3, 0)]
 
 
 # ---- damage ----
@@ -269,10 +283,13 @@ def test_what_is_no_artifact_is_said_to_be_none(blob, message):
     ("more than", lambda m: m["tensors"][0].__setitem__(2, [1 << 20, 1 << 20])),
     ("has planes", lambda m: m["tensors"][0].__setitem__(3, [1])),
     ("needs a book for trits", lambda m: m["books"].pop("trits")),
-    ("not all known", lambda m: m["books"].__setitem__("quarks", 1)),
+    ("not all known", lambda m: m["books"].__setitem__("quarks", [1, 1])),
+    ("not all known", lambda m: m["books"].__setitem__("trits", [1, 9])),
+    ("not all known", lambda m: m["books"].__setitem__("trits", [1.5, 1])),
+    ("not all known", lambda m: m["books"].__setitem__("trits", [1, 1, 1])),
     ("damaged artifact", lambda m: m["tensors"][0].__setitem__(2, [64, 48])),
     ("damaged artifact", lambda m: m["tensors"][0][3].__setitem__(0, m["tensors"][0][3][0] + 1)),
-    ("damaged artifact", lambda m: m["books"].__setitem__("trits", 9)),
+    ("damaged artifact", lambda m: m["books"].__setitem__("trits", [2, 1])),
     ("damaged artifact", lambda m: m.__setitem__("lanes", m["lanes"] * 2)),
     ("damaged artifact", lambda m: m.__setitem__("group", 32)),
     ("does not parse", lambda m: m.pop("rest")),
@@ -337,7 +354,7 @@ def fuzz(count, seed):
 
 
 def test_mutated_files_give_a_clean_error_or_the_same_model():
-    assert fuzz(300, seed=0) > 250
+    assert fuzz(120, seed=0) > 90
 
 
 @pytest.mark.slow
@@ -345,12 +362,22 @@ def test_twelve_thousand_mutated_files_give_a_clean_error_or_the_same_model():
     assert fuzz(12_000, seed=1) > 10_000
 
 
-def test_fuzzing_would_notice_a_reader_without_a_checksum(monkeypatch):
+def test_only_the_checksum_sees_a_changed_scale(monkeypatch):
+    # the planted fault: a reader without a checksum takes the last low byte of a scale for the model's
     blob = packed()
+    size, (manifest, _) = SKC_HEAD.unpack_from(blob)[-1], read_manifest(blob)
+    at = SKC_HEAD.size + size
+    rest = bytearray(brotli.decompress(blob[at:at + manifest.rest]))
+    rest[-1] ^= 1
+    rest = brotli.compress(bytes(rest), quality=11, lgwin=24)
+    text = json.loads(brotli.decompress(blob[SKC_HEAD.size:at])) | {"rest": len(rest)}
+    head = brotli.compress(json.dumps(text).encode())
+    bad = blob[:8] + struct.pack("<I", len(head)) + head + rest + blob[at + manifest.rest:]
+    with pytest.raises(ValueError, match="checksum"):
+        unpack(bad)
     monkeypatch.setattr(zlib, "crc32", lambda data: SKC_HEAD.unpack_from(blob)[2])
-    monkeypatch.setattr("test_container.packed", lambda: blob)
-    with pytest.raises(AssertionError, match="damage read as a model"):
-        fuzz(400, seed=2)
+    found, truth = unpack(bad)[0], unpack(blob)[0]
+    assert [name for name in truth if not torch.equal(found[name], truth[name])] == ["scale"]
 
 
 # ---- files ----
