@@ -191,7 +191,7 @@ class Folder:
         return [proof] if proof.metric else self._prove_mean(headline) or [proof]
 
     def _prove(self, seed: int | None, value: float, slack: float) -> Proof:
-        logs = [log for log in self.logs if seed is None or self.log_seed(log) == seed]
+        logs = [g for g in self.logs if seed is None or seed in (self.log_seed(g), seed_in_name(g.name))]
         # a file that names no seed can prove a seed only by showing its number
         spare = [log for log in self.logs if self.log_seed(log) is None] if seed is not None else []
         hits = [(log, m) for log in [*logs, *spare] for m in log.metrics if matches(value, m, slack)]

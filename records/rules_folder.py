@@ -128,7 +128,7 @@ def claim_schema(folder: Folder) -> Iterator[Finding]:
         return
     claim = folder.claim
     for problem in claim.problems:
-        yield Finding("fail" if "val_bpb" in problem else "warn", problem, name)
+        yield Finding("fail" if problem.startswith("val_bpb") else "warn", problem, name)
     bpb = claim.number("val_bpb")
     if bpb is None and not claim.problems:
         yield Finding("fail", "no val_bpb under any known name", name)

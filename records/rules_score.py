@@ -71,8 +71,11 @@ def seed_logs(folder: Folder) -> Iterator[Finding]:
         by_seed.setdefault(folder.log_seed(log), []).append(log)
     for seed in seeds:
         shown = [p.log.name for p in folder.proofs if p.seed == seed and p.log]
+        named = any(seed_in_name(log.name) == seed for log in folder.logs)
         if seed in by_seed:
             yield Finding("pass", f"seed {seed} has a log", by_seed[seed][0].name)
+        elif named:
+            continue  # a log with its name that ran another seed is told below
         elif shown:
             yield Finding("warn", f"the log of seed {seed} does not name its seed", shown[0])
         else:
@@ -227,7 +230,7 @@ def judge_ratio(folder: Folder, ratio: float, error: float, tokens: float | None
         return Finding("pass", f"{ratio:.6f} bytes a token: {name}", file, line, round(ratio, 6))
     declared = folder.claim.raw.get("dataset") if folder.claim else None
     if isinstance(declared, dict) and declared.get("official") is False:
-        return declared_text(ratio, error, declared, file, line)
+        return declared_text(folder, ratio, error, file, line)
     if tokens:
         low, high = (b * (1 - error) if b == IMPLIED_BYTES[0] else b * (1 + error) for b in IMPLIED_BYTES)
         if low <= ratio * tokens <= high:
@@ -246,17 +249,16 @@ def judge_ratio(folder: Folder, ratio: float, error: float, tokens: float | None
     )
 
 
-def declared_text(ratio: float, error: float, declared: dict, file: str, line: int) -> Finding:
-    tokens, nbytes = declared.get("val_tokens"), declared.get("val_bytes")
-    numbers = all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in (tokens, nbytes))
-    if not numbers:
+def declared_text(folder: Folder, ratio: float, error: float, file: str, line: int) -> Finding:
+    """A record may be scored on another text if it says so, counts it right, and claims no place on the leaderboard."""
+    declared = folder.claim.raw["dataset"]
+    tokens, nbytes = as_number(declared.get("val_tokens")), as_number(declared.get("val_bytes"))
+    if not (tokens and nbytes and min(tokens, nbytes) > 0):
         return Finding("warn", "another validation text is declared without its tokens and bytes", file, line)
     right = abs(ratio * tokens / nbytes - 1) <= error + 1e-6
-    note = (
-        f"{ratio:.6f} bytes a token on a declared other text of {nbytes:,} bytes: not comparable with the leaderboard"
-    )
+    note = f"{ratio:.6f} bytes a token on a declared other text of {nbytes:,.0f} bytes, not the leaderboard's"
     if right:
-        return Finding("warn", note, file, line, round(ratio, 6))
+        return Finding("fail" if folder.record else "warn", note, file, line, round(ratio, 6))
     return Finding(
         "fail", f"{note}, and {ratio * tokens:,.0f} bytes follow from the score", file, line, round(ratio, 6)
     )

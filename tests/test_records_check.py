@@ -7,6 +7,7 @@ import lzma
 import math
 import os
 import statistics
+import sys
 import zlib
 
 import brotli
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from records.check import CHECKS, check_folder, find_folders
 from records.cli import main
 from records.facts import CAP_BYTES
-from records.folder import Folder
+from records.folder import Folder, facts_of, newer_python
 
 LUT = """
 def build_sentencepiece_luts(sp, vocab_size, device):
@@ -698,6 +699,55 @@ def test_a_packed_script_is_read_without_running_it(tmp_path, pack):
     assert worries(report) == []
     table = next(c for c in report["checks"] if c["id"] == "F15")
     assert table["status"] == "pass" and "answers as the official one" in table["evidence"][0]["note"]
+
+
+NEWER = "\n\ndef f(x):\n    return f'{x['a']}'\n"
+
+
+def test_a_newer_grammar_is_no_fault_where_no_newer_python_is_found(tmp_path, monkeypatch):
+    facts_of.cache_clear()
+    monkeypatch.setattr("records.folder.newer_python", lambda: None)
+    made = record("B")
+    script(lambda t: t + NEWER)(made)
+    _, report = findings(write(tmp_path, made))
+    checks = {c["id"]: c for c in report["checks"]}
+    if sys.version_info < (3, 12):
+        assert checks["F10"]["status"] == "na" and "newer grammar" in checks["F10"]["evidence"][0]["note"]
+    assert worries(report) == [] and checks["F15"]["status"] == "pass"  # the rest of the script was read all the same
+
+
+def test_a_newer_grammar_is_read_by_a_newer_python(tmp_path):
+    if newer_python() is None and sys.version_info < (3, 12):
+        pytest.skip("no Python 3.12 or later on this machine")
+    facts_of.cache_clear()
+    made = record("B")
+    script(lambda t: t + NEWER)(made)
+    _, report = findings(write(tmp_path, made))
+    assert worries(report) == [] and next(c for c in report["checks"] if c["id"] == "F10")["status"] == "pass"
+
+
+def test_a_record_claim_on_another_text_fails_and_a_miscounted_one_anywhere(tmp_path):
+    for place, nbytes, status in (
+        ("track_10min_16mb", 200_000, "fail"),
+        ("track_non_record_16mb", 200_000, "warn"),
+        ("track_non_record_16mb", 250_000, "fail"),
+    ):
+        made = record("B")
+        ratio = 200_000 / 60_000
+        made["logs"] = {
+            s: [
+                line.replace(f"val_loss:{nats(b, 'B'):.8f}", f"val_loss:{b * math.log(2) * ratio:.8f}")
+                for line in log_b(s, b, SCRIPT)
+            ]
+            for s, b in BPB.items()
+        }
+        made["claim"] |= {
+            "dataset": {"official": False, "val_tokens": 60_000, "val_bytes": nbytes},
+            "val_loss": None,
+            "track": "10min_16mb" if "10min" in place else "non_record_16mb",
+        }
+        found, _ = findings(write(tmp_path / str(nbytes), made | {"folder": f"{place}/2026-04-02_X"}))
+        assert ("F14", status) in found and (status == "fail" or ("F14", "fail") not in found)
 
 
 def test_nothing_that_is_inspected_is_executed(tmp_path):
