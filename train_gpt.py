@@ -45,7 +45,7 @@ from data.run_folder import Log, StopSignals, deadline, load_checkpoint, newest_
 from data.shards import LaneOrder, WindowOrder, dataset_hash, read_sidecar, read_tokens, shard_paths
 from data.watch import Trace, Watch
 from eval.generate import generate_ids, stream_text
-from eval.score import EvalSettings, check_reload, evaluating, red_flags
+from eval.score import EvalSettings, evaluating, red_flags
 from eval.tokens import byte_table, load_tokenizer, sidecar_bytes, stream_bytes
 from eval.ttt import evaluate_modes, fit_engram, fit_temperature
 from export.budget import check_budget, describe, plan_bytes
@@ -502,7 +502,7 @@ MIXERS = {"A": Attention, "K": Koopman, "S": Capsules}
 # └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 
-class Slot(NamedTuple):
+class Visit(NamedTuple):
     """One step of the execution order. `site` holds its own scales; `take` is the layer whose stored output it adds."""
 
     layer: int
@@ -510,13 +510,13 @@ class Slot(NamedTuple):
     take: int | None
 
 
-def execution_order(c: Config, looping: bool) -> list[Slot]:
+def execution_order(c: Config, looping: bool) -> list[Visit]:
     """All steps of a forward pass; each feedback pass repeats the second half."""
     first, second = halves(c, looping)
     return first + second * (1 + c.feedback_passes)
 
 
-def halves(c: Config, looping: bool) -> tuple[list[Slot], list[Slot]]:
+def halves(c: Config, looping: bool) -> tuple[list[Visit], list[Visit]]:
     """Layers in order, the looped segment repeated; the second half takes what the first half stored, mirrored.
 
     A pair with an end inside the loop is dropped, so that both orders use the same skips.
@@ -529,7 +529,7 @@ def halves(c: Config, looping: bool) -> tuple[list[Slot], list[Slot]]:
         site = layer if not seen[layer] else c.depth + (seen[layer] - 1) * len(inside) + layer - inside.start
         mate = 2 * half - 1 - layer
         paired = "unet" in c.parts and half <= layer < 2 * half and layer not in inside and mate not in inside
-        slots.append(Slot(layer, site, mate if paired else None))
+        slots.append(Visit(layer, site, mate if paired else None))
         seen[layer] += 1
     cut = max([0] + [i + 1 for i, layer in enumerate(layers) if layer < half])
     return slots[:cut], slots[cut:]
@@ -547,7 +547,7 @@ class Block(nn.Module):
 class Site(Part):
     """Everything a block does not share between its passes: input mix, output scales, skip, stream weights."""
 
-    def __init__(self, c: Config, slot: Slot):
+    def __init__(self, c: Config, slot: Visit):
         super().__init__()
         self.mix = nn.Parameter(torch.stack([torch.ones(c.dim), torch.zeros(c.dim)]))
         self.scale = nn.Parameter(torch.ones(2, c.dim))
@@ -681,13 +681,13 @@ class GPT(Part):
                 ctx = ctx._replace(rest=(y - before).square().mean(-1, keepdim=True) < c.halt**2)
         return y, trip.new, trip.aux
 
-    def steps(self, slots: list[Slot], xs: list, ctx, trip: Trip):
+    def steps(self, slots: list[Visit], xs: list, ctx, trip: Trip):
         c, aux, stored = self.c, trip.aux, trip.stored
         for slot in slots:
             i, block, site = len(trip.new), self.blocks[slot.layer % c.blocks], self.sites[slot.site]
             damp = (slot.layer + 1) ** -0.5
-            xs = hold(ctx.rest, trip.kept.get(slot.site, xs), xs)
-            trip.kept[slot.site] = xs if c.halt else ()
+            if c.feedback_passes and c.halt:
+                xs = trip.kept[slot.site] = hold(ctx.rest, trip.kept.get(slot.site, xs), xs)
             reads = (0, 1) if 0 < c.parallel_from <= slot.layer else (slot.layer % c.streams,) * 2
             if slot.take is not None:
                 xs = [x + site.skip.to(x.dtype) * stored[slot.take] for x in xs]
@@ -784,7 +784,8 @@ class Optimizer:
     """All groups, and the policy: rates by family, when averaging begins, when the engram is pruned."""
 
     def __init__(self, c: Config, model: "GPT", ranks=None):
-        self.c, self.model, self.ranks, self.ramp, self.averaged, stacks = c, model, ranks, None, False, {}
+        self.c, self.model, self.ranks, self.averaged, stacks = c, model, ranks, False, {}
+        self.ramp, self.last_multiplier = None, 0.0
         for name, p, family in family_rows(model):
             stacks.setdefault((family, tuple(p.shape)), []).append((name, p))
         self.groups = []
@@ -812,8 +813,9 @@ class Optimizer:
     def step(self, progress: float, step: int) -> torch.Tensor:
         """One update from the gradients at hand; returns their norm before clipping."""
         c, norm = self.c, clip_gradients(self.params, self.c.clip_norm)
+        self.last_multiplier = self.multiplier(progress, step)
         for g in self.groups:
-            rate = FAMILIES[g.family].rate(c) * self.multiplier(progress, step)
+            rate = FAMILIES[g.family].rate(c) * self.last_multiplier
             g.step(rate, c.weight_decay, 0.85 + 0.1 * min(1.0, progress / 0.05), self.ranks)
             if g.family == "engram" and c.engram_keep < 1 and progress >= 0.5 and g.keep is None:
                 g.keep = self.model.engram.keep_mask(self.c.engram_keep).unsqueeze(-1)
@@ -853,7 +855,7 @@ class Data:
         self.hash = dataset_hash(folder)
 
 
-def training_windows(c: Config, rt: Runtime, seed: int) -> WindowOrder | LaneOrder:
+def training_windows(c: Config, rt: Runtime, seed: int):
     order = LaneOrder if "carry" in c.parts else WindowOrder
     return order(shard_paths(c.data, "train"), c.seq_len, seed, rt.rank, rt.world, c.vocab)
 
@@ -990,10 +992,10 @@ def train(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
             trace.step(clock.step)
             watch.step(clock.step, progress, parts, norm, origin)
             if clock.step % c.log_every == 0:
-                watch.report(clock.elapsed, optimizer.multiplier(progress, clock.step), trits(c, optimizer))
+                watch.report(clock.elapsed, optimizer.last_multiplier, trits(c, optimizer))
             between_steps(c, rt, run, log)
         clock.pause()
-    watch.report(clock.seconds, optimizer.multiplier(progress, clock.step), trits(c, optimizer))
+    watch.report(clock.seconds, optimizer.last_multiplier, trits(c, optimizer))
     watch.milestones()
     if stopped or c.checkpoint_every:
         checkpoint(c, rt, run, log)
@@ -1076,7 +1078,7 @@ def checkpoint(c: Config, rt: Runtime, run: Run, log: Log) -> None:
     state = {
         "config": field_values(c),
         "clock": {"step": clock.step, "seconds": clock.seconds},
-        "multiplier": optimizer.multiplier(min(1.0, clock.progress()), clock.step),
+        "multiplier": optimizer.last_multiplier,
         "optimizer": optimizer.state(),
         "buffers": {name: b for name, b in model.named_buffers() if name in model.state_dict()},
         "windows": data.feed.position * rt.world,
@@ -1155,7 +1157,7 @@ def shipping_rows(c: Config, run: Run) -> list[tuple]:
     return [
         (name, master, FAMILIES[g.family].codec(c))
         for g in run.optimizer.groups if FAMILIES[g.family].ships
-        for name, master in zip(g.names, (g.average if run.optimizer.averaged else g.master).unbind())
+        for name, master in zip(g.names, g.chosen(run.optimizer.averaged).unbind())
     ]
 
 
@@ -1388,14 +1390,12 @@ def main(c: Config, rt: Runtime, origin: dict[str, str]) -> None:
 def finish(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
     """Export, reload, and score what was reloaded; the live model's score stands beside it."""
     blob = export_model(c, rt, run, log)
-    live = validate(c, rt, run.model, run.data, log)
+    live = {} if "qat" in c.parts else validate(c, rt, run.model, run.data, log)
     began = time.perf_counter()
     model = load_model(c, rt, blob)
     log.record("phase", name="decompress", seconds=time.perf_counter() - began)
     reloaded = validate(c, rt, model, run.data, log)
-    if "qat" in c.parts:
-        check_reload(live["val_bpb"], reloaded["val_bpb"])
-    facts = reloaded | {"live_val_bpb": live["val_bpb"], "artifact_bytes": len(blob)}
+    facts = reloaded | {f"live_{name}": value for name, value in live.items()} | {"artifact_bytes": len(blob)}
     return facts | evaluate(c, rt, model, run.data, log)
 
 

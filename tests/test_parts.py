@@ -1,5 +1,11 @@
 """Optional parts, each off unless named: what it promises, and the fault that would break the promise."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +23,7 @@ from train_gpt import (
     Run,
     Runtime,
     accumulate,
+    command_line,
     execution_order,
     family_rows,
     load_model,
@@ -382,3 +389,57 @@ def test_lanes_are_read_in_order_and_their_state_reaches_the_next_step(dataset):
     origins = [accumulate(model, model.loss, data, buckets)[1] for _ in range(2)]
     assert [(name, at + c.seq_len) for name, at in origins[0]] == origins[1]
     assert model.carried["cached"] == c.reach - 1
+
+
+# ---- whole runs
+
+TOGETHER = [
+    "--profile", "tiny", "layers=AKA", "parts=reset,unet,qat,untied", "experts=2,1", "moe_start=0.3", "mtp_heads=1",
+    "feedback_passes=1", "halt=0.02", "entropy_loss=0.01", "seq_schedule=0:16,0.5:32", "max_steps=6", "log_every=1",
+    "eval_modes=chunked,stream,ttt",
+]  # fmt: skip
+
+
+@pytest.mark.unhurried  # a whole run, with test-time training
+def test_parts_train_export_and_score_together(dataset, tmp_path):
+    assert command_line([*TOGETHER, f"data={dataset}", f"runs={tmp_path}", "run_id=t"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "t/metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["kind"] == "step"]
+    assert len(steps) == 6 and all(row["aux.mtp"] > 0 for row in steps)
+    assert [row["aux.balance"] > 0 for row in steps] == [False, False, True, True, True, True]
+    result = json.loads((tmp_path / "t/result.json").read_text())
+    assert result["tokens"] == 6 * 256 and result["val_bpb"] == result["live_val_bpb"]  # nothing that scores was left
+
+
+ONE_SIDED = """
+import os, sys, torch, train_gpt
+honest, expert = train_gpt.route, 1 - int(os.environ["RANK"])
+train_gpt.route = lambda logits, k: honest(logits + 1e4 * (torch.arange(2) == expert), k)
+sys.exit(train_gpt.command_line(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_route_to_different_experts_do_not_wait_for_each_other(dataset, tmp_path):
+    words = [*TOGETHER, f"data={dataset}", f"runs={tmp_path}", "run_id=r", "micro_tokens=128", "eval_modes=chunked"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python",
+               sys.executable, "-c", ONE_SIDED, *words]  # fmt: skip
+    root = Path(train_gpt.__file__).parent
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "r/result.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.unhurried  # a run, and the second half of it again
+def test_a_carried_run_resumes_to_the_bit(dataset, tmp_path):
+    """A file holds no lanes, so the run that wrote it goes on without them too."""
+    words = ["--profile", "tiny", "layers=A", f"parts={','.join(CARRY)}", f"data={dataset}", f"runs={tmp_path}",
+             "run_id=r", "log_every=1", "max_steps=4", "checkpoint_every=2", "keep_every=2", "eval_modes="]  # fmt: skip
+    losses = []
+    for resume in ("", "auto"):
+        assert command_line([*words, f"resume={resume}"]) == 0
+        rows = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+        losses.append([row["loss"] for row in rows if row["kind"] == "step"])
+        (tmp_path / "r/checkpoint_00000004.pt").unlink()
+    assert len(losses[0]) == 4 and losses[0] == losses[1]
