@@ -8,7 +8,6 @@ The launches are the launchers' own: they run on meta tensors, and a launch comp
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -166,6 +165,6 @@ def main_gate(argv):
 
 
 if __name__ == "__main__":
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if triton.knobs.runtime.interpret:
         sys.exit("kernels.gate compiles: unset TRITON_INTERPRET")
     sys.exit(main_gate(sys.argv[1:]))

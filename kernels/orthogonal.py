@@ -23,7 +23,7 @@ def orthogonalise(G, steps=5):
     where bfloat16 matmuls are emulated and slower.
     """
     if G.dim() < 2 or not G.is_floating_point() or steps < 1:
-        raise ValueError(f"orthogonalise {tuple(G.shape)} {G.dtype}, {steps} steps: needs floating (..., N, K), one step")
+        raise ValueError(f"orthogonalise {tuple(G.shape)} {G.dtype}, {steps} steps: needs floats (..., N, K), one step")
     X = G.float()
     tall = G.shape[-2] > G.shape[-1]
     if tall:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 KOOPMAN_WIDTH = 64  # channels a program: one warp, two 16-bit channels a lane
 KOOPMAN_UNROLL = 16  # steps loaded before the first store: a store would pin every later load behind it
-KOOPMAN_TILE = 1 << 18  # elements in flight on CPU: the temporaries of a tile stay in the caches
+KOOPMAN_TILE = 1 << 17  # elements of a CPU tile: its six or eight buffers stay in the caches
 KOOPMAN_CHUNK = 64  # steps a program when T is cut into chunks
 KOOPMAN_WARPS_PER_SM = 6  # enough bytes in flight to saturate memory; fewer programs than this cut T
 
@@ -35,47 +35,57 @@ def koopman_reference(u, g, dt, start=None, h0=None):
     return torch.stack(out, 1).to(u.dtype), h
 
 
-# ---- CPU: tiles of steps, in each an odd-even recursion: products only, exact at decay 0 and 1
+# ---- CPU: tiles of steps that fit the caches, in each an odd-even recursion: products only, exact at decay 0 and 1
 
 
-def _scan_into(h, a, b, spare):
-    """h_t = a_t h_{t-1} + b_t along axis 1: join pairs, solve half the length in spare (two like a), fill in."""
+def _scan_steps(h, a, b, spare):
+    """The operations, in order, that make h_t = a_t h_{t-1} + b_t along axis 1: join pairs, solve half the length in
+    spare (two like a), fill in. A list, so that every tile of the same memory reuses the same views."""
     T = a.shape[1]
-    h[:, 0] = b[:, 0]
+    steps = [partial(h[:, 0].copy_, b[:, 0])]
     if T == 1:
-        return
-    early, late, n = slice(0, T - 1, 2), slice(1, T, 2), T // 2
+        return steps
+    early, late, rest, n = slice(0, T - 1, 2), slice(1, T, 2), slice(2, T, 2), T // 2
     (a2, b2), spare = (x[:, :n] for x in spare), [x[:, n:] for x in spare]
-    torch.mul(a[:, early], a[:, late], out=a2)
-    torch.addcmul(b[:, late], a[:, late], b[:, early], out=b2)
-    _scan_into(h[:, late], a2, b2, spare)
-    rest = slice(2, T, 2)
-    torch.addcmul(b[:, rest], a[:, rest], h[:, 1 : T - 1 : 2], out=h[:, rest])
+    return [
+        *steps,
+        partial(torch.mul, a[:, early], a[:, late], out=a2),
+        partial(torch.addcmul, b[:, late], a[:, late], b[:, early], out=b2),
+        *_scan_steps(h[:, late], a2, b2, spare),
+        partial(torch.addcmul, b[:, rest], a[:, rest], h[:, 1 : T - 1 : 2], out=h[:, rest]),
+    ]
 
 
-def _scan_back_into(h, a, b, spare):
+def _scan_back_steps(h, a, b, spare):
     """h_t = a_t h_{t+1} + b_t: the mirror image."""
     T = a.shape[1]
-    h[:, -1] = b[:, -1]
+    steps = [partial(h[:, -1].copy_, b[:, -1])]
     if T == 1:
-        return
-    early, late, n = slice(T % 2, T - 1, 2), slice(T % 2 + 1, T, 2), T // 2
+        return steps
+    early, late, n, odd = slice(T % 2, T - 1, 2), slice(T % 2 + 1, T, 2), T // 2, (T - 1) % 2
+    rest = slice(odd, T - 2, 2)
     (a2, b2), spare = (x[:, :n] for x in spare), [x[:, n:] for x in spare]
-    torch.mul(a[:, early], a[:, late], out=a2)
-    torch.addcmul(b[:, early], a[:, early], b[:, late], out=b2)
-    _scan_back_into(h[:, early], a2, b2, spare)
-    first = (T - 1) % 2
-    rest = slice(first, T - 2, 2)
-    torch.addcmul(b[:, rest], a[:, rest], h[:, first + 1 : T - 1 : 2], out=h[:, rest])
+    return [
+        *steps,
+        partial(torch.mul, a[:, early], a[:, late], out=a2),
+        partial(torch.addcmul, b[:, early], a[:, early], b[:, late], out=b2),
+        *_scan_back_steps(h[:, early], a2, b2, spare),
+        partial(torch.addcmul, b[:, rest], a[:, rest], h[:, odd + 1 : T - 1 : 2], out=h[:, rest]),
+    ]
 
 
-def _koopman_tiles(u, buffers):
-    """(slice of time, buffers of its shape): tiles as long as the width allows, whatever T, so that no later step
-    moves an earlier boundary; the same memory again and again, so that it stays in the caches."""
+def _koopman_tiles(u, solve, buffers):
+    """(slice of time, buffers of its shape, steps that solve into the first of them): tiles as long as the width
+    allows whatever T, so that no later step moves an earlier boundary. solve takes the first three and the last two."""
     B, T, S = u.shape
-    steps = min(T, max(1, KOOPMAN_TILE // (B * S)))
-    memory = torch.empty(buffers, B, steps, S, dtype=_state_dtype(u), device=u.device)
-    return [(slice(i, min(i + steps, T)), memory[:, :, : T - i].unbind()) for i in range(0, T, steps)]
+    size = min(T, max(1, KOOPMAN_TILE // (B * S)))
+    memory, plans = torch.empty(buffers, B, size, S, dtype=_state_dtype(u), device=u.device), {}
+    for i in range(0, T, size):
+        length = min(size, T - i)
+        if length not in plans:
+            tile = memory[:, :, :length].unbind()
+            plans[length] = tile[:-2], solve(*tile[:3], tile[-2:])
+        yield slice(i, i + length), *plans[length]
 
 
 def _cut(carry, start, tile):
@@ -83,45 +93,43 @@ def _cut(carry, start, tile):
 
 
 def koopman_forward_cpu(u, g, dt, start, h0):
-    h = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     wide = _state_dtype(u)
+    h = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     state = torch.zeros_like(u[:, 0], dtype=wide) if h0 is None else h0.to(wide)
-    for tile, (carry, value, gate, states, *spare) in _koopman_tiles(u, 6):
+    for tile, (states, carry, value, gate), steps in _koopman_tiles(u, _scan_steps, 6):
         torch.sigmoid(dt[:, tile].to(wide), out=value)
         _cut(torch.sub(1, value, out=carry), start, tile)
         value.mul_(torch.sigmoid(g[:, tile].to(wide), out=gate)).mul_(u[:, tile])
         value[:, 0].addcmul_(carry[:, 0], state)
-        if u.dtype == wide:
-            states = h[:, tile]
-        _scan_into(states, carry, value, spare)
-        if u.dtype != wide:
-            h[:, tile] = states
-        state = states[:, -1]
-    return h, state.clone()
+        for step in steps:
+            step()
+        h[:, tile] = states
+        state = states[:, -1].clone()
+    return h, state
 
 
 def koopman_backward_cpu(u, g, dt, start, h0, h, dh, dhT):
+    wide = _state_dtype(u)
     du, dg, ddt = (torch.empty(u.shape, dtype=u.dtype, device=u.device) for _ in range(3))
-    first = torch.zeros_like(dhT) if h0 is None else h0.to(dhT.dtype)
+    first = torch.zeros_like(dhT) if h0 is None else h0.to(wide)
     flow = dhT  # what reaches the last step of a tile from its right
-    for tile, (lam, weight, gate, carry, grad, above, *spare) in reversed(_koopman_tiles(u, 8)):
-        logit, x = dt[:, tile].to(lam.dtype), u[:, tile].to(lam.dtype)
+    for tile, (grad, later, above, lam, gate, carry), steps in reversed(list(_koopman_tiles(u, _scan_back_steps, 8))):
+        logit, x = dt[:, tile].to(wide), u[:, tile].to(wide)
         torch.neg(logit, out=lam).sigmoid_()
         _cut(carry.copy_(lam), start, tile)
         above.copy_(dh[:, tile])[:, -1] += flow
         # h_t takes carry_{t+1} from its right; the last entry meets nothing, only finite it must be
-        later = weight
         later[:, :-1], later[:, -1] = carry[:, 1:], 0
-        _scan_back_into(grad, later, above, spare)
+        for step in steps:
+            step()
         flow = carry[:, 0] * grad[:, 0]
-        before = above
+        before, weight = above, later
         before[:, 0] = h[:, tile.start - 1] if tile.start else first
         before[:, 1:] = h[:, tile.start : tile.stop - 1]
-        torch.sigmoid(g[:, tile].to(lam.dtype), out=gate)
+        torch.sigmoid(g[:, tile].to(wide), out=gate)
         grad.mul_(torch.sigmoid(logit, out=weight))
         slope = lam.mul_(gate).mul_(x).addcmul_(carry, before, value=-1)
-        torch.mul(slope, grad, out=carry)
-        ddt[:, tile] = carry
+        ddt[:, tile] = slope.mul_(grad)
         du[:, tile] = grad.mul_(gate)
         dg[:, tile] = grad.mul_(x).mul_(gate.neg_().add_(1))
     return du, dg, ddt, flow

@@ -216,7 +216,7 @@ def ternary_matmul_packed(x, planes, factor, row):
     """x (M, K), M <= 32, times the transpose of ternary_value(ternary_unpack(planes), factor, row): (M, N) like x."""
     floats = (torch.float32, torch.bfloat16, torch.float16)
     if x.dim() != 2 or not 0 < len(x) <= TERNARY_MOST_ROWS or x.dtype not in floats:
-        raise ValueError(f"packed product x {tuple(x.shape)} {x.dtype}: needs floats (M, K), M in 1..{TERNARY_MOST_ROWS}")
+        raise ValueError(f"packed product x {tuple(x.shape)} {x.dtype}: needs floats (M, K), M <= {TERNARY_MOST_ROWS}")
     N, K = planes.shape[0], 4 * planes.shape[1]
     if planes.dtype != torch.uint8 or x.shape[1] != K or row.shape != (N,) or len(factor) != N:
         shapes = ", ".join(str(tuple(a.shape)) for a in (x, planes, factor, row))

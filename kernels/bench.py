@@ -1,0 +1,408 @@
+"""Every operation: checked against its float64 definition, then timed beside what else one would use.
+
+    python -m kernels.bench [OP ..]         # koopman capsule walsh wht loss ternary packed; all if none
+        --json FILE                         # keep the rows
+        --checks                            # check only (on CUDA: every dtype, odd shapes, the same bits twice)
+
+On CUDA the ceilings (copy, matmul) are measured first, the sides of a row take turns over several sets of inputs, and
+`fla` and `accelerated_scan` join where importable. Share of floor: the time that the bytes an operation must move take
+at the measured copy speed, over its own time.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+import triton
+
+from kernels.capsule import capsule_reference, capsule_scan
+from kernels.hadamard import (
+    causal_haar,
+    causal_walsh,
+    causal_walsh_reference,
+    walsh_matrix,
+    walsh_signs,
+    wht,
+    wht_reference,
+)
+from kernels.loss import softcap_ce, softcap_ce_reference
+from kernels.scan import koopman_reference, koopman_scan
+from kernels.ternary import ternary_grid, ternary_matmul_packed, ternary_pack, ternary_project, ternary_value
+
+BENCH_SETS = 4  # sets of inputs taken in turn, so that no cache holds the next one's
+
+
+# ---- inputs and definitions
+
+
+def koopman_inputs(B, T, S, dtype, device):
+    u, g = (torch.randn(B, T, S, device=device, dtype=dtype) for _ in range(2))
+    start = torch.rand(B, T, device=device) < 0.01
+    return u, g, torch.randn(B, T, S, device=device, dtype=dtype) - 3, start, torch.randn(B, S, device=device)
+
+
+def capsule_inputs(B, T, H, C, d, dtype, device):
+    r, p = (torch.randn(B, T, H, C, device=device).softmax(-1).to(dtype) for _ in range(2))
+    loga = -torch.exp(torch.randn(B, T, H, C, device=device) - 2)
+    start = torch.rand(B, T, device=device) < 0.01
+    u, s0 = torch.randn(B, T, H, d, device=device, dtype=dtype), torch.randn(B, H, C, d, device=device)
+    return r, p, u, loga, start, s0
+
+
+def walsh_inputs(B, T, D, dtype, device):
+    pos = torch.arange(T, device=device).expand(B, T) % 700
+    return torch.randn(B, T, D, device=device, dtype=dtype), walsh_signs(torch.arange(D, device=device) % 16, 4), pos
+
+
+def loss_inputs(N, V, dtype, device):
+    return torch.randn(N, V, device=device, dtype=dtype) * 5, torch.randint(V, (N,), device=device), 30.0
+
+
+def packed_inputs(M, N, K, dtype, device):
+    trits, factor, row = ternary_grid(torch.randn(N, K, device=device), 128, "ls")
+    return torch.randn(M, K, device=device, dtype=dtype), ternary_pack(trits), factor, row
+
+
+def _packed_definition(x, planes, factor, row):
+    shifts = torch.arange(0, 8, 2, device=planes.device)[:, None]
+    trits = (planes.unflatten(1, (-1, 1, 32)).int() >> shifts & 3).flatten(1) - 1
+    return x @ ternary_value(trits, factor, row).to(x.dtype).T
+
+
+# ---- checks
+
+
+def _tuple(x):
+    return x if isinstance(x, tuple) else (x,)
+
+
+def results(function, args, weights=None):
+    """Outputs of function, and the gradients of their weighted sum where weights are given."""
+    if weights is None:
+        return [x.detach() for x in _tuple(function(*args))]
+    args = [x.detach().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
+    outputs = _tuple(function(*args))
+    total = sum((o * w.to(o.dtype)).sum() for o, w in zip(outputs, weights))
+    grads = torch.autograd.grad(total, [x for x in args if torch.is_tensor(x) and x.requires_grad])
+    return [*(o.detach() for o in outputs), *grads]
+
+
+def worst_error(ours, truth):
+    """The largest relative L2 error; a result that cancels to nothing is held against the largest of its kind."""
+    scale = max(t.norm().item() for t in truth) / 20
+    return max(((a.double() - t).norm() / max(t.norm().item(), scale)).item() for a, t in zip(ours, truth))
+
+
+def _double(x):
+    return x.double() if torch.is_tensor(x) and x.is_floating_point() else x
+
+
+def check_cases(dtype, device):
+    """(name, operation, definition, inputs, has gradients) at small and odd shapes."""
+    for T in (1, 7, 63, 65, 1000):
+        yield f"koopman T={T}", koopman_scan, koopman_reference, koopman_inputs(2, T, 40, dtype, device), True
+        args = capsule_inputs(2, T, 3, 5, 20, dtype, device)
+        yield f"capsule T={T}", capsule_scan, capsule_reference, args, True
+        x, signs, pos = walsh_inputs(2, T, 70, dtype, device)
+        yield f"walsh T={T}", partial(causal_walsh, signs=signs, pos=pos), partial(
+            causal_walsh_reference, signs=signs, pos=pos
+        ), (x,), True
+        gates = torch.randn(2, T, 2, 7, device=device).softmax(-1).to(dtype)
+        yield f"haar T={T}", partial(causal_haar, pos=pos), partial(causal_haar, pos=pos), (x, gates), True
+    for block in (2, 16, 64, 128):
+        x = torch.randn(37, 256, device=device, dtype=dtype)
+        yield f"wht {block}", partial(wht, block=block), partial(wht_reference, block=block), (x,), True
+    for N, V in ((1, 7), (65, 1000), (33, 8200)):
+        yield f"loss V={V}", softcap_ce, softcap_ce_reference, loss_inputs(N, V, dtype, device), True
+    for M, N, K in ((1, 5, 128), (17, 70, 384)):
+        yield f"packed M={M}", ternary_matmul_packed, _packed_definition, packed_inputs(M, N, K, dtype, device), False
+
+
+def run_checks(device, dtypes):
+    """Rows of the checks; raises on an error past the limits or on bits that differ between two runs."""
+    rows = []
+    for dtype in dtypes:
+        limit = 5e-6 if dtype == torch.float32 else 2e-2 if dtype == torch.bfloat16 else 3e-3
+        for name, operation, definition, args, learns in check_cases(dtype, device):
+            weights = [torch.randn(o.shape, device=device) for o in results(operation, args)] if learns else None
+            truth = results(
+                definition, [_double(x).cpu() if torch.is_tensor(x) else x for x in args],
+                weights and [w.double().cpu() for w in weights],
+            ) if not isinstance(definition, partial) else results(definition, [_double(x) for x in args], weights)
+            once, again = results(operation, args, weights), results(operation, args, weights)
+            error = worst_error([x.cpu() for x in once], [x.cpu().double() for x in truth])
+            same = all(torch.equal(a, b) for a, b in zip(once, again))
+            rows.append({"check": name, "dtype": str(dtype).removeprefix("torch."), "error": error, "same_bits": same})
+            if not (error <= limit and same):
+                raise SystemExit(f"check failed: {rows[-1]}, limit {limit}")
+    rows += check_projection(device)
+    return rows
+
+
+def check_projection(device):
+    """The ternary grid has the same bits here and on the CPU."""
+    w = torch.randn(3, 96, 768) * 0.02
+    rows = []
+    for rule in ("absmean", "rms", "ls"):
+        same = torch.equal(ternary_project(w.to(device), 128, rule).cpu(), ternary_value(*ternary_grid(w, 128, rule)))
+        rows.append({"check": f"ternary {rule}", "dtype": "float32", "error": 0.0, "same_bits": same})
+        if not same:
+            raise SystemExit(f"check failed: {rows[-1]}: the projection differs from the CPU's")
+    return rows
+
+
+# ---- candidates: name -> function of nothing, for one set of inputs
+
+
+def learn(function, args, weight):
+    """Forward and backward, as a training step has them."""
+    leaves = [x.detach().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
+    grads = [x for x in leaves if torch.is_tensor(x) and x.requires_grad]
+    return lambda: torch.autograd.grad(_tuple(function(*leaves))[0], grads, weight, allow_unused=True)
+
+
+def koopman_indexed(u, g, dt, start, h0):
+    """The loop most people write first."""
+    decay, value, h = torch.sigmoid(-dt) * ~start[..., None], torch.sigmoid(dt) * torch.sigmoid(g) * u, h0
+    out = []
+    for t in range(u.shape[1]):
+        h = decay[:, t] * h + value[:, t]
+        out.append(h)
+    return torch.stack(out, 1), h
+
+
+def capsule_indexed(r, p, u, loga, start, s0):
+    decay, weight, S, y = loga.exp() * ~start[..., None, None], -torch.expm1(loga) * r, s0, []
+    for t in range(u.shape[1]):
+        S = decay[:, t, ..., None] * S + weight[:, t, ..., None] * u[:, t, :, None]
+        y.append((p[:, t, ..., None] * S).sum(-2))
+    return torch.stack(y, 1), S
+
+
+def koopman_sides(args, backward):
+    u, g, dt, _, _ = args
+    sides = {"ours": koopman_scan}
+    if not u.is_cuda:
+        sides |= {"loop": koopman_reference, "indexed loop": koopman_indexed}
+        return _sides(sides, args, torch.randn_like(u), backward)
+    log_decay, value = F.logsigmoid(-dt.float()).to(u.dtype), torch.sigmoid(dt) * torch.sigmoid(g) * u
+    out = _sides(sides, args, torch.randn_like(u), backward)
+    if find_spec("fla"):
+        from fla.ops.hgrn import chunk_hgrn, fused_recurrent_hgrn
+        for name, f in (("fla fused", fused_recurrent_hgrn), ("fla chunk", chunk_hgrn)):
+            out |= _sides({name: f}, (value, log_decay), torch.randn_like(u), backward)
+    if find_spec("accelerated_scan"):
+        from accelerated_scan.scalar import scan
+        flat = tuple(x.mT.contiguous() for x in (log_decay.exp(), value))
+        if triton.next_power_of_2(u.shape[1]) == u.shape[1]:
+            out |= _sides({"accelerated_scan": scan}, flat, torch.randn_like(flat[0]), backward)
+    if not backward:
+        out["cumsum"] = lambda: value.cumsum(1)
+    return out
+
+
+def capsule_sides(args, backward):
+    r, p, u, loga, _, _ = args
+    if not u.is_cuda:
+        loops = {"ours": capsule_scan, "loop": capsule_reference, "indexed loop": capsule_indexed}
+        return _sides(loops, args, torch.randn_like(u), backward)
+    out = _sides({"ours": capsule_scan}, args, torch.randn_like(u), backward)
+    if find_spec("fla"):
+        from fla.ops.gla import chunk_gla
+        from fla.ops.simple_gla import chunk_simple_gla
+        decay = loga.to(u.dtype)
+        out |= _sides({"fla gla": chunk_gla}, (p, r, u, decay), torch.randn_like(u), backward)
+        out |= _sides({"fla simple": chunk_simple_gla}, (p, r, u, loga.mean(-1)), torch.randn_like(u), backward)
+    return out
+
+
+def walsh_sides(args, backward):
+    x, signs, pos = args
+    back = torch.arange(16, device=x.device)
+    filters = torch.stack([signs[i][:, None] ** (back >> i & 1) for i in range(4)]).prod(0).flip(1)[:, None] / 4
+
+    def convolution(x):  # ignores documents
+        return F.conv1d(F.pad(x.mT, (15, 0)), filters.to(x.dtype), groups=x.shape[2]).mT
+
+    sides = {"ours": partial(causal_walsh, signs=signs, pos=pos), "depthwise conv": convolution}
+    return _sides(sides, (x,), torch.randn_like(x), backward) | ({} if backward else {"clone": x.clone})
+
+
+def wht_sides(args, backward):
+    x, block = args
+    H = walsh_matrix(block, x) * block**-0.5
+    sides = {"ours": partial(wht, block=block), "matmul": lambda x: (x.unflatten(-1, (-1, block)) @ H).flatten(-2)}
+    return _sides(sides, (x,), torch.randn_like(x), backward) | ({} if backward else {"clone": x.clone})
+
+
+def loss_sides(args, backward):
+    logits, targets, cap = args
+
+    def eager(logits):
+        return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
+
+    sides = {"ours": lambda z: softcap_ce(z, targets, cap)[0], "eager": eager}
+    if logits.is_cuda:
+        sides["compiled"] = torch.compile(eager)
+    return _sides(sides, (logits,), torch.ones(len(logits), device=logits.device), backward)
+
+
+def ternary_sides(args, backward):
+    (w,) = args
+
+    def eager(w):
+        x = w.unflatten(-1, (-1, 128))
+        scale = x.abs().mean(-1, keepdim=True)
+        return ((x / scale).round().clamp(-1, 1) * scale).flatten(-2)
+
+    return {"ours": lambda: ternary_project(w, 128, "ls"), "absmean, free scale": lambda: eager(w), "clone": w.clone}
+
+
+def packed_sides(args, backward):
+    x, planes, factor, row = args
+    weight = _packed_definition(torch.eye(x.shape[1], device=x.device), planes, factor, row).T.to(x.dtype).contiguous()
+    return {"ours": lambda: ternary_matmul_packed(x, planes, factor, row), "F.linear": lambda: F.linear(x, weight)}
+
+
+def _sides(functions, args, weight, backward=True):
+    if backward:
+        return {name: learn(f, args, weight) for name, f in functions.items()}
+    return {name: partial(f, *args) for name, f in functions.items()}
+
+
+def bench_cases(device):
+    """(operation, shape, inputs, sides, backward, bytes that must move)."""
+    cuda = device.type == "cuda"
+    dtype, size = (torch.bfloat16, 2) if cuda else (torch.float32, 4)
+    scans = [(64, 1024), (32, 2048), (8, 8192), (2, 32768)] if cuda else [(4, 1024)]
+    for B, T in scans:
+        for S in (128, 768) if cuda else (256,):
+            n = B * T * S * size
+            for back in (False, True):
+                inputs = partial(koopman_inputs, B, T, S, dtype, device)
+                yield "koopman", f"B{B} T{T} S{S}", inputs, koopman_sides, back, (12 if back else 4) * n
+    for B, T, H in [(32, 2048, 12), (2, 16384, 12)] if cuda else [(4, 1024, 4)]:
+        n = B * T * H * (64 + 16 * 2) * size
+        for back in (False, True):
+            inputs = partial(capsule_inputs, B, T, H, 16, 64, dtype, device)
+            yield "capsule", f"B{B} T{T} H{H} C16 d64", inputs, capsule_sides, back, (5 if back else 2) * n
+    B, T, D = (32, 2048, 768) if cuda else (4, 1024, 256)
+    for back in (False, True):
+        inputs = partial(walsh_inputs, B, T, D, dtype, device)
+        yield "walsh", f"B{B} T{T} D{D} m4", inputs, walsh_sides, back, (4 if back else 2) * B * T * D * size
+    for block in (64, 128):
+        inputs = lambda block=block: (torch.randn(B, T, D, dtype=dtype, device=device), block)  # noqa: E731
+        yield "wht", f"B{B} T{T} D{D} n{block}", inputs, wht_sides, False, 2 * B * T * D * size
+    N, V = (65536, 8192) if cuda else (1024, 4096)
+    for back in (False, True):
+        inputs = partial(loss_inputs, N, V, dtype, device)
+        yield "loss", f"N{N} V{V}", inputs, loss_sides, back, (3 if back else 1) * N * V * size
+    shape = (48, 768, 768) if cuda else (6, 256, 768)
+    inputs = lambda: (torch.randn(shape, device=device),)  # noqa: E731
+    yield "ternary", "x".join(map(str, shape)), inputs, ternary_sides, False, 8 * shape[0] * shape[1] * shape[2]
+    for M in (1, 4, 16) if cuda else (1, 16):
+        side = 4096 if cuda else 768
+        inputs = partial(packed_inputs, M, side, side, dtype, device)
+        yield "packed", f"M{M} {side}x{side}", inputs, packed_sides, False, side * side // 4
+
+
+# ---- clocks
+
+
+def _clock(function, device):
+    """Seconds of one call."""
+    if device.type != "cuda":
+        before = time.perf_counter()
+        function()
+        return time.perf_counter() - before
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def time_sides(sets, device, seconds):
+    """name -> (median, 20th and 80th percentile): the sides take turns, and each turn takes the next set of inputs."""
+    seen = {name: [] for name in sets[0]}
+    for name in seen:
+        for sides in sets:
+            sides[name]()
+    begun, turn = time.perf_counter(), 0
+    while turn < 5 or (time.perf_counter() - begun < seconds and turn < 200):
+        for name, times in seen.items():
+            if turn < 5 or statistics.median(times) * len(times) < seconds:  # a slow side does not hold up the others
+                times.append(_clock(sets[turn % len(sets)][name], device))
+        turn += 1
+    quantiles = {name: statistics.quantiles(times, n=10) for name, times in seen.items()}
+    return {name: (statistics.median(times), quantiles[name][1], quantiles[name][7]) for name, times in seen.items()}
+
+
+def ceilings(device):
+    """Bytes per second of a copy and operations per second of a matmul, on random data."""
+    cuda = device.type == "cuda"
+    dtype, n = (torch.bfloat16, 8192) if cuda else (torch.float32, 1024)
+    source = torch.randn(2**30 if cuda else 2**24, device=device)
+    target, a, b = torch.empty_like(source), *(torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    sides = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}
+    times = time_sides([sides], device, 1.0)
+    return 8 * source.numel() / times["copy"][0], 2 * n**3 / times["matmul"][0]
+
+
+def run_bench(device, names, seconds):
+    copy, matmul = ceilings(device)
+    print(f"measured ceilings: copy {copy / 1e9:.1f} GB/s, matmul {matmul / 1e12:.2f} T/s")
+    head = " ".join(f"{x:>9}" for x in ("ms", "p20", "p80"))
+    print(f"{'operation':9} {'shape':22} {'pass':8} {'side':20} {head}  x ours  floor")
+    rows = []
+    for operation, shape, inputs, sides, backward, size in bench_cases(device):
+        if names and operation not in names:
+            continue
+        sets = [sides(inputs(), backward) for _ in range(BENCH_SETS if device.type == "cuda" else 1)]
+        times = time_sides(sets, device, seconds)
+        for side, (median, low, high) in times.items():
+            row = {
+                "operation": operation, "shape": shape, "pass": "fwd+bwd" if backward else "fwd", "side": side,
+                "ms": median * 1e3, "p20": low * 1e3, "p80": high * 1e3, "ratio": median / times["ours"][0],
+                "floor": size / copy / median,
+            }
+            rows.append(row)
+            print(f"{operation:9} {shape:22} {row['pass']:8} {side:20} {row['ms']:9.3f} {row['p20']:9.3f} "
+                  f"{row['p80']:9.3f} {row['ratio']:7.2f} {row['floor']:6.0%}")
+    return {"copy": copy, "matmul": matmul, "rows": rows}
+
+
+def main_bench(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("operations", nargs="*", help="koopman capsule walsh wht loss ternary packed; all if none")
+    parser.add_argument("--json", help="write everything to this file")
+    parser.add_argument("--checks", action="store_true", help="check only")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=1.0, help="clock time per row and side")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    print(f"{name}; torch {torch.__version__}, triton {triton.__version__}")
+    wide = (torch.float32, torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32,)
+    report = {"device": name, "torch": torch.__version__, "triton": triton.__version__}
+    report["checks"] = run_checks(device, wide)
+    worst = max(report["checks"], key=lambda row: row["error"] if row["dtype"] == "float32" else 0.0)
+    print(f"{len(report['checks'])} checks passed; worst float32 error {worst['error']:.1e} ({worst['check']})")
+    if not args.checks:
+        report |= run_bench(device, args.operations, args.seconds)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(report, file, indent=1)
+
+
+if __name__ == "__main__":
+    main_bench(sys.argv[1:])
