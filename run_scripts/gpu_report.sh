@@ -15,7 +15,7 @@ mkdir -p "$out"
 "$PY" -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu_report: no CUDA device here")'
 
 echo "== every operation"
-timeout 180 "$PY" -m kernels.bench --seconds 0.1 --json "$out/bench.json" | tee "$out/bench.txt"
+timeout 180 "$PY" -m kernels.bench --seconds 0.1 --json "$out/bench.json" | tee "$out/bench.txt" || echo "bench: see above"
 
 echo "== skc_competition, and its twin with attention in every layer"
 timeout 90 "$PY" -m data.prepare local --vocab 8192 --out "$data" >"$out/data.txt"

@@ -1,14 +1,18 @@
-"""kernels/gate.py: every kernel compiles for sm_90 at its production launches, without spills, as the table says."""
+"""kernels/gate.py and bench.py: every kernel compiles for sm_90 as the table says, without spills; the bench can fail."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from kernels.bench import main_bench, run_checks
 from kernels.gate import GATE_SHARED, gate_faults, gate_table
+from kernels.scan import koopman_scan
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,3 +74,19 @@ def test_the_interpreter_cannot_pass_for_the_compiler():
 def test_every_launch_compiles_as_recorded():
     done = gate("--check")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_bench_checks_and_times_every_operation(tmp_path, capsys):
+    assert main_bench(["wht", "--device", "cpu", "--seconds", "0.01", "--json", str(tmp_path / "b.json")]) == 0
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert all(row["ok"] for row in report["checks"]) and {row["side"] for row in report["rows"]} >= {"ours", "matmul"}
+    assert "0 failed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_wrong_operation_fails_the_bench(monkeypatch):
+    scan = koopman_scan
+    monkeypatch.setattr("kernels.bench.koopman_scan", lambda u, g, dt, start, h0: scan(u, g, dt * 1.001, start, h0))
+    rows = run_checks(torch.device("cpu"), [torch.float32])
+    assert {row["check"].split()[0] for row in rows if not row["ok"]} == {"koopman"}
