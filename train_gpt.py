@@ -52,11 +52,11 @@ from export.budget import check_budget, describe, plan_bytes
 from export.container import BYTE_CAP, Row, check_model, check_shipped, pack, unpack, write_artifact
 from export.gptq import CurvatureCollector, gptq_int, gptq_ternary
 from export.quantise import INT_BITS, int_grid, int_value
-from kernels.attention import attend, attention_mask, rotary_tables, rotate_pairs
+from kernels.attention import attend, attention_mask, positions, rotary_tables, rotate_pairs
 from kernels.capsule import capsule_scan
 from kernels.engram import Engram, EngramRead
-from kernels.hadamard import causal_walsh, walsh_signs
-from kernels.layers import Conv, Feedback, Gate, Linear, Matrix, NoConv, Part, after, detached, hold, positions, rms
+from kernels.hadamard import causal_haar, causal_walsh, walsh_signs
+from kernels.layers import Feedback, Gate, Linear, Matrix, Part, Site, convolution, detached, history, hold, rms
 from kernels.loss import softcap_ce
 from kernels.masters import MasterGroup, clip_gradients
 from kernels.moe import moe_mix, route
@@ -302,10 +302,6 @@ def check_config(c: Config) -> None:
 # no quantiser in any forward: the optimizer owns fp32 masters, and parameters always hold the values that ship.
 
 
-def convolution(c: Config, width: int) -> nn.Module:
-    return Conv(width, c.conv_taps) if c.conv_taps > 0 else NoConv()
-
-
 ACTIVATIONS = {"lrelu2": lambda u: F.leaky_relu(u, 0.5).square(), "relu2": lambda u: F.relu(u).square()}
 
 
@@ -369,7 +365,7 @@ class Attention(Part):
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.c, self.d = c, c.dim // c.heads
-        self.conv = convolution(c, c.dim)
+        self.conv = convolution(c.dim, c.conv_taps)
         self.qkv = Linear(c.dim, c.dim + 2 * c.kv_heads * self.d)
         self.out = Linear(c.dim, c.dim, std=0.0)
         self.gain = nn.Parameter(torch.full((c.heads, 1), 5.0 if c.rope_dims < self.d else 1.5))
@@ -417,7 +413,7 @@ class Koopman(Part):
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.proj = Linear(c.dim, 3 * c.width)
-        self.conv = convolution(c, c.width)
+        self.conv = convolution(c.width, c.conv_taps)
         constants = torch.logspace(math.log10(2), math.log10(2048), c.width)
         self.decay = Gate(bias=-torch.logit(torch.exp(-1 / constants)))
         self.mix_in = nn.Parameter(torch.randn(c.width, c.mix_rank) * 0.02)
@@ -446,7 +442,7 @@ class Capsules(Part):
         self.c, self.d = c, c.dim // c.heads
         self.value = Linear(c.dim, 2 * c.dim)
         self.control = Linear(c.dim, c.heads * (2 * c.slots + ("static" not in c.parts)), "control")
-        self.conv = convolution(c, c.dim)
+        self.conv = convolution(c.dim, c.conv_taps)
         if "spectral" in c.parts:
             self.spectral = nn.Parameter(torch.full((c.dim,), 0.1))
             rows = torch.arange(self.d, device="cpu") * 2**self.ORDER // self.d  # each head has the whole range
@@ -469,8 +465,8 @@ class Capsules(Part):
         filtered, tail = self.conv(u, ctx.pos, old["conv"])
         walsh = None
         if "spectral" in c.parts:
-            w, walsh = self.filter_bank(u, ctx.pos, old["walsh"])
-            filtered = filtered + self.spectral.to(x.dtype) * w
+            us, reach, walsh = history(u, ctx.pos, old["walsh"], 2**self.ORDER - 1)
+            filtered = filtered + self.spectral.to(x.dtype) * causal_walsh(us, self.signs.to(u.dtype), reach)[:, -T:]
         focus = self.focus.to(x.dtype)
         r, p = torch.softmax(focus[0] * rms(write), -1), torch.softmax(focus[1] * rms(read), -1)
         p = p + torch.einsum("bthn,hnr,hmr->bthm", p, self.mix_in.to(x.dtype), self.mix_out.to(x.dtype))
@@ -480,12 +476,6 @@ class Capsules(Part):
         y = rms(y.to(x.dtype)).reshape(B, T, c.dim) * F.silu(g)
         return self.out(rms(y)), {"conv": tail, "walsh": walsh, "slots": slots}, routing_statistics(r, loga)
 
-    def filter_bank(self, u, pos, tail):
-        back = 2**self.ORDER - 1
-        us, tail = after(tail, u, back)
-        before = pos[:, :1] - torch.arange(back, 0, -1, device=pos.device)
-        return causal_walsh(us, self.signs.to(u.dtype), torch.cat([before, pos], 1))[:, back:], tail
-
 
 def routing_statistics(r, loga) -> dict:
     """Every 16th token is enough to see a slot die or all routing become equal."""
@@ -494,7 +484,29 @@ def routing_statistics(r, loga) -> dict:
     return {"slot_entropy": entropy, "slot_least": r.mean((0, 1)).min(), "lambda_mean": loga.exp().mean()}
 
 
-MIXERS = {"A": Attention, "K": Koopman, "S": Capsules}
+class Wavefield(Part):
+    """W: Haar details of the last 2^LEVELS values at every scale, each head choosing scales by token."""
+
+    LEVELS = 6
+
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.conv = convolution(c.dim, c.conv_taps)
+        self.value = Linear(c.dim, c.dim)
+        self.scales = Linear(c.dim, c.heads * (self.LEVELS + 1), "control")
+        self.heads = c.heads
+        self.out = Linear(c.dim, c.dim, std=0.0)
+
+    def forward(self, x, ctx, state):
+        old, back = state or {"conv": None, "haar": None}, 2**self.LEVELS - 1
+        n, tail = self.conv(x, ctx.pos, old["conv"])
+        v, reach, haar = history(self.value(n), ctx.pos, old["haar"], back)
+        gates = torch.softmax(self.scales(x).unflatten(-1, (self.heads, -1)), -1)
+        y = causal_haar(v, F.pad(gates, (0, 0, 0, 0, back, 0)), reach)[:, back:]
+        return self.out(rms(y)), {"conv": tail, "haar": haar}, {"smooth": gates[..., -1].detach().mean()}
+
+
+MIXERS = {"A": Attention, "K": Koopman, "S": Capsules, "W": Wavefield}
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -544,34 +556,6 @@ class Block(nn.Module):
         self.engram = EngramRead(c.engram_heads * c.engram_width, c.dim) if c.engram_layers and layer in reads else None
 
 
-class Site(Part):
-    """Everything a block does not share between its passes: input mix, output scales, skip, stream weights."""
-
-    def __init__(self, c: Config, slot: Visit):
-        super().__init__()
-        self.mix = nn.Parameter(torch.stack([torch.ones(c.dim), torch.zeros(c.dim)]))
-        self.scale = nn.Parameter(torch.ones(2, c.dim))
-        if slot.take is not None:
-            self.skip = nn.Parameter(torch.ones(c.dim))
-        if c.streams == 2:
-            self.blend = nn.Parameter(torch.zeros(1)) if slot.site else None  # the first pair is equal
-            self.write = nn.Parameter(torch.ones(2, 2, 1))
-
-    def enter(self, xs: list, x0) -> list:
-        """Blend a pair of streams (doubly stochastic, identity at first), then mix in the embedding."""
-        if len(xs) == 2 and self.blend is not None:
-            across = self.blend.to(x0.dtype) * (xs[0] - xs[1])
-            xs = [xs[0] - across, xs[1] + across]
-        mix = self.mix.to(x0.dtype)
-        return [mix[0] * x + mix[1] * x0 for x in xs]
-
-    def add(self, xs: list, y, part: int) -> list:
-        y = self.scale[part].to(y.dtype) * y
-        if len(xs) == 1:
-            return [xs[0] + y]
-        return [x + self.write[part, i].to(y.dtype) * y for i, x in enumerate(xs)]
-
-
 class Trip(NamedTuple):
     """What the steps of one forward pass find and leave."""
 
@@ -594,7 +578,8 @@ class GPT(Part):
             self.smear = Gate(weight=torch.zeros(12), scale=torch.zeros(1))
         self.engram = Engram(c.engram_heads, c.engram_rows, c.engram_width) if c.engram_layers else None
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.blocks))
-        self.sites = nn.ModuleList(Site(c, slot) for slot in sorted(set(slots), key=lambda s: s.site))
+        sites = sorted({(slot.site, slot.take is not None) for slot in slots})
+        self.sites = nn.ModuleList(Site(c.dim, c.streams, skips, first=site == 0) for site, skips in sites)
         self.feedback = Feedback(c.feedback_passes, c.dim) if c.feedback_passes else None
         self.ahead = nn.ModuleList(Linear(c.dim, c.dim, "train_only", std=0.0) for _ in range(c.mtp_heads))
         if "untied" in c.parts:

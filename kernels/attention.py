@@ -10,6 +10,13 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 
+def positions(start, before):
+    """Tokens since the document's start; `before` (B,) of them came in earlier pieces."""
+    t = torch.arange(start.shape[1], device=start.device)
+    last = torch.where(start, t, -1).cummax(1).values
+    return torch.where(last >= 0, t - last, t + before.unsqueeze(1))
+
+
 def rotary_tables(pos, dims: int):
     """Cosines and sines (B, T, 1, dims / 2) of positions in the document; angles in fp64, so far ones stay exact."""
     exponents = torch.arange(0, dims, 2, device=pos.device, dtype=torch.float64) / dims

@@ -48,6 +48,13 @@ def after(tail, x, length: int):
     return xs, xs[:, xs.shape[1] - length :]
 
 
+def history(x, pos, tail, length: int):
+    """As `after`, with the positions of all rows: those before a document's start are negative."""
+    xs, tail = after(tail, x, length)
+    before = pos[:, :1] - torch.arange(length, 0, -1, device=pos.device)
+    return xs, torch.cat([before, pos], 1), tail
+
+
 class Conv(Part):
     """Causal depthwise convolution, identity at first; no tap reaches across a document's start."""
 
@@ -69,6 +76,39 @@ class NoConv(nn.Module):
         return x, tail
 
 
+def convolution(width: int, taps: int) -> nn.Module:
+    return Conv(width, taps) if taps > 0 else NoConv()
+
+
+class Site(Part):
+    """What a block does not share between its places in the network: input mix, output scales, skip, stream weights."""
+
+    def __init__(self, width: int, streams: int, skips: bool, first: bool):
+        super().__init__()
+        self.mix = nn.Parameter(torch.stack([torch.ones(width), torch.zeros(width)]))
+        self.scale = nn.Parameter(torch.ones(2, width))
+        if skips:
+            self.skip = nn.Parameter(torch.ones(width))
+        if streams == 2:
+            self.blend = None if first else nn.Parameter(torch.zeros(1))  # the first pair is equal
+            self.write = nn.Parameter(torch.ones(2, 2, 1))
+
+    def enter(self, xs: list, x0) -> list:
+        """Blend a pair of streams (doubly stochastic, identity at first), then mix in the embedding."""
+        if len(xs) == 2 and self.blend is not None:
+            across = self.blend.to(x0.dtype) * (xs[0] - xs[1])
+            xs = [xs[0] - across, xs[1] + across]
+        mix = self.mix.to(x0.dtype)
+        return [mix[0] * x + mix[1] * x0 for x in xs]
+
+    def add(self, xs: list, y, part: int) -> list:
+        """The mixer's output (part 0) or the MLP's (part 1), written to every stream."""
+        y = self.scale[part].to(y.dtype) * y
+        if len(xs) == 1:
+            return [xs[0] + y]
+        return [x + self.write[part, i].to(y.dtype) * y for i, x in enumerate(xs)]
+
+
 class Feedback(Part):
     """What a run of layers came to enters it again, mixed over channels; one gate per pass and channel."""
 
@@ -81,13 +121,6 @@ class Feedback(Part):
     def forward(self, entry: list, y, turn: int) -> list:
         back = self.gate[turn].to(y.dtype) * wht(y, self.block)
         return [x + back for x in entry]
-
-
-def positions(start, before):
-    """Tokens since the document's start; `before` (B,) of them came in earlier pieces."""
-    t = torch.arange(start.shape[1], device=start.device)
-    last = torch.where(start, t, -1).cummax(1).values
-    return torch.where(last >= 0, t - last, t + before.unsqueeze(1))
 
 
 def hold(rest, old: list, new: list) -> list:
