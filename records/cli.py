@@ -223,24 +223,13 @@ def report_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="python -m records", description="Check, verify, compare, write and list records."
-    )
-    commands = top.add_subparsers(dest="command_name", required=True)
+Parser = argparse.ArgumentParser
 
-    def add(name: str, run: Callable, help_: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help_, description=help_)
-        sub.set_defaults(run_command=run)
-        return sub
 
-    p = add("check", check, "Check submission folders, anybody's, without running anything in them.")
+def check_options(p: Parser) -> None:
     p.add_argument("path", nargs="+", help="a submission folder, or a folder that holds some")
     p.add_argument(
-        "--policy",
-        choices=("readme", "practice"),
-        default="practice",
-        help="the written rules, or the rules as applied (default)",
+        "--policy", choices=("readme", "practice"), default="practice", help="written rules, or as applied (default)"
     )
     p.add_argument(
         "--baseline", default="", help="record to test significance against (default: the best earlier one beside it)"
@@ -249,9 +238,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--html", default="", metavar="FILE", help="write a page as well")
     p.add_argument("--all", action="store_true", help="show what passed, too")
 
-    p = add(
-        "verify", verify_command, "Run a submission's own evaluation without network and compare it with the claim."
-    )
+
+def verify_options(p: Parser) -> None:
     p.add_argument("folder")
     p.add_argument("--artifact", required=True, help="the shipped model")
     p.add_argument("--data", required=True, help="folder with tokenizer and validation shards")
@@ -260,17 +248,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--timeout", type=float, default=3600.0, help="seconds")
     p.add_argument("--json", action="store_true")
 
-    p = add(
-        "compare",
-        compare_command,
-        "Compare two records or two runs: one-sided Welch test, both rules, all facts side by side.",
-    )
+
+def compare_options(p: Parser) -> None:
     p.add_argument("baseline")
     p.add_argument("new")
     p.add_argument("--mode", default="", help="evaluation mode of runs (default: the headline)")
     p.add_argument("--json", action="store_true")
 
-    p = add("new", new_command, "Write a record folder from finished runs.")
+
+def new_options(p: Parser) -> None:
     p.add_argument("--from", dest="from_", nargs="+", required=True, metavar="RUN")
     p.add_argument("--script", default="train_gpt.py", help="the packed script (build_submission.py writes it)")
     p.add_argument("--name", required=True)
@@ -278,18 +264,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--github", default="")
     p.add_argument("--blurb", default="")
     p.add_argument("--date", default="", help="YYYY-MM-DD (default: today)")
-    p.add_argument(
-        "--mode", default="", help="evaluation mode that is claimed (default: the one of val_bpb in result.json)"
-    )
+    p.add_argument("--mode", default="", help="evaluation mode that is claimed (default: the last one of the run)")
     p.add_argument("--address", default="", help="where the artifacts lie, instead of copying them")
     p.add_argument("--out", default=str(LEDGER.parent), help="parent folder (default: records/)")
 
-    p = add("ledger", ledger_command, "Append runs to the ledger, good or bad; without a run, show what is flagged.")
+
+def ledger_options(p: Parser) -> None:
     p.add_argument("run", nargs="*")
     p.add_argument("--file", default=str(LEDGER))
     p.add_argument("--note", default="")
 
-    p = add("list", list_command, "The leaderboard over the ledger.")
+
+def list_options(p: Parser) -> None:
     p.add_argument("--file", default=str(LEDGER))
     p.add_argument("--mode", choices=("val_bpb", *MODES), default="val_bpb", help="score to sort by")
     p.add_argument(
@@ -302,10 +288,46 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=int, default=0)
     p.add_argument("--json", action="store_true")
 
-    p = add("report", report_command, "Write report.md and report.html of a run.")
+
+def report_options(p: Parser) -> None:
     p.add_argument("run")
     p.add_argument("-o", "--out", default="", help="folder (default: the run's own)")
     p.add_argument("--price", type=float, default=None, help="price of the machine per hour")
+
+
+COMMANDS: tuple[tuple[str, Callable, Callable, str], ...] = (
+    ("check", check, check_options, "Check submission folders, anybody's, without running anything in them."),
+    (
+        "verify",
+        verify_command,
+        verify_options,
+        "Run a submission's evaluation without network and compare it with the claim.",
+    ),
+    (
+        "compare",
+        compare_command,
+        compare_options,
+        "Compare two records or runs: one-sided Welch test, both rules, all facts.",
+    ),
+    ("new", new_command, new_options, "Write a record folder from finished runs."),
+    (
+        "ledger",
+        ledger_command,
+        ledger_options,
+        "Append runs to the ledger, good or bad; without a run, show what is flagged.",
+    ),
+    ("list", list_command, list_options, "The leaderboard over the ledger."),
+    ("report", report_command, report_options, "Write report.md and report.html of a run."),
+)
+
+
+def parser() -> Parser:
+    top = Parser(prog="python -m records", description="Check, verify, compare, write and list records.")
+    commands = top.add_subparsers(dest="command_name", required=True)
+    for name, run, options, text in COMMANDS:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run_command=run)
+        options(sub)
     return top
 
 

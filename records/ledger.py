@@ -45,7 +45,7 @@ def cell(value: object) -> str:
 def row_of(run: Run, note: str = "") -> dict[str, str]:
     modes, metrics = run.modes(), run.metrics
     _, size, digest = run.artifact
-    device = run.fact("device_name") or run.fact("device")
+    device = run.fact("device_name") or run.fact("device") or run.machine[0]
     values: dict[str, object] = {
         "date": str(run.fact("date") or file_date(run)),
         "run": run.name,

@@ -15,12 +15,11 @@ from records.files import clean
 from records.folder import sha256_file
 from records.page import STYLE
 from records.plot import bars, lines
-from records.report import loss_ranges, md_table, span
+from records.report import HEADS, loss_ranges, md_table, span
 from records.runs import Run
 from records.stats import deviation, mean
 
 MAX_METRIC_LINES = 4_000  # step lines kept in a record; every other event is kept whole
-ENTROPY = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +57,14 @@ def score_of(run: Run, mode: str) -> Scored:
         raise ValueError(
             f"{run.path}: no evaluation of the shipped artifact in metrics.jsonl; run train_gpt.py --evaluate first"
         )
-    headline = as_number(run.result.get("val_bpb"))
-    named = mode or next(
-        (
-            m
-            for m, e in evals.items()
-            if headline is not None and as_number(e.get("bpb")) is not None and abs(e["bpb"] - headline) < ENTROPY
-        ),
-        "",
-    )
+    named = mode or list(evals)[-1]  # modes run in a fixed order; the last is the fullest, whatever its score
     if named not in evals:
-        raise ValueError(
-            f"{run.path}: val_bpb {headline} of result.json is none of {', '.join(evals)}; name one with --mode"
-        )
+        raise ValueError(f"{run.path}: no evaluation {named!r}; it has {', '.join(evals)}")
     event = evals[named]
     bpb, nats, tokens, nbytes = (as_number(event.get(k)) for k in ("bpb", "nats", "tokens", "nbytes"))
     if not (bpb and nats and tokens and nbytes):
         raise ValueError(f"{run.path}: evaluation {named} lacks bpb, nats, tokens or nbytes")
-    if event.get("partial"):
+    if event.get("partial") or run.result.get("partial"):
         raise ValueError(f"{run.path}: evaluation {named} is partial; a record needs the whole validation set")
     if abs(nats / np.log(2) / nbytes - bpb) > 1e-6:
         raise ValueError(
@@ -198,11 +187,11 @@ def copy_run(folder: Path, run: Run, label: str) -> None:
 
 
 def world_size(run: Run) -> int:
-    return int(as_number(run.fact("world_size")) or 1)
+    return int(as_number(run.fact("world_size")) or run.machine[1])
 
 
 def device(run: Run) -> str:
-    return str(run.fact("device_name") or run.fact("device") or "unknown")
+    return str(run.fact("device_name") or run.fact("device") or run.machine[0])
 
 
 def is_official(s: Scored) -> bool:
@@ -281,72 +270,44 @@ def plots(folder: Path, scored: list[Scored]) -> None:
 
 
 def readme(claim: dict, scored: list[Scored], failed: list[Run], request: Request) -> str:
-    rows = [
-        [
-            str(s.run.seed),
-            f"{s.bpb:.8f}",
-            f"{s.nats / s.tokens:.8f}",
-            s.run.metrics.last_step,
-            span(claim["seed_results"][str(s.run.seed)]["train_time_s"]),
-            span(s.seconds),
-            claim["seed_results"][str(s.run.seed)]["bytes_total"],
-        ]
-        for s in scored
-    ]
-    modes = {m: [s.run.modes().get(m) for s in scored] for m in scored[0].run.modes()}
-    mode_rows = [[m, *(f"{v:.6f}" if v is not None else "" for v in values)] for m, values in modes.items()]
-    official = claim["dataset"]["official"]
-    lines_ = [
+    spread = f", deviation {claim['val_bpb_std']:.8f} over {len(scored)} seeds" if len(scored) > 1 else ", one seed"
+    where = f"mode `{clean(claim['mode'])}`, at most {claim['bytes_total']:,} of {CAP_BYTES:,} bytes"
+    text = claim["dataset"]
+    scope = "." if text["official"] else ": **not the official validation text**; no score of the leaderboard compares."
+    parts = [
         f"# {clean(request.name)}",
-        "",
-        f"**val_bpb {claim['val_bpb']:.8f}**"
-        + (f", deviation {claim['val_bpb_std']:.8f} over {len(scored)} seeds" if len(scored) > 1 else ", one seed")
-        + f", mode `{clean(claim['mode'])}`, at most {claim['bytes_total']:,} bytes of {CAP_BYTES:,}.",
-        "",
+        f"**val_bpb {claim['val_bpb']:.8f}**{spread}, {where}.",
         clean(claim["blurb"], 2000),
-        "",
-        md_table(["seed", "val_bpb", "val_loss", "steps", "training", "evaluation", "bytes"], rows),
-        "![training loss](loss.svg)",
-        "",
-        "## Modes",
-        "",
-        md_table(["mode", *(f"seed {s.run.seed}" for s in scored)], mode_rows),
-        "![BPB by mode](modes.svg)",
-        "",
+        md_table(["seed", "val_bpb", "val_loss", "steps", "training", "evaluation", "bytes"], seed_rows(claim, scored)),
+        "![training loss](loss.svg)\n\n## Modes",
+        md_table(["mode", *(f"seed {s.run.seed}" for s in scored)], mode_rows(scored)) + "\n![BPB by mode](modes.svg)",
         f"## Loss of seed {scored[0].run.seed}",
-        "",
-        md_table(
-            ["from step", "to step", "seconds", "mean loss", "lowest", "highest", "learning rate"],
-            loss_ranges(scored[0].run),
-        ),
-        "## What it was scored on",
-        "",
-        f"{claim['dataset']['val_tokens']:,} tokens, {claim['dataset']['val_bytes']:,} bytes"
-        + (
-            "."
-            if official
-            else ": **not the official validation text**; the score is not comparable with the leaderboard."
-        ),
-        "",
-        f"Significance: the rules ask for {MARGIN_NATS} nats at p < 0.01; `python -m records compare BASELINE .`",
-        "",
-        "## Run it",
-        "",
-        "```",
-        "pip install -r requirements.txt",
-        f"SEED={scored[0].run.seed} torchrun --standalone --nproc_per_node={world_size(scored[0].run)} train_gpt.py",
-        "```",
-        "",
+        md_table(HEADS["ranges"], loss_ranges(scored[0].run)),
+        f"## What it was scored on\n\n{text['val_tokens']:,} tokens, {text['val_bytes']:,} bytes{scope}",
+        f"The rules ask for {MARGIN_NATS} nats at p < 0.01: `python -m records compare BASELINE .`",
+        f"## Run it\n\n```\npip install -r requirements.txt\n{run_command(scored[0].run)}\n```",
         "Check it: `python -m records check .`",
     ]
     if failed:
-        lines_ += [
-            "",
-            "## Runs that failed",
-            "",
-            md_table(
-                ["run", "seed", "status", "last step"],
-                [[r.name, r.seed, r.status, r.metrics.last_step] for r in failed],
-            ),
-        ]
-    return "\n".join(lines_) + "\n"
+        rows = [[r.name, r.seed, r.status, r.metrics.last_step] for r in failed]
+        parts += ["## Runs that failed", md_table(["run", "seed", "status", "last step"], rows)]
+    return "\n\n".join(p.strip() for p in parts) + "\n"
+
+
+def run_command(run: Run) -> str:
+    return f"SEED={run.seed} torchrun --standalone --nproc_per_node={world_size(run)} train_gpt.py"
+
+
+def seed_rows(claim: dict, scored: list[Scored]) -> list[list]:
+    rows = []
+    for s in scored:
+        row = claim["seed_results"][str(s.run.seed)]
+        times = [span(row["train_time_s"]), span(s.seconds)]
+        loss = f"{s.nats / s.tokens:.8f}"
+        rows.append([str(s.run.seed), f"{s.bpb:.8f}", loss, row["steps"], *times, row["bytes_total"]])
+    return rows
+
+
+def mode_rows(scored: list[Scored]) -> list[list]:
+    tables = [s.run.modes() for s in scored]
+    return [[m, *(f"{t[m]:.6f}" if m in t else "" for t in tables)] for m in tables[0]]

@@ -180,7 +180,8 @@ def breakdown(event: dict, key: str) -> tuple[list[str], list[float]]:
     for i, row in enumerate(event.get(key) if isinstance(event.get(key), list) else []):
         if isinstance(row, dict):
             label = next(
-                (row[k] for k in ("upto", "to", "position", "length", "label", "bucket", "start") if k in row), i
+                (row[k] for k in ("from", "upto", "to", "position", "length", "label", "bucket", "start") if k in row),
+                i,
             )
             value = as_number(row.get("bpb"))
         elif isinstance(row, list) and len(row) >= 2:
@@ -310,86 +311,76 @@ def eval_rows(run: Run) -> list[list]:
 
 def html_report(run: Run, price: float | None = None) -> str:
     metrics = run.metrics
-    x, gap = gap_rows(run)
-    bx, bpb, _, _ = metrics.val_bpb.rows()
-    zeros = [(n, *c.rows()[:2]) for n, c in metrics.stats.items() if "zero" in n][:6]
-    phases = sorted(metrics.phases.items(), key=lambda p: -p[1])
-    tensors = tensor_rows(run)
-    damaged = f'<p class="warn">{metrics.damaged} damaged lines were skipped</p>' if metrics.damaged else ""
-    damaged += f'<p class="dim">one step line in {metrics.every} was read</p>' if metrics.every > 1 else ""
+    notes = f'<p class="warn">{metrics.damaged} damaged lines were skipped</p>' if metrics.damaged else ""
+    notes += f'<p class="dim">one step line in {metrics.every} was read</p>' if metrics.every > 1 else ""
     parts = [
-        f'<p class="dim">seed {run.seed} · configuration {cell(run.config_hash[:12])}</p>{damaged}',
+        f'<p class="dim">seed {run.seed} · configuration {cell(run.config_hash[:12])}</p>{notes}',
         tiles(headline(run, price)),
-        section(
-            "Training",
-            grid(
-                loss_figure(run),
-                curve_figure(run, "lr", "Learning rate", "rate"),
-                curve_figure(run, "grad_norm", "Gradient norm before clipping", "norm", log=True),
-                figure(
-                    "Train-validation gap", lines("gap", [("gap", x, gap)], "step", "nats", dots=frozenset({"gap"}))
-                ),
-                figure("Validation BPB", lines("BPB", [("BPB", bx, bpb)], "step", "BPB", dots=frozenset({"BPB"}))),
-                *(
-                    figure(n, lines(n, [(n, *c.thin(PLOT_POINTS)[:2])], "step", n))
-                    for n, c in sorted(metrics.aux.items())[:12]
-                ),
-            ),
-        ),
+        section("Training", training_plots(run)),
         section("Loss by range", table(HEADS["ranges"], loss_ranges(run))),
         section("Milestones", table(HEADS["milestones"], milestones(run))),
         section("Gradient norm", table(["percentile", "norm"], grad_rows(run))),
-        section("Spikes", table(HEADS["spikes"], event_rows(run, "spike", HEADS["spikes"]))),
-        section(
-            "Time and memory",
-            grid(
-                figure("Seconds by phase", bars("phases", phases, "s")),
-                curve_figure(run, "tokens_per_second", "Tokens per second", "tokens/s"),
-                curve_figure(run, "memory", "Memory", "bytes"),
-            ),
-            table(["fact", "value"], memory_rows(run)),
-        ),
-        section(
-            "Layers",
-            grid(*layer_plots(run)),
-            folded(f"{len(metrics.stats)} statistics", table(HEADS["stats"], stat_rows(run))),
-        ),
-        section("Alerts", table(HEADS["alerts"], event_rows(run, "alert", HEADS["alerts"]))),
-        section(
-            "Artifact",
-            grid(figure("Share of zeros", lines("zeros", zeros, "step", "share"))),
-            artifact_line(run),
-            folded(f"{len(tensors)} tensors", table(HEADS["tensors"], tensors)),
-        ),
-        section(
-            "Evaluation",
-            grid(
-                figure(
-                    "BPB by mode", bars("BPB by mode", sorted(run.modes().items(), key=lambda m: m[1]), "", zero=False)
-                ),
-                breakdown_plot(run, "by_position", "BPB by position", "position"),
-                breakdown_plot(run, "by_length", "BPB by document length", "tokens"),
-            ),
-            table(HEADS["evals"], eval_rows(run)),
-            certificate_table(run),
-        ),
-        section(
-            "Samples",
-            *(
-                f"<details><summary>step {cell(e.get('step', '?'))}: {cell(e.get('prompt', ''))}</summary>"
-                f"<pre>{cell(e.get('text', ''))}</pre></details>"
-                for e in metrics.events.get("sample", [])
-            ),
-        ),
-        section("Checkpoints", table(HEADS["checkpoints"], event_rows(run, "checkpoint", HEADS["checkpoints"]))),
+        section("Spikes", event_table(run, "spikes")),
+        section("Time and memory", time_plots(run), table(["fact", "value"], memory_rows(run))),
+        section("Layers", grid(*layer_plots(run)), folded("all statistics", table(HEADS["stats"], stat_rows(run)))),
+        section("Alerts", event_table(run, "alerts")),
+        section("Artifact", *artifact_parts(run)),
+        section("Evaluation", eval_plots(run), table(HEADS["evals"], eval_rows(run)), certificate_table(run)),
+        section("Samples", *map(sample, metrics.events.get("sample", []))),
+        section("Checkpoints", event_table(run, "checkpoints")),
         section("Cost", cost_line(run, price)),
         section("Environment", table(["name", "value"], environment_rows(run))),
         section("Result", table(["name", "value"], [[k, plain(v)] for k, v in sorted(run.result.items())])),
-        section(
-            "Configuration", folded(f"{len(run.config)} fields", table(["field", "value", "set by"], config_rows(run)))
-        ),
+        section("Configuration", folded("all fields", table(["field", "value", "set by"], config_rows(run)))),
     ]
     return page(f"Run {run.name}", "".join(parts))
+
+
+def event_table(run: Run, kinds: str) -> Raw:
+    return table(HEADS[kinds], event_rows(run, kinds.removesuffix("s"), HEADS[kinds]))
+
+
+def training_plots(run: Run) -> Raw:
+    x, gap = gap_rows(run)
+    bx, bpb, _, _ = run.metrics.val_bpb.rows()
+    parts = sorted(run.metrics.aux.items())[:12]
+    return grid(
+        loss_figure(run),
+        curve_figure(run, "lr", "Learning rate", "rate"),
+        curve_figure(run, "grad_norm", "Gradient norm before clipping", "norm", log=True),
+        figure("Train-validation gap", lines("gap", [("gap", x, gap)], "step", "nats", dots=frozenset({"gap"}))),
+        figure("Validation BPB", lines("BPB", [("BPB", bx, bpb)], "step", "BPB", dots=frozenset({"BPB"}))),
+        *(figure(n, lines(n, [(n, *c.thin(PLOT_POINTS)[:2])], "step", n)) for n, c in parts),
+    )
+
+
+def time_plots(run: Run) -> Raw:
+    phases = sorted(run.metrics.phases.items(), key=lambda p: -p[1])
+    return grid(
+        figure("Seconds by phase", bars("phases", phases, "s")),
+        curve_figure(run, "tokens_per_second", "Tokens per second", "tokens/s"),
+        curve_figure(run, "memory", "Memory", "bytes"),
+    )
+
+
+def artifact_parts(run: Run) -> list[str]:
+    zeros = [(n.removesuffix("zeros").rstrip("."), *c.rows()[:2]) for n, c in run.metrics.stats.items() if "zero" in n]
+    drawing = lines("zeros", zeros[:3], "step", "share")
+    tensors = table(HEADS["tensors"], tensor_rows(run))
+    return [grid(figure("Share of zeros", drawing)), artifact_line(run), folded("all tensors", tensors)]
+
+
+def eval_plots(run: Run) -> Raw:
+    return grid(
+        figure("BPB by mode", bars("BPB by mode", sorted(run.modes().items(), key=lambda m: m[1]), "", zero=False)),
+        breakdown_plot(run, "by_position", "BPB by position", "position"),
+        breakdown_plot(run, "by_length", "BPB by document length", "tokens"),
+    )
+
+
+def sample(event: dict) -> str:
+    title = f"step {cell(event.get('step', '?'))}: {cell(event.get('prompt', ''))}"
+    return f"<details><summary>{title}</summary><pre>{cell(event.get('text', ''))}</pre></details>"
 
 
 def folded(title: str, body: Raw) -> Raw:

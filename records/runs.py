@@ -167,7 +167,7 @@ class Metrics:
             kept.append(event)
 
     def on_val(self, event: dict) -> None:
-        x = np.array([as_number(event.get("step")) or 0.0])
+        x = np.array([as_number(event.get("step")) or float(self.last_step)])
         for curve, name in ((self.val_loss, "val_loss"), (self.val_bpb, "val_bpb")):
             curve.extend(x, numbers([event], name))
         self.val_partial |= bool(event.get("partial"))
@@ -330,6 +330,14 @@ class Run:
     @property
     def config_hash(self) -> str:
         return str(self.config_file.get("hash") or self.result.get("config_hash") or "")
+
+    @cached_property
+    def machine(self) -> tuple[str, int]:
+        """Device and ranks as the first lines of train.log name them."""
+        log = self.path / "train.log"
+        head = read_bytes(log, 1 << 16).decode("utf-8", errors="replace") if log.exists() else ""
+        found = re.search(r"^device (\S+), (\d{1,5}) ranks", head, re.M)
+        return (found[1], int(found[2])) if found else ("unknown", 1)
 
     def fact(self, name: str, default: object = "") -> object:
         """A fact from result.json, the run line of the metrics, or the configuration file."""

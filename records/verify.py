@@ -41,9 +41,9 @@ KEEP = (
     "TRITON_INTERPRET",
     "CUDA_HOME",
 )
+SPAN = ("start", "stop", "nats", "nbytes")
 TOLERANCE = 5e-6  # BPB
-GIVEN = ("{artifact}", "{data}", "{script}")
-COMMAND = "{python} {script} --evaluate {artifact} --data {data}"
+COMMAND = "{python} {script} --evaluate {artifact} data={data} run_id=verify"
 
 
 @dataclass
@@ -157,11 +157,13 @@ def judge(folder: Folder, box: Path, data: Path, took: float, out: Outcome) -> N
         off, name, value, claimed = near
         status = "pass" if off <= TOLERANCE else "warn" if off <= 5e-4 else "fail"
         out.add("L6", status, f"{name} gives {value:.8f}, a seed claims {claimed}", value=off)
-    for path in sorted(box.rglob("spans*.jsonl")):
-        for finding in judge_spans(path, data, printed):
-            out.findings.append(("L6", finding))
-    if not list(box.rglob("spans*.jsonl")):
-        out.add("L6", "na", "the evaluation writes no spans*.jsonl; its sums were not recomputed")
+    modes = spans_by_mode(box)
+    if not modes:
+        out.add("L6", "na", "the evaluation leaves no spans (spans*.jsonl or MODE.N.npz); its sums were not recomputed")
+        return
+    weights = byte_weights(data)
+    for mode, spans in modes.items():
+        out.findings += [("L6", finding) for finding in judge_mode(mode, sorted(spans), weights, printed)]
 
 
 def printed_scores(box: Path, log: Log) -> dict[str, float]:
@@ -176,18 +178,19 @@ def printed_scores(box: Path, log: Log) -> dict[str, float]:
     return found
 
 
-def judge_spans(path: Path, data: Path, printed: dict[str, float]) -> Iterator[Finding]:
-    """Exact cover, integer bytes against our own table, sums in float64 against the printed score, mode by mode."""
+def spans_by_mode(box: Path) -> dict[str, list[tuple]]:
+    """(start, stop, nats, bytes) rows of every mode, from JSON lines or from numpy archives named MODE.NUMBER.npz."""
     modes: dict[str, list[tuple]] = {}
-    with open(path, encoding="utf-8") as stream:
-        for line in stream:
+    for path in sorted(box.rglob("spans*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            modes.setdefault(str(row.get("mode", "")), []).append(
-                (row["start"], row["stop"], row["nats"], row["nbytes"])
-            )
-    weights = byte_weights(data)
-    for mode, spans in modes.items():
-        yield from judge_mode(mode, sorted(spans), weights, printed)
+            modes.setdefault(str(row.get("mode", "")), []).append(tuple(row[k] for k in SPAN))
+    for path in sorted(box.rglob("*.npz")):
+        with np.load(path, allow_pickle=False) as kept:
+            if "rows" in kept.files and set(SPAN) <= set(kept["rows"].dtype.names or ()):
+                rows = kept["rows"]
+                modes.setdefault(path.name.partition(".")[0], []).extend(rows[list(SPAN)].tolist())
+    return modes
 
 
 def judge_mode(

@@ -14,7 +14,7 @@ from records.verify import byte_weights, has_network_namespace, read_shard
 EVALUATOR = """
 import json, math, os, sys
 import numpy as np
-artifact, data = sys.argv[sys.argv.index("--evaluate") + 1], sys.argv[sys.argv.index("--data") + 1]
+artifact, data = sys.argv[sys.argv.index("--evaluate") + 1], dict(a.split("=") for a in sys.argv if "=" in a)["data"]
 tokens = np.fromfile(os.path.join(data, "x_val_000000.bin"), dtype="<u2", offset=1024)
 weights = json.load(open(os.path.join(data, "weights.json")))
 each = float(open(artifact).read())
@@ -86,6 +86,17 @@ def test_an_honest_record_is_confirmed_by_independent_sums(world, capsys):
     assert code == 0 and verdict in ("pass", "warn"), notes
     assert f"stream: spans give {world.bpb:.8f}, printed {world.bpb:.8f}" in notes and "a seed claims" in notes
     assert not (world.artifact.parent / "2026-05-01_Try" / "runs").exists()
+
+
+@pytest.mark.unhurried  # starts a Python with numpy
+def test_spans_in_numpy_archives_count_as_well(world, capsys):
+    lines = [
+        "kind = [('lane', 'i8'), ('start', 'i8'), ('stop', 'i8'), ('nats', 'f8'), ('nbytes', 'i8')]",
+        "rows = np.array([(0, s['start'], s['stop'], s['nats'], s['nbytes']) for s in spans], kind)",
+        "np.savez('runs/a/stream.0.npz', rows=rows[:5]); np.savez('runs/a/stream.1.npz', rows=rows[5:]); spans = []",
+    ]
+    code, verdict, notes = run(world, world(spans="\n".join(lines)), capsys)
+    assert code == 0 and f"stream: spans give {world.bpb:.8f}, printed {world.bpb:.8f}" in notes, (verdict, notes)
 
 
 LIES = {
