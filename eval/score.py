@@ -46,14 +46,14 @@ class EvalSettings:
     temperature: float = 1.0  # fitted on training tokens
     engram_rows: int = 1 << 17  # contexts a lane remembers
     engram_ways: int = 8  # continuations of a context
-    engram_min_count: int = 2  # times a context must have been seen
-    engram_chunk: int = 64  # tokens of a lane between two absorptions
+    engram_min_count: int = 1  # times a context must have been seen
+    engram_chunk: int = 32  # tokens of a lane between two absorptions
     ttt_scope: str = "lora"  # lora, or a scope of the model: scales, all
     ttt_rule: str = "adam"  # adam, sgd
-    ttt_lr: float = 1e-3
-    ttt_momentum: float = 0.9
-    ttt_rank: int = 8
-    ttt_chunk: int = 64  # tokens of a lane between two updates
+    ttt_lr: float = 3e-3
+    ttt_momentum: float = 0.0
+    ttt_rank: int = 16
+    ttt_chunk: int = 32  # tokens of a lane between two updates
     ttt_epochs: int = 1
     ttt_reset: int = 1  # documents between two resets; 0 never resets
 

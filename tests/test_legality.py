@@ -17,8 +17,9 @@ from eval.engram import ENGRAM_ALPHA_SHAPE, EvalEngram
 from eval.legality import Probes
 from eval.score import EvalSettings
 from eval.ttt import EVAL_MODES
+from tests.toys import stirred, tiny
 
-V, N = 16, 80
+V, N = 16, 60
 PRIOR = np.random.default_rng(5).dirichlet(np.full(V, 0.3), V) * 0.98 + 0.02 / V  # the artifact: a bigram model
 
 
@@ -266,14 +267,14 @@ CHEATS = {
 
 @pytest.mark.parametrize("name", LEGAL)
 def test_a_legal_evaluator_passes(name):
-    certificate = Probes(LEGAL[name], V, stream()).certificate()
+    certificate = Probes(LEGAL[name], V, stream(), positions=3).certificate()
     assert certificate["legal"], certificate
 
 
 @pytest.mark.parametrize("name", CHEATS)
 def test_a_cheat_is_caught_by_the_probe_made_for_it(name):
     evaluator, probes = CHEATS[name]
-    certificate = Probes(evaluator, V, stream()).certificate()
+    certificate = Probes(evaluator, V, stream(), positions=3).certificate()
     failed = {probe for probe in certificate if probe != "legal" and certificate[probe]["status"] == "fail"}
     assert probes <= failed, certificate
     assert not certificate["legal"]
@@ -496,3 +497,11 @@ def test_a_learner_that_is_early_or_silent_breaks_the_order(monkeypatch):
 
     monkeypatch.setattr(ttt, "legal_ttt", silent)
     assert Probes(twin, WIDE, stream(24)).order().status == "fail"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["stream", "all"])
+def test_the_projects_model_is_certified(mode, monkeypatch):
+    twin = watch(monkeypatch, Twin(stirred(tiny()), mode, small(eval_seq_len=24)))
+    certificate = Probes(twin, WIDE, stream(20), positions=2).certificate()
+    assert certificate["legal"] and certificate["L3"]["evidence"]["complete"], certificate
