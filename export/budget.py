@@ -15,6 +15,7 @@ from export.entropy import TABLE_BITS, choice_bits, learn_book, row_counts, row_
 from export.quantise import INT_BITS, Parts, from_grid, int_levels, int_round, int_value, to_grid
 
 SAMPLE = 1 << 16                              # weights that stand for a tensor on a rate-distortion curve
+ATTEMPTS = 6                                  # of meeting a budget; two or three are usual
 TRAINED = 0.98                                # trained weights take less than Gaussian ones, for their rows differ
 LADDER = tuple(2.0 ** (i / 8) for i in range(-40, 17))      # steps of a rate curve, in units of the tensor's rms
 
@@ -163,22 +164,25 @@ def solve_budget(rows: list[Row], meta: dict, target: int, felt: dict[str, torch
     curves = [RateCurve(row.tensor.detach().float(), felt[row.name]) for row in free]
     scales = 2 * sum(curve.rows.numel() for curve in curves)
     steps = balance(curves, 8 * (target - len(pack(fixed, meta, **grid)) - scales))
-    low, high, factor, before = 0.0, math.inf, 1.0, 0
-    for _ in range(12):
+    weights, best = sum(row.tensor.numel() for row in free), (b"", [])
+    low, high, factor, sizes = 0.0, math.inf, 1.0, [0]
+    while len(sizes) <= ATTEMPTS and not 0.9995 * target <= len(best[0]):
         chosen = [_fitted(row, quantise(row, curve.rows * (step * factor)))
                   for row, curve, step in zip(free, curves, steps)]
         blob = pack([*chosen, *fixed], meta, **grid)
-        if 0.998 * target <= len(blob) <= target:
-            return blob, [curve.line(row) for row, curve in zip(chosen, curves)]
-        if len(blob) == before:
+        if len(best[0]) < len(blob) <= target:
+            best = blob, chosen
+        if len(blob) == sizes[-1]:
             break
-        before = len(blob)
-        low, high = (factor, high) if before > target else (low, factor)
-        factor *= 2 ** (8 * (len(blob) - 0.9993 * target) / sum(row.tensor.numel() for row in free))
+        sizes.append(len(blob))
+        low, high = (factor, high) if sizes[-1] > target else (low, factor)
+        factor *= 2 ** (8 * (sizes[-1] - 0.9998 * target) / weights)
         if not low < factor < high:
             factor = (low + high) / 2 if high < math.inf else 2 * low
-    raise ValueError(f"budget {target:,} cannot be met: the nearest artifact found has {len(blob):,} bytes; "
-                     f"{sum(row.tensor.numel() for row in free):,} weights take 1 to 7 bits each")
+    if len(best[0]) < 0.998 * target:
+        raise ValueError(f"budget {target:,} cannot be met: the last artifact has {sizes[-1]:,} bytes; "
+                         f"{weights:,} free weights take some 0.5 to 7 bits each")
+    return best[0], [curve.line(row) for row, curve in zip(best[1], curves)]
 
 
 class RateCurve:

@@ -201,7 +201,7 @@ class Planes(NamedTuple):
     """A file taken apart: planes by (tensor, place), their classes where they are coded, the books."""
 
     manifest: Manifest
-    slots: list["Slot"]
+    slots: list["PlaneSlot"]
     planes: dict[tuple[int, int], np.ndarray]
     classes: dict[tuple[int, int], Classes]
     books: dict[str, Book]
@@ -229,7 +229,7 @@ def read_planes(blob: bytes) -> Planes:
     return Planes(manifest, slots, planes, classes, books)
 
 
-class Slot(NamedTuple):
+class PlaneSlot(NamedTuple):
     """Where one plane lies: tensor, place within it, its kind, its shape, its words in the coded stream (or -1)."""
 
     entry: int
@@ -240,8 +240,8 @@ class Slot(NamedTuple):
     words: int
 
 
-def _slots_by_kind(manifest: Manifest) -> list[Slot]:
-    slots = [Slot(i, j, *layout, words) for i, e in enumerate(manifest.entries)
+def _slots_by_kind(manifest: Manifest) -> list[PlaneSlot]:
+    slots = [PlaneSlot(i, j, *layout, words) for i, e in enumerate(manifest.entries)
              for j, (layout, words) in enumerate(zip(CODECS[e.codec].layout(e.shape, manifest.group), e.words))]
     for slot in slots:
         if slot.words >= 0 and slot.kind not in manifest.books:
@@ -271,7 +271,7 @@ def _read_ids(rest: Reader, count: int, classes: int) -> np.ndarray:
     return ids
 
 
-def _read_plain(rest: Reader, slot: Slot) -> np.ndarray:
+def _read_plain(rest: Reader, slot: PlaneSlot) -> np.ndarray:
     plane = np.frombuffer(bytearray(rest.take(slot.rows * slot.columns)), np.uint8).reshape(slot.rows, slot.columns)
     if (plane >= ALPHABETS[slot.kind]).any():
         raise ValueError(f"damaged artifact: symbol {plane.max()} of {ALPHABETS[slot.kind]} for {slot.kind}")
