@@ -53,12 +53,13 @@ from export.container import BYTE_CAP, Row, check_model, check_shipped, pack, un
 from export.gptq import CurvatureCollector, gptq_int, gptq_ternary
 from export.quantise import INT_BITS, int_grid, int_value
 from kernels.attention import attend, attention_mask, positions, rotary_tables, rotate_pairs
-from kernels.capsule import capsule_scan
+from kernels.capsule import capsule_scan, routing_statistics
 from kernels.engram import Engram, EngramRead
 from kernels.hadamard import causal_haar, causal_walsh, walsh_signs
-from kernels.layers import Feedback, Gate, Linear, Matrix, Part, Site, convolution, detached, history, hold, rms
+from kernels.layers import Feedback, Gate, Linear, Matrix, Part, Site, Trip, convolution, detached, history, hold, rms
 from kernels.loss import softcap_ce
 from kernels.masters import MasterGroup, clip_gradients
+from kernels.memory import memory_scan
 from kernels.moe import moe_mix, route
 from kernels.optimizers import AdamW, Lion, Muon
 from kernels.ranks import GradientBuckets, Runtime, agree, detect_runtime, mean_over_ranks, require_same
@@ -138,8 +139,7 @@ class Config:
     rule: str = structural("ls", "ternary threshold and scale: absmean, rms or ls")
     clip: float = free(12.0, "int-k clip in standard deviations of the row")
     # optimisation
-    matrix_optimizer: str = structural("muon", "optimizer of the matrices", "OPTIMIZERS")
-    vector_optimizer: str = structural("adamw", "optimizer of everything else", "OPTIMIZERS")
+    optimizers: tuple[str, ...] = structural(("muon", "adamw"), "of the matrices, and of the rest", "OPTIMIZERS")
     matrix_lr: float = free(0.03, "peak rate of the matrices")
     embed_lr: float = free(0.02, "peak rate of embedding and engram tables")
     scalar_lr: float = free(0.01, "peak rate of gains, scales and convolutions")
@@ -275,6 +275,7 @@ def check_config(c: Config) -> None:
         (odd, f"{', '.join(odd)} is not a multiple of group {c.group}: change one of them"),
         (c.rule not in ("absmean", "rms", "ls"), f"rule {c.rule!r}: one of absmean, rms, ls"),
         (c.streams not in (1, 2), f"streams {c.streams}: 1 or 2"),
+        (len(c.optimizers) != 2, f"optimizers {show_value(c.optimizers)}: two, as muon,adamw"),
         (c.parallel_from and c.streams == 1, "parallel_from needs streams=2"),
         (len(c.loop) not in (0, 2) or (c.loop and not 0 <= c.loop[0] <= c.loop[1] < c.depth),
          f"loop {c.loop}: first and last of the {c.depth} layers, as loop=3,5"),
@@ -477,13 +478,6 @@ class Capsules(Part):
         return self.out(rms(y)), {"conv": tail, "walsh": walsh, "slots": slots}, routing_statistics(r, loga)
 
 
-def routing_statistics(r, loga) -> dict:
-    """Every 16th token is enough to see a slot die or all routing become equal."""
-    r, loga = r[:, ::16].detach().float(), loga[:, ::16].detach().float()
-    entropy = -(r * r.clamp_min(1e-9).log()).sum(-1).mean() / max(math.log(r.shape[-1]), 1e-9)
-    return {"slot_entropy": entropy, "slot_least": r.mean((0, 1)).min(), "lambda_mean": loga.exp().mean()}
-
-
 class Wavefield(Part):
     """W: Haar details of the last 2^LEVELS values at every scale, each head choosing scales by token."""
 
@@ -506,7 +500,36 @@ class Wavefield(Part):
         return self.out(rms(y)), {"conv": tail, "haar": haar}, {"smooth": gates[..., -1].detach().mean()}
 
 
-MIXERS = {"A": Attention, "K": Koopman, "S": Capsules, "W": Wavefield}
+class Memory(Part):
+    """M: attention, and beside it a matrix per head that keeps learning what surprises it."""
+
+    CHUNK = 32
+
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.c, self.near = c, Attention(c, layer)
+        self.qkv = Linear(c.dim, 3 * c.dim)
+        self.rates = Linear(c.dim, 3 * c.heads, "control")
+        self.gate = Gate(rates=torch.tensor([[4.0], [2.0], [0.0]]), mix=torch.full((c.dim,), math.log(0.3 / 0.7)))
+        self.out = Linear(c.dim, c.dim, std=0.0)
+
+    def forward(self, x, ctx, state):
+        c, B, T = self.c, x.shape[0], x.shape[1]
+        old = state or {"near": None, "memory": None}
+        near, kept, told = self.near(x, ctx, old["near"])
+        q, k, v = self.qkv(x).reshape(B, T, 3, c.heads, -1).float().unbind(2)
+        keep, momentum, rate = (self.rates(x).reshape(B, T, 3, c.heads).float() + self.gate.rates).unbind(2)
+        most = q.shape[-1] / (2 * self.CHUNK) * torch.sigmoid(-momentum)  # so that a chunk cannot diverge
+        rates = F.logsigmoid(keep), F.logsigmoid(momentum), most * torch.sigmoid(rate)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        y, memory = memory_scan(q, k, v, *rates, ctx.start, self.CHUNK, old["memory"])
+        f = (0.1 + 0.9 * torch.sigmoid(self.gate.mix)).to(x.dtype)  # never below 0.1: a closed gate would not reopen
+        told |= {"memory_norm": memory["memory"].detach().norm(dim=(-2, -1)).mean(), "memory_gate": f.detach().mean()}
+        far = self.out(rms(y.to(x.dtype).flatten(2)))
+        return near + f * (far - near), {"near": kept, "memory": memory}, told
+
+
+MIXERS = {"A": Attention, "K": Koopman, "S": Capsules, "W": Wavefield, "M": Memory}
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -554,16 +577,6 @@ class Block(nn.Module):
         self.mlp = Experts(c) if c.experts and layer >= 2 * c.depth // 3 else MLP(c)
         reads = [i % c.blocks for i in c.engram_layers]
         self.engram = EngramRead(c.engram_heads * c.engram_width, c.dim) if c.engram_layers and layer in reads else None
-
-
-class Trip(NamedTuple):
-    """What the steps of one forward pass find and leave."""
-
-    states: dict  # by step, as it was
-    new: dict  # by step, to go on from
-    stored: dict  # by layer, for the skips
-    kept: dict  # by site, what entered it last
-    aux: dict
 
 
 class GPT(Part):
@@ -736,13 +749,13 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "matrix": Family(lambda c: c.matrix_optimizer, lambda c: c.matrix_lr, True, lambda c: c.weight_codec, False),
-    "control": Family(lambda c: c.matrix_optimizer, lambda c: c.matrix_lr, False, lambda c: "int8", True),
-    "embed": Family(lambda c: c.vector_optimizer, lambda c: c.embed_lr, True, lambda c: c.embed_codec, False),
-    "engram": Family(lambda c: c.vector_optimizer, lambda c: c.embed_lr, False, lambda c: c.embed_codec, True),
-    "vector": Family(lambda c: c.vector_optimizer, lambda c: c.scalar_lr, False, lambda c: "fp16", True),
-    "gate": Family(lambda c: c.vector_optimizer, lambda c: c.gate_lr, False, lambda c: "fp16", True),
-    "train_only": Family(lambda c: c.matrix_optimizer, lambda c: c.matrix_lr, True, lambda c: "fp32", True, False),
+    "matrix": Family(lambda c: c.optimizers[0], lambda c: c.matrix_lr, True, lambda c: c.weight_codec, False),
+    "control": Family(lambda c: c.optimizers[0], lambda c: c.matrix_lr, False, lambda c: "int8", True),
+    "embed": Family(lambda c: c.optimizers[1], lambda c: c.embed_lr, True, lambda c: c.embed_codec, False),
+    "engram": Family(lambda c: c.optimizers[1], lambda c: c.embed_lr, False, lambda c: c.embed_codec, True),
+    "vector": Family(lambda c: c.optimizers[1], lambda c: c.scalar_lr, False, lambda c: "fp16", True),
+    "gate": Family(lambda c: c.optimizers[1], lambda c: c.gate_lr, False, lambda c: "fp16", True),
+    "train_only": Family(lambda c: c.optimizers[0], lambda c: c.matrix_lr, True, lambda c: "fp32", True, False),
 }
 
 
@@ -978,11 +991,12 @@ def train(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
             watch.step(clock.step, progress, parts, norm, origin)
             if clock.step % c.log_every == 0:
                 watch.report(clock.elapsed, optimizer.last_multiplier, trits(c, optimizer))
-            between_steps(c, rt, run, log)
+            if not PACKED:
+                between_steps(c, rt, run, log)
         clock.pause()
     watch.report(clock.seconds, optimizer.last_multiplier, trits(c, optimizer))
     watch.milestones()
-    if stopped or c.checkpoint_every:
+    if not PACKED and (stopped or c.checkpoint_every):
         checkpoint(c, rt, run, log)
     log.status = "killed" if stopped else "finished"
     model.phase = len(phases(c)) - 1
@@ -1297,7 +1311,7 @@ def flops_per_token(c: Config) -> float:
     routed = 2 * c.dim * c.hidden * c.experts[1] if c.experts else 0
     layers = [slot.layer for slot in execution_order(c, looping=True)]
     head = (c.vocab * c.rank + 2 * c.rank * c.dim * (c.rank != c.dim)) * (1 + c.mtp_heads) + c.dim**2 * c.mtp_heads
-    attention = sum(2 * c.dim * min(c.reach, c.seq_len) for layer in layers if c.layers[layer] == "A")
+    attention = sum(2 * c.dim * min(c.reach, c.seq_len) for layer in layers if c.layers[layer] in "AM")
     used = sum(per_block[layer % c.blocks] + routed * (layer >= 2 * c.depth // 3) for layer in layers)
     return 6.0 * (used + head) + 3.0 * attention
 
@@ -1360,11 +1374,11 @@ def main(c: Config, rt: Runtime, origin: dict[str, str]) -> None:
     data, model = Data(c, rt), GPT(c).to(rt.device)
     model.dtype = rt.dtype
     run = Run(model, Optimizer(c, model, rt.ranks), data, Clock(c))
-    saved, complaints = find_checkpoint(c)
+    saved, complaints = (None, []) if PACKED else find_checkpoint(c)
     with open_log(c, rt, origin, saved) as log:
         for line in complaints:
             log.text(f"ALERT: {line}")
-        if saved:
+        if not PACKED and saved:
             restore(c, rt, run, saved, log)
         facts = train(c, rt, run, log)
         if log.status == "finished":
@@ -1440,7 +1454,7 @@ def stored_config(options: dict[str, str]) -> dict:
     if path.endswith(".skc"):
         fields = unpack(Path(path).read_bytes())[1]["config"]
         return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    return load_checkpoint(path)["config"] if path else {}
+    return load_checkpoint(path)["config"] if not PACKED and path else {}
 
 
 def command_line(argv: list[str]) -> int:

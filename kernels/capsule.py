@@ -4,6 +4,7 @@ B batch, T time, H heads, C capsules (slots) per head, d slot width; a = loga_t[
 float32 (float64 for float64 input). Decays only ever multiply, never divide, and a reset is a decay of zero.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -511,3 +512,10 @@ def capsule_scan(r, p, u, loga, start=None, s0=None):
     wide = torch.float64 if u.dtype == torch.float64 else torch.float32
     s0 = torch.zeros(B, H, r.shape[3], d, dtype=wide, device=u.device) if s0 is None else s0.to(wide)
     return capsule_op(r, p, u, loga, start, s0)[:2]
+
+
+def routing_statistics(r, loga) -> dict:
+    """Of write routing r and log decays: every 16th token is enough to see a slot die or all routing become equal."""
+    r, loga = r[:, ::16].detach().float(), loga[:, ::16].detach().float()
+    entropy = -(r * r.clamp_min(1e-9).log()).sum(-1).mean() / max(math.log(r.shape[-1]), 1e-9)
+    return {"slot_entropy": entropy, "slot_least": r.mean((0, 1)).min(), "lambda_mean": loga.exp().mean()}

@@ -3,6 +3,8 @@
 B batch, T time, D width. A module's parameters belong to one family, which names their optimizer, rate and codec.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -121,6 +123,16 @@ class Feedback(Part):
     def forward(self, entry: list, y, turn: int) -> list:
         back = self.gate[turn].to(y.dtype) * wht(y, self.block)
         return [x + back for x in entry]
+
+
+class Trip(NamedTuple):
+    """What the steps of one forward pass find and leave."""
+
+    states: dict  # by step, as it was
+    new: dict  # by step, to go on from
+    stored: dict  # by layer, for the skips
+    kept: dict  # by site, what entered it last
+    aux: dict
 
 
 def hold(rest, old: list, new: list) -> list:

@@ -83,7 +83,7 @@ def test_dropping_the_state_is_caught():
     assert (half - whole[:, 12:]).norm() / whole.norm() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["everything", "A", "K", "S", "W", "feedback", "shared blocks"])
+@pytest.mark.parametrize("name", ["everything", "A", "K", "S", "W", "M", "feedback", "shared blocks"])
 def test_a_document_does_not_see_the_one_before(name):
     c = tiny(**VARIANTS[name])
     model, tokens = stirred(c), documents(c)

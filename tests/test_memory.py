@@ -1,0 +1,75 @@
+"""The chunked memory is the token-by-token one, in pieces too, and forgets at a document's start."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.memory import memory_reference, memory_scan
+
+B, H, D = 2, 2, 4
+
+
+def tokens(T, seed=0, starts=True):
+    draw = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(B, T, H, D, generator=draw, dtype=torch.float64) for _ in range(3))
+    keep, momentum, rate = (torch.randn(B, T, H, generator=draw, dtype=torch.float64) for _ in range(3))
+    start = torch.zeros(B, T, dtype=torch.bool)
+    if starts:
+        start[0, T // 3], start[1, T // 2], start[1, min(T - 1, T // 2 + 2)] = True, True, True
+    rows = [F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, F.logsigmoid(keep), F.logsigmoid(momentum)]
+    return [t.requires_grad_() for t in (*rows, rate.sigmoid())], start
+
+
+def close(a, b):
+    return (a - b).norm() <= 1e-10 * b.norm().clamp_min(1e-3)
+
+
+@pytest.mark.parametrize("T", [1, 7, 8, 9, 29])
+def test_chunks_are_the_definition_with_every_gradient(T):
+    found = []
+    for scan in (memory_scan, memory_reference):
+        inputs, start = tokens(T)
+        y, state = scan(*inputs, start, 8)
+        (y * torch.linspace(-1, 1, D, dtype=y.dtype)).sum().backward()
+        matrices = [state[name].detach() for name in ("origin", "memory", "pace")]
+        found.append([y.detach(), *matrices, *(t.grad for t in inputs)])
+        offset = state["offset"]
+    assert all(close(a, b) for a, b in zip(*found)) and offset == T % 8
+
+
+@pytest.mark.parametrize("cuts", [(1,) * 29, (3, 11, 15), (8, 21)])
+def test_pieces_are_the_whole(cuts):
+    inputs, start = tokens(29)
+    whole, last = memory_scan(*inputs, start, 8)
+    state, parts = None, []
+    for *piece, begins in zip(*(t.split(cuts, 1) for t in inputs), start.split(cuts, 1)):
+        y, state = memory_scan(*piece, begins, 8, state)
+        parts.append(y)
+    assert close(torch.cat(parts, 1), whole) and close(state["memory"], last["memory"])
+
+
+def test_a_chunk_of_another_length_is_another_memory():
+    inputs, start = tokens(29)
+    assert not close(memory_scan(*inputs, start, 8)[0], memory_scan(*inputs, start, 4)[0])
+
+
+def test_nothing_crosses_a_start_and_nothing_comes_from_later():
+    inputs, start = tokens(29)
+    other, _ = tokens(29, seed=1)
+    start[:, 11] = True
+    mixed = [torch.cat([b[:, :11], a[:, 11:]], 1) for a, b in zip(inputs, other)]
+    y, z = memory_scan(*inputs, start, 8)[0], memory_scan(*mixed, start, 8)[0]
+    assert close(y[:, 11:], z[:, 11:]) and not close(y[:, :11], z[:, :11])
+    ahead = [torch.cat([a[:, :11], b[:, 11:]], 1) for a, b in zip(inputs, other)]
+    assert torch.equal(y[:, :11], memory_scan(*ahead, start, 8)[0][:, :11])
+    start[:, 11] = False
+    assert not close(y[:, 11:], memory_scan(*mixed, start, 8)[0][:, 11:])
+
+
+def test_what_was_shown_is_recalled():
+    """One key shown again and again with one value, without forgetting: reading it gives the value."""
+    k = F.normalize(torch.randn(1, 1, 1, D, dtype=torch.float64), dim=-1).expand(1, 400, 1, D)
+    v = torch.randn(1, 1, 1, D, dtype=torch.float64).expand(1, 400, 1, D)
+    rates = torch.full((1, 400, 1), 0.05, dtype=torch.float64)
+    y, _ = memory_scan(k, k, v, rates * 0, (rates * 0 + 0.5).log(), rates, torch.zeros(1, 400, dtype=torch.bool), 8)
+    assert torch.allclose(y[0, -1], v[0, -1], atol=1e-3) and not torch.allclose(y[0, 5], v[0, 5], atol=1e-1)
