@@ -395,7 +395,10 @@ def assigned(units, name):
 
 
 def bake(units, profile):
-    """The profile becomes Config's defaults, and the only profile."""
+    """The profile becomes the only one, and the one that is taken unasked; what it says of the structure is final.
+
+    Config's own defaults stay, so that what a run records of its configuration is what the source records.
+    """
     constants = module_constants(units)
     fields = config_fields(units, constants)
     table = assigned(units, "PROFILES")
@@ -411,8 +414,8 @@ def bake(units, profile):
             fail(table, f"profile {profile} sets {name}={value!r}, the default is {default!r}: give it the same type")
         fields[name].value = value
     for f in fields.values():
-        f.node.value.args[:2] = [literal(f.value, f.node), literal("", f.node)]
-    table.value = literal({profile: {}}, table.value)
+        f.node.value.args[1] = literal("", f.node)
+    table.value = literal({profile: profiles[profile]}, table.value)
     for name, value in (("PACKED", True), ("DEFAULT_PROFILE", profile)):
         node = assigned(units, name)
         node.value = literal(value, node)
@@ -423,8 +426,9 @@ def bake(units, profile):
 LOCK = """
 def __post_init__(self):
     for name, f in self.__dataclass_fields__.items():
-        if f.metadata["kind"] == "structural" and (value := getattr(self, name)) != f.default:
-            raise ValueError(f"{name}={value!r}: this file is built for {name}={f.default!r}; build another for it")
+        built, value = PROFILES[DEFAULT_PROFILE].get(name, f.default), getattr(self, name)
+        if f.metadata["kind"] == "structural" and value != built:
+            raise ValueError(f"{name}={value!r}: this file is built for {name}={built!r}; build another for it")
 """
 
 
@@ -764,9 +768,11 @@ class Folder(Scoped):
         return node
 
     def visit_IfExp(self, node):
+        before = ast.unparse(node.test)
         node.test = self.visit_test(node.test)
         truth = self.truth(node.test)
         if truth is not UNKNOWN:
+            self.done.append((place(node), f"... if {before} else ...", truth))
             return self.visit(node.body if truth else node.orelse)
         return self.generic_visit(node)
 
@@ -980,47 +986,64 @@ def resolve(dotted):
     return found
 
 
-def mark(units, fields):
-    """All items; the live ones carry in `because` what needs them."""
-    chosen = selected(units, fields)
-    items, outside, ops = items_of(units, chosen), hooks(units), op_names(units)
-    by_name, by_word, attached, members = (defaultdict(list) for _ in range(4))
-    for item in items:
-        if item.owner:
-            members[item.owner.label].append(item)
-            by_word[item.key if item.owner.label in chosen else f".{item.key}"].append(item)
-            continue
-        target = registration_target(item.unit)
-        attached[ops.get(target, target)].append(item)
-        for name in item.unit.names:
-            by_name[name].append(item)
-    todo, spoken = [], set()
+class Marker:
+    """Marks items live, from the entry point on, each with the label of what first needed it."""
 
-    def live(item, because):
+    def __init__(self, units, fields):
+        self.chosen, self.outside, ops = selected(units, fields), hooks(units), op_names(units)
+        self.items = items_of(units, self.chosen)
+        self.by_name, self.by_word, self.attached, self.members = (defaultdict(list) for _ in range(4))
+        self.speaker, self.todo = {}, []  # speaker: word -> label of the live item that mentioned it first
+        for item in self.items:
+            if item.owner:
+                self.members[item.owner.label].append(item)
+                self.by_word[self.word(item)].append(item)
+                continue
+            target = registration_target(item.unit)
+            self.attached[ops.get(target, target)].append(item)
+            for name in item.unit.names:
+                self.by_name[name].append(item)
+
+    def word(self, member):
+        return member.key if member.owner.label in self.chosen else f".{member.key}"
+
+    def live(self, item, because):
         if item.because is None:
             item.because = because
-            todo.append(item)
+            self.todo.append(item)
 
-    def is_wanted(member):
+    def reason(self, member):
+        """What needs a method or entry, given that its owner lives; None if nothing does."""
         owner, key = member.owner.label, member.key
-        if owner in chosen:
-            return key in chosen[owner] or key in spoken
-        return (key.startswith("__") and key.endswith("__")) or key in outside[owner] or f".{key}" in spoken
+        if owner in self.chosen and key in self.chosen[owner]:
+            return "the profile"
+        if owner not in self.chosen and (key in self.outside[owner] or (key.startswith("__") and key.endswith("__"))):
+            return owner
+        return self.speaker.get(self.word(member))
 
-    for item in items:
-        if is_main_guard(item.node):
-            live(item, "the entry point")
-    while todo:
-        item = todo.pop()
-        new = item.spoken - spoken
-        spoken |= new
-        followers = [o for name in sorted(item.names) for o in by_name[name]]
-        followers += [o for name in item.unit.names if not item.owner for o in attached[name]]
-        followers += [m for m in members[item.label] if is_wanted(m)]
-        followers += [m for word in sorted(new) for m in by_word[word] if m.owner.because]
-        for other in followers:
-            live(other, item.label)
-    return items
+    def run(self):
+        for item in self.items:
+            if is_main_guard(item.node):
+                self.live(item, "the entry point")
+        while self.todo:
+            self.follow(self.todo.pop())
+        return self.items
+
+    def follow(self, item):
+        new = sorted(item.spoken - self.speaker.keys())
+        self.speaker |= dict.fromkeys(new, item.label)
+        own = [] if item.owner else item.unit.names
+        mentioned = [other for name in sorted(item.names) for other in self.by_name[name]]
+        for other in mentioned + [registered for name in own for registered in self.attached[name]]:
+            self.live(other, item.label)
+        members = [] if item.owner else self.members[item.label]
+        for member in members + [m for word in new for m in self.by_word[word] if m.owner.because]:
+            if because := self.reason(member):
+                self.live(member, because)
+
+
+def mark(units, fields):
+    return Marker(units, fields).run()
 
 
 def sweep(units, fields):
@@ -1312,8 +1335,12 @@ def table(b):
 
 # ---------------------------------------------------------------- prove: the packed file does what the source does
 
-STEPS = 3
-PROOF = {"max_steps": STEPS, "max_seconds": 0.0, "log_every": 1, "vocab": 384}  # the step clock: time never repeats
+PROOF = {  # of what the profile has; no clock decides anything, for time never repeats
+    "max_steps": 3, "max_seconds": 0.0, "log_every": 1, "val_every": 2, "vocab": 384, "micro_tokens": 128,
+    "dtype": "float32", "eval_modes": "chunked,sliding,stream,engram,ttt,all", "run_id": "proof",
+}  # fmt: skip
+ARTIFACT = f"{PROOF['run_id']}/final_model.skc"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 VOLATILE = {"seconds", "tokens_per_second", "mfu", "peak_memory_bytes", "eval_seconds", "train_seconds", "run_id"}
 ON_CUDA = "kernels and what launches them, CUDA only"
 KERNELS = """
@@ -1322,7 +1349,7 @@ kernels = [v for v in vars(train_gpt).values() if type(v).__name__ == "JITFuncti
 print(json.dumps({k.fn.__name__: k.src for k in kernels}))
 """
 TRACER = """
-import json, runpy, sys, threading
+import json, os, runpy, sys, threading
 name, target, *sys.argv = sys.argv[1:]
 sys.argv.insert(0, name)
 seen = set()
@@ -1337,7 +1364,7 @@ try:
     runpy.run_path(name, run_name="__main__")
 finally:
     sys.settrace(None)
-    open(target, "w").write(json.dumps(sorted(seen)))
+    open(target + os.environ.get("RANK", ""), "w").write(json.dumps(sorted(seen)))
 """
 
 
@@ -1347,31 +1374,39 @@ def proof_values(fields, tiny):
     for f in (f for f in fields.values() if f.kind == "free"):
         if type(f.value) is int and f.value:
             values[f.name] = min(f.value, tiny.get(f.name) or 32)
-    return values | PROOF
+    return values | {name: value for name, value in PROOF.items() if name in fields}
 
 
-def start(command, folder, **env):
+def start(what, command, folder):
     """A child in `folder` with a clean environment: no repository on its path, one thread."""
-    clean = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", **env}
-    return subprocess.Popen([sys.executable, "-s", *map(str, command)], cwd=folder, env=clean, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    env = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen([sys.executable, "-s", *map(str, command)], cwd=folder, env=env, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    child.what = what
+    return child
 
 
-def finish(child, what):
-    out, _ = child.communicate(timeout=600)
-    if child.returncode:
-        raise BuildError(f"{what} failed:\n{out[-2000:]}")
-    return out
+def finish(*children):
+    """What each wrote; the failure of one ends all."""
+    try:
+        texts = [child.communicate(timeout=600)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    for child, text in zip(children, texts):
+        if child.returncode:
+            raise BuildError(f"{child.what} failed:\n{text[-2000:]}")
+    return texts
 
 
 def make_data(work):
     """A data set of this file's own text, so that the proof needs nothing from outside."""
     documents = Path(__file__).read_text().split("\n\n\n")
-    for name, part in (("train", documents[8:]), ("val", documents[:8])):
+    for name, part in (("train", documents[4:]), ("val", documents[:4])):
         (work / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
     command = ["-m", "data.prepare", "files", work / "train.jsonl", "--val-files", work / "val.jsonl",
                "--vocab", PROOF["vocab"], "--out", work / "data"]  # fmt: skip
-    finish(start(command, Path(__file__).parent), "data.prepare")
+    finish(start("data.prepare", command, Path(__file__).parent))
 
 
 def steady(value):
@@ -1381,21 +1416,33 @@ def steady(value):
     return value
 
 
-def read_run(folder):
-    rows = [steady(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [r for r in rows if r["kind"] != "phase"], (folder / "final_model.skc").read_bytes()
+def read_records(path):
+    rows = [steady(json.loads(line)) for line in path.read_text().splitlines()]
+    return [r for r in rows if r["kind"] != "phase"]
+
+
+def same_records(source, packed):
+    for i, (a, b) in enumerate(zip(source, packed)):
+        if a != b:
+            raise BuildError(f"record {i} differs: source {a}, packed {b}")
+    if len(source) != len(packed):
+        raise BuildError(f"the source wrote {len(source)} records, the packed file {len(packed)}")
 
 
 def compare_runs(source, packed):
-    (rows, artifact), (own_rows, own_artifact) = read_run(source), read_run(packed)
-    for i, (a, b) in enumerate(zip(rows, own_rows)):
-        if a != b:
-            raise BuildError(f"record {i} differs: source {a}, packed {b}")
-    if len(rows) != len(own_rows):
-        raise BuildError(f"the source wrote {len(rows)} records, the packed file {len(own_rows)}")
-    if artifact != own_artifact:
-        raise BuildError(f"the artifacts differ: {len(artifact)} and {len(own_artifact)} bytes")
+    """All records and the artifact are the same; returns them."""
+    rows = read_records(source / PROOF["run_id"] / "metrics.jsonl")
+    same_records(rows, read_records(packed / PROOF["run_id"] / "metrics.jsonl"))
+    artifact, own = (source / ARTIFACT).read_bytes(), (packed / ARTIFACT).read_bytes()
+    if artifact != own:
+        raise BuildError(f"the artifacts differ: {len(artifact)} and {len(own)} bytes")
     return rows, artifact
+
+
+def compare_scores(rows, evaluated):
+    """The artifact, evaluated on its own, scores what it scored in the run that made it."""
+    own = read_records(evaluated / "metrics.jsonl")
+    same_records(*([r for r in some if r["kind"] == "eval"] for some in (rows, own)))
 
 
 def check_kernels(text, captured):
@@ -1412,37 +1459,53 @@ def check_kernels(text, captured):
 
 def prove(b, root):
     """Source and packed file train the same structure at small sizes: every record and the artifact must be equal."""
-    began = time.perf_counter()
+    began, spent = time.perf_counter(), os.times()
     tiny = {f.name: f.value for f in bake(bundle(b.files, "train_gpt"), "tiny").values()}
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         make_data(work)
-        values = [f"{k}={v}" for k, v in proof_values(b.fields, tiny).items()]
-        values += [f"data={work / 'data'}", f"runs={work / 'runs'}"]
-        (work / "alone").mkdir()
-        (work / "alone" / "train_gpt.py").write_text(b.text)
-        (work / "readable.py").write_text(b.readable)
+        values = [f"{k}={v}" for k, v in proof_values(b.fields, tiny).items()] + [f"data={work / 'data'}", "runs=."]
         (work / "tracer.py").write_text(TRACER)
-        source = start(["train_gpt.py", "--profile", b.profile, *values, "run_id=source"], root)
-        packed = start(["train_gpt.py", *values, "run_id=packed"], work / "alone")
-        finish(source, "the source")
-        finish(packed, "the packed file")
-        rows, artifact = compare_runs(work / "runs" / "source", work / "runs" / "packed")
-        captured = json.loads(finish(start(["-c", KERNELS], work / "alone"), "the import of the packed file"))
-        trace = ["tracer.py", work / "readable.py", work / "lines.json", *values, "run_id=traced"]
-        finish(start(trace, work), "the traced run")
-        compare_runs(work / "runs" / "source", work / "runs" / "traced")
-        lines = set(json.loads((work / "lines.json").read_text()))
+        for name, text in {"source": "", "packed": b.text, "traced": b.readable}.items():
+            (work / name).mkdir()  # each runs in a folder of its own, with the same arguments
+            (work / name / "train_gpt.py").write_text(text)
+        finish(start("the source", [root / "train_gpt.py", "--profile", b.profile, *values], work / "source"),
+               start("the packed file", ["train_gpt.py", *values], work / "packed"))
+        rows, artifact = compare_runs(work / "source", work / "packed")
+        lines, captured = trace_all(work, values, rows)
     silent = unexecuted(b, lines)
     return {
         "steps": [r for r in rows if r["kind"] == "step"],
+        "evaluations": [r for r in rows if r["kind"] == "eval"],
         "artifact_bytes": len(artifact),
         "artifact_sha256": hashlib.sha256(artifact).hexdigest(),
         "kernels": check_kernels(b.text, captured),
         "shares": shares(b, silent),
         "unexecuted": silent,
         "seconds": round(time.perf_counter() - began, 1),
+        "cpu_seconds": round(sum(os.times()[2:4]) - sum(spent[2:4]), 1),
     }
+
+
+def trace_all(work, values, rows):
+    """The packed file evaluates its artifact and is imported; the readable twin trains, evaluates, trains on two ranks.
+
+    Returns the twin's lines that ran, and the sources of the packed file's kernels.
+    """
+    again = [*(v for v in values if not v.startswith("run_id=")), "run_id=again"]
+    ranks = [*again[:-1], "run_id=ranks"]
+    score = ["train_gpt.py", "--evaluate", ARTIFACT, *again]
+    trace = [work / "tracer.py", "train_gpt.py"]
+    finish(start("the readable twin", [*trace, "trained.json", *values], work / "traced"),
+           start("the packed file's --evaluate", score, work / "packed"))
+    compare_runs(work / "source", work / "traced")
+    compare_scores(rows, work / "packed" / "again")
+    _, captured = finish(
+        start("the twin's --evaluate", [*trace, "evaluated.json", *score[1:]], work / "traced"),
+        start("the import of the packed file", ["-c", KERNELS], work / "packed"))
+    finish(start("the twin on two ranks", [*TORCHRUN, *trace, "ranks.json", *ranks], work / "traced"))
+    lines = {n for path in (work / "traced").glob("*.json*") for n in json.loads(path.read_text())}
+    return lines, json.loads(captured)
 
 
 def code_lines(text):
@@ -1462,7 +1525,7 @@ def registered_for(node, what):
 def cuda_only(b):
     """Top-level definitions that live for the sake of a kernel registered for CUDA alone."""
     units = bundle({"train_gpt": b.readable}, "train_gpt")
-    without = mark([u for u in units if not registered_for(u.node, "cuda")], b.fields)
+    without = mark([u for u in units if not registered_for(u.node, "cuda")], {})
     return {n for u in units for n in u.names} - {n for i in without if i.because for n in i.unit.names}
 
 
@@ -1496,8 +1559,8 @@ def shares(b, silent):
 def proof_lines(proof):
     if proof is None:
         return ""
-    share = proof["shares"]
-    lines = [f"proved in {proof['seconds']} s: {len(proof['steps'])} steps, {proof['artifact_bytes']:,} artifact bytes "
+    share, spent = proof["shares"], f"{proof['seconds']} s, {proof['cpu_seconds']} s of CPU"
+    lines = [f"proved in {spent}: {len(proof['steps'])} steps, {proof['artifact_bytes']:,} artifact bytes "
              f"and {proof['kernels']} kernels alike; of {share['lines']} lines {share['unexecuted']:.1%} did not run, "
              f"{share['unexecuted_on_cpu']:.1%} of those a CPU can run:"]
     by_size = sorted(proof["unexecuted"].items(), key=lambda item: -len(item[1]))
@@ -1559,6 +1622,7 @@ def manifest(b, code, proof):
         "bytes_after": b.sizes,
         "bytes_left_for_the_artifact": LIMIT - code,
         "sources": {name: hashlib.sha256(b.files[name].encode()).hexdigest() for name in sorted(b.modules)},
+        "needs_python": ">=" + PYTHON.rpartition(".")[0],  # newer Pythons write f-strings that older ones cannot read
         "built_with": {n: metadata.version(n) for n in ("python-minifier", "brotli")} | {"python": PYTHON},
         "requires": requirements(b.readable),
         "proof": proof,

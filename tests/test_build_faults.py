@@ -133,11 +133,12 @@ def test_a_tree_that_its_text_does_not_give_back_is_refused():
 
 
 def write_run(folder, loss=1.0, artifact=b"abc", rows=2, seconds=0.0):
+    top, folder = folder, folder / "proof"
     folder.mkdir(parents=True)
     lines = [json.dumps({"kind": "step", "step": i, "loss": loss, "seconds": seconds}) for i in range(rows)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "final_model.skc").write_bytes(artifact)
-    return folder
+    return top
 
 
 @pytest.mark.parametrize(
@@ -166,8 +167,8 @@ def test_a_kernel_that_holds_other_code_is_refused(tmp_path, monkeypatch, lines,
     (tmp_path / "train_gpt.py").write_text(text)
 
     def check():
-        command = ["-c", build_submission.KERNELS]
-        return check_kernels(text, json.loads(finish(start(command, tmp_path), "the import of the packed file")))
+        child = start("the import of the packed file", ["-c", build_submission.KERNELS], tmp_path)
+        return check_kernels(text, json.loads(finish(child)[0]))
 
     if message:
         with pytest.raises(BuildError, match=message):
