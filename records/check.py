@@ -23,7 +23,7 @@ from records.rules_score import (
     training_happened,
 )
 from records.rules_size import artifact_cap, artifact_files, code_bytes, totals_agree
-from records.rules_time import eval_time, hardware, train_time, warm_up_tokens
+from records.rules_time import eval_time, hardware, stated_times, train_time, warm_up_tokens
 
 RANK = {"na": 0, "pass": 1, "warn": 2, "fail": 3}
 
@@ -88,6 +88,7 @@ CHECKS = (
     Check(
         "F11", train_time, "training, data and calibration within 600 s", "README: 10 minutes on 8xH100; PR 593, 1908"
     ),
+    Check("F11", stated_times, "claimed steps and seconds are the logged ones", "README: submission.json"),
     Check("F12", eval_time, "evaluation within 600 s", "README: evaluation time"),
     Check("F13", hardware, "8xH100 80GB", "README: 8xH100 SXM"),
     Check(

@@ -46,10 +46,10 @@ def headline(run: Run, price: float | None) -> list[tuple[str, str]]:
         ("steps", f"{int(as_number(result.get('steps')) or metrics.last_step):,}"),
         ("tokens", f"{as_number(result.get('tokens')) or metrics.tokens:,.0f}"),
         ("training", span(seconds)),
-        ("all phases", span(sum(metrics.phases.values())) if metrics.phases else ""),
+        ("all phases", span(sum(run.phases().values()))),
         ("alerts", f"{metrics.counts.get('alert', 0):,}"),
         ("loss spikes", f"{metrics.counts.get('spike', 0):,}"),
-        ("cost", f"{price * sum(metrics.phases.values()) / 3600:,.2f}" if price is not None and metrics.phases else ""),
+        ("cost", "" if price is None else f"{price * sum(run.phases().values()) / 3600:,.2f}"),
     ]
     return [(name, value) for name, value in rows if value]
 
@@ -343,7 +343,7 @@ def event_table(run: Run, kinds: str) -> Raw:
 def training_plots(run: Run) -> Raw:
     x, gap = gap_rows(run)
     bx, bpb, _, _ = run.metrics.val_bpb.rows()
-    parts = sorted(run.metrics.aux.items())[:12]
+    parts = [(n, c) for n, c in sorted(run.metrics.aux.items()) if c.low.min() < c.high.max()][:12]
     return grid(
         loss_figure(run),
         curve_figure(run, "lr", "Learning rate", "rate"),
@@ -355,7 +355,7 @@ def training_plots(run: Run) -> Raw:
 
 
 def time_plots(run: Run) -> Raw:
-    phases = sorted(run.metrics.phases.items(), key=lambda p: -p[1])
+    phases = sorted(run.phases().items(), key=lambda p: -p[1])
     return grid(
         figure("Seconds by phase", bars("phases", phases, "s")),
         curve_figure(run, "tokens_per_second", "Tokens per second", "tokens/s"),
@@ -417,12 +417,11 @@ def certificate_table(run: Run) -> Raw:
 
 
 def cost_line(run: Run, price: float | None) -> Raw:
-    seconds = sum(run.metrics.phases.values())
+    seconds = sum(run.phases().values())
     if price is None or not seconds:
         return Raw("")
     rows = [
-        [name, span(s), round(price * s / 3600, 4)]
-        for name, s in sorted(run.metrics.phases.items(), key=lambda p: -p[1])
+        [name, span(s), round(price * s / 3600, 4)] for name, s in sorted(run.phases().items(), key=lambda p: -p[1])
     ]
     return Raw(
         f"<p>{price:,.2f} an hour for {span(seconds)}: {price * seconds / 3600:,.2f}</p>"
@@ -457,7 +456,7 @@ def md_report(run: Run, price: float | None = None) -> str:
         ("Milestones", md_table(HEADS["milestones"], milestones(run))),
         ("Gradient norm", md_table(["percentile", "norm"], grad_rows(run))),
         ("Spikes", md_table(HEADS["spikes"], event_rows(run, "spike", HEADS["spikes"]))),
-        ("Phases", md_table(["phase", "seconds"], [[k, v] for k, v in run.metrics.phases.items()])),
+        ("Phases", md_table(["phase", "seconds"], [[k, v] for k, v in run.phases().items()])),
         ("Layers", md_table(HEADS["stats"], stat_rows(run))),
         ("Alerts", md_table(HEADS["alerts"], event_rows(run, "alert", HEADS["alerts"]))),
         ("Artifact", md_table(HEADS["tensors"], tensors[:40])),

@@ -87,6 +87,27 @@ def eval_time(folder: Folder) -> Iterator[Finding]:
             )
 
 
+def stated_times(folder: Folder) -> Iterator[Finding]:
+    """Steps and seconds that the claim states against those the logs show."""
+    results = folder.claim.results if folder.claim else {}
+    for proof in folder.proofs:
+        stated = results.get(proof.seed)
+        if stated is None or proof.log is None:
+            continue
+        log = next((g for g in folder.proven_logs if g.stop and folder.log_seed(g) == proof.seed), proof.log)
+        seconds, steps = (log.stop[0] / 1000, log.stop[1]) if log.stop else (None, None)
+        scored = proof.metric.seconds if proof.metric else None
+        for name, said, shown, slack in (
+            ("steps", stated.steps, steps, 2),
+            ("seconds of training", stated.train_seconds, seconds, 1.5),
+            ("seconds of evaluation", stated.eval_seconds, scored, 1.5),
+        ):
+            if said is not None and shown is not None:
+                right = abs(said - shown) <= max(slack, 0.001 * shown)
+                note = f"seed {proof.seed} states {said:,.10g} {name}, the log shows {shown:,.10g}"
+                yield Finding("pass" if right else "warn", note, log.name)
+
+
 def hardware(folder: Folder) -> Iterator[Finding]:
     if not folder.record:
         return

@@ -167,7 +167,7 @@ class Metrics:
             kept.append(event)
 
     def on_val(self, event: dict) -> None:
-        x = np.array([as_number(event.get("step")) or float(self.last_step)])
+        x = np.array([as_number(event.get("step")) or 0.0])
         for curve, name in ((self.val_loss, "val_loss"), (self.val_bpb, "val_bpb")):
             curve.extend(x, numbers([event], name))
         self.val_partial |= bool(event.get("partial"))
@@ -202,9 +202,12 @@ def numbers(events: list[dict], name: str) -> np.ndarray:
     """One field as floats; what is absent or no number becomes NaN."""
     values = [e.get(name) for e in events]
     try:
-        return np.array(values, dtype=np.float64)
+        found = np.array(values, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
-        return np.array([math.nan if (n := as_number(v)) is None else n for v in values], dtype=np.float64)
+        found = np.zeros((0, 0))
+    if found.shape == (len(values),):
+        return found
+    return np.array([math.nan if (n := as_number(v)) is None else n for v in values], dtype=np.float64)
 
 
 def event_chunks(path: Path, metrics: Metrics) -> Iterator[list[dict]]:
@@ -250,13 +253,15 @@ def one_event(line: bytes, metrics: Metrics) -> object:
 
 def read_metrics(path: Path) -> Metrics:
     metrics = Metrics()
+    step = 0
     for events in event_chunks(path, metrics):
         steps = []
         for event in events:
             if event.get("kind") == "step":
                 steps.append(event)
+                step = event.get("step", step)
             else:
-                metrics.other(event)
+                metrics.other({"step": step} | event)  # what names no step happened after the last one
         if steps:
             metrics.steps(steps)
     return metrics
@@ -354,6 +359,15 @@ class Run:
             return path, path.stat().st_size, sha256_file(path)
         event = self.metrics.artifact
         return None, int(as_number(event.get("bytes")) or 0), str(event.get("sha256", ""))
+
+    def phases(self) -> dict[str, float]:
+        """Seconds of every phase; training and evaluation from the result where no phase line names them."""
+        found = dict(self.metrics.phases)
+        training = as_number(self.result.get("train_seconds"))
+        if "train" not in found and training:
+            found["train"] = training
+        scoring = sum(as_number(e.get("seconds")) or 0.0 for e in self.metrics.evals.values())
+        return found if "evaluate" in found or not scoring else found | {"evaluate": scoring}
 
     def modes(self) -> dict[str, float]:
         """BPB of every evaluation mode."""

@@ -47,6 +47,7 @@ class Vocabulary:
     pieces: list[str]
     kinds: list[str]
     normaliser: str
+    keeps_spaces: bool = False  # whether decoding keeps a document's leading space
 
     def problems(self) -> list[str]:
         """What would make byte counts wrong."""
@@ -69,7 +70,11 @@ class Vocabulary:
         return found
 
     def byte_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """base bytes, leading space, boundary by token id, as the competition counts them."""
+        """base bytes, leading space, boundary by token id, as the competition counts them.
+
+        The official vocabularies have no ▁ inside a piece and drop a document's leading space; those that keep every
+        space count each as one byte, so that the sum is the length of the text.
+        """
         n = len(self.pieces)
         base, space, boundary = np.zeros(n, np.int64), np.zeros(n, bool), np.ones(n, bool)
         for i, (piece, kind) in enumerate(zip(self.pieces, self.kinds)):
@@ -77,12 +82,12 @@ class Vocabulary:
                 continue
             boundary[i] = False
             space[i] = kind != "byte" and piece.startswith("▁")
-            base[i] = 1 if kind == "byte" else len(piece.removeprefix("▁").encode())
-        return base, space, boundary
+            base[i] = 1 if kind == "byte" else len(piece.removeprefix("▁").replace("▁", " ").encode())
+        return base, space, np.zeros(n, bool) if self.keeps_spaces else boundary
 
 
 def read_vocabulary(data: bytes) -> Vocabulary:
-    pieces, kinds, normaliser = [], [], ""
+    pieces, kinds, normaliser, keeps = [], [], "", False
     for number, value in fields(data):
         if number == 1 and isinstance(value, bytes):
             parts = dict(fields(value))
@@ -92,8 +97,9 @@ def read_vocabulary(data: bytes) -> Vocabulary:
             if len(pieces) > MAX_PIECES:
                 raise ValueError(f"not a SentencePiece model: more than {MAX_PIECES:,} pieces")
         elif number == 3 and isinstance(value, bytes):
-            name = dict(fields(value)).get(1, b"")
+            spec = dict(fields(value))
+            name, keeps = spec.get(1, b""), not (spec.get(3, 1) or spec.get(4, 1))
             normaliser = name.decode("utf-8", errors="replace") if isinstance(name, bytes) else ""
     if not pieces:
         raise ValueError("not a SentencePiece model: no pieces")
-    return Vocabulary(pieces, kinds, normaliser)
+    return Vocabulary(pieces, kinds, normaliser, keeps)

@@ -564,6 +564,8 @@ DEFECTS = [
         "F11",
         "warn",
     ),
+    ("another number of steps", "B", lambda m: m["claim"]["seed_results"]["42"].update(steps=6000), "F11", "warn"),
+    ("another time", "B", lambda m: m["claim"]["seed_results"]["42"].update(train_time_s=550.0), "F11", "warn"),
     ("a long evaluation", "C", log("eval_time:508769ms", "eval_time:601769ms"), "F12", "fail"),
     ("a long warm-up", "C", log("warmup done (60.6s)", "warmup done (137.6s)"), "F12", "warn"),
     ("four ranks", "B", lambda m: swap(m, "world_size: 8", "world_size: 4"), "F13", "fail"),
@@ -793,7 +795,7 @@ ALIASES = [
     lambda c: c.update(artifact_bytes_max=c.pop("bytes_total"), code_bytes=c.pop("bytes_code"), gpu=c.pop("hardware")),
     lambda c: c.update(github=c.pop("github_id"), date="2026-04-02T10:00:00Z", eval_time_seconds=[83, 83, 84]),
     lambda c: [
-        r.update(train_time_ms=588000, ttt_time_ms=290000, ttt_gain_bpb=0.002) for r in c["seed_results"].values()
+        r.update(train_time_ms=588000, ttt_time_ms=93800, ttt_gain_bpb=0.002) for r in c["seed_results"].values()
     ],
     lambda c: [r.update(bytes_total=r.pop("artifact_bytes"), train_time_s=588.0) for r in c["seed_results"].values()],
     lambda c: c.update(

@@ -176,6 +176,12 @@ def test_the_table_walker_gives_up_instead_of_running_on(body):
         deviations(f"def luts(sp, n, d):\n    {body}\n    return sp.is_control(0), sp.id_to_piece(0), 1\n")
 
 
+def test_the_projects_own_table_is_understood(request):
+    source = facts((request.config.rootpath / "eval" / "tokens.py").read_text(encoding="utf-8"))["byte_table"]
+    assert deviations(source) == []
+    assert deviations(source.replace(".removeprefix(SPACE_PIECE)", ""))
+
+
 def test_the_canonical_table_counts_each_class_of_piece():
     base = dict(zip((p for p, _ in VOCABULARY), canonical().base))
     assert base == base | {
@@ -200,10 +206,11 @@ def test_any_bytes_are_a_tokenizer_or_a_clean_error(data):
         assert "not a SentencePiece model" in str(error)
 
 
-def test_a_trained_tokenizer_is_read_as_sentencepiece_reads_it(tmp_path):
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_trained_tokenizer_is_read_as_sentencepiece_reads_it(tmp_path, keep):
     spm = pytest.importorskip("sentencepiece")
     text = tmp_path / "t.txt"
-    text.write_text("\n".join(f"The quick brown fox {i} jumps über the lazy dog, twice." for i in range(300)))
+    text.write_text("\n".join(f"The quick brown fox {i}    jumps über the    lazy dog, twice." for i in range(300)))
     spm.SentencePieceTrainer.train(
         input=str(text),
         model_prefix=str(tmp_path / "m"),
@@ -211,12 +218,16 @@ def test_a_trained_tokenizer_is_read_as_sentencepiece_reads_it(tmp_path):
         model_type="bpe",
         byte_fallback=True,
         minloglevel=2,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=not keep,
+        normalization_rule_name="identity" if keep else "nmt_nfkc",
     )
     sp = spm.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
     ours = read_vocabulary(Path(tmp_path / "m.model").read_bytes())
-    assert ours.pieces == [sp.id_to_piece(i) for i in range(sp.vocab_size())]
+    assert ours.pieces == [sp.id_to_piece(i) for i in range(sp.vocab_size())] and ours.keeps_spaces is keep
     assert [k == "byte" for k in ours.kinds] == [sp.is_byte(i) for i in range(sp.vocab_size())]
-    ids = sp.encode("The über fox 好 jumps")
+    raw = "  The über    fox 好 jumps" if keep else "The über fox 好 jumps"
+    ids = sp.encode(raw)
     base, space, boundary = ours.byte_table()
     total = sum(int(base[b]) + int(space[b] and not boundary[a]) for a, b in zip([1, *ids], ids))
-    assert total == len("The über fox 好 jumps".encode())
+    assert total == len(raw.encode()) == len(sp.decode(ids).encode())
