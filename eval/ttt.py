@@ -152,14 +152,14 @@ class LaneSGD:
         return [moment for moment, yes in zip(self.first, concerned) if yes]
 
     @torch.no_grad()
-    def step(self, grads: list[torch.Tensor], active: torch.Tensor) -> None:
-        """One step of the active lanes, each clipped by its own norm: a lane's step depends on no other lane."""
+    def step(self, grads: list[torch.Tensor], share: torch.Tensor) -> None:
+        """One step, of each lane in proportion to its share; clipped by its own norm, it depends on no other lane."""
         grads = [grad.reshape(row.shape) for grad, row in zip(grads, self.rows)]
         norm = torch.stack([grad.reshape(len(grad), -1).square().sum(1) for grad in grads]).sum(0).sqrt()
-        factor = (TTT_CLIP / norm.clamp(min=TTT_CLIP)) * active
+        factor = TTT_CLIP / norm.clamp(min=TTT_CLIP)
         for i, (row, grad) in enumerate(zip(self.rows, grads)):
             change = self.direction(i, grad * by_lane(factor, row))
-            row.data.sub_(self.lr * change * by_lane(active, row))
+            row.data.sub_(self.lr * change * by_lane(share, row))
 
     def direction(self, i: int, grad: torch.Tensor) -> torch.Tensor:
         return self.first[i].mul_(self.momentum).add_(grad)
@@ -236,12 +236,13 @@ class LaneLearner:
         self.starts = self.starts + ((window.x == self.s.bos) & window.charged).sum(1)
         mine = window.charged & (blocks == block.unsqueeze(1))
         self.adapters.aim(mine)
+        share = mine.float().mean(1)  # of the window: few tokens make a small step, no tokens none
         for _ in range(self.s.ttt_epochs):
             with memory_named(f"a backward through {len(mine)} lanes of ttt_chunk={mine.shape[1]} tokens", "ttt_chunk"):
                 nats, _ = token_nats(self.model, window, done.state, self.s.temperature)
                 loss = ((nats * mine).sum(1) / mine.sum(1).clamp(min=1)).sum()  # a mean per lane: lanes stay apart
                 grads = torch.autograd.grad(loss, self.adapters.leaves, allow_unused=True, materialize_grads=True)
-            self.steps.step(list(grads), active)
+            self.steps.step(list(grads), share)
 
     def close(self) -> None:
         self.adapters.close()

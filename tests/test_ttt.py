@@ -363,15 +363,15 @@ def test_lane_steps_are_the_textbooks_in_each_lane(rule):
     rows, grads = torch.randn(3, 4, 2), 0.1 * torch.randn(5, 3, 4, 2)
     ours = rule([rows.clone()], 0.1, 0.9)
     for step, grad in enumerate(grads):
-        ours.step([grad], torch.tensor([True, step < 3, True]))  # the second lane ends early
+        ours.step([grad], torch.tensor([1.0, float(step < 3), 1.0]))  # the second lane ends early
     expected = [textbook(rule, rows[lane], grads[: 3 if lane == 1 else 5, lane]) for lane in range(3)]
     assert torch.allclose(ours.rows[0], torch.stack(expected), atol=1e-6)
 
 
-def test_a_large_gradient_is_clipped_in_its_own_lane_only():
+def test_a_large_gradient_is_clipped_in_its_own_lane_and_a_small_share_steps_less():
     ours = LaneSGD([torch.zeros(2, 3)], 1.0, 0.0)
-    ours.step([torch.tensor([[30.0, 40.0, 0.0], [0.3, 0.4, 0.0]])], torch.tensor([True, True]))
-    assert torch.allclose(ours.rows[0], -torch.tensor([[0.6, 0.8, 0.0], [0.3, 0.4, 0.0]]))
+    ours.step([torch.tensor([[30.0, 40.0, 0.0], [0.3, 0.4, 0.0]])], torch.tensor([1.0, 0.5]))
+    assert torch.allclose(ours.rows[0], -torch.tensor([[0.6, 0.8, 0.0], [0.15, 0.2, 0.0]]))
 
 
 # ---- the driver -----------------------------------------------------------------------------------------------------
