@@ -12,7 +12,7 @@ import numpy as np
 PRECISION = 14                         # a table's frequencies add up to 2 ** 14
 SCALE = 1 << PRECISION
 STATE_LOW = 1 << 16                    # states live in [2 ** 16, 2 ** 32) and move 16-bit words
-MIN_LANES, MAX_LANES = 8, 1024
+MIN_LANES, MAX_LANES = 32, 1024
 MAX_CLASSES = 8                        # of rows, and of columns: at most 64 tables, which fit in a cache
 TABLE_BITS = 12                        # what brotli takes for one entry of a table
 
