@@ -1,4 +1,4 @@
-"""kernels/gate.py and bench.py: every kernel compiles for sm_90 as the table says, without spills; the bench can fail."""
+"""kernels/gate.py and bench.py: every kernel compiles for sm_90 as the table says, without spills; a bench can fail."""
 
 import ast
 import json
@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from kernels.bench import main_bench, run_checks
+from kernels.capsule import capsule_scan
 from kernels.gate import GATE_SHARED, gate_faults, gate_table
+from kernels.hadamard import causal_walsh, walsh_signs, wht
+from kernels.loss import softcap_ce
 from kernels.scan import koopman_scan
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +59,24 @@ def test_growth_is_a_fault(change, fault):
     assert gate_faults([row], [row], True) == []
     assert fault in gate_faults([row | change], [row], True)[0]
     assert gate_faults([row | {"registers": 200}], [row], False) == []  # another compiler, other registers
+
+
+@pytest.mark.unhurried  # a compilation, forward and backward
+def test_a_model_of_every_operation_is_one_graph_with_the_same_gradients():
+    B, T, H, C, D = 2, 20, 2, 3, 16
+    signs, start, pos = walsh_signs(torch.arange(D), 4), torch.rand(B, T) < 0.1, torch.arange(T).repeat(B, 1)
+    x, targets, weight = torch.randn(B, T, 12), torch.randint(48, (B * T,)), torch.randn(12, 3 * D).requires_grad_()
+
+    def loss(x, weight):
+        h, _ = koopman_scan(*(x @ weight).chunk(3, -1), start)
+        control, values = h[..., : H * C].unflatten(2, (H, C)), causal_walsh(h, signs, pos).unflatten(2, (H, -1))
+        y, _ = capsule_scan(control.softmax(-1), control.softmax(-1), values, -control.exp(), start)
+        nll, lse, _, _ = softcap_ce((wht(y.flatten(2), 8)[..., :12] @ weight).flatten(0, 1), targets, 10.0)
+        return nll.mean() + 1e-3 * lse.square().mean()
+
+    wanted = torch.autograd.grad(loss(x, weight), weight)[0]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert torch.equal(torch.autograd.grad(compiled(x, weight), weight)[0], wanted)
 
 
 @pytest.mark.unhurried  # compiles three kernels
