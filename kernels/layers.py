@@ -141,7 +141,7 @@ def hold(rest, old: list, new: list) -> list:
 
 
 def detached(state):
-    """A state, or any tree of dicts, without its gradient."""
+    """A state, or any tree of dicts, without its gradient and in tensors of its own."""
     if isinstance(state, dict):
         return {name: detached(value) for name, value in state.items()}
-    return state.detach() if isinstance(state, torch.Tensor) else state
+    return state.detach().contiguous() if isinstance(state, torch.Tensor) else state
