@@ -50,7 +50,7 @@ class Log:
             raise ValueError(f"{folder} belongs to a run that is still going: choose another run_id") from None
         for name in ("metrics.jsonl", "train.log"):  # what was written after the checkpoint will be written again
             with (folder / name).open("ab") as file:
-                file.truncate((resume_at or {}).get(name, 0))
+                file.truncate(min((resume_at or {}).get(name, 0), file.tell()))
         self.metrics = (folder / "metrics.jsonl").open("a", buffering=1)
         self.logger.addHandler(logging.FileHandler(folder / "train.log", "a"))
         self.logger.addHandler(logging.StreamHandler(sys.stdout))

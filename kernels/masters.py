@@ -35,13 +35,14 @@ class MasterGroup:
         self.master.sub_(rate * awake * update)
 
     def chosen(self, averaged: bool) -> torch.Tensor:
-        return self.average if averaged else self.master
+        """What ships, before it is put on the grid."""
+        masters = self.average if averaged else self.master
+        return masters if self.keep is None else masters * self.keep
 
     @torch.no_grad()
     def project(self, averaged: bool = False) -> None:
         """Parameters become the values that would ship."""
-        values = self.grid(self.chosen(averaged))
-        torch._foreach_copy_(self.params, list((values if self.keep is None else values * self.keep).unbind()))
+        torch._foreach_copy_(self.params, list(self.grid(self.chosen(averaged)).unbind()))
 
     def update_average(self, memory: float) -> None:
         """Starts from the current masters."""
