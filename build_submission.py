@@ -1336,7 +1336,7 @@ def table(b):
 # ---------------------------------------------------------------- prove: the packed file does what the source does
 
 PROOF = {  # of what the profile has; no clock decides anything, for time never repeats
-    "max_steps": 3, "max_seconds": 0.0, "log_every": 1, "val_every": 2, "vocab": 384, "micro_tokens": 128,
+    "max_steps": 3, "max_seconds": 0.0, "log_every": 1, "vocab": 384, "micro_tokens": 128,
     "dtype": "float32", "eval_modes": "chunked,sliding,stream,engram,ttt,all", "run_id": "proof",
 }  # fmt: skip
 ARTIFACT = f"{PROOF['run_id']}/final_model.skc"
