@@ -1577,8 +1577,7 @@ One file, `train_gpt.py`, {code:,} bytes, holds trainer, kernels, export and eva
     pip install -r requirements.txt
     {command}
 
-{score}
-The file unpacks itself in memory; `manifest.json` names the sources it was built from and the proof that it behaves as
+{score}The file unpacks itself in memory; `manifest.json` names the sources it was built from and the proof that it behaves as
 they do. Structural settings are fixed; sizes, rates, budgets and paths are `key=value` arguments.
 """
 COMMAND = "torchrun --standalone --nproc_per_node 8 train_gpt.py data=DATASET"
@@ -1599,8 +1598,10 @@ def read_results(folders):
     """result.json of each run, by its seed."""
     results = {}
     for folder in map(Path, folders):
-        seed = json.loads((folder / "config.json").read_text())["config"]["seed"]
-        results[str(seed)] = json.loads((folder / "result.json").read_text())
+        seed = str(json.loads((folder / "config.json").read_text())["config"]["seed"])
+        if seed in results:
+            raise BuildError(f"{folder}: a second run of seed {seed}")
+        results[seed] = json.loads((folder / "result.json").read_text())
     return results
 
 
@@ -1636,7 +1637,8 @@ def deliver(b, folder, proof, runs):
     fit = LIMIT - code - (record["artifact_bytes"] or 0)
     if fit < 0:
         raise BuildError(f"code {code:,} + artifact {record['artifact_bytes']:,} is {-fit:,} bytes over {LIMIT:,}")
-    score = f"val_bpb {record['val_bpb']:.6f} over seeds {', '.join(results)}.\n" if results else ""
+    seeds = ", ".join(results)
+    score = f"val_bpb {record['val_bpb']:.6f}, the mean of seeds {seeds}.\n\n" if results else ""
     pins = "".join(f"{name}=={version}\n" for name, version in requirements(b.readable).items())
     texts = {
         "train_gpt.py": b.text,

@@ -189,6 +189,8 @@ def test_an_artifact_that_does_not_fit_beside_the_code_is_refused(tmp_path):
         else:
             with pytest.raises(BuildError, match="is 1 bytes over 16,000,000"):
                 deliver(b, tmp_path / "out", None, [run])
+    with pytest.raises(BuildError, match="a second run of seed 7"):
+        deliver(b, tmp_path / "out", None, [run, run])
     record = json.loads((tmp_path / "out" / "submission.json").read_text())
     assert record["val_bpb"] == 1.25 and record["seeds"] == [7] and record["bytes_total"] == 16_000_000
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["train_gpt.py"]["bytes"] == code
