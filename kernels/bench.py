@@ -241,15 +241,16 @@ def wht_sides(args, backward):
     return _sides(sides, (x,), torch.randn_like(x), backward) | ({} if backward else {"clone": x.clone})
 
 
+def eager_loss(logits, targets, cap):
+    return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
+
+
 def loss_sides(args, backward):
     logits, targets, cap = args
-
-    def eager(logits):
-        return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
-
-    sides = {"ours": lambda z: softcap_ce(z, targets, cap)[0], "eager": eager}
+    sides = {"ours": lambda z: softcap_ce(z, targets, cap)[0], "eager": lambda z: eager_loss(z, targets, cap)}
     if logits.is_cuda:
-        sides["compiled"] = torch.compile(eager)
+        compiled = torch.compile(eager_loss)
+        sides["compiled"] = lambda z: compiled(z, targets, cap)
     return _sides(sides, (logits,), torch.ones(len(logits), device=logits.device), backward)
 
 
