@@ -46,13 +46,14 @@ SEED_TOTALS = ("bytes_total", "artifact_bytes", "artifact_size_bytes")
 class Written(float):
     """A number with the digits it was written with: 1.06400 claims more than 1.064."""
 
-    digits: int | None = None
-
     def __new__(cls, text: str) -> "Written":
         number = super().__new__(cls, text)
         fraction = text.partition(".")[2]
-        number.digits = len(fraction) if fraction.isdigit() else None
+        number.text, number.digits = text, len(fraction) if fraction.isdigit() else None
         return number
+
+    def __getnewargs__(self) -> tuple[str]:
+        return (self.text,)  # a report travels between processes
 
 
 @dataclass(slots=True)

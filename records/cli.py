@@ -2,8 +2,12 @@
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from records.check import check_folder, find_folders
@@ -17,6 +21,7 @@ from records.report import write_report
 from records.runs import open_run
 from records.verify import COMMAND, verify
 
+MANY = 16  # folders from which starting processes pays
 MARKS = {"pass": "ok", "warn": "warn", "fail": "FAIL", "na": "-"}
 
 
@@ -30,8 +35,7 @@ def check(args: argparse.Namespace) -> int:
     if not folders:
         raise ValueError(f"no submission folder at or below {', '.join(map(str, paths))}")
     reports = []
-    for path in folders:
-        report = check_folder(Folder(path, args.policy, Path(args.baseline) if args.baseline else None))
+    for report in reports_of(folders, args.policy, Path(args.baseline) if args.baseline else None):
         reports.append(report)
         say(json.dumps(report, default=str) if args.json else text_of(report, args.all))
     if args.html:
@@ -40,6 +44,20 @@ def check(args: argparse.Namespace) -> int:
     if not args.json and len(reports) > 1:
         say(f"{len(reports)} folders: " + ", ".join(f"{worst.count(v)} {v}" for v in ("pass", "warn", "fail")))
     return int("fail" in worst)
+
+
+def report_of(path: Path, policy: str, baseline: Path | None) -> dict:
+    return check_folder(Folder(path, policy, baseline))
+
+
+def reports_of(folders: list[Path], policy: str, baseline: Path | None) -> Iterator[dict]:
+    """Reports in the order of the folders; many are shared out over the processors."""
+    one = partial(report_of, policy=policy, baseline=baseline)
+    if len(folders) < MANY:
+        yield from map(one, folders)
+        return
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(one, folders, chunksize=4)
 
 
 def existing(path: Path) -> Path:

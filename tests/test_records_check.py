@@ -383,7 +383,7 @@ def undisclosed(made):
 
 def helper_file(made):
     script(lambda text: text.replace("import torch", "import torch\nimport ngram_helper"))(made)
-    made["files"]["ngram_helper.py"] = "x = \"" + "y" * 120_000 + "\"\n"
+    made["files"]["ngram_helper.py"] = 'x = "' + "y" * 120_000 + '"\n'
 
 
 def other_listing(made):
@@ -856,6 +856,16 @@ def test_json_output_is_one_object_a_line_and_the_exit_code_tells(tmp_path, caps
     assert main(["check", "--json", str(good), str(bad)]) == 1
     assert len(capsys.readouterr().out.splitlines()) == 2
     assert main(["check", str(tmp_path / "nowhere")]) == 2
+
+
+@pytest.mark.unhurried  # starts two processes
+def test_many_folders_shared_out_over_processes_give_the_same_reports(tmp_path, monkeypatch, capsys):
+    for i, family in enumerate("ABCD"):
+        write(tmp_path, record(family) | {"folder": f"track_10min_16mb/2026-04-0{i + 1}_X"})
+    alone = main(["check", "--json", str(tmp_path)]), capsys.readouterr().out
+    monkeypatch.setattr("records.cli.MANY", 2)
+    assert (main(["check", "--json", str(tmp_path)]), capsys.readouterr().out) == alone
+    assert len(alone[1].splitlines()) == 4
 
 
 def test_the_page_and_the_terminal_show_names_harmlessly(tmp_path, capsys):
