@@ -1577,7 +1577,7 @@ One file, `train_gpt.py`, {code:,} bytes, holds trainer, kernels, export and eva
     pip install -r requirements.txt
     {command}
 
-{score}The file unpacks itself in memory; `manifest.json` names the sources it was built from and the proof that it behaves as
+{score}It unpacks itself in memory. `manifest.json` names the sources it was built from and the proof that it behaves as
 they do. Structural settings are fixed; sizes, rates, budgets and paths are `key=value` arguments.
 """
 COMMAND = "torchrun --standalone --nproc_per_node 8 train_gpt.py data=DATASET"
