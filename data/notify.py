@@ -58,12 +58,12 @@ class Notifier:
         self.url, self.say, self.failed, self.sent, self.taken = url, say, False, 0, 0
         self.waiting = queue.Queue(WAITING)
         self.thread = threading.Thread(target=self.run, name="notifier", daemon=True)
-        if url:
-            self.thread.start()
 
     def send(self, title: str, body: str) -> None:
         if not self.url:
             return
+        if not self.sent:
+            self.thread.start()
         self.sent += 1
         with suppress(queue.Full):  # close() tells of it
             self.waiting.put_nowait((title, body))
@@ -82,7 +82,7 @@ class Notifier:
 
     def close(self, patience: float = 15.0) -> None:
         """Waits a little for what is under way."""
-        if not self.url:
+        if not self.sent:
             return
         with suppress(queue.Full):
             self.waiting.put(None, timeout=patience / 2)
