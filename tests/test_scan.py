@@ -140,7 +140,7 @@ def test_the_guard_sees_a_write_past_the_end(monkeypatch):
 @pytest.mark.parametrize("T", [63, 64, 1000])
 @pytest.mark.parametrize("chunk", [None, 64])
 def test_triton_agrees_at_length(T, chunk):
-    args = inputs(1, T, 66)
+    args = inputs(1, T, 66 if T < 100 else 6)
     w = weights(args[0])
     for a, b in zip(triton_results(args, w, chunk), reference(args, w), strict=True):
         assert relative(a, b) <= 1e-6
