@@ -69,7 +69,7 @@ def test_blocks_of_the_vocabulary_join(monkeypatch):
             assert relative(a, b) <= 5e-6
 
 
-@pytest.mark.parametrize("dtype, slack", [(torch.float16, 2.0), (torch.bfloat16, 2.5)])  # interpreted bfloat16 truncates
+@pytest.mark.parametrize("dtype, slack", [(torch.float16, 2.0), (torch.bfloat16, 2.5)])  # interpreted, it truncates
 def test_sixteen_bit_error_is_that_of_eager_code(dtype, slack):
     logits, targets = inputs(16, 300, dtype=dtype)
     w = [torch.randn(16) for _ in range(4)]
