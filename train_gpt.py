@@ -41,16 +41,19 @@ from data.fields import (
     show_value,
     structural,
 )
-from data.run_folder import Log, StopSignals, deadline, load_checkpoint, newest_checkpoint, save_checkpoint
+from data.harness import Harness, find_checkpoint
+from data.preflight import Plan
+from data.run_folder import Log, StopSignals, deadline, load_checkpoint, save_checkpoint
 from data.shards import LaneOrder, WindowOrder, dataset_hash, read_sidecar, read_tokens, shard_paths
 from data.watch import Trace, Watch
+from eval.engram import ENGRAM_ALPHA_SHAPE
 from eval.generate import generate_ids, stream_text
 from eval.score import EvalSettings, evaluating, red_flags
 from eval.tokens import byte_table, load_tokenizer, sidecar_bytes, stream_bytes
 from eval.ttt import evaluate_modes, fit_engram, fit_temperature
-from export.budget import check_budget, describe, plan_bytes
+from export.budget import check_budget, describe, plan_bytes, solve_budget
 from export.container import BYTE_CAP, Row, check_model, check_shipped, pack, unpack, write_artifact
-from export.gptq import CurvatureCollector, gptq_int, gptq_ternary
+from export.gptq import CurvatureCollector, felt, gptq_int, gptq_rows
 from export.quantise import INT_BITS, int_grid, int_value
 from kernels.attention import attend, attention_mask, positions, rotary_tables, rotate_pairs
 from kernels.capsule import capsule_scan, routing_statistics
@@ -66,9 +69,7 @@ from kernels.ranks import GradientBuckets, Runtime, agree, detect_runtime, mean_
 from kernels.scan import koopman_scan
 from kernels.ternary import ternary_project
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Config                                                                                                           │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ── Config ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 BOS = 1
 CODE_BYTES = 24_000  # set aside for the packed trainer; build_submission.py checks the real one
@@ -171,11 +172,12 @@ class Config:
     )
     eval_seconds: float = free(600.0, "budget of the evaluation; 0 is none", resumable=True)
     ttt_scope: str = free("lora", "what test-time training adapts: lora, scales or all", resumable=True)
-    ttt_lr: float = free(1e-3, "rate of test-time training", resumable=True)
+    ttt_lr: float = free(3e-3, "rate of test-time training", resumable=True)
     gptq_seconds: float = free(0.0, "part of max_seconds set aside for second moments, when matrices are not qat")
     checkpoint_every: int = free(0, "steps between checkpoints; 0 is none", resumable=True)
     keep_every: int = free(0, "checkpoints of every so many steps stay; of the others the newest two", resumable=True)
     resume: str = free("", "auto, or a checkpoint file to go on from", resumable=True)
+    publish: str = free("", "hub repository owner/name, or /folder, that all files of the run go to", resumable=True)
     sample_every: int = free(0, "steps between samples of generated text", resumable=True)
     log_every: int = free(10, "steps between log lines", resumable=True)
     profile_steps: int = free(0, "trace this many steps into the run folder", resumable=True)
@@ -238,8 +240,8 @@ PROFILES = {
         layers="A" * 11, parts=("reset", "unet", "smear", "null", "xsa", "gate"), dim=512, heads=8, kv_heads=4,
         vocab=8192, conv_taps=0, streams=2, parallel_from=8, loop=(3, 5), loop_times=3, weight_codec="int6",
         embed_codec="int7", matrix_lr=0.026, embed_lr=0.03, scalar_lr=0.02, weight_decay=0.095, decay=0.85,
-        lr_floor=0.1, clip_norm=0.3, ema=0.06, seq_len=2048, batch_tokens=786_432, micro_tokens=98_304,
-        max_seconds=600.0, data="datasets/sp8192",
+        lr_floor=0.1, clip_norm=0.3, ema=0.06, gptq_seconds=8.0, seq_len=2048, batch_tokens=786_432,
+        micro_tokens=98_304, max_seconds=600.0, data="datasets/sp8192",
     ),
 }
 
@@ -296,9 +298,7 @@ def check_config(c: Config) -> None:
             raise ValueError(text)
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Layers                                                                                                           │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ── Layers ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # A module's parameters belong to one family (FAMILIES, below), which names their optimizer, rate and codec. There is
 # no quantiser in any forward: the optimizer owns fp32 masters, and parameters always hold the values that ship.
 
@@ -339,9 +339,7 @@ class Experts(MLP):
         return y + moe_mix(x.flatten(0, 1), weights, chosen, up, down, self.inner).view_as(y), {"balance": balance}
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Mixers                                                                                                           │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ── Mixers ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # forward(x, ctx, state) -> (y, state, aux): x (B, T, D) is normed; state None starts fresh, a returned state goes on;
 # aux holds detached statistics, and what later layers share. Causal, bit for bit.
 
@@ -532,9 +530,7 @@ class Memory(Part):
 MIXERS = {"A": Attention, "K": Koopman, "S": Capsules, "W": Wavefield, "M": Memory}
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Model                                                                                                            │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ── Model ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Visit(NamedTuple):
@@ -596,7 +592,7 @@ class GPT(Part):
         self.feedback = Feedback(c.feedback_passes, c.dim) if c.feedback_passes else None
         self.ahead = nn.ModuleList(Linear(c.dim, c.dim, "train_only", std=0.0) for _ in range(c.mtp_heads))
         if "untied" in c.parts:
-            self.unembed = Matrix(c.rank, c.vocab, "embed", std=0.02 * c.rank**0.5)
+            self.unembed = Linear(c.rank, c.vocab, "embed", std=0.02 * c.rank**0.5)
 
     def forward(self, tokens, state=None):
         x, state, _ = self.features(tokens, state)
@@ -636,7 +632,7 @@ class GPT(Part):
     def head(self, x):
         if self.c.rank != self.c.dim:
             x = x @ self.lift.weight.to(x.dtype)
-        return F.linear(x, (self.unembed if "untied" in self.c.parts else self.embed).weight.to(x.dtype))
+        return (self.unembed if "untied" in self.c.parts else self.embed)(x)
 
     def features(self, tokens, state):
         """(B, T) tokens -> (B, T, D) normed features, the state to go on from, statistics by layer."""
@@ -714,9 +710,7 @@ class GPT(Part):
         return {name: m for name, m in self.blocks.named_modules() if isinstance(m, Linear)}
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Optimizers                                                                                                       │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ── Optimizers ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The optimizer owns fp32 masters; after each step parameters are set to their masters' projection on the codec's grid.
 # That is the straight-through estimator without a line in any forward, and the model only ever holds what ships.
 
@@ -832,25 +826,28 @@ class Optimizer:
         self.project()
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Data                                                                                                             │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ── Data ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Data:
-    """Training windows in their seeded order, and the validation stream with its byte counts."""
+class Validation:
+    """The validation stream and the bytes that each of its tokens adds to the text."""
 
-    def __init__(self, c: Config, rt: Runtime):
+    def __init__(self, c: Config):
         folder = Path(c.data)
-        self.accumulate = accumulation(c, rt)
-        self.feed = Feed(training_windows(c, rt, c.seed), c.micro_tokens // c.seq_len, rt.device)
-        self.val = read_tokens(folder, "val", c.vocab, c.val_tokens)
+        self.tokens = read_tokens(folder, "val", c.vocab, c.val_tokens)
         table, sidecar = byte_table(folder / "tokenizer.model"), read_sidecar(folder, c.val_tokens)
         if table.vocab != c.vocab:
             raise ValueError(f"{folder}/tokenizer.model has {table.vocab} pieces, not vocab={c.vocab}: change vocab")
-        self.val_bytes = stream_bytes(self.val, table) if sidecar is None else sidecar_bytes(self.val, sidecar)
-        self.bytes_per_token = self.val_bytes.sum() / max(1, len(self.val) - 1)
-        self.hash = dataset_hash(folder)
+        self.bytes = stream_bytes(self.tokens, table) if sidecar is None else sidecar_bytes(self.tokens, sidecar)
+        self.bytes_per_token = self.bytes.sum() / max(1, len(self.tokens) - 1)
+
+
+class Data:
+    """Training windows on their way to the device, and the validation stream."""
+
+    def __init__(self, c: Config, rt: Runtime):
+        self.accumulate, self.val, self.hash = accumulation(c, rt), Validation(c), dataset_hash(c.data)
+        self.feed = Feed(training_windows(c, rt, c.seed), c.micro_tokens // c.seq_len, rt.device)
 
 
 def training_windows(c: Config, rt: Runtime, seed: int):
@@ -866,9 +863,7 @@ def accumulation(c: Config, rt: Runtime) -> int:
     return c.batch_tokens // share
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Schedule                                                                                                         │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ── Schedule ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def wsd(c: Config, progress: float) -> float:
@@ -939,9 +934,7 @@ class Clock:
         return max(by_step, by_time)
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Train                                                                                                            │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ── Train ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Run(NamedTuple):
@@ -953,9 +946,13 @@ class Run(NamedTuple):
     clock: Clock
 
 
-def open_log(c: Config, rt: Runtime, origin: dict[str, str], saved: dict | None) -> Log:
+def open_log(c: Config, rt: Runtime, origin: dict[str, str], saved: dict | None, env: dict[str, str]) -> Log:
     """The log begins with all it takes to run this again."""
-    log = Log(Path(c.runs) / c.run_id, rt.rank == 0, saved and saved["log_sizes"])
+    folder, sizes = Path(c.runs) / c.run_id, saved and saved["log_sizes"]
+    limits = {"training": c.max_seconds, "evaluation": c.eval_seconds}
+    log = Log(folder, rt.rank == 0, sizes) if PACKED else Harness(
+        folder, rt.rank, rt.world, env, resume_at=sizes, publish=c.publish, limits=limits, patience=rt.patience
+    )  # fmt: skip
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     facts = {"hash": fields_hash(c), "source": source_hash(), "config": field_values(c), "origin": origin}
     log.save("config.json", facts | versions)
@@ -974,10 +971,11 @@ def train(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
     """Until a limit ends it, or a signal. Returns the facts of the run."""
     model, optimizer, data, clock = run
     loss = torch.compile(model.loss, fullgraph=True, dynamic=False) if rt.device.type == "cuda" else model.loss
-    warm_up(c, rt, model, loss)
+    with log.phase("warmup"):
+        warm_up(c, rt, model, loss)
     watch, trace = watching(c, rt, run, log), Trace(log, c.profile_steps)
     model.train()
-    with StopSignals() as stop:
+    with log.phase("train"), StopSignals() as stop:
         clock.run()
         while True:
             progress, stopped = agree(rt.ranks, [clock.progress() if rt.rank == 0 else 0.0, float(stop.wanted)])
@@ -986,7 +984,7 @@ def train(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
             model.phase = phase_at(c, progress)
             parts, origin = accumulate(model, loss, data, optimizer.buckets)
             norm = optimizer.step(progress, clock.step)
-            clock.step += 1
+            log.step = clock.step = clock.step + 1
             trace.step(clock.step)
             watch.step(clock.step, progress, parts, norm, origin)
             if clock.step % c.log_every == 0:
@@ -1018,12 +1016,13 @@ def between_steps(c: Config, rt: Runtime, run: Run, log: Log) -> None:
     if not any(due):
         return
     run.clock.pause()
-    if due[0]:
-        validate(c, rt, run.model, run.data, log, run.clock)
-    if due[1] and rt.rank == 0:
-        sample(c, run.model, log, run.clock.step)
-    if due[2]:
-        checkpoint(c, rt, run, log)
+    with log.phase("between steps"):
+        if due[0]:
+            validate(c, rt, run.model, run.data.val, log, run.clock)
+        if due[1] and rt.rank == 0:
+            sample(c, run.model, log, run.clock.step)
+        if due[2]:
+            checkpoint(c, rt, run, log)
     run.clock.run()
 
 
@@ -1058,7 +1057,7 @@ def warm_up(c: Config, rt: Runtime, model: GPT, loss: Callable) -> None:
 
 
 def watching(c: Config, rt: Runtime, run: Run, log: Log) -> Watch:
-    bits = 1 / math.log(2) / run.data.bytes_per_token
+    bits = 1 / math.log(2) / run.data.val.bytes_per_token
     return Watch(log, c.batch_tokens, bits, lambda table: mean_over_ranks(rt.ranks, table))
 
 
@@ -1094,19 +1093,6 @@ def checkpoint(c: Config, rt: Runtime, run: Run, log: Log) -> None:
     log.record("checkpoint", step=clock.step, **facts)
 
 
-def find_checkpoint(c: Config) -> tuple[dict | None, list[str]]:
-    """resume=auto takes the newest that can be trusted, a path that one; and a line about each that cannot."""
-    if not c.resume:
-        return None, []
-    newest = c.resume == "auto"
-    saved, complaints = newest_checkpoint(Path(c.runs) / c.run_id) if newest else (load_checkpoint(c.resume), [])
-    was, now = saved["config"] if saved else {}, field_values(c, resumable=False)
-    odd = [f"{name} was {was[name]}, is {now[name]}" for name in now if was and was[name] != now[name]]
-    if odd:
-        raise ValueError(f"the checkpoint is of another run: {'; '.join(odd)}. Give the same fields, or another run_id")
-    return saved, complaints
-
-
 def restore(c: Config, rt: Runtime, run: Run, saved: dict, log: Log) -> None:
     model, optimizer, data, clock = run
     clock.step, clock.seconds = saved["clock"]["step"], saved["clock"]["seconds"]
@@ -1120,25 +1106,19 @@ def restore(c: Config, rt: Runtime, run: Run, saved: dict, log: Log) -> None:
     log.text(f"resumed at step {clock.step}, {clock.seconds:.1f} s")
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Export                                                                                                           │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ── Export ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def export_model(c: Config, rt: Runtime, run: Run, log: Log) -> bytes:
     """The artifact: what training ended with, packed, checked against the cap, and read back bit for bit."""
-    choose_weights(c, rt, run, log)
-    began = time.perf_counter()
-    rows = [Row(name, master, codec, None) for name, master, codec in shipping_rows(c, run)]
-    if "qat" not in c.parts:
-        rows = round_with_gptq(c, rt, run, rows, log)
-    log.record("phase", name="quantise", seconds=time.perf_counter() - began)
-    began = time.perf_counter()
-    blob = pack(rows, {"config": changed_fields(c, resumable=False)}, group=c.group, rule=c.rule, clips=clips(c))
-    left = check_budget(blob, CODE_BYTES)
-    if "qat" in c.parts:
-        check_shipped({row.name: p for row, p in zip(rows, shipping_parameters(c, run))}, unpack(blob)[0])
-    log.record("phase", name="compress", seconds=time.perf_counter() - began)
+    with log.phase("quantise"):
+        choose_weights(c, rt, run, log)
+        rows = shipping_rows(c, run)
+    with log.phase("compress"):
+        blob = pack_rows(c, rt, run, rows, log)
+        left = check_budget(blob, CODE_BYTES)
+        if "qat" in c.parts:
+            check_shipped({row.name: p for row, p in zip(rows, shipping_parameters(c, run))}, unpack(blob)[0])
     digest = hashlib.sha256(blob).hexdigest()
     if rt.rank == 0:
         write_artifact(log.folder / "final_model.skc", blob)
@@ -1151,10 +1131,10 @@ def clips(c: Config) -> dict[str, float]:
     return dict.fromkeys(INT_BITS, c.clip)
 
 
-def shipping_rows(c: Config, run: Run) -> list[tuple]:
-    """(name, master, codec) of every parameter that ships, from the masters in use."""
+def shipping_rows(c: Config, run: Run) -> list[Row]:
+    """Every parameter that ships, from the masters in use, with its codec."""
     return [
-        (name, master, FAMILIES[g.family].codec(c))
+        Row(name, master, FAMILIES[g.family].codec(c))
         for g in run.optimizer.groups if FAMILIES[g.family].ships
         for name, master in zip(g.names, g.chosen(run.optimizer.averaged).unbind())
     ]
@@ -1186,33 +1166,43 @@ def training_loss(c: Config, rt: Runtime, run: Run, batches: int = 4) -> float:
     return float(mean_over_ranks(rt.ranks, total / batches))
 
 
-def round_with_gptq(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> list[Row]:
-    """Integers of the matrices from second moments of training tokens; the time counts as training."""
+def pack_rows(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> bytes:
+    """On their grid already, or rounded by what the loss feels, in the bytes that plain steps of `clip` would take."""
+    meta = {"config": changed_fields(c, resumable=False), "eval": eval_constants(c, rt, run, log)}
+    grid = {"group": c.group, "rule": c.rule, "clips": clips(c)}
+    if "qat" in c.parts or not c.gptq_seconds:
+        return pack(rows, meta, **grid)
+    curves = curvature(c, rt, run, log)
+    blob = pack(gptq_rows(rows, curves, **grid), meta, **grid)
+    if any(row.codec in INT_BITS and row.name not in curves for row in rows):
+        return blob
+    target, felts = min(len(blob), BYTE_CAP - CODE_BYTES), {name: felt(curve) for name, curve in curves.items()}
+
+    def rounded(row, step):
+        return gptq_int(row.tensor, curves[row.name].inputs, 8, step)
+
+    return solve_budget(rows, meta, target, felts, quantise=rounded, **grid)[0]
+
+
+def curvature(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
+    """Second moments of the linear layers' inputs and gradients on training tokens; the time counts as training."""
     run.clock.run()
-    order, linears = training_windows(c, rt, c.seed + 1), run.model.linears()
-    began = time.perf_counter()
-    with torch.no_grad(), CurvatureCollector(linears) as seen:
+    began, order = time.perf_counter(), training_windows(c, rt, c.seed + 1)
+    head = {"unembed": run.model.unembed} if "untied" in c.parts else {"embed": run.model.embed}
+    modules = {f"blocks.{name}": m for name, m in run.model.linears().items()} | head
+    run.model.eval()
+    with log.phase("hessian"), CurvatureCollector(modules) as seen:
         while time.perf_counter() - began < 0.5 * c.gptq_seconds or not seen.inputs:
             windows = torch.from_numpy(order.next(run.data.feed.rows)[0]).to(rt.device)
-            run.model(windows[:, :-1])
-    curvature = {f"blocks.{name}.weight": found.inputs for name, found in seen.finish().items()}
+            run.model.loss(windows[:, :-1], windows[:, 1:])[0].backward()
+    run.model.zero_grad(set_to_none=True)
+    found = {f"{name}.weight": curve for name, curve in seen.finish().items()}
     run.clock.pause()
-    log.record("phase", name="hessian", seconds=time.perf_counter() - began)
-    return [row._replace(parts=gptq_parts(c, row, curvature.get(row.name))) for row in rows]
+    return found
 
 
-def gptq_parts(c: Config, row: Row, hessian):
-    """Integers that make up for each other's errors; plain rounding where nothing was seen of a layer's inputs."""
-    if hessian is None:
-        return None
-    if row.codec == "ternary":
-        return gptq_ternary(row.tensor, hessian, c.group, c.rule)
-    bits = INT_BITS[row.codec]
-    return gptq_int(row.tensor, hessian, bits, int_grid(row.tensor, bits, c.clip)[1].float())
-
-
-def load_model(c: Config, rt: Runtime, blob: bytes) -> GPT:
-    """The model a file holds, exactly: nothing is quantised here."""
+def load_model(c: Config, rt: Runtime, blob: bytes) -> tuple[GPT, dict]:
+    """The model a file holds, exactly: nothing is quantised here; and the evaluation's constants."""
     tensors, meta = unpack(blob)
     model = GPT(c).to(rt.device)
     own = {name: p for name, p, family in family_rows(model) if FAMILIES[family].ships}
@@ -1221,25 +1211,34 @@ def load_model(c: Config, rt: Runtime, blob: bytes) -> GPT:
         for name, p in own.items():
             p.copy_(tensors[name])
     model.dtype = rt.dtype
-    return model.eval()
+    return model.eval(), meta["eval"]
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Evaluate                                                                                                         │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ── Evaluate ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def eval_settings(c: Config) -> EvalSettings:
     return EvalSettings(
-        eval_seq_len=c.seq_len, eval_stride=c.eval_stride, eval_lanes=c.eval_lanes, eval_batch=c.eval_lanes, bos=BOS,
-        eval_seconds=c.eval_seconds, ttt_scope=c.ttt_scope, ttt_lr=c.ttt_lr,
+        eval_seq_len=c.seq_len, eval_stride=c.eval_stride, eval_lanes=c.eval_lanes, eval_batch=min(8, c.eval_lanes),
+        eval_seconds=c.eval_seconds, bos=BOS, ttt_scope=c.ttt_scope, ttt_lr=c.ttt_lr,
     )  # fmt: skip
 
 
-def validate(c: Config, rt: Runtime, model: GPT, data: Data, log: Log, clock: Clock | None = None) -> dict:
+def eval_constants(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
+    """Fitted on training tokens and shipped in the file, because an evaluation may read no training data."""
+    run.clock.run()
+    with log.phase("fit"):
+        s, tokens = eval_settings(c), read_tokens(c.data, "train", c.vocab, 1 + 32 * c.seq_len)
+        s = dataclasses.replace(s, temperature=fit_temperature(run.model, tokens, s))
+        alpha = fit_engram(run.model, tokens, s) * 16 if {"engram", "all"} & set(c.eval_modes) else np.zeros(0)
+    run.clock.pause()
+    return {"temperature": s.temperature, "alpha": alpha.astype(int).flatten().tolist()}
+
+
+def validate(c: Config, rt: Runtime, model: GPT, val: Validation, log: Log, clock: Clock | None = None) -> dict:
     """Non-overlapping windows over the whole validation stream: nats per token and bits per byte."""
     began = time.perf_counter()
-    found = evaluate_modes(model, data.val, data.val_bytes, eval_settings(c), ["chunked"], ranks=(rt.rank, rt.world))
+    found = evaluate_modes(model, val.tokens, val.bytes, eval_settings(c), ["chunked"], ranks=(rt.rank, rt.world))
     total, partial = found["chunked"], c.val_tokens > 0
     facts = {"val_loss": total.nats / total.tokens, "val_bpb": total.bpb}
     step = {} if clock is None else {"step": clock.step, "seconds": clock.elapsed}
@@ -1251,14 +1250,12 @@ def validate(c: Config, rt: Runtime, model: GPT, data: Data, log: Log, clock: Cl
     return facts
 
 
-def evaluate(c: Config, rt: Runtime, model: GPT, data: Data, log: Log) -> dict:
-    """Every mode on the artifact's own weights; what a mode must know beforehand comes from training tokens."""
-    s = eval_settings(c)
-    train = read_tokens(c.data, "train", c.vocab, 1 + 64 * c.seq_len)
-    s = dataclasses.replace(s, temperature=fit_temperature(model, train, s))
-    alpha = fit_engram(model, train, s)
+def evaluate(c: Config, rt: Runtime, model: GPT, constants: dict, val: Validation, log: Log) -> dict:
+    """Every mode on the artifact's own weights, with the constants that came in the artifact."""
+    s = dataclasses.replace(eval_settings(c), temperature=constants["temperature"])
+    alpha = np.array(constants["alpha"], np.float32).reshape(ENGRAM_ALPHA_SHAPE) / 16 if constants["alpha"] else None
     found = evaluate_modes(
-        model, data.val, data.val_bytes, s, c.eval_modes, ranks=(rt.rank, rt.world), alpha=alpha,
+        model, val.tokens, val.bytes, s, c.eval_modes, ranks=(rt.rank, rt.world), alpha=alpha,
         resume=log.folder / "evaluation",
     )  # fmt: skip
     partial = " (partial)" if c.val_tokens else ""
@@ -1287,9 +1284,7 @@ def sample(c: Config, model: GPT, log: Log, step: int) -> None:
             log.text(f"sample: {prompt}|{text!r}")
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Main                                                                                                             │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ── Main ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def parameter_table(c: Config) -> dict[str, int]:
@@ -1316,27 +1311,18 @@ def flops_per_token(c: Config) -> float:
     return 6.0 * (used + head) + 3.0 * attention
 
 
-def plan(c: Config, rt: Runtime) -> str:
-    """What a configuration costs, without data: parameters and bytes by family, arithmetic, steps and seconds."""
-    table = parameter_table(c)
-    lines = [f"{'family':10} {'parameters':>12} {'ships as':>8} {'trains as':>9} {'bits':>6} {'bytes':>12}"]
+def plan(c: Config, rt: Runtime) -> Plan:
+    """What a configuration costs, without data or weights: --plan shows it, preflight checks it."""
     rows = [(name, p, family) for name, p, family in family_rows(weightless(c)) if FAMILIES[family].ships]
     shapes = [(name, tuple(p.shape), FAMILIES[family].codec(c)) for name, p, family in rows]
-    sizes = {row["name"]: row["bytes"] for row in plan_bytes(shapes, group=c.group, rule=c.rule, clips=clips(c))}
-    for family, count in table.items():
-        size = sum(sizes[name] for name, _, of in rows if of == family)
-        codecs = f"{FAMILIES[family].codec(c):>8} {trained_codec(c, family):>9}"
-        lines.append(f"{family:10} {count:12,} {codecs} {8 * size / max(count, 1):6.2f} {size:12,}")
-    total = sum(sizes.values())
-    lines.append(f"{'all':10} {sum(table.values()):12,} {'':25} {total:12,}; {CODE_BYTES:,} of code, cap {BYTE_CAP:,}")
-    flops = flops_per_token(c)
-    lines.append(f"FLOPs per token {flops:.4g} (forward and backward, all passes)")
-    machines = {"this machine at half its matmul rate": rt.peak_flops / 2, "8 H100 at 30 % of peak": 8 * 0.3 * 989e12}
-    for name, rate in machines.items():
-        seconds = flops * c.batch_tokens / rate
-        steps = c.max_steps or int(c.max_seconds / seconds)
-        lines.append(f"{name}: {seconds:.3g} s a step, {steps:,} steps, {steps * c.batch_tokens:,} tokens")
-    return "\n".join(lines)
+    lines = plan_bytes(shapes, group=c.group, rule=c.rule, clips=clips(c))
+    sizes = {f: sum(line["bytes"] for line, (*_, of) in zip(lines, rows) if of == f) for f in FAMILIES}
+    families = [(f, n, FAMILIES[f].codec(c), trained_codec(c, f), sizes[f]) for f, n in parameter_table(c).items()]
+    return Plan(
+        families, CODE_BYTES, BYTE_CAP, flops_per_token(c), c.batch_tokens, c.max_steps, c.max_seconds, rt.world,
+        rt.device, rt.peak_flops, Path(c.runs) / c.run_id, Path(c.data), c.vocab, c.eval_modes,
+        c.seq_len / c.eval_stride, c.val_tokens, c.eval_seconds,
+    )  # fmt: skip
 
 
 def report(c: Config, rt: Runtime, data: Data, facts: dict, log: Log) -> None:
@@ -1367,17 +1353,22 @@ def describe_profiles() -> str:
     return "\n".join(f"{name}: {text}" for name, text in rows)
 
 
-def main(c: Config, rt: Runtime, origin: dict[str, str]) -> None:
+def main(c: Config, rt: Runtime, origin: dict[str, str], env: dict[str, str]) -> None:
     """From data to a scored artifact."""
     require_same(rt.ranks, "config and source", f"{fields_hash(c)} {source_hash()}")
+    accumulation(c, rt)  # an impossible batch is told before anything is made
     torch.manual_seed(c.seed)
-    data, model = Data(c, rt), GPT(c).to(rt.device)
-    model.dtype = rt.dtype
-    run = Run(model, Optimizer(c, model, rt.ranks), data, Clock(c))
-    saved, complaints = (None, []) if PACKED else find_checkpoint(c)
-    with open_log(c, rt, origin, saved) as log:
+    folder, fields = Path(c.runs) / c.run_id, field_values(c, resumable=False)
+    saved, complaints = (None, []) if PACKED else find_checkpoint(folder, c.resume, fields)
+    with open_log(c, rt, origin, saved, env) as log:
         for line in complaints:
             log.text(f"ALERT: {line}")
+        if not PACKED:
+            log.preflight(plan(c, rt))
+        with log.phase("load"):
+            data, model = Data(c, rt), GPT(c).to(rt.device)
+            model.dtype = rt.dtype
+            run = Run(model, Optimizer(c, model, rt.ranks), data, Clock(c))
         if not PACKED and saved:
             restore(c, rt, run, saved, log)
         facts = train(c, rt, run, log)
@@ -1389,13 +1380,14 @@ def main(c: Config, rt: Runtime, origin: dict[str, str]) -> None:
 def finish(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
     """Export, reload, and score what was reloaded; the live model's score stands beside it."""
     blob = export_model(c, rt, run, log)
-    live = {} if "qat" in c.parts else validate(c, rt, run.model, run.data, log)
-    began = time.perf_counter()
-    model = load_model(c, rt, blob)
-    log.record("phase", name="decompress", seconds=time.perf_counter() - began)
-    reloaded = validate(c, rt, model, run.data, log)
+    with log.phase("decompress"):
+        model, constants = load_model(c, rt, blob)
+    with log.phase("validate"):
+        live = {} if "qat" in c.parts else validate(c, rt, run.model, run.data.val, log)
+        reloaded = validate(c, rt, model, run.data.val, log)
     facts = reloaded | {f"live_{name}": value for name, value in live.items()} | {"artifact_bytes": len(blob)}
-    return facts | evaluate(c, rt, model, run.data, log)
+    with log.phase("evaluate"):
+        return facts | evaluate(c, rt, model, constants, run.data.val, log)
 
 
 def run_generate(c: Config, rt: Runtime, options: dict) -> None:
@@ -1414,7 +1406,7 @@ def run_generate(c: Config, rt: Runtime, options: dict) -> None:
 def checkpoint_model(c: Config, rt: Runtime, path: str) -> GPT:
     """The model of a checkpoint or of an artifact, on its grid."""
     if path.endswith(".skc"):
-        return load_model(c, rt, Path(path).read_bytes())
+        return load_model(c, rt, Path(path).read_bytes())[0]
     model = GPT(c).to(rt.device)
     Optimizer(c, model).restore(load_checkpoint(path)["optimizer"])
     model.dtype = rt.dtype
@@ -1426,7 +1418,7 @@ def run_export(c: Config, rt: Runtime, options: dict) -> None:
     model = GPT(c).to(rt.device)
     model.dtype = rt.dtype
     run = Run(model, Optimizer(c, model, rt.ranks), Data(c, rt), Clock(c))
-    with open_log(c, rt, {}, {"log_sizes": {}}) as log:
+    with open_log(c, rt, {}, {"log_sizes": {}}, {}) as log:
         restore(c, rt, run, load_checkpoint(options["--checkpoint"]), log)
         export_model(c, rt, run, log)
         log.status = "finished"
@@ -1434,9 +1426,9 @@ def run_export(c: Config, rt: Runtime, options: dict) -> None:
 
 def run_evaluate(c: Config, rt: Runtime, options: dict) -> None:
     """--evaluate FILE: the score of an artifact, on its own."""
-    model, data = load_model(c, rt, Path(options["--evaluate"]).read_bytes()), Data(c, rt)
-    with open_log(c, rt, {}, None) as log:
-        for name, value in evaluate(c, rt, model, data, log).items():
+    (model, constants), val = load_model(c, rt, Path(options["--evaluate"]).read_bytes()), Validation(c)
+    with open_log(c, rt, {}, None, {}) as log:
+        for name, value in evaluate(c, rt, model, constants, val, log).items():
             log.text(f"{name}: {value:.6g}")
         log.status = "finished"
 
@@ -1474,18 +1466,19 @@ def command_line(argv: list[str]) -> int:
 
 
 def run_command(options: dict[str, str], argv: list[str]) -> None:
-    c, origin = load_config(argv, dict(os.environ), options.get("--profile"), stored_config(options))
-    rt = detect_runtime(dict(os.environ), c.dtype)
+    env = dict(os.environ)
+    c, origin = load_config(argv, env, options.get("--profile"), stored_config(options))
+    rt = detect_runtime(env, c.dtype)
     if "--evaluate" in options:
         run_evaluate(c, rt, options)
     elif not PACKED and "--plan" in options:
-        sys.stdout.write(plan(c, rt) + "\n")
+        sys.stdout.write(plan(c, rt).text() + "\n")
     elif not PACKED and "--generate" in options:
         run_generate(c, rt, OPTIONS | options)
     elif not PACKED and "--export" in options:
         run_export(c, rt, options)
     else:
-        main(c, rt, origin)
+        main(c, rt, origin, env)
 
 
 if __name__ == "__main__":

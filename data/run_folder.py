@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class Log:
     """Text to train.log and the terminal, one JSON line a metric, and facts as whole files. Only rank 0 writes."""
 
     def __init__(self, folder: Path, main: bool, resume_at: dict[str, int] | None = None):
-        self.main, self.folder, self.status = main, folder, "failed"
+        self.main, self.folder, self.status, self.step = main, folder, "failed", 0
         self.logger = logging.getLogger(f"skc.{folder.resolve()}.{id(self)}")
         self.logger.propagate = False
         self.logger.setLevel(logging.INFO if main else logging.CRITICAL)
@@ -74,6 +75,13 @@ class Log:
         """One write a line, so that a killed run loses at most one."""
         if self.main:
             self.metrics.write(json.dumps({"kind": kind} | values) + "\n")
+
+    @contextmanager
+    def phase(self, name: str):
+        """Work that takes time of its own."""
+        began = time.perf_counter()
+        yield
+        self.record("phase", name=name, seconds=time.perf_counter() - began)
 
     def save(self, name: str, values: dict) -> None:
         if self.main:

@@ -140,7 +140,7 @@ def test_nothing_that_ships_looks_names_up_at_run_time():
 def test_the_trainer_is_one_file_of_at_most_1500_lines_in_its_sections():
     source = (ROOT / "train_gpt.py").read_text()
     assert source.count("\n") <= 1500
-    assert re.findall(r"^# │ (\w+) +│$", source, re.M) == SECTIONS
+    assert re.findall(r"^# ── (\w+) ─+$", source, re.M) == SECTIONS
 
 
 def test_at_most_80_fields():

@@ -120,14 +120,13 @@ def test_heads_that_only_train_neither_ship_nor_change_a_logit():
     model = stirred(c)
     run = Run(model, Optimizer(c, model), None, None)
     rows = shipping_rows(c, run)
-    left = {name for name, _, _ in family_rows(model)} - {name for name, _, _ in rows}
+    left = {name for name, _, _ in family_rows(model)} - {row.name for row in rows}
     assert left == {"ahead.0.weight", "ahead.1.weight"}
-    assert [tuple(p.shape) for p in shipping_parameters(c, run)] == [tuple(w.shape) for _, w, _ in rows]
+    assert [tuple(p.shape) for p in shipping_parameters(c, run)] == [tuple(row.tensor.shape) for row in rows]
     assert not {id(p) for p in model.ahead.parameters()} & {id(p) for p in model.scope("all")}
-    blob = pack([train_gpt.Row(*row, None) for row in rows], {"config": {}}, group=c.group, rule=c.rule,
-                clips=train_gpt.clips(c))  # fmt: skip
+    blob = pack(rows, {"config": {}, "eval": {}}, group=c.group, rule=c.rule, clips=train_gpt.clips(c))
     assert not any("ahead" in name for name in unpack(blob)[0])
-    assert torch.equal(logits(load_model(c, CPU, blob), documents(c)), logits(model, documents(c)))
+    assert torch.equal(logits(load_model(c, CPU, blob)[0], documents(c)), logits(model, documents(c)))
 
 
 # ---- experts

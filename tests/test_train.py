@@ -297,9 +297,9 @@ def test_batches_come_as_int64_with_their_provenance(dataset):
 def test_validation_counts_every_byte_of_the_text_once(dataset):
     data = Data(tiny(data=dataset), CPU)
     sp = sentencepiece.SentencePieceProcessor(str(dataset / "tokenizer.model"))
-    documents = np.split(data.val.astype(int), np.flatnonzero(data.val == 1))[1:]
+    documents = np.split(data.val.tokens.astype(int), np.flatnonzero(data.val.tokens == 1))[1:]
     text = "".join(sp.decode(d[1:].tolist()) for d in documents)
-    assert data.val_bytes.sum() == len(text.encode())
+    assert data.val.bytes.sum() == len(text.encode())
 
 
 # ---- whole runs
@@ -314,7 +314,7 @@ def test_a_run_leaves_its_record_and_repeats_to_the_bit(dataset, tmp_path):
     for key in ("train_loss", "val_loss", "val_bpb", "train_seconds", "tokens", "tokens_per_second", "flops_per_token",
                 "mfu", "peak_memory_bytes", "parameters", "tokens_per_parameter", "data_hash"):  # fmt: skip
         assert key in result
-    assert (run / "train.log").read_text().rstrip().splitlines()[-1].startswith("data_hash")
+    assert "\n---\nstatus: finished\n" in (run / "train.log").read_text()
     config = json.loads((run / "config.json").read_text())
     assert config["origin"]["run_id"] == "command line"
     again = run_tiny(tmp_path / "b", dataset)[1]

@@ -1,0 +1,50 @@
+# Sourced by run_skc_competition_8xh100.sh: the steps of an entry. Sizes, data and places differ under SMOKE=1.
+set -euo pipefail
+NEED=python_minifier . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+forward() {  # run a command; a signal to this script reaches it, and this script waits for its end
+    "$@" & local child=$!
+    trap 'kill -TERM $child 2>/dev/null' TERM INT HUP
+    local status=0
+    wait $child || status=$?
+    while kill -0 $child 2>/dev/null; do status=0; wait $child || status=$?; done
+    trap - TERM INT HUP
+    return $status
+}
+
+profile=skc_competition
+if [ "${SMOKE:-}" ]; then
+    export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
+    ranks=2 data=datasets/smoke prefix=smoke out=runs/smoke_records
+    mkdir -p datasets  # every paragraph of the sources is a document
+    "$PY" -c 'import json, sys; from pathlib import Path
+for name in sys.argv[1:]:
+    for text in Path(name).read_text().split("\n\n"):
+        print(json.dumps({"text": text}))' README.md train_gpt.py build_submission.py > datasets/smoke.jsonl
+    prepare=(files datasets/smoke.jsonl --vocab 512 --val-bytes 6000)
+    words=(dim=64 heads=4 kv_heads=2 group=32 vocab=512 embed_rank=16 rope_dims=8 slots=4 mlp_mult=2.0 window=32
+        seq_len=32 batch_tokens=512 micro_tokens=256 max_steps=6 max_seconds=60 eval_lanes=2 log_every=1
+        checkpoint_every=3 dtype=float32 eval_modes=chunked,all)
+else
+    ranks=gpu data=datasets/sp8192 prefix=skc out=records
+    prepare=(hub --variant sp8192)
+    words=(checkpoint_every=1000 eval_modes=chunked,all eval_seconds=600)
+fi
+
+forward "$PY" -m data.prepare "${prepare[@]}" --out "$data"
+runs=()
+for seed in ${SEEDS:-42 1337 7}; do
+    run=$prefix-s$seed
+    runs+=("runs/$run")
+    if grep -qs '"status": "finished"' "runs/$run/result.json"; then echo "runs/$run is finished"; continue; fi
+    forward "$PY" -m torch.distributed.run --standalone --nproc_per_node="$ranks" --max-restarts=1 train_gpt.py \
+        --profile "$profile" data="$data" run_id="$run" seed="$seed" resume=auto publish="${PUBLISH:-}" "${words[@]}" "$@"
+    grep -qs '"status": "finished"' "runs/$run/result.json" || { echo "runs/$run ended early: run this again to go on"; exit 1; }
+done
+
+forward "$PY" build_submission.py --dce --profile "$profile" -o "submission/$prefix"
+made=$("$PY" -m records new --from "${runs[@]}" --script "submission/$prefix/train_gpt.py" --mode all --out "$out" \
+    --name "${NAME:-SKC competition}" --author "${AUTHOR:-${USER:-nobody}}" --github "${GITHUB:-}")
+"$PY" -m records ledger "${runs[@]}" ${SMOKE:+--file runs/smoke_ledger.tsv}
+echo "record: $made"
+"$PY" -m records check "$made" || [ "${SMOKE:-}" ]  # a smoke record is of no official data
