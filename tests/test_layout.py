@@ -13,7 +13,9 @@ MAY_IMPORT = {
     "kernels": set(), "eval": set(), "records": set(), "data": set(), "export": {"kernels"},
     "train_gpt": {"kernels", "export", "eval", "data"}, "build_submission": {"train_gpt"},
 }  # fmt: skip
-SECTIONS = ["Config", "Layers", "Mixers", "Model", "Optimizers", "Data", "Schedule", "Train", "Export", "Evaluate", "Main"]
+SECTIONS = [
+    "Config", "Layers", "Mixers", "Model", "Optimizers", "Data", "Schedule", "Train", "Export", "Evaluate", "Main",
+]  # fmt: skip
 ROOT_ENTRIES = {
     ".ci", ".gitignore", "LICENSE", "README.md", "build_submission.py", "constraints.txt", "data", "eval", "export",
     "kernels", "pyproject.toml", "records", "run_scripts", "tests", "train_gpt.py",
@@ -153,8 +155,8 @@ def test_the_config_is_a_parameter_and_never_rebound():
     for node in ast.walk(parse(ROOT / "train_gpt.py")):
         if isinstance(node, ast.FunctionDef):
             for a in node.args.args:
-                if a.arg == "c":
-                    assert ast.unparse(a.annotation or ast.Constant(None)) == "Config", f"line {node.lineno}: annotate c"
+                if a.arg == "c":  # annotate it
+                    assert ast.unparse(a.annotation or ast.Constant(None)) == "Config", node.lineno
 
 
 LONG = {"forward", "train"}
@@ -185,7 +187,7 @@ def test_readme_names_every_root_entry_and_both_commands():
         assert entry in readme, entry
 
 
-@pytest.mark.parametrize("path", [p for p in tracked("*.py")], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", tracked("*.py"), ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_broad_except(path):
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.ExceptHandler):
