@@ -44,7 +44,7 @@ def test_every_command_of_the_readme_names_a_file_that_exists():
 
 def test_every_field_and_option_of_the_readme_exists():
     known = {f.name for f in train_gpt.dataclasses.fields(train_gpt.Config)}
-    for command in re.findall(r"train_gpt\.py ([^`\n|#]*)", README):
+    for command in re.findall(r"(?<!/)train_gpt\.py ([^`\n|#]*)", README):
         for word in command.split():
             if "=" in word:
                 assert word.split("=")[0] in known, word
