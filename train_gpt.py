@@ -292,6 +292,8 @@ def check_config(c: Config) -> None:
         ("carry" in c.parts and c.seq_schedule, "part carry goes on from window to window: leave seq_schedule empty"),
         (c.micro_tokens % c.seq_len, f"micro_tokens {c.micro_tokens} is not a multiple of seq_len {c.seq_len}"),
         (not c.max_steps and not c.max_seconds, "no limit: set max_steps or max_seconds"),
+        (PACKED and (c.val_every or c.sample_every or c.checkpoint_every or c.resume),
+         "a packed file neither pauses nor resumes: leave val_every, sample_every, checkpoint_every and resume out"),
         (0 < c.max_seconds <= c.gptq_seconds, f"gptq_seconds {c.gptq_seconds} leaves nothing of max_seconds"),
     ]:  # fmt: skip
         if bad:
@@ -1330,6 +1332,8 @@ def report(c: Config, rt: Runtime, data: Data, facts: dict, log: Log) -> None:
     parameters = sum(parameter_table(c).values())
     result = {"status": "finished", "run_id": c.run_id, "config_hash": fields_hash(c)} | facts | {
         "partial": c.val_tokens > 0,
+        "world_size": rt.world,
+        "device_name": torch.cuda.get_device_name() if rt.device.type == "cuda" else platform.machine(),
         "flops_per_token": flops_per_token(c),
         "peak_memory_bytes": peak_memory(rt),
         "parameters": parameters,

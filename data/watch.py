@@ -114,4 +114,5 @@ class Trace:
         if self.profiler and step == 2 + self.count:
             self.profiler.stop()
             self.profiler.export_chrome_trace(str(self.log.folder / "trace.json"))
-            self.log.text(self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
+            device = "device" if torch.cuda.is_available() else "cpu"
+            self.log.text(self.profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=25))
