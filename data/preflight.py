@@ -61,9 +61,13 @@ def host_memory() -> int:
     return free
 
 
+def standing(path: Path) -> Path:
+    """The nearest folder above that is there already."""
+    return next(place for place in (path, *path.absolute().parents) if place.is_dir())
+
+
 def check_disk(folder: Path, needed: float) -> Finding:
-    while not folder.exists():
-        folder = folder.parent
+    folder = standing(folder)
     free = shutil.disk_usage(folder).free
     found = f"{needed / 1e9:.2f} GB for checkpoints and artifact, {free / 1e9:.2f} GB free at {folder}"
     return finding("disk", found, needed > free, "Make room, or set runs= to a larger disk")
@@ -80,7 +84,7 @@ def check_logs(folder: Path, record: Path) -> list[Finding]:
     except OSError as error:
         written = Finding("fail", "logs", f"{folder}: {error.strerror}", "Set runs= to a folder that can be written")
     ignored = shutil.which("git") and subprocess.run(
-        ["git", "check-ignore", "-q", record], cwd=record.anchor or ".", capture_output=True, check=False
+        ["git", "check-ignore", "-q", record], cwd=standing(record), capture_output=True, check=False
     ).returncode == 0  # fmt: skip
     found = f"git {'ignores' if ignored else 'takes'} {record}"
     return [written, finding("record", found, ignored, "Take the pattern out of .gitignore, or the record lacks logs")]

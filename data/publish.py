@@ -60,9 +60,7 @@ class FolderTarget:
         return str(self.root)
 
     def free_bytes(self) -> int:
-        place = self.root
-        while not place.exists():
-            place = place.parent
+        place = next(p for p in (self.root, *self.root.absolute().parents) if p.is_dir())
         return shutil.disk_usage(place).free
 
     def put(self, file: BinaryIO, name: str) -> Receipt:

@@ -1,0 +1,167 @@
+"""Each thing that could fail after ten paid minutes is found in the first one, with a way out."""
+
+import subprocess
+
+import pytest
+import torch
+
+from data.manifest import describe_files, write_manifest
+from data.preflight import (
+    Finding,
+    Plan,
+    check_artifact,
+    check_data,
+    check_devices,
+    check_disk,
+    check_evaluation,
+    check_logs,
+    check_memory,
+    check_packers,
+    check_plan,
+    check_price,
+    check_steps,
+    host_memory,
+    require_ready,
+)
+from tests.toys import toy_dataset
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    folder = toy_dataset(tmp_path / "toy")
+    write_manifest(folder, {"files": describe_files([folder / "tokenizer.model", *folder.glob("*.bin")])})
+    return folder
+
+
+def plan(dataset, **changes):
+    p = Plan(
+        families=[("matrix", 1_000_000, "ternary", "ternary", 200_000), ("embed", 1_000, "int6", "int6", 800)],
+        code=24_000, cap=16_000_000, flops=6e6, batch_tokens=1000, max_steps=0, max_seconds=600.0, world=2,
+        device=torch.device("cpu"), rate=1e12, folder=dataset.parent / "runs" / "x", data=dataset, vocab=64,
+        modes=("chunked", "sliding"), window_over_stride=32.0, val_tokens=0, eval_seconds=600.0,
+    )  # fmt: skip
+    return p._replace(**changes)
+
+
+def verdicts(rows):
+    return {row.what: row.verdict for row in rows}
+
+
+@pytest.mark.unhurried  # a dataset is made
+def test_a_sound_plan_passes_every_check(dataset):
+    rows = check_plan(plan(dataset))
+    assert {row.verdict for row in rows} == {"ok"}, [row.line() for row in rows]
+    assert {"devices", "memory", "disk", "logs", "record", "data", "tokenizer", "packers", "artifact", "training",
+            "evaluation"} == set(verdicts(rows))  # fmt: skip
+
+
+def test_a_plan_adds_up(dataset):
+    p = plan(dataset)
+    assert (p.weights, p.predicted) == (1_001_000, 200_800)
+    assert p.token_seconds == pytest.approx(6e6 / (1e12 * 2 / 3))
+    tokens = (next(dataset.glob("*_val_*.bin")).stat().st_size - 1024) // 2
+    assert p.evaluation() == pytest.approx(tokens * 33 * p.token_seconds / 3)
+    assert "200,800; 24,000 of code" in p.text() and "FLOPs per token 6e+06" in p.text()
+
+
+def spoil_shard(folder):
+    path = next(folder.glob("*_train_*.bin"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def lose_shard(folder):
+    next(folder.glob("*_train_*.bin")).unlink()
+
+
+def cut_shard(folder):
+    path = next(folder.glob("*_val_*.bin"))
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def swap_tokenizer(folder):
+    content = (folder / "tokenizer.model").read_bytes()
+    (folder / "tokenizer.model").write_bytes(content.replace(b"cat", b"cta"))
+
+
+def lose_tokenizer(folder):
+    (folder / "tokenizer.model").unlink()
+
+
+@pytest.mark.parametrize("fault, said", [
+    (spoil_shard, "does not match its hash"), (lose_shard, "no *_train_000000.bin"), (cut_shard, "truncated"),
+    (swap_tokenizer, "tokenizer.model does not match its hash"), (lose_tokenizer, "tokenizer.model"),
+])  # fmt: skip
+def test_data_that_is_not_as_prepared_is_named(dataset, fault, said):
+    assert verdicts(check_data(dataset, 64)) == {"data": "ok", "tokenizer": "ok"}
+    fault(dataset)
+    rows = [row for row in check_data(dataset, 64) if row.verdict == "fail"]
+    assert len(rows) == 1 and said in rows[0].found and "Prepare it again" in rows[0].way_out
+
+
+def test_one_of_many_shards_missing_is_named(dataset):
+    second = next(dataset.glob("*_train_000000.bin")).with_name("toy_train_000001.bin")
+    second.write_bytes(next(dataset.glob("*_train_000000.bin")).read_bytes())
+    write_manifest(dataset, {"files": describe_files([dataset / "tokenizer.model", *dataset.glob("*.bin")])})
+    second.unlink()
+    assert [row.found for row in check_data(dataset, 64) if row.verdict == "fail"] == [f"{second} is missing"]
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(dataset):
+    assert check_data(dataset, 8192)[-1] == Finding(
+        "fail", "tokenizer", "64 pieces, vocab 8192", "Set vocab to the tokenizer's, or data to the right folder"
+    )
+
+
+def test_data_without_a_manifest_is_only_warned_of(dataset):
+    (dataset / "manifest.json").unlink()
+    assert verdicts(check_data(dataset, 64)) == {"data": "warn", "tokenizer": "ok"}
+
+
+def test_logs_that_git_ignores_are_found(tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    record = tmp_path / "records" / "train_seed42.log"
+    assert verdicts(check_logs(tmp_path / "runs", record)) == {"logs": "ok", "record": "ok"}
+    (tmp_path / ".gitignore").write_text("*.log\n")
+    assert verdicts(check_logs(tmp_path / "runs", record)) == {"logs": "ok", "record": "fail"}
+
+
+def test_a_folder_that_cannot_be_written_is_found(tmp_path):
+    (tmp_path / "file").write_text("")
+    row = check_logs(tmp_path / "file" / "run", tmp_path / "x.log")[0]
+    assert row.verdict == "fail" and "runs=" in row.way_out
+
+
+@pytest.mark.parametrize("row, verdict", [
+    (check_devices("cuda", 1, 8), "warn"), (check_devices("cuda", 8, 8), "ok"), (check_devices("cpu", 2, 0), "ok"),
+    (check_memory(2e9, 1e9, "device"), "fail"), (check_memory(1e9, 2e9, "device"), "ok"),
+    (check_packers(["json"]), "ok"), (check_packers(["no_such_packer"]), "fail"),
+    (check_artifact(15_900_000, 24_000, 16_000_000), "warn"), (check_artifact(15_990_000, 24_000, 16_000_000), "fail"),
+    (check_artifact(15_000_000, 24_000, 16_000_000), "ok"),
+    (check_steps(0.1, 600, 0), "ok"), (check_steps(10, 600, 0), "warn"), (check_steps(0.1, 0, 50), "warn"),
+    (check_evaluation(700, 600), "warn"), (check_evaluation(700, 0), "ok"), (check_evaluation(500, 600), "ok"),
+    (check_price(1200, 21.5, 5.0), "warn"), (check_price(1200, 21.5, 8.0), "ok"), (check_price(1200, 21.5, 0), "ok"),
+])  # fmt: skip
+def test_each_limit_has_its_verdict_and_a_way_out(row, verdict):
+    assert row.verdict == verdict
+    assert bool(row.way_out) == (verdict != "ok")
+
+
+def test_a_full_disk_is_found_before_it_is_needed(tmp_path):
+    assert check_disk(tmp_path / "not" / "yet", 1.0).verdict == "ok"
+    assert check_disk(tmp_path, 1e18).verdict == "fail"
+
+
+def test_memory_is_what_may_be_used():
+    assert 0 < host_memory() < 2**50
+
+
+def test_all_faults_come_as_one_list():
+    said = []
+    failed = Finding("fail", "data", "gone", "Get it"), Finding("fail", "packers", "none", "pip")
+    rows = [Finding("ok", "disk", "fine"), *failed]
+    with pytest.raises(ValueError, match=r"nothing was started. data: gone. Get it; packers: none. pip"):
+        require_ready(rows, said.append)
+    assert len(said) == 4 and said[2] == "  FAIL  data        gone. Get it"
+    require_ready([Finding("warn", "data", "odd", "Look")], said.append)
