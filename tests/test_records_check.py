@@ -905,7 +905,7 @@ KEYS = st.sampled_from(
 )
 
 
-@pytest.mark.unhurried  # hundreds of claims
+@pytest.mark.unhurried  # many claims, each checked whole
 @settings(max_examples=35, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     changes=st.dictionaries(KEYS, JSON, max_size=4), rows=st.dictionaries(st.sampled_from(["42", "7", "x", "-1"]), JSON)
