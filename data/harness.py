@@ -62,7 +62,7 @@ class Harness(Log):
         self.per_hour, self.price_limit = price(env, "PRICE_PER_HOUR"), price(env, "PRICE_LIMIT")
         self.agent = os.getppid() if "TORCHELASTIC_RUN_ID" in env else 0  # who restarts us; without it nobody stops us
         self.target = parse_target(publish, token) if publish else None
-        self.writing, self.closed, self.stopping, self.copied = threading.RLock(), False, False, time.monotonic()
+        self.writing, self.closed, self.stopping, self.copied = threading.RLock(), False, True, time.monotonic()
         self.timers, self.notifier, self.publisher = Timers(limits), Notifier(self.url, self.text), None
         super().__init__(folder, rank == 0, resume_at)
 
@@ -73,6 +73,7 @@ class Harness(Log):
         self.watchdog = Watchdog(
             self.folder, self.rank, self.pulse, self.longest, self.warn, self.tell, self.last_words
         ).__enter__()
+        self.stopping = False  # from here on __exit__ is sure to follow
         return self
 
     def __exit__(self, kind, error, trace) -> None:

@@ -205,6 +205,8 @@ class Publisher:
         with self.changed:
             self.waiting[slot] = self.waiting.pop(slot)  # the others first: they may be small enough, or allowed
             self.delay = FIRST_DELAY if self.closing else min(LAST_DELAY, 2 * self.delay or FIRST_DELAY)
+            if self.closing and isinstance(error, Refused):  # nobody renews credentials while we leave
+                self.deadline = 0.0
 
     def succeed(self, slot: str, receipt: Receipt) -> None:
         self.delay = 0.0

@@ -53,7 +53,7 @@ class Beat(NamedTuple):
         return STATES.get(letter, letter) if began == self.began else "dead"
 
 
-def find_fault(beats: list[Beat], now: float, silence: float = SILENCE) -> str:
+def find_fault(beats: list[Beat], now: float, silence: float) -> str:
     """What is wrong with these ranks; empty if nothing is."""
     for beat in beats:
         state = beat.state()
@@ -130,7 +130,7 @@ class Watchdog:
                 self.warn(f"{beat.place()} has not moved for {now - self.changed:.0f} s; {beat.limit:.0f} end it")
             if self.diagnosis.exists():
                 self.leave()
-            elif now >= patient_until and (fault := find_fault(self.beats(), now)):
+            elif now >= patient_until and (fault := find_fault(self.beats(), now, SILENCE)):
                 self.end(fault)
 
     def beat(self) -> Beat:
