@@ -68,8 +68,9 @@ def find_fault(beats: list[Beat], now: float, silence: float) -> str:
 
 
 def waits_for_others(stack: str) -> bool:
-    """A main thread inside a collective is not the one that the others wait for."""
-    return "torch/distributed/" in stack
+    """A main thread whose innermost frame is a collective is not the one that the others wait for."""
+    innermost = "".join(stack.splitlines()[1:2])  # below the line that names the thread
+    return "torch/distributed/" in innermost or "kernels/ranks.py" in innermost
 
 
 class Watchdog:
@@ -178,7 +179,14 @@ class Watchdog:
                                                  "where": fault, "value": 0.0}))  # fmt: skip
         sys.stderr.write(text + "\n")
         self.tell(text)
+        self.end_silent_ranks()
         self.leave()
+
+    def end_silent_ranks(self) -> None:
+        """They cannot end themselves, and the agent would wait for them."""
+        for beat in self.beats():
+            if beat.rank != self.rank and uptime() - beat.seen > SILENCE and beat.state() != "dead":
+                os.kill(beat.pid, signal.SIGKILL)
 
     def append(self, name: str, line: str) -> None:
         """Rank 0 may be the one that is stuck, so whoever writes this appends to its files."""

@@ -13,6 +13,8 @@ forward() {  # run a command; a signal to this script reaches it, and this scrip
 }
 
 profile=skc_competition
+# a store of its own for every restart: in one that is shared, restarted ranks find the addresses of the dead and wait
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 if [ "${SMOKE:-}" ]; then
     export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
     ranks=2 data=datasets/smoke prefix=smoke out=runs/smoke_records
@@ -22,8 +24,8 @@ for name in sys.argv[1:]:
     for text in Path(name).read_text().split("\n\n"):
         print(json.dumps({"text": text}))' README.md train_gpt.py build_submission.py > datasets/smoke.jsonl
     prepare=(files datasets/smoke.jsonl --vocab 512 --val-bytes 6000)
-    words=(dim=64 heads=4 kv_heads=2 group=32 vocab=512 embed_rank=16 rope_dims=8 slots=4 mlp_mult=2.0 window=32
-        seq_len=32 batch_tokens=512 micro_tokens=256 max_steps=6 max_seconds=60 eval_lanes=2 log_every=1
+    words=(dim=64 heads=4 kv_heads=2 group=32 vocab=512 embed_rank=32 rope_dims=8 slots=4 mlp_mult=2.0 window=32
+        seq_len=32 batch_tokens=512 micro_tokens=256 max_steps=6 max_seconds=60 eval_lanes=2 eval_stride=16 log_every=1
         checkpoint_every=3 dtype=float32 eval_modes=chunked,all)
 else
     ranks=gpu data=datasets/sp8192 prefix=skc out=records
