@@ -21,7 +21,7 @@ from data.run_folder import Log, load_checkpoint, newest_checkpoint
 from data.timers import Timers
 from data.watchdog import Watchdog
 
-PHASES = ("load", "compile", "warmup", "train", "hessian", "quantise", "compress", "decompress", "evaluate")
+PHASES = ("load", "compile", "warmup", "train", "hessian", "fit", "quantise", "compress", "decompress", "evaluate")
 SCORING = ("between steps", "validate", "evaluate")
 LOGS_EVERY = 60.0  # seconds between copies of the logs
 PRICE_RESERVE = 30.0  # seconds kept for the last checkpoint

@@ -61,7 +61,7 @@ def test_a_phase_that_fails_is_charged_and_left():
 
 def test_both_readings_are_told_and_only_the_strict_one_counts_packing():
     t, hands = timers()
-    spend(t, hands, warmup=30, train=595, hessian=4, quantise=3, compress=90, decompress=20, evaluate=590)
+    spend(t, hands, warmup=30, train=592, hessian=4, fit=3, quantise=3, compress=90, decompress=20, evaluate=590)
     practised, evaluated, strict, strict_evaluated = t.verdicts()
     assert (practised.seconds, practised.over) == (599, 0)
     assert (evaluated.seconds, evaluated.over) == (590, 0)
