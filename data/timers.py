@@ -1,8 +1,8 @@
 """Where a run's time goes, from the start of its process, and what both readings of the time limits make of it.
 
-The rules give 600 s to training and 600 s to evaluation. As practised, training is its steps and whatever
-else reads training tokens (second moments, constants of the evaluation); strictly, it is all that turns data into an artifact, and evaluation all that turns the artifact into a
-score.
+The rules give 600 s to training and 600 s to evaluation. As practised, training is its steps and whatever else reads
+training tokens (second moments, constants of the evaluation); strictly, it is all that turns data into an artifact,
+and evaluation all that turns the artifact into a score.
 """
 
 import os
