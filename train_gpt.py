@@ -12,7 +12,6 @@ import hashlib
 import math
 import os
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -45,7 +44,7 @@ from data.harness import Harness, find_checkpoint
 from data.preflight import Plan
 from data.run_folder import Log, StopSignals, deadline, load_checkpoint, save_checkpoint
 from data.shards import LaneOrder, WindowOrder, dataset_hash, read_sidecar, read_tokens, shard_paths
-from data.watch import Trace, Watch
+from data.watch import Trace, Watch, memory_in_use
 from eval.engram import ENGRAM_ALPHA_SHAPE
 from eval.generate import generate_ids, stream_text
 from eval.score import EvalSettings, evaluating, red_flags
@@ -805,8 +804,8 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, progress: float, step: int) -> torch.Tensor:
-        """One update from the gradients at hand; returns their norm before clipping."""
-        c, norm = self.c, clip_gradients(self.params, self.c.clip_norm)
+        """One update from the gradients at hand; returns their norms before clipping."""
+        c, norms = self.c, clip_gradients(self.params, self.c.clip_norm)
         self.last_multiplier = self.multiplier(progress, step)
         for g in self.groups:
             rate = FAMILIES[g.family].rate(c) * self.last_multiplier
@@ -817,7 +816,7 @@ class Optimizer:
                 g.update_average(max(2.0, c.ema * step / max(progress, 1e-9)))  # a share of the run, in steps
         self.project()
         self.model.zero_grad(set_to_none=True)
-        return norm
+        return norms
 
     def state(self) -> list[dict]:
         return [g.state() for g in self.groups]
@@ -985,10 +984,10 @@ def train(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
                 break
             model.phase = phase_at(c, progress)
             parts, origin = accumulate(model, loss, data, optimizer.buckets)
-            norm = optimizer.step(progress, clock.step)
+            norms = optimizer.step(progress, clock.step)
             log.step = clock.step = clock.step + 1
             trace.step(clock.step)
-            watch.step(clock.step, progress, parts, norm, origin)
+            watch.step(clock.step, progress, parts, norms, origin)
             if clock.step % c.log_every == 0:
                 watch.report(clock.elapsed, optimizer.last_multiplier, trits(c, optimizer))
             if not PACKED:
@@ -1060,7 +1059,8 @@ def warm_up(c: Config, rt: Runtime, model: GPT, loss: Callable) -> None:
 
 def watching(c: Config, rt: Runtime, run: Run, log: Log) -> Watch:
     bits = 1 / math.log(2) / run.data.val.bytes_per_token
-    return Watch(log, c.batch_tokens, bits, lambda table: mean_over_ranks(rt.ranks, table))
+    names = [name for name, _, _ in family_rows(run.model)]
+    return Watch(log, c.batch_tokens, bits, lambda table: mean_over_ranks(rt.ranks, table), names)
 
 
 def trits(c: Config, optimizer: Optimizer) -> dict[str, torch.Tensor]:
@@ -1335,7 +1335,7 @@ def report(c: Config, rt: Runtime, data: Data, facts: dict, log: Log) -> None:
         "world_size": rt.world,
         "device_name": torch.cuda.get_device_name() if rt.device.type == "cuda" else platform.machine(),
         "flops_per_token": flops_per_token(c),
-        "peak_memory_bytes": peak_memory(rt),
+        "peak_memory_bytes": memory_in_use(),
         "parameters": parameters,
         "tokens_per_parameter": facts["tokens"] / parameters,
         "data_hash": data.hash,
@@ -1344,12 +1344,6 @@ def report(c: Config, rt: Runtime, data: Data, facts: dict, log: Log) -> None:
     log.text("---")
     for name, value in result.items():
         log.text(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
-
-
-def peak_memory(rt: Runtime) -> int:
-    if rt.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def describe_profiles() -> str:

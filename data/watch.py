@@ -4,6 +4,7 @@ Losses stay on the device until a report is due; a report is the only place of t
 """
 
 import math
+import resource
 
 import numpy as np
 import torch
@@ -19,6 +20,13 @@ COLLAPSES = (  # what, the statistic's last name, lower and upper bound of a hea
 MILESTONES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
+def memory_in_use() -> int:
+    """Peak bytes of this process, or of its GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def collapses(stats: dict[str, float]) -> list[tuple[str, str, float]]:
     """(what, where, value) of every statistic that says a part has stopped working."""
     return [(what, name, value) for what, last, low, high in COLLAPSES for name, value in stats.items()
@@ -26,26 +34,28 @@ def collapses(stats: dict[str, float]) -> list[tuple[str, str, float]]:
 
 
 class Watch:
-    """`mean` averages a tensor over ranks; `bits` turns nats per token into bits per byte."""
+    """`mean` averages over ranks, `bits` turns nats per token into bits per byte, `names` are of parameters."""
 
-    def __init__(self, log, tokens_per_step: int, bits: float, mean):
-        self.log, self.tokens_per_step, self.bits, self.mean = log, tokens_per_step, bits, mean
+    def __init__(self, log, tokens_per_step: int, bits: float, mean, names: list[str]):
+        self.log, self.tokens_per_step, self.bits, self.mean, self.names = log, tokens_per_step, bits, mean, names
+        self.dead = set(names)
         self.pending, self.curve, self.told, self.signs, self.loss = [], [], set(), {}, math.nan
 
-    def step(self, step: int, progress: float, parts: dict, norm, origin: list) -> None:
-        """A finished step: losses and statistics, gradient norm before clipping, where its windows came from."""
-        self.pending.append((step, progress, parts, norm, origin))
+    def step(self, step: int, progress: float, parts: dict, norms, origin: list) -> None:
+        """A finished step: losses and statistics, gradient norms before clipping, where its windows came from."""
+        self.pending.append((step, progress, parts, norms, origin))
 
     def report(self, seconds: float, rate: float, weights: dict) -> None:
         """One line of text, one of metrics, one of statistics; `weights` are stacks of values on a ternary grid."""
         if not self.pending:
             return
         names = list(self.pending[-1][2])
-        table = torch.stack([torch.stack([*(p[n].float() for n in names), norm]) for _, _, p, norm, _ in self.pending])
-        table = self.mean(table.detach()).tolist()
+        rows = [torch.cat([torch.stack([p[n].float() for n in names]), norms]) for _, _, p, norms, _ in self.pending]
+        table = self.mean(torch.stack(rows).detach()).tolist()
         for (step, _, _, _, origin), row in zip(self.pending, table):
-            self.check(step, row[names.index("loss")], row[-1], origin)
-        (step, progress), values, norm = self.pending[-1][:2], dict(zip(names, table[-1])), table[-1][-1]
+            self.check(step, row[names.index("loss")], dict(zip(self.names, row[len(names) :])), origin)
+        (step, progress), values = self.pending[-1][:2], dict(zip(names, table[-1]))
+        norm = math.hypot(*table[-1][len(names) :])
         self.pending, self.loss, tokens = [], values["loss"], step * self.tokens_per_step
         self.curve.append((progress, step, seconds, self.loss))
         left = seconds * (1 - progress) / max(progress, 1e-9)
@@ -56,15 +66,17 @@ class Watch:
         scalars = {n: v for n, v in values.items() if not n.startswith("layers.")}
         self.log.record(
             "step", step=step, seconds=seconds, progress=progress, lr=rate, grad_norm=norm, tokens=tokens,
-            tokens_per_second=tokens / max(seconds, 1e-9), **scalars,
+            tokens_per_second=tokens / max(seconds, 1e-9), memory=memory_in_use(), **scalars,
         )  # fmt: skip
         stats = {n: v for n, v in values.items() if n not in scalars} | self.trits(weights)
         self.log.record("stats", step=step, stats=stats)
         for what, where, value in collapses(stats):
             self.alert(step, what, where, value)
 
-    def check(self, step: int, nats: float, norm: float, origin: list) -> None:
-        """A loss that is no number ends the run; a spike is recorded with its batch."""
+    def check(self, step: int, nats: float, norms: dict[str, float], origin: list) -> None:
+        """A loss that is no number ends the run; a spike is recorded with its batch and the largest gradients."""
+        norm = math.hypot(*norms.values())
+        self.dead -= {name for name, value in norms.items() if value > 0}
         if not math.isfinite(nats + norm):
             raise ValueError(
                 f"loss {nats}, gradient norm {norm} at step {step}: lower matrix_lr, embed_lr or scalar_lr, or resume "
@@ -72,7 +84,8 @@ class Watch:
             )
         recent = [loss for _, _, _, loss in self.curve[-SPIKE_WINDOW:]]
         if len(recent) == SPIKE_WINDOW and nats > np.mean(recent) + 6 * np.std(recent) + 0.1:
-            self.log.record("spike", step=step, loss=nats, grad_norm=norm, provenance=origin)
+            largest = dict(sorted(norms.items(), key=lambda row: -row[1])[:8])
+            self.log.record("spike", step=step, loss=nats, grad_norm=norm, largest=largest, provenance=origin)
             self.alert(step, "loss spike", str(origin[0]), nats)
 
     def trits(self, weights: dict) -> dict[str, float]:
@@ -94,7 +107,9 @@ class Watch:
             self.log.record("alert", step=step, what=what, where=where, value=value)
 
     def milestones(self) -> None:
-        """The whole run in a few lines."""
+        """The whole run in a few lines, and what never learnt."""
+        for name in sorted(self.dead) if self.curve else ():
+            self.alert(self.curve[-1][1], "never had a gradient", name, 0.0)
         self.log.text("progress    step   seconds    loss")
         for mark in MILESTONES:
             for progress, step, seconds, loss in [row for row in self.curve if row[0] <= mark][-1:]:

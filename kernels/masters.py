@@ -65,8 +65,8 @@ class MasterGroup:
 
 
 def clip_gradients(params: list[torch.nn.Parameter], limit: float) -> torch.Tensor:
-    """The norm of all gradients before clipping; above `limit` (0 is none) they are scaled down to it."""
-    grads = [p.grad for p in params if p.grad is not None]
-    norm = torch.stack(torch._foreach_norm(grads)).norm()
-    torch._foreach_mul_(grads, ((limit or math.inf) / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+    """Every gradient's norm before clipping, 0 where there is none; above `limit` (0 is none) all are scaled down."""
+    grads = [torch.zeros_like(p[:0]) if p.grad is None else p.grad for p in params]
+    norms = torch.stack(torch._foreach_norm(grads))
+    torch._foreach_mul_(grads, ((limit or math.inf) / (norms.norm() + 1e-6)).clamp(max=1.0))
+    return norms

@@ -22,10 +22,10 @@ class Notebook:
 
 def watch_losses(losses, **stats):
     log = Notebook()
-    watch = Watch(log, 100, 1.0, lambda table: table)
+    watch = Watch(log, 100, 1.0, lambda table: table, ["a", "b"])
     for step, loss in enumerate(losses, 1):
         parts = {name: torch.tensor(value) for name, value in ({"loss": loss, "aux.z": 0.5} | stats).items()}
-        watch.step(step, step / len(losses), parts, torch.tensor(1.0), [["shard", step]])
+        watch.step(step, step / len(losses), parts, torch.tensor([0.0, 1.0]), [["shard", step]])
         watch.report(float(step), 1.0, {})
     return log, watch
 
@@ -40,6 +40,7 @@ def test_auxiliary_losses_and_layer_statistics_are_kept_apart_from_the_loss():
 def test_a_spike_is_recorded_with_its_batch():
     log, _ = watch_losses([3.0 - 0.01 * i for i in range(25)] + [9.0])
     assert log.kinds("spike")[0]["provenance"] == [["shard", 26]]
+    assert log.kinds("spike")[0]["largest"] == {"b": 1.0, "a": 0.0}
     assert not watch_losses([3.0 - 0.01 * i for i in range(26)])[0].kinds("spike")
 
 
@@ -58,13 +59,20 @@ def test_a_collapse_is_an_alert_and_health_is_none(name, bad, good):
     assert collapses({name: good}) == []
 
 
+def test_a_parameter_that_never_had_a_gradient_is_an_alert():
+    log, watch = watch_losses([3.0, 2.9])
+    assert not log.kinds("alert")
+    watch.milestones()
+    assert [(a["what"], a["where"]) for a in log.kinds("alert")] == [("never had a gradient", "a")]
+
+
 def test_an_alert_is_said_once():
     log, _ = watch_losses([3.0, 2.0, 1.0], **{"layers.2.slot_least": 0.0})
     assert len(log.kinds("alert")) == 1
 
 
 def test_flips_are_the_signs_that_changed():
-    watch = Watch(Notebook(), 1, 1.0, lambda t: t)
+    watch = Watch(Notebook(), 1, 1.0, lambda t: t, [])
     w = torch.tensor([[1.0, 0.0, -1.0, 2.0]])
     assert watch.trits({"m": w}) == {"m.zeros": 0.25}
     assert watch.trits({"m": torch.tensor([[1.0, 1.0, -1.0, 0.0]])})["m.flips"] == 0.5
