@@ -172,7 +172,7 @@ class Config:
     eval_seconds: float = free(600.0, "budget of the evaluation; 0 is none", resumable=True)
     ttt_scope: str = free("lora", "what test-time training adapts: lora, scales or all", resumable=True)
     ttt_lr: float = free(3e-3, "rate of test-time training", resumable=True)
-    gptq_seconds: float = free(0.0, "part of max_seconds set aside for second moments, when matrices are not qat")
+    reserve_seconds: float = free(0.0, "part of max_seconds for what reads training tokens after the loop")
     checkpoint_every: int = free(0, "steps between checkpoints; 0 is none", resumable=True)
     keep_every: int = free(0, "checkpoints of every so many steps stay; of the others the newest two", resumable=True)
     resume: str = free("", "auto, or a checkpoint file to go on from", resumable=True)
@@ -233,13 +233,13 @@ PROFILES = {
     "skc_competition": dict(
         layers="AKAAKAASAAA", parts=("reset", "unet", "smear", "null", "xsa", "gate", "spectral", "qat"), dim=768,
         heads=12, kv_heads=4, vocab=8192, embed_rank=256, softcap=10.0, z_loss=1e-4, seq_len=2048, window=1024,
-        batch_tokens=524_288, micro_tokens=65_536, max_seconds=600.0, matrix_lr=0.03, data="datasets/sp8192",
+        batch_tokens=524_288, micro_tokens=65_536, max_seconds=600.0, reserve_seconds=8.0, data="datasets/sp8192",
     ),
     "frontier": dict(
         layers="A" * 11, parts=("reset", "unet", "smear", "null", "xsa", "gate"), dim=512, heads=8, kv_heads=4,
         vocab=8192, conv_taps=0, streams=2, parallel_from=8, loop=(3, 5), loop_times=3, weight_codec="int6",
         embed_codec="int7", matrix_lr=0.026, embed_lr=0.03, scalar_lr=0.02, weight_decay=0.095, decay=0.85,
-        lr_floor=0.1, clip_norm=0.3, ema=0.06, gptq_seconds=8.0, seq_len=2048, batch_tokens=786_432,
+        lr_floor=0.1, clip_norm=0.3, ema=0.06, reserve_seconds=8.0, seq_len=2048, batch_tokens=786_432,
         micro_tokens=98_304, max_seconds=600.0, data="datasets/sp8192",
     ),
 }
@@ -293,7 +293,7 @@ def check_config(c: Config) -> None:
         (not c.max_steps and not c.max_seconds, "no limit: set max_steps or max_seconds"),
         (PACKED and (c.val_every or c.sample_every or c.checkpoint_every or c.resume),
          "a packed file neither pauses nor resumes: leave val_every, sample_every, checkpoint_every and resume out"),
-        (0 < c.max_seconds <= c.gptq_seconds, f"gptq_seconds {c.gptq_seconds} leaves nothing of max_seconds"),
+        (0 < c.max_seconds <= c.reserve_seconds, f"reserve_seconds {c.reserve_seconds} leaves nothing of max_seconds"),
     ]:  # fmt: skip
         if bad:
             raise ValueError(text)
@@ -931,7 +931,7 @@ class Clock:
 
     def progress(self) -> float:
         by_step = self.step / self.c.max_steps if self.c.max_steps else 0.0
-        by_time = self.elapsed / (self.c.max_seconds - self.c.gptq_seconds) if self.c.max_seconds else 0.0
+        by_time = self.elapsed / (self.c.max_seconds - self.c.reserve_seconds) if self.c.max_seconds else 0.0
         return max(by_step, by_time)
 
 
@@ -1172,7 +1172,7 @@ def pack_rows(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> by
     """On their grid already, or rounded by what the loss feels, in the bytes that plain steps of `clip` would take."""
     meta = {"config": changed_fields(c, resumable=False), "eval": eval_constants(c, rt, run, log)}
     grid = {"group": c.group, "rule": c.rule, "clips": clips(c)}
-    if "qat" in c.parts or not c.gptq_seconds:
+    if "qat" in c.parts or not c.reserve_seconds:
         return pack(rows, meta, **grid)
     curves = curvature(c, rt, run, log)
     blob = pack(gptq_rows(rows, curves, **grid), meta, **grid)
@@ -1194,7 +1194,7 @@ def curvature(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
     modules = {f"blocks.{name}": m for name, m in run.model.linears().items()} | head
     run.model.eval()
     with log.phase("hessian"), CurvatureCollector(modules) as seen:
-        while time.perf_counter() - began < 0.5 * c.gptq_seconds or not seen.inputs:
+        while time.perf_counter() - began < 0.5 * c.reserve_seconds or not seen.inputs:
             windows = torch.from_numpy(order.next(run.data.feed.rows)[0]).to(rt.device)
             run.model.loss(windows[:, :-1], windows[:, 1:])[0].backward()
     run.model.zero_grad(set_to_none=True)
@@ -1362,7 +1362,9 @@ def main(c: Config, rt: Runtime, origin: dict[str, str], env: dict[str, str]) ->
         for line in complaints:
             log.text(f"ALERT: {line}")
         if not PACKED:
-            log.preflight(plan(c, rt))
+            with log.phase("load"):
+                costs = plan(c, rt)
+            log.preflight(costs)
         with log.phase("load"):
             data, model = Data(c, rt), GPT(c).to(rt.device)
             model.dtype = rt.dtype

@@ -31,7 +31,7 @@ else
     ranks=gpu data=datasets/sp8192 prefix=skc out=records
     prepare=(hub --variant sp8192)
     # eight of the 600 s are kept for what else reads training tokens: the constants that the evaluation ships with
-    words=(checkpoint_every=1000 eval_modes=chunked,all eval_seconds=600 gptq_seconds=8)
+    words=(checkpoint_every=1000 eval_modes=chunked,all eval_seconds=600)
 fi
 
 forward "$PY" -m data.prepare "${prepare[@]}" --out "$data"
