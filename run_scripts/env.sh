@@ -8,7 +8,7 @@ imports_all() { "$1" -c 'import torch, triton, brotli, numpy, sentencepiece'"${2
 need=${NEED:-}
 PY=${PYTHON:-python3}
 if ! imports_all "$PY" "$need"; then
-    PY=.venv/bin/python
+    PY=$PWD/.venv/bin/python
     if ! imports_all "$PY" "$need"; then
         echo "installing into .venv (once; a few minutes)"
         [ -x "$PY" ] || python3 -m venv .venv
