@@ -265,7 +265,7 @@ def load_config(
 
 def check_config(c: Config) -> None:
     """Every impossible combination is one line that names the value and the way out."""
-    ternary_inputs = {"dim": c.dim, "mlp_mult * dim": c.hidden, "state": c.width}
+    ternary_inputs = {"dim": c.dim, "mlp_mult * dim": c.hidden, "state": c.width, "embed_rank": c.rank}
     odd = [f"{k} {v}" for k, v in ternary_inputs.items() if v % c.group] if c.weight_codec == "ternary" else []
     for bad, text in [
         (not c.layers, "layers is empty: name at least one mixer"),

@@ -67,6 +67,7 @@ def test_a_command_line_beats_the_environment_beats_the_profile_beats_the_defaul
     (["heads=3"], "not a multiple of heads 3"),
     (["heads=4", "kv_heads=3"], "not a multiple of kv_heads 3"),
     (["group=48"], "not a multiple of group 48"),
+    (["embed_rank=64"], "embed_rank 64 is not a multiple of group 128"),
     (["layers=AXA"], "no 'X'"),
     (["parts=xxa"], "did you mean xsa"),
     (["loop=3,9"], "last of the 6 layers"),
