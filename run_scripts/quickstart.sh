@@ -14,7 +14,8 @@ echo "== data: the text of Python's standard library -> $data"
 "$PY" -m data.prepare local --out "$data"
 
 echo "== training and scoring the local profile -> $run"
-newer=$(find train_gpt.py kernels export eval data -name '*.py' -newer "$run/result.json" 2>&1 | head -n 1)
+newer=nothing
+if [ -f "$run/result.json" ]; then newer=$(find train_gpt.py kernels export eval data -name '*.py' -newer "$run/result.json"); fi
 if [ $# = 0 ] && [ -z "$newer" ]; then
     echo "reused; bash run_scripts/quickstart.sh --fresh to train again"
     sed -n '/^---$/,$p' "$run/train.log"
