@@ -222,7 +222,8 @@ PROFILES = {
     ),
     "local": dict(
         layers="AKSKAK", dim=256, heads=4, kv_heads=2, mlp_mult=3.0, seq_len=512, batch_tokens=2048,
-        micro_tokens=2048, max_seconds=120.0, z_loss=1e-4, softcap=15.0, eval_stride=256,
+        micro_tokens=2048, max_seconds=120.0, reserve_seconds=6.0, z_loss=1e-4, softcap=15.0, eval_stride=256,
+        eval_modes=("chunked", "sliding", "stream", "engram"),
     ),
     "baseline": dict(
         layers="A" * 9, parts=("unet",), dim=512, heads=8, kv_heads=4, vocab=1024, mlp_mult=2.0, activation="relu2",
