@@ -27,7 +27,7 @@ def test_it_goes_from_nothing_to_a_score_and_reuses_what_is_done(tmp_path):
     for part in ("train_gpt.py", "kernels", "export", "eval", "data", "run_scripts"):
         copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
         copy(ROOT / part, tmp_path / part)
-    short = ("max_seconds=2", "eval_modes=chunked", "val_tokens=4000")
+    short = ("max_steps=2", "eval_modes=chunked", "val_tokens=4000")
     done = quickstart(tmp_path, *short)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "\nval_bpb: " in done.stdout and (tmp_path / "runs/quickstart/final_model.skc").exists()
