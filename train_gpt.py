@@ -30,17 +30,19 @@ from data.fields import (
     changed_fields,
     check_choices,
     describe_fields,
+    describe_profiles,
     field_values,
     fields_hash,
     free,
     nearest,
     parse_options,
+    parse_pairs,
     read_fields,
     replay_line,
     show_value,
     structural,
 )
-from data.harness import Harness, find_checkpoint
+from data.harness import Harness, enter_folder, find_checkpoint
 from data.preflight import Plan
 from data.run_folder import Log, StopSignals, deadline, load_checkpoint, save_checkpoint
 from data.shards import LaneOrder, WindowOrder, dataset_hash, read_sidecar, read_tokens, shard_paths
@@ -51,8 +53,8 @@ from eval.score import EvalSettings, evaluating, red_flags
 from eval.tokens import byte_table, load_tokenizer, sidecar_bytes, stream_bytes
 from eval.ttt import evaluate_modes, fit_engram, fit_temperature
 from export.budget import check_budget, describe, plan_bytes, solve_budget
-from export.container import BYTE_CAP, Row, check_model, check_shipped, pack, unpack, write_artifact
-from export.gptq import CurvatureCollector, felt, gptq_int, gptq_rows
+from export.container import BYTE_CAP, Row, check_model, check_shipped, pack, row_parts, unpack, write_artifact
+from export.gptq import CurvatureCollector, felt, gptq_rounding, gptq_rows
 from export.quantise import INT_BITS, int_grid, int_value
 from kernels.attention import attend, attention_mask, positions, rotary_tables, rotate_pairs
 from kernels.capsule import capsule_scan, routing_statistics
@@ -113,8 +115,7 @@ class Config:
     mix_rank: int = free(4, "rank of the read-out coupling of Koopman channels and capsules")
     streams: int = structural(1, "residual streams N, 1 or 2")
     parallel_from: int = structural(0, "from this layer on the mixer reads stream 0, the MLP stream 1; 0 is never")
-    loop: tuple[int, ...] = structural((), "first and last layer of the segment that repeats")
-    loop_times: int = structural(2, "passes through the looped segment")
+    loop: tuple[int, ...] = structural((), "first and last layer of the segment that repeats, and its passes")
     loop_start: float = free(0.35, "progress at which the loop begins")
     shared_blocks: int = structural(0, "layer l runs block l modulo this, with its own scales; 0 is a block a layer")
     experts: tuple[int, ...] = structural((), "experts beside the MLP in the upper third, and how many a token uses")
@@ -174,6 +175,7 @@ class Config:
     ttt_lr: float = free(3e-3, "rate of test-time training", resumable=True)
     reserve_seconds: float = free(0.0, "part of max_seconds for what reads training tokens after the loop")
     checkpoint_every: int = free(0, "steps between checkpoints; 0 is none", resumable=True)
+    export_every: int = free(0, "steps between proxies of the artifact on training tokens; 0 is none", resumable=True)
     keep_every: int = free(0, "checkpoints of every so many steps stay; of the others the newest two", resumable=True)
     resume: str = free("", "auto, or a checkpoint file to go on from", resumable=True)
     publish: str = free("", "hub repository owner/name, or /folder, that all files of the run go to", resumable=True)
@@ -238,7 +240,7 @@ PROFILES = {
     ),
     "frontier": dict(
         layers="A" * 11, parts=("reset", "unet", "smear", "null", "xsa", "gate"), dim=512, heads=8, kv_heads=4,
-        vocab=8192, conv_taps=0, streams=2, parallel_from=8, loop=(3, 5), loop_times=3, weight_codec="int6",
+        vocab=8192, conv_taps=0, streams=2, parallel_from=8, loop=(3, 5, 3), weight_codec="int6",
         embed_codec="int7", matrix_lr=0.026, embed_lr=0.03, scalar_lr=0.02, weight_decay=0.095, decay=0.85,
         lr_floor=0.1, clip_norm=0.3, ema=0.06, reserve_seconds=8.0, seq_len=2048, batch_tokens=786_432,
         micro_tokens=98_304, max_seconds=600.0, data="datasets/sp8192",
@@ -279,8 +281,8 @@ def check_config(c: Config) -> None:
         (c.streams not in (1, 2), f"streams {c.streams}: 1 or 2"),
         (len(c.optimizers) != 2, f"optimizers {show_value(c.optimizers)}: two, as muon,adamw"),
         (c.parallel_from and c.streams == 1, "parallel_from needs streams=2"),
-        (len(c.loop) not in (0, 2) or (c.loop and not 0 <= c.loop[0] <= c.loop[1] < c.depth),
-         f"loop {c.loop}: first and last of the {c.depth} layers, as loop=3,5"),
+        (len(c.loop) not in (0, 3) or (c.loop and not (0 <= c.loop[0] <= c.loop[1] < c.depth and c.loop[2] > 1)),
+         f"loop {c.loop}: first and last of the {c.depth} layers and two passes or more, as loop=3,5,2"),
         (any(i >= c.depth for i in c.engram_layers), f"engram_layers {c.engram_layers}: there are {c.depth} layers"),
         (any(kind != c.layers[i % c.blocks] for i, kind in enumerate(c.layers)),
          f"layers {c.layers} do not repeat after shared_blocks {c.shared_blocks}"),
@@ -292,8 +294,8 @@ def check_config(c: Config) -> None:
         ("carry" in c.parts and c.seq_schedule, "part carry goes on from window to window: leave seq_schedule empty"),
         (c.micro_tokens % c.seq_len, f"micro_tokens {c.micro_tokens} is not a multiple of seq_len {c.seq_len}"),
         (not c.max_steps and not c.max_seconds, "no limit: set max_steps or max_seconds"),
-        (PACKED and (c.val_every or c.sample_every or c.checkpoint_every or c.resume),
-         "a packed file neither pauses nor resumes: leave val_every, sample_every, checkpoint_every and resume out"),
+        (PACKED and (c.val_every or c.sample_every or c.export_every or c.checkpoint_every or c.resume),
+         "a packed file never pauses: leave val_every, sample_every, export_every, checkpoint_every and resume out"),
         (0 < c.max_seconds <= c.reserve_seconds, f"reserve_seconds {c.reserve_seconds} leaves nothing of max_seconds"),
     ]:  # fmt: skip
         if bad:
@@ -554,7 +556,7 @@ def halves(c: Config, looping: bool) -> tuple[list[Visit], list[Visit]]:
 
     A pair with an end inside the loop is dropped, so that both orders use the same skips.
     """
-    half, passes = c.depth // 2, c.loop_times if looping else 1
+    half, passes = c.depth // 2, c.loop[2] if c.loop and looping else 1
     before, inside, behind = range(0, c.looped.start), c.looped, range(c.looped.stop, c.depth)
     layers = [*before, *list(inside) * passes, *behind]
     slots, seen = [], [0] * c.depth
@@ -904,10 +906,7 @@ def phases(c: Config) -> list[Phase]:
 
 def sequence_lengths(c: Config) -> dict[float, int]:
     """Progress -> length from there on."""
-    try:
-        return {float(at): int(length) for at, length in (str(pair).split(":") for pair in c.seq_schedule)}
-    except ValueError:
-        raise ValueError(f"seq_schedule {show_value(c.seq_schedule)}: progress and length, as 0:128,0.5:512") from None
+    return parse_pairs("seq_schedule", c.seq_schedule, "progress and length, as 0:128,0.5:512")
 
 
 def phase_at(c: Config, progress: float) -> int:
@@ -952,14 +951,14 @@ def open_log(c: Config, rt: Runtime, origin: dict[str, str], saved: dict | None,
     """The log begins with all it takes to run this again."""
     folder, sizes = Path(c.runs) / c.run_id, saved and saved["log_sizes"]
     limits = {"training": c.max_seconds, "evaluation": c.eval_seconds}
+    require_same(rt.ranks, "the run's name", "" if PACKED else enter_folder(folder))
     log = Log(folder, rt.rank == 0, sizes) if PACKED else Harness(
         folder, rt.rank, rt.world, env, resume_at=sizes, publish=c.publish, limits=limits, patience=rt.patience
     )  # fmt: skip
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     facts = {"hash": fields_hash(c), "source": source_hash(), "config": field_values(c), "origin": origin}
     log.save("config.json", facts | versions)
-    words = " ".join(f"{name} {version}" for name, version in versions.items())
-    log.text(f"source {source_hash()}, {words}, {platform.platform()}")
+    log.text(f"source {source_hash()}, {' '.join(map(' '.join, versions.items()))}, {platform.platform()}")
     log.text(f"device {rt.device}, {rt.world} ranks, {rt.dtype} at a measured {rt.peak_flops / 1e9:.0f} GFLOP/s")
     log.text(f"config {fields_hash(c)}; to run it again: python train_gpt.py {replay_line(c)}")
     return log
@@ -975,7 +974,9 @@ def train(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
     loss = torch.compile(model.loss, fullgraph=True, dynamic=False) if rt.device.type == "cuda" else model.loss
     with log.phase("warmup"):
         warm_up(c, rt, model, loss)
-    watch, trace = watching(c, rt, run, log), Trace(log, c.profile_steps)
+    bits, names = 1 / math.log(2) / data.val.bytes_per_token, [name for name, _, _ in family_rows(model)]
+    watch = Watch(log, c.batch_tokens, bits, lambda table: mean_over_ranks(rt.ranks, table), names)
+    trace = Trace(log, c.profile_steps)
     model.train()
     with log.phase("train"), StopSignals() as stop:
         clock.run()
@@ -1014,18 +1015,18 @@ def train(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
 
 def between_steps(c: Config, rt: Runtime, run: Run, log: Log) -> None:
     """What happens every so many steps, with the clock stopped."""
-    due = [every > 0 and run.clock.step % every == 0 for every in (c.val_every, c.sample_every, c.checkpoint_every)]
-    if not any(due):
-        return
-    run.clock.pause()
-    with log.phase("between steps"):
-        if due[0]:
-            validate(c, rt, run.model, run.data.val, log, run.clock)
-        if due[1] and rt.rank == 0:
-            sample(c, run.model, log, run.clock.step)
-        if due[2]:
-            checkpoint(c, rt, run, log)
-    run.clock.run()
+    jobs = [
+        (c.val_every, lambda: validate(c, rt, run.model, run.data.val, log, run.clock)),
+        (c.sample_every, lambda: sample(c, run.model, log, run.clock.step)),
+        (c.export_every, lambda: export_proxy(c, rt, run, log)),
+        (c.checkpoint_every, lambda: checkpoint(c, rt, run, log)),
+    ]
+    if due := [job for every, job in jobs if every > 0 and run.clock.step % every == 0]:
+        run.clock.pause()
+        with log.phase("between steps"):
+            for job in due:
+                job()
+        run.clock.run()
 
 
 def accumulate(model: GPT, loss: Callable, data: Data, buckets: GradientBuckets):
@@ -1056,12 +1057,6 @@ def warm_up(c: Config, rt: Runtime, model: GPT, loss: Callable) -> None:
         if "carry" in c.parts:
             loss(tokens, tokens, state)[0].backward()
     model.zero_grad(set_to_none=True)
-
-
-def watching(c: Config, rt: Runtime, run: Run, log: Log) -> Watch:
-    bits = 1 / math.log(2) / run.data.val.bytes_per_token
-    names = [name for name, _, _ in family_rows(run.model)]
-    return Watch(log, c.batch_tokens, bits, lambda table: mean_over_ranks(rt.ranks, table), names)
 
 
 def trits(c: Config, optimizer: Optimizer) -> dict[str, torch.Tensor]:
@@ -1120,8 +1115,8 @@ def export_model(c: Config, rt: Runtime, run: Run, log: Log) -> bytes:
     with log.phase("compress"):
         blob = pack_rows(c, rt, run, rows, log)
         left = check_budget(blob, CODE_BYTES)
-        if "qat" in c.parts:
-            check_shipped({row.name: p for row, p in zip(rows, shipping_parameters(c, run))}, unpack(blob)[0])
+        held = trained_on_grid(c, run.model)
+        check_shipped(held, {name: tensor for name, tensor in unpack(blob)[0].items() if name in held})
     digest = hashlib.sha256(blob).hexdigest()
     if rt.rank == 0:
         write_artifact(log.folder / "final_model.skc", blob)
@@ -1130,8 +1125,8 @@ def export_model(c: Config, rt: Runtime, run: Run, log: Log) -> bytes:
     return blob
 
 
-def clips(c: Config) -> dict[str, float]:
-    return dict.fromkeys(INT_BITS, c.clip)
+def grid_settings(c: Config) -> dict:
+    return {"group": c.group, "rule": c.rule, "clips": dict.fromkeys(INT_BITS, c.clip)}
 
 
 def shipping_rows(c: Config, run: Run) -> list[Row]:
@@ -1143,8 +1138,26 @@ def shipping_rows(c: Config, run: Run) -> list[Row]:
     ]
 
 
-def shipping_parameters(c: Config, run: Run) -> list[nn.Parameter]:
-    return [p for g in run.optimizer.groups if FAMILIES[g.family].ships for p in g.params]
+def trained_on_grid(c: Config, model: GPT) -> dict[str, nn.Parameter]:
+    """Parameters that must ship as they trained, bit for bit; the others are rounded at the end."""
+    rows = [row for row in family_rows(model) if FAMILIES[row[2]].ships]
+    return {name: p for name, p, family in rows if trained_codec(c, family) != "fp32"}
+
+
+@torch.no_grad()
+def export_proxy(c: Config, rt: Runtime, run: Run, log: Log) -> None:
+    """What would ship now, as a file that --load takes: its bytes, and its loss on training tokens."""
+    meta = {"config": changed_fields(c, resumable=False), "eval": {"temperature": 1.0, "alpha": []}}
+    blob = pack(shipping_rows(c, run), meta, **grid_settings(c))
+    live, own = training_loss(c, rt, run), dict(run.model.named_parameters())
+    for name, tensor in unpack(blob)[0].items():
+        own[name].copy_(tensor)
+    loss = training_loss(c, rt, run)
+    run.optimizer.project()  # the model is again what it was
+    if rt.rank == 0:
+        write_artifact(log.folder / "proxy.skc", blob)
+    log.record("proxy", step=run.clock.step, bytes=len(blob), loss=loss, live_loss=live)
+    log.text(f"proxy: {len(blob):,} bytes, loss on training tokens {loss:.5f}, of the model itself {live:.5f}")
 
 
 def choose_weights(c: Config, rt: Runtime, run: Run, log: Log) -> None:
@@ -1165,26 +1178,24 @@ def training_loss(c: Config, rt: Runtime, run: Run, batches: int = 4) -> float:
     order, total = training_windows(c, rt, c.seed), torch.zeros(1)
     for _ in range(batches):
         windows = torch.from_numpy(order.next(run.data.feed.rows)[0]).to(rt.device)
-        total += run.model.nll(windows[:, :-1], windows[:, 1:])[0].mean().cpu()
+        with evaluating(run.model):
+            total += run.model.nll(windows[:, :-1], windows[:, 1:])[0].mean().cpu()
     return float(mean_over_ranks(rt.ranks, total / batches))
 
 
 def pack_rows(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> bytes:
     """On their grid already, or rounded by what the loss feels, in the bytes that plain steps of `clip` would take."""
     meta = {"config": changed_fields(c, resumable=False), "eval": eval_constants(c, rt, run, log)}
-    grid = {"group": c.group, "rule": c.rule, "clips": clips(c)}
+    grid, trained = grid_settings(c), trained_on_grid(c, run.model)
     if "qat" in c.parts or not c.reserve_seconds:
         return pack(rows, meta, **grid)
     curves = curvature(c, rt, run, log)
+    rows = [row._replace(parts=row_parts(row, **grid)) if row.name in trained else row for row in rows]
     blob = pack(gptq_rows(rows, curves, **grid), meta, **grid)
-    if any(row.codec in INT_BITS and row.name not in curves for row in rows):
+    if any(row.codec in INT_BITS and row.parts is None and row.name not in curves for row in rows):
         return blob
     target, felts = min(len(blob), BYTE_CAP - CODE_BYTES), {name: felt(curve) for name, curve in curves.items()}
-
-    def rounded(row, step):
-        return gptq_int(row.tensor, curves[row.name].inputs, 8, step)
-
-    return solve_budget(rows, meta, target, felts, quantise=rounded, **grid)[0]
+    return solve_budget(rows, meta, target, felts, quantise=gptq_rounding(curves), **grid)[0]
 
 
 def curvature(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
@@ -1318,7 +1329,7 @@ def plan(c: Config, rt: Runtime) -> Plan:
     """What a configuration costs, without data or weights: --plan shows it, preflight checks it."""
     rows = [(name, p, family) for name, p, family in family_rows(weightless(c)) if FAMILIES[family].ships]
     shapes = [(name, tuple(p.shape), FAMILIES[family].codec(c)) for name, p, family in rows]
-    lines = plan_bytes(shapes, group=c.group, rule=c.rule, clips=clips(c))
+    lines = plan_bytes(shapes, **grid_settings(c))
     sizes = {f: sum(line["bytes"] for line, (*_, of) in zip(lines, rows) if of == f) for f in FAMILIES}
     families = [(f, n, FAMILIES[f].codec(c), trained_codec(c, f), sizes[f]) for f, n in parameter_table(c).items()]
     return Plan(
@@ -1347,18 +1358,13 @@ def report(c: Config, rt: Runtime, data: Data, facts: dict, log: Log) -> None:
         log.text(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
 
 
-def describe_profiles() -> str:
-    rows = [(name, " ".join(f"{k}={show_value(v)}" for k, v in values.items())) for name, values in PROFILES.items()]
-    return "\n".join(f"{name}: {text}" for name, text in rows)
-
-
 def main(c: Config, rt: Runtime, origin: dict[str, str], env: dict[str, str]) -> None:
     """From data to a scored artifact."""
-    require_same(rt.ranks, "config and source", f"{fields_hash(c)} {source_hash()}")
     accumulation(c, rt)  # an impossible batch is told before anything is made
     torch.manual_seed(c.seed)
     folder, fields = Path(c.runs) / c.run_id, field_values(c, resumable=False)
     saved, complaints = (None, []) if PACKED else find_checkpoint(folder, c.resume, fields)
+    require_same(rt.ranks, "config, source and clock", f"{fields_hash(c)} {source_hash()} {saved and saved['clock']}")
     with open_log(c, rt, origin, saved, env) as log:
         for line in complaints:
             log.text(f"ALERT: {line}")
@@ -1425,17 +1431,19 @@ def run_export(c: Config, rt: Runtime, options: dict) -> None:
         log.status = "finished"
 
 
-def run_evaluate(c: Config, rt: Runtime, options: dict) -> None:
-    """--evaluate FILE: the score of an artifact, on its own."""
-    (model, constants), val = load_model(c, rt, Path(options["--evaluate"]).read_bytes()), Validation(c)
+def run_load(c: Config, rt: Runtime, options: dict) -> None:
+    """--load FILE: an artifact on its own, checked and scored."""
+    blob = Path(options["--load"]).read_bytes()
+    (model, constants), val = load_model(c, rt, blob), Validation(c)
     with open_log(c, rt, {}, None, {}) as log:
+        log.text(f"loaded {len(blob):,} bytes, sha256 {hashlib.sha256(blob).hexdigest()}")
         for name, value in evaluate(c, rt, model, constants, val, log).items():
             log.text(f"{name}: {value:.6g}")
         log.status = "finished"
 
 
 OPTIONS = {
-    "--profile": "", "--generate": "", "--checkpoint": "", "--evaluate": "", "--tokens": "100", "--temperature": "0.8",
+    "--profile": "", "--generate": "", "--checkpoint": "", "--load": "", "--tokens": "100", "--temperature": "0.8",
     "--top-k": "50",
 }  # fmt: skip
 SWITCHES = ("--help", "-h", "--list-profiles", "--plan", "--export")
@@ -1443,7 +1451,7 @@ SWITCHES = ("--help", "-h", "--list-profiles", "--plan", "--export")
 
 def stored_config(options: dict[str, str]) -> dict:
     """The fields a checkpoint or an artifact was made with, so that a file alone is enough."""
-    path = options.get("--evaluate") or options.get("--checkpoint") or ""
+    path = options.get("--load") or options.get("--checkpoint") or ""
     if path.endswith(".skc"):
         fields = unpack(Path(path).read_bytes())[1]["config"]
         return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
@@ -1457,7 +1465,7 @@ def command_line(argv: list[str]) -> int:
             parts = "\n".join(f"  {name:17} {text}" for name, text in PARTS.items())
             sys.stdout.write(f"{__doc__}\n{describe_fields(dataclasses.fields(Config))}\n\nParts:\n{parts}\n")
         elif not PACKED and "--list-profiles" in options:
-            sys.stdout.write(describe_profiles() + "\n")
+            sys.stdout.write(describe_profiles(PROFILES) + "\n")
         else:
             run_command(options, argv)
     except (ValueError, TimeoutError, MemoryError, OSError) as error:
@@ -1470,8 +1478,8 @@ def run_command(options: dict[str, str], argv: list[str]) -> None:
     env = dict(os.environ)
     c, origin = load_config(argv, env, options.get("--profile"), stored_config(options))
     rt = detect_runtime(env, c.dtype)
-    if "--evaluate" in options:
-        run_evaluate(c, rt, options)
+    if "--load" in options:
+        run_load(c, rt, options)
     elif not PACKED and "--plan" in options:
         sys.stdout.write(plan(c, rt).text() + "\n")
     elif not PACKED and "--generate" in options:

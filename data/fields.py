@@ -38,6 +38,14 @@ def parse_value(field, text: str):
         raise ValueError(f"{field.name}={text!r} is not a {kind.__name__}: {field.metadata['help']}") from None
 
 
+def parse_pairs(name: str, words: tuple[str, ...], shape: str) -> dict[float, int]:
+    """The pairs number:number of a tuple field; `shape` says what they look like."""
+    try:
+        return {float(key): int(value) for key, value in (str(pair).split(":") for pair in words)}
+    except ValueError:
+        raise ValueError(f"{name} {show_value(words)}: {shape}") from None
+
+
 def show_value(value) -> str:
     """A field's value as the command line takes it."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -76,6 +84,11 @@ def fields_hash(config) -> str:
 def replay_line(config) -> str:
     """The arguments that give this configuration, whatever the profile."""
     return " ".join(["--profile default", *(f"{k}={show_value(v)}" for k, v in changed_fields(config).items())])
+
+
+def describe_profiles(profiles: dict[str, dict]) -> str:
+    rows = [(name, " ".join(f"{k}={show_value(v)}" for k, v in values.items())) for name, values in profiles.items()]
+    return "\n".join(f"{name}: {text}" for name, text in rows)
 
 
 def describe_fields(fields) -> str:

@@ -152,11 +152,12 @@ def solve_budget(rows: list[Row], meta: dict, target: int, felt: dict[str, torch
                  quantise: Callable[[Row, torch.Tensor], Parts] | None = None, **grid) -> tuple[bytes, list[dict]]:
     """The artifact that fills `target` bytes to [99.8 %, 100 %] with the least harm, and a line for each free tensor.
 
-    Rows of an int codec are free: each gets the step at which one more byte saves as much harm as anywhere else; harm
-    is felt[name] times squared error. `quantise(row, step)` may be GPTQ. A last factor on all steps meets the target.
+    Rows of an int codec are free, those with parts apart: each gets the step at which one more byte saves as much harm
+    as anywhere else; harm is felt[name] times squared error. `quantise(row, step)` may be GPTQ. A last factor on all
+    steps meets the target.
     """
     quantise = quantise or (lambda row, step: int_round(row.tensor.detach().float(), step, 8))
-    free, fixed = ([row for row in rows if (row.codec in INT_BITS) is wanted] for wanted in (True, False))
+    free, fixed = ([row for row in rows if _is_free(row) is wanted] for wanted in (True, False))
     if not free:
         raise ValueError("budget solver: no tensor is free, none has an int codec; QAT weights have their grid already")
     if unknown := [row.name for row in free if row.name not in felt]:
@@ -183,6 +184,10 @@ def solve_budget(rows: list[Row], meta: dict, target: int, felt: dict[str, torch
         raise ValueError(f"budget {target:,} cannot be met: the last artifact has {sizes[-1]:,} bytes; "
                          f"{weights:,} free weights take some 0.5 to 7 bits each")
     return best[0], [curve.line(row) for row, curve in zip(best[1], curves)]
+
+
+def _is_free(row: Row) -> bool:
+    return row.codec in INT_BITS and row.parts is None
 
 
 class RateCurve:

@@ -3,6 +3,7 @@
 Letters: N rows (outputs), K inputs, H = mean of x x^T (K, K) over training tokens, G weights that share a factor.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -101,6 +102,11 @@ def gptq_int(w: torch.Tensor, hessian: torch.Tensor, bits: int, step: torch.Tens
     return error_feedback(w, hessian, nearest, size.expand(w.shape[1], -1).T, **solve).to(torch.int8), step
 
 
+def gptq_rounding(curves: dict[str, Curvature]) -> Callable[[Row, torch.Tensor], Parts]:
+    """For the budget solver: a row at the given steps, on a grid wide enough for any of them."""
+    return lambda row, step: gptq_int(row.tensor.detach().float(), curves[row.name].inputs, 8, step)
+
+
 def gptq_ternary(w: torch.Tensor, hessian: torch.Tensor, group: int, rule: str, **solve) -> Parts:
     """GPTQ on the ternary grid; factors and rows are those of w, so any column order may be used."""
     _, factor, row = ternary_grid(w, group, rule)
@@ -166,14 +172,15 @@ def low_rank(w: torch.Tensor, value: torch.Tensor, curve: Curvature, rank: int, 
 def gptq_rows(rows: list[Row], curves: dict, *, group: int, rule: str, clips: dict, **solve) -> list[Row]:
     """Rows with their integers chosen: GPTQ where a curvature is known (by the row's name), clip search elsewhere.
 
-    A clip of 0 searches each row's clip. GPTQ's integers are taken only if they do less harm than plain rounding.
+    A row with its parts has them already, and keeps them. A clip of 0 searches each row's clip. GPTQ's integers are
+    taken only if they do less harm than plain rounding.
     """
     return [_gptq_row(row, curves.get(row.name), group, rule, clips.get(row.codec, 0.0), solve) for row in rows]
 
 
 def _gptq_row(row: Row, curve: Curvature | None, group: int, rule: str, clip: float, solve: dict) -> Row:
     w, bits = row.tensor.detach().float(), INT_BITS.get(row.codec)
-    if bits is None and (row.codec != "ternary" or curve is None):
+    if row.parts is not None or (bits is None and (row.codec != "ternary" or curve is None)):
         return row
     if bits is None:
         plain, better = ternary_grid(w, group, rule), gptq_ternary(w, curve.inputs, group, rule, **solve)

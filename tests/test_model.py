@@ -9,7 +9,7 @@ from train_gpt import FAMILIES, MIXERS, PROFILES, Optimizer, execution_order, fa
 VARIANTS = {letter: dict(layers=letter * 2) for letter in MIXERS} | {
     "everything": dict(
         layers="AKSAKS", parts=("reset", "unet", "smear", "null", "xsa", "gate", "vres", "spectral", "qat"), streams=2,
-        parallel_from=4, loop=(2, 3), loop_start=0.0, engram_layers=(1, 4), engram_rows=32, embed_rank=32,
+        parallel_from=4, loop=(2, 3, 2), loop_start=0.0, engram_layers=(1, 4), engram_rows=32, embed_rank=32,
     ),
     "no convolution": dict(layers="AKS", conv_taps=0),
     "static capsules": dict(layers="SS", parts=("reset", "static")),
@@ -22,7 +22,7 @@ VARIANTS = {letter: dict(layers=letter * 2) for letter in MIXERS} | {
     "shared blocks": dict(layers="AKAKAK", shared_blocks=2, engram_layers=(3,), engram_rows=32),
     "untied": dict(layers="AK", parts=("reset", "unet", "untied"), embed_rank=32, mtp_heads=2),
     "all of them": dict(
-        layers="KAKAKA", parts=("reset", "unet", "vres", "untied"), streams=2, shared_blocks=2, loop=(1, 2),
+        layers="KAKAKA", parts=("reset", "unet", "vres", "untied"), streams=2, shared_blocks=2, loop=(1, 2, 2),
         loop_start=0.0, feedback_passes=2, halt=0.02, mtp_heads=1, entropy_loss=0.1,
     ),
 }  # fmt: skip
@@ -134,7 +134,7 @@ def test_every_parameter_has_exactly_one_family(profile):
 
 
 def test_the_example_of_the_specification_runs_in_its_order():
-    c = tiny(layers="AAAAAAAA", loop=(3, 4), parts=("unet",))
+    c = tiny(layers="AAAAAAAA", loop=(3, 4, 2), parts=("unet",))
     slots = execution_order(c, looping=True)
     assert [s.layer for s in slots] == [0, 1, 2, 3, 4, 3, 4, 5, 6, 7]
     assert {s.layer: s.take for s in slots if s.take is not None} == {5: 2, 6: 1, 7: 0}
@@ -161,7 +161,7 @@ def test_two_streams_start_as_one():
 
 
 def test_the_loop_changes_the_logits_only_once_it_has_begun():
-    c = tiny(layers="AAAA", loop=(1, 2))
+    c = tiny(layers="AAAA", loop=(1, 2, 2))
     model, tokens = stirred(c), documents(c)
     assert [p.looping for p in phases(c)] == [False, True]
     with torch.no_grad():

@@ -29,8 +29,8 @@ from train_gpt import (
     load_model,
     phase_at,
     phases,
-    shipping_parameters,
     shipping_rows,
+    trained_on_grid,
 )
 
 CPU = Runtime(0, 1, torch.device("cpu"), torch.float32, 1e9)
@@ -122,9 +122,9 @@ def test_heads_that_only_train_neither_ship_nor_change_a_logit():
     rows = shipping_rows(c, run)
     left = {name for name, _, _ in family_rows(model)} - {row.name for row in rows}
     assert left == {"ahead.0.weight", "ahead.1.weight"}
-    assert [tuple(p.shape) for p in shipping_parameters(c, run)] == [tuple(row.tensor.shape) for row in rows]
+    assert trained_on_grid(c, model).keys() == {row.name for row in rows}
     assert not {id(p) for p in model.ahead.parameters()} & {id(p) for p in model.scope("all")}
-    blob = pack(rows, {"config": {}, "eval": {}}, group=c.group, rule=c.rule, clips=train_gpt.clips(c))
+    blob = pack(rows, {"config": {}, "eval": {}}, **train_gpt.grid_settings(c))
     assert not any("ahead" in name for name in unpack(blob)[0])
     assert torch.equal(logits(load_model(c, CPU, blob)[0], documents(c)), logits(model, documents(c)))
 
@@ -199,7 +199,7 @@ def test_closed_feedback_is_no_feedback():
 
 
 def test_feedback_repeats_the_tail_of_the_execution_order():
-    c = tiny(layers="AAAAAAAA", loop=(3, 4), parts=("unet",), feedback_passes=1)
+    c = tiny(layers="AAAAAAAA", loop=(3, 4, 2), parts=("unet",), feedback_passes=1)
     slots = execution_order(c, looping=True)
     assert [s.layer for s in slots] == [0, 1, 2, 3, 4, 3, 4, 5, 6, 7, 4, 5, 6, 7]
     assert [s.take for s in slots[-3:]] == [2, 1, 0]
@@ -283,7 +283,7 @@ def test_an_untied_head_that_equals_the_embedding_is_the_tied_one():
 
 
 def test_values_of_the_first_attention_layer_come_round_in_a_loop():
-    c = tiny(layers="KAKA", parts=("vres",), loop=(1, 2), loop_start=0.0)
+    c = tiny(layers="KAKA", parts=("vres",), loop=(1, 2, 2), loop_start=0.0)
     model = stirred(c)
     assert [b.mixer.residual is not None for b in model.blocks if hasattr(b.mixer, "residual")] == [False, True]
     assert logits(model, documents(c)).isfinite().all()
@@ -293,7 +293,7 @@ def test_values_of_the_first_attention_layer_come_round_in_a_loop():
 
 
 def test_lengths_are_phases_beside_the_others():
-    c = tiny(layers="AAA", seq_schedule=("0:8", "0.5:16", "0.75:32"), loop=(1, 1), loop_start=0.6)
+    c = tiny(layers="AAA", seq_schedule=("0:8", "0.5:16", "0.75:32"), loop=(1, 1, 2), loop_start=0.6)
     assert [(p.start, p.seq_len, p.looping) for p in phases(c)] == [
         (0.0, 8, False), (0.5, 16, False), (0.6, 16, True), (0.75, 32, True)
     ]  # fmt: skip
@@ -344,7 +344,7 @@ def count_graphs(c):
 @pytest.mark.parametrize("part, counts", [
     (dict(layers="A", seq_schedule=("0:8",), experts=(2, 1), moe_start=0.7, feedback_passes=1), [1, 2, 2, 2]),
     (dict(layers="MW", parts=("reset", "carry")), [2, 2]),  # one to begin with, one that goes on
-    (dict(layers="KA", mtp_heads=1, loop=(0, 1), shared_blocks=2), [1, 2, 2, 2]),
+    (dict(layers="KA", mtp_heads=1, loop=(0, 1, 2), shared_blocks=2), [1, 2, 2, 2]),
 ])  # fmt: skip
 def test_a_phase_once_compiled_is_not_compiled_again(part, counts):
     assert count_graphs(tiny(**part)) == counts
@@ -383,7 +383,7 @@ def leaves(state):
 
 
 def test_a_carried_state_has_no_gradient_and_ends_with_its_phase():
-    c = tiny(layers="AAA", parts=CARRY, loop=(1, 1))
+    c = tiny(layers="AAA", parts=CARRY, loop=(1, 1, 2))
     model, (tokens, targets) = stirred(c), batch()
     model.phase = 0
     state = model.loss(tokens, targets)[2]

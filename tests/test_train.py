@@ -14,6 +14,7 @@ import sentencepiece
 import torch
 
 from data.fields import fields_hash, replay_line
+from export.container import row_parts
 from kernels.ranks import Runtime
 from tests.toys import stirred, tiny, toy_dataset
 from train_gpt import (
@@ -70,7 +71,8 @@ def test_a_command_line_beats_the_environment_beats_the_profile_beats_the_defaul
     (["embed_rank=64"], "embed_rank 64 is not a multiple of group 128"),
     (["layers=AXA"], "no 'X'"),
     (["parts=xxa"], "did you mean xsa"),
-    (["loop=3,9"], "last of the 6 layers"),
+    (["loop=3,9,2"], "last of the 6 layers"),
+    (["loop=3,5,1"], "two passes or more"),
     (["max_steps=0", "max_seconds=0"], "no limit"),
     (["batch_tokens=3000"], "not a multiple of micro_tokens"),
 ])  # fmt: skip
@@ -145,7 +147,7 @@ def test_a_run_capped_by_time_finishes_its_decay_at_any_speed(speed, schedule):
 
 
 def test_the_loop_begins_at_its_progress():
-    c = tiny(layers="AAAA", loop=(1, 2), loop_start=0.5)
+    c = tiny(layers="AAAA", loop=(1, 2, 2), loop_start=0.5)
     assert [phase_at(c, p) for p in (0.0, 0.49, 0.5, 1.0)] == [0, 0, 1, 1]
 
 
@@ -327,6 +329,54 @@ def test_the_model_learns_the_toy_text(dataset, tmp_path):
     code, run = run_tiny(tmp_path, dataset, "max_steps=100", "log_every=10")
     curve = losses(run)
     assert code == 0 and curve[-1] < 0.75 * curve[0]
+
+
+# ---- proxies of the artifact
+
+
+def records(run, kind):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+@pytest.mark.unhurried  # four short runs
+@pytest.mark.parametrize("parts", ["reset,qat", "reset"])
+def test_a_proxy_scores_what_would_ship_and_leaves_the_run_as_it_was(dataset, tmp_path, parts):
+    words = ("layers=A", f"parts={parts}", "weight_codec=int4", "max_steps=4", "eval_modes=chunked")
+    _, plain = run_tiny(tmp_path / "plain", dataset, *words)
+    _, watched = run_tiny(tmp_path / "watched", dataset, *words, "export_every=2")
+    middle, end = records(watched, "proxy")
+    assert (middle["step"], end["step"]) == (2, 4)
+    assert all((row["loss"] == row["live_loss"]) == ("qat" in parts) for row in (middle, end))
+    assert end["bytes"] == (watched / "proxy.skc").stat().st_size
+    assert abs(middle["bytes"] / records(watched, "artifact")[0]["bytes"] - 1) < 0.02
+    assert losses(plain) == losses(watched)
+    assert (plain / "final_model.skc").read_bytes() == (watched / "final_model.skc").read_bytes()
+
+
+@pytest.mark.unhurried  # a run and an evaluation
+def test_load_scores_an_artifact_and_a_proxy_on_its_own_and_refuses_damage(dataset, tmp_path, capsys):
+    _, run = run_tiny(tmp_path, dataset, "layers=A", "max_steps=1", "export_every=1", "eval_modes=chunked")
+    for name, slack in (("final_model.skc", 0), ("proxy.skc", 0.05)):  # a proxy has no fitted temperature
+        where = tmp_path / name
+        words = [f"data={dataset}", f"runs={where}", "run_id=t", "eval_modes=chunked"]
+        assert command_line(["--load", str(run / name), *words]) == 0
+        assert records(where / "t", "eval")[0]["bpb"] == pytest.approx(records(run, "eval")[0]["bpb"], rel=slack, abs=0)
+    (tmp_path / "bad.skc").write_bytes((run / "final_model.skc").read_bytes()[:-1])
+    assert command_line(["--load", str(tmp_path / "bad.skc"), f"data={dataset}", f"runs={tmp_path}"]) == 2
+    assert "damaged artifact" in capsys.readouterr().err
+
+
+ROUNDED = ("layers=S", "parts=reset", "weight_codec=int6", "reserve_seconds=0.01", "max_steps=2", "eval_modes=chunked")
+
+
+@pytest.mark.unhurried  # a run, and one that fails at its export
+def test_beside_matrices_that_are_rounded_ships_bit_for_bit_what_trained(dataset, tmp_path, monkeypatch, capsys):
+    assert run_tiny(tmp_path / "a", dataset, *ROUNDED)[0] == 0
+    larger = lambda row, **grid: row_parts(row._replace(tensor=row.tensor * 1.01), **grid)  # noqa: E731
+    monkeypatch.setattr("train_gpt.row_parts", larger)
+    assert run_tiny(tmp_path / "b", dataset, *ROUNDED)[0] == 2
+    assert "is not what trained" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(dataset, tmp_path, capsys):
