@@ -155,14 +155,14 @@ class LaneSGD:
     def step(self, grads: list[torch.Tensor], share: torch.Tensor) -> None:
         """One step, of each lane in proportion to its share; clipped by its own norm, it depends on no other lane."""
         grads = [grad.reshape(row.shape) for grad, row in zip(grads, self.rows)]
-        norm = torch.stack([grad.reshape(len(grad), -1).square().sum(1) for grad in grads]).sum(0).sqrt()
+        norm = torch.stack([torch.linalg.vector_norm(grad.reshape(len(grad), -1), dim=1) for grad in grads]).norm(dim=0)
         factor = TTT_CLIP / norm.clamp(min=TTT_CLIP)
         for i, (row, grad) in enumerate(zip(self.rows, grads)):
-            change = self.direction(i, grad * by_lane(factor, row))
-            row.data.sub_(self.lr * change * by_lane(share, row))
+            self.move(i, row.data, grad * by_lane(factor, row), self.lr * share)
 
-    def direction(self, i: int, grad: torch.Tensor) -> torch.Tensor:
-        return self.first[i].mul_(self.momentum).add_(grad)
+    def move(self, i: int, row: torch.Tensor, grad: torch.Tensor, rate: torch.Tensor) -> None:
+        self.first[i].mul_(self.momentum).add_(grad)
+        row.addcmul_(self.first[i], by_lane(rate, row), value=-1)
 
 
 class LaneAdam(LaneSGD):
@@ -177,13 +177,14 @@ class LaneAdam(LaneSGD):
         kinds = (self.first, self.second, self.steps)
         return [moment for kind in kinds for moment, yes in zip(kind, concerned) if yes]
 
-    def direction(self, i: int, grad: torch.Tensor) -> torch.Tensor:
+    def move(self, i: int, row: torch.Tensor, grad: torch.Tensor, rate: torch.Tensor) -> None:
         self.steps[i] += 1
-        steps = by_lane(self.steps[i], grad)
         self.first[i].lerp_(grad, 1 - self.momentum)
-        self.second[i].lerp_(grad.square(), 1 - TTT_BETA2)
-        size = (self.second[i] / (1 - TTT_BETA2**steps)).sqrt() + TTT_EPS
-        return self.first[i] / (1 - self.momentum**steps) / size
+        self.second[i].mul_(TTT_BETA2).addcmul_(grad, grad, value=1 - TTT_BETA2)
+        young = (1 - TTT_BETA2 ** self.steps[i]).sqrt()
+        size = self.second[i].sqrt().add_(by_lane(TTT_EPS * young, row))
+        rate = rate * young / (1 - self.momentum ** self.steps[i])
+        row.addcdiv_(self.first[i] * by_lane(rate, row), size, value=-1)
 
 
 TTT_RULES = {"sgd": LaneSGD, "adam": LaneAdam}
