@@ -172,6 +172,15 @@ def defaults(nodes: list) -> dict:
     return found
 
 
+def minifier(nodes: list) -> list:
+    """The options of the pyminify command that the script would pack itself with."""
+    for node in nodes:
+        words = [e.value for e in node.elts if isinstance(e, ast.Constant) and isinstance(e.value, str)]
+        if words and words[0] == "pyminify":
+            return [w for w in words if w.startswith("--")]
+    return []
+
+
 def facts(text: str) -> dict:
     """Everything the checks want to know about a script."""
     body, failed, error = parse(text)
@@ -194,6 +203,7 @@ def facts(text: str) -> dict:
         "byte_table": byte_table(body, functions),
         "minimum": minimum_of_scores(call_nodes),
         "defaults": defaults(call_nodes),
+        "minifier": minifier(by_type.get(ast.List, [])),
         "guard": "piece_to_id" in text and "▁" in text,
         "smear": "smear" in text.lower(),
         "smear_bos": any("smear" in s.lower() and "bos" in s.lower() for _, s in functions),
