@@ -17,9 +17,9 @@ from pathlib import Path
 from data.notify import Notifier, Secrets, deliver, fact_lines
 from data.preflight import Finding, Plan, check_plan, check_price, finding, require_ready
 from data.publish import FolderTarget, Publisher, Receipt, Refused, Unreached, parse_target
-from data.run_folder import Log, load_checkpoint, newest_checkpoint
+from data.run_folder import Log, load_checkpoint, newest_checkpoint, require_unused
 from data.timers import Timers
-from data.watchdog import Watchdog
+from data.watchdog import Watchdog, clear_traces
 
 PHASES = ("load", "compile", "warmup", "train", "hessian", "fit", "quantise", "compress", "decompress", "evaluate")
 SCORING = ("between steps", "validate", "evaluate")
@@ -36,6 +36,13 @@ def price(env: dict[str, str], name: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError(f"{name}={text!r} is not a number") from None
+
+
+def enter_folder(folder: Path) -> str:
+    """On every rank, before any of them begins: nobody else is at work here, and nothing of an earlier run misleads."""
+    require_unused(folder)
+    clear_traces(folder)
+    return folder.name
 
 
 def find_checkpoint(folder: Path, resume: str, fields: dict) -> tuple[dict | None, list[str]]:
@@ -84,7 +91,7 @@ class Harness(Log):
         if self.main:
             for line in self.timers.table():
                 self.text(line)
-            self.save("timing.json", self.timers.facts())
+            self.note("timing.json", self.timers.facts())
             missing = self.flush(END_PATIENCE if error is None and self.status == "finished" else KILLED_PATIENCE)
         with self.writing:
             super().__exit__(kind, error, trace)
@@ -121,6 +128,13 @@ class Harness(Log):
             self.facts |= {k: v for k, v in values.items() if k.startswith("val_bpb") or k in TOLD}
         if name != "published.json":
             self.offer(name)
+
+    def note(self, name: str, values: dict) -> None:
+        """A file that no run is worth ending for."""
+        try:
+            self.save(name, values)
+        except OSError as error:
+            self.text(f"ALERT: {name} not written ({error.strerror})")
 
     @contextmanager
     def phase(self, name: str):
@@ -239,7 +253,7 @@ class Harness(Log):
     def receive(self, receipt: Receipt) -> None:
         name = receipt.name.rpartition("/")[2]
         self.published[name] = receipt._asdict()
-        self.save("published.json", self.published)
+        self.note("published.json", self.published)
         if name == "final_model.skc":
             self.facts["address"] = receipt.address
         if name not in LOG_FILES and not self.closed:

@@ -10,12 +10,14 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 CHECKPOINT_MAGIC = b"SKC checkpoint 1\n"
+OCCUPIED = "{} belongs to a run that is still going: choose another run_id"
 CHECKPOINT_NAME = re.compile(r"checkpoint_(\d{8})\.pt$")
 
 
@@ -28,8 +30,55 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
+    except OSError as error:  # some of them name no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+class Lines:
+    """A file that grows by whole lines, each written at once; what a full disk does not take waits here until it does.
+
+    `tell` hears when that begins and when it is over.
+    """
+
+    def __init__(self, path: Path, keep: int, tell: Callable[[str], None]):
+        self.path, self.tell, self.waiting, self.file = path, tell, bytearray(), path.open("ab", buffering=0)
+        self.file.truncate(min(keep, self.file.tell()))
+
+    def write(self, text: str) -> None:
+        began = not self.waiting
+        self.waiting += text.encode()
+        try:
+            while self.waiting:
+                del self.waiting[: self.file.write(self.waiting)]
+        except OSError as error:
+            if began:
+                self.tell(f"{self.path} does not take its lines ({error.strerror}); they wait in memory")
+        else:
+            if not began:
+                self.tell(f"{self.path} has all its lines again")
+
+    def size(self) -> int:
+        """When all of it is written."""
+        return self.path.stat().st_size + len(self.waiting)
+
+    def close(self) -> None:
+        self.write("")
+        if self.waiting:
+            sys.stderr.write(f"{len(self.waiting):,} bytes of {self.path} are lost, no room was made for them\n")
+        self.file.close()
+
+
+def require_unused(folder: Path) -> None:
+    """No run holds the folder's lock."""
+    if not (folder / "lock").exists():
+        return
+    with (folder / "lock").open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(OCCUPIED.format(folder)) from None
 
 
 class Log:
@@ -48,12 +97,11 @@ class Log:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.lock.close()
-            raise ValueError(f"{folder} belongs to a run that is still going: choose another run_id") from None
-        for name in ("metrics.jsonl", "train.log"):  # what was written after the checkpoint will be written again
-            with (folder / name).open("ab") as file:
-                file.truncate(min((resume_at or {}).get(name, 0), file.tell()))
-        self.metrics = (folder / "metrics.jsonl").open("a", buffering=1)
-        self.logger.addHandler(logging.FileHandler(folder / "train.log", "a"))
+            raise ValueError(OCCUPIED.format(folder)) from None
+        kept = resume_at or {}  # what was written after the checkpoint will be written again
+        self.words = Lines(folder / "train.log", kept.get("train.log", 0), lambda line: None)  # the metrics tell
+        self.metrics = Lines(folder / "metrics.jsonl", kept.get("metrics.jsonl", 0), self.disk)
+        self.logger.addHandler(logging.StreamHandler(self.words))
         self.logger.addHandler(logging.StreamHandler(sys.stdout))
 
     def __enter__(self) -> "Log":
@@ -61,12 +109,13 @@ class Log:
 
     def __exit__(self, kind, error, trace) -> None:
         """Whatever ended the run, its last line says so."""
+        if error is not None and self.status == "finished":  # training was; what comes after it failed
+            self.status = "failed"
         self.record("end", status=self.status, error=str(error or ""))
         if self.main:
             self.metrics.close()
+            self.words.close()
             self.lock.close()
-        for handler in self.logger.handlers:
-            handler.close()
 
     def text(self, line: str) -> None:
         self.logger.info(line)
@@ -75,6 +124,11 @@ class Log:
         """One write a line, so that a killed run loses at most one."""
         if self.main:
             self.metrics.write(json.dumps({"kind": kind} | values) + "\n")
+
+    def disk(self, line: str) -> None:
+        """The disk is full, or no longer."""
+        self.text(f"ALERT: {line}")
+        self.record("alert", step=self.step, what="disk", where=line, value=0.0)
 
     @contextmanager
     def phase(self, name: str):
@@ -88,7 +142,7 @@ class Log:
             write_whole(self.folder / name, (json.dumps(values, indent=1) + "\n").encode())
 
     def sizes(self) -> dict[str, int]:
-        return {name: (self.folder / name).stat().st_size for name in ("metrics.jsonl", "train.log")}
+        return {lines.path.name: lines.size() for lines in (self.metrics, self.words)}
 
 
 def save_checkpoint(folder: Path, step: int, state: dict, keep_every: int) -> dict:

@@ -73,6 +73,12 @@ def waits_for_others(stack: str) -> bool:
     return "torch/distributed/" in innermost or "kernels/ranks.py" in innermost
 
 
+def clear_traces(folder: Path) -> None:
+    """What the watchdogs of an earlier run left. No file's date is asked: clocks jump."""
+    for path in (folder / "diagnosis.txt", *(folder / "ranks").glob("*")):
+        path.unlink(missing_ok=True)
+
+
 class Watchdog:
     """`pulse` gives (phase, step) once a second; `limits` gives the seconds a phase may take without a step.
 
@@ -89,8 +95,6 @@ class Watchdog:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.diagnosis = folder / "diagnosis.txt"
         self.began = process_stat(os.getpid())[1]
-        if self.diagnosis.exists() and not self.is_of_this_run(self.diagnosis):
-            self.diagnosis.unlink(missing_ok=True)
         self.changed, self.slowest, self.last = uptime(), 0.0, pulse()
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self.run, name="watchdog", daemon=True)
@@ -98,7 +102,7 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         self.stack = (self.folder / f"{self.rank}.stack").open("w")
         faulthandler.register(signal.SIGUSR1, self.stack, all_threads=False)  # works while the interpreter is locked
-        self.beat()
+        self.leave_beat(self.beat())
         self.thread.start()
         return self
 
@@ -112,10 +116,6 @@ class Watchdog:
     def file(self, rank: int) -> Path:
         return self.folder / f"{rank}.beat"
 
-    def is_of_this_run(self, path: Path) -> bool:
-        """Written after this process began; what an earlier run left does not count."""
-        return time.time() - path.stat().st_mtime < uptime() - self.began
-
     def run(self) -> None:
         woke = uptime()
         patient_until = woke
@@ -126,6 +126,10 @@ class Watchdog:
                 patient_until = now + SILENCE
             woke = now
             beat = self.beat()
+            try:
+                self.leave_beat(beat)
+            except OSError:  # a full disk silences all ranks alike
+                patient_until = now + SILENCE
             if now - self.changed > beat.limit / 2 and not self.warned:
                 self.warned = True
                 self.warn(f"{beat.place()} has not moved for {now - self.changed:.0f} s; {beat.limit:.0f} end it")
@@ -140,11 +144,12 @@ class Watchdog:
             if state[0] == self.last[0] and state[1] > self.last[1]:
                 self.slowest = max(self.slowest, (now - self.changed) / (state[1] - self.last[1]))
             self.changed, self.last, self.warned = now, state, self.rank != 0
-        beat = Beat(self.rank, socket.gethostname(), os.getpid(), self.began, *state, now, self.changed, self.limit())
+        return Beat(self.rank, socket.gethostname(), os.getpid(), self.began, *state, now, self.changed, self.limit())
+
+    def leave_beat(self, beat: Beat) -> None:
         draft = self.file(self.rank).with_suffix(".draft")
         draft.write_text(json.dumps(beat))
         draft.replace(self.file(self.rank))
-        return beat
 
     def limit(self) -> float:
         """Seconds the present phase may stay without a step; in training a multiple of the slowest step."""
@@ -158,10 +163,9 @@ class Watchdog:
         for path in self.folder.glob("*.beat"):
             try:
                 beat = Beat(*json.loads(path.read_text()))
-                current = self.is_of_this_run(path)
             except FileNotFoundError:  # a rank has just finished
                 continue
-            if beat.host == socket.gethostname() and (current or beat.state() != "dead"):
+            if beat.host == socket.gethostname():
                 found.append(beat)
         return sorted(found)
 

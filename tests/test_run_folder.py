@@ -1,5 +1,6 @@
 """A run's folder survives: whole files, trusted checkpoints, one owner, a last word."""
 
+import errno
 import json
 import os
 import signal
@@ -9,12 +10,14 @@ import pytest
 import torch
 
 from data.run_folder import (
+    Lines,
     Log,
     StopSignals,
     checkpoints,
     deadline,
     load_checkpoint,
     newest_checkpoint,
+    require_unused,
     save_checkpoint,
     write_whole,
 )
@@ -64,8 +67,12 @@ def test_a_missing_checkpoint_is_named(tmp_path):
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path):
-    with Log(tmp_path, True), pytest.raises(ValueError, match="choose another run_id"):
-        Log(tmp_path, True)
+    require_unused(tmp_path)
+    with Log(tmp_path, True):
+        for second in (lambda: Log(tmp_path, True), lambda: require_unused(tmp_path)):
+            with pytest.raises(ValueError, match="choose another run_id"):
+                second()
+    require_unused(tmp_path)
     Log(tmp_path, True).__exit__(None, None, None)
 
 
@@ -78,6 +85,62 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
         log.record("step", step=2, again=True)
     assert [r.get("step") for r in rows(tmp_path)] == [1, 2, None]
     assert rows(tmp_path)[1]["again"]
+
+
+class Disk:
+    """A file on a disk that has room for so many bytes."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, content):
+        taken = content[: self.room]
+        self.room -= len(taken)
+        if content and not taken:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(taken)
+
+    def close(self):
+        self.file.close()
+
+
+def test_lines_wait_for_a_full_disk_and_are_told_once(tmp_path, capfd):
+    told = []
+    lines = Lines(tmp_path / "x", 0, told.append)
+    lines.file = Disk(lines.file, 7)
+    for text in ("one\n", "two\n", "three\n"):
+        lines.write(text)
+    assert (tmp_path / "x").read_text() == "one\ntwo" and lines.size() == 14
+    assert len(told) == 1 and "No space left" in told[0]
+    lines.file.room = 100
+    lines.write("four\n")
+    assert (tmp_path / "x").read_text() == "one\ntwo\nthree\nfour\n" and "all its lines" in told[1]
+    lines.file.room = 0
+    lines.write("five\n")
+    lines.close()
+    assert "5 bytes" in capfd.readouterr().err
+
+
+def test_a_full_disk_ends_no_run_and_its_alert_is_kept(tmp_path):
+    with Log(tmp_path, True) as log:
+        for lines in (log.words, log.metrics):
+            lines.file = Disk(lines.file, 20)
+        log.text("a line that is longer than that")
+        log.record("step", step=1)
+        kept = log.sizes()
+        log.words.file.room = log.metrics.file.room = 10_000
+        log.record("step", step=2)
+        log.text("x")
+    assert [r.get("step") for r in rows(tmp_path)[::2]] == [1, 2, None]  # between them: full, and no longer
+    assert [r.get("what") for r in rows(tmp_path)[1::2]] == ["disk", "disk"]
+    assert kept["train.log"] > len("a line that is longer than that\n")
+
+
+def test_what_fails_after_training_is_no_finished_run(tmp_path):
+    with pytest.raises(ValueError), Log(tmp_path, True) as log:
+        log.status = "finished"
+        raise ValueError("over the cap")
+    assert rows(tmp_path)[-1] == {"kind": "end", "status": "failed", "error": "over the cap"}
 
 
 def test_a_run_always_ends_with_a_status(tmp_path):

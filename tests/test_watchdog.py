@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data.timers import process_stat, uptime
-from data.watchdog import EXIT_CODE, Beat, Watchdog, find_fault, waits_for_others
+from data.watchdog import EXIT_CODE, Beat, Watchdog, clear_traces, find_fault, waits_for_others
 
 ROOT = Path(__file__).resolve().parent.parent
 ME = os.getpid(), process_stat(os.getpid())[1]
@@ -77,15 +77,29 @@ def test_the_limit_of_a_step_follows_the_slowest_one(tmp_path):
     assert dog.limit() == 480
 
 
-def test_what_an_earlier_run_left_does_not_count(tmp_path):
-    old = uptime() - process_stat(os.getpid())[1] + 100
+def test_what_an_earlier_run_left_does_not_count_whatever_its_date(tmp_path):
+    """A clock that was set back makes old files look new, and a dead rank's beat would end the run."""
     (tmp_path / "ranks").mkdir()
     for path, text in ((tmp_path / "ranks" / "3.beat", json.dumps(beat(3, process=(1, 1.0)))),
                        (tmp_path / "diagnosis.txt", "old")):  # fmt: skip
         path.write_text(text)
-        os.utime(path, (time.time() - old,) * 2)
+        os.utime(path, (time.time() + 3600,) * 2)
     dog = Watchdog(tmp_path, 0, lambda: ("train", 1), lambda phase: 1.0, print, print, print)
+    assert dog.diagnosis.exists()
+    clear_traces(tmp_path)
     assert not dog.diagnosis.exists() and dog.beats() == []
+
+
+def test_ranks_that_cannot_leave_a_beat_are_not_taken_for_silent(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.watchdog.INTERVAL", 0.01)
+    monkeypatch.setattr("data.watchdog.SILENCE", 0.1)
+    with Watchdog(tmp_path, 0, lambda: ("train", 1), lambda phase: 60.0, print, print, pytest.fail) as dog:
+        (tmp_path / "ranks" / "0.draft").symlink_to("/dev/full")  # fails like a disk without space
+        time.sleep(0.3)
+        assert dog.thread.is_alive() and uptime() - dog.beats()[0].seen > 0.2
+        (tmp_path / "ranks" / "0.draft").unlink()
+        time.sleep(0.05)
+        assert uptime() - dog.beats()[0].seen < 0.1
 
 
 def test_a_finished_rank_leaves_no_beat(tmp_path):
