@@ -1,6 +1,6 @@
 """Every operation: checked against its float64 definition, then timed beside what else one would use.
 
-    python -m kernels.bench [OP ..]         # koopman capsule walsh wht loss ternary packed; all if none
+    python -m kernels.bench [OP ..]         # koopman capsule walsh haar wht loss ternary packed; all if none
         --json FILE                         # keep the rows
         --checks                            # check only (on CUDA: every dtype, odd shapes, the same bits twice)
 
@@ -24,6 +24,7 @@ import triton
 from kernels.capsule import capsule_reference, capsule_scan
 from kernels.hadamard import (
     causal_haar,
+    causal_haar_reference,
     causal_walsh,
     causal_walsh_reference,
     walsh_matrix,
@@ -58,6 +59,11 @@ def capsule_inputs(B, T, H, C, d, dtype, device):
 def walsh_inputs(B, T, D, dtype, device):
     pos = torch.arange(T, device=device).expand(B, T) % 700
     return torch.randn(B, T, D, device=device, dtype=dtype), walsh_signs(torch.arange(D, device=device) % 16, 4), pos
+
+
+def haar_inputs(B, T, D, dtype, device):
+    x, _, pos = walsh_inputs(B, T, D, dtype, device)
+    return x, torch.randn(B, T, D // 64, 7, device=device).softmax(-1).to(dtype), pos
 
 
 def loss_inputs(N, V, dtype, device):
@@ -114,7 +120,9 @@ def check_cases(dtype, device):
             causal_walsh_reference, signs=signs, pos=pos
         ), (x,), True
         gates = torch.randn(2, T, 2, 7, device=device).softmax(-1).to(dtype)
-        yield f"haar T={T}", partial(causal_haar, pos=pos), partial(causal_haar, pos=pos), (x, gates), True
+        yield f"haar T={T}", partial(causal_haar, pos=pos), partial(
+            causal_haar_reference, pos=pos
+        ), (x, gates), True
     for block in (2, 16, 64, 128):
         x = torch.randn(37, 256, device=device, dtype=dtype)
         yield f"wht {block}", partial(wht, block=block), partial(wht_reference, block=block), (x,), True
@@ -234,6 +242,14 @@ def walsh_sides(args, backward):
     return _sides(sides, (x,), torch.randn_like(x), backward) | ({} if backward else {"clone": x.clone})
 
 
+def haar_sides(args, backward):
+    *args, pos = args
+    sides = {"ours": partial(causal_haar, pos=pos), "levels": partial(causal_haar_reference, pos=pos)}
+    if args[0].is_cuda:
+        sides["compiled levels"] = torch.compile(sides["levels"])
+    return _sides(sides, args, torch.randn_like(args[0]), backward) | ({} if backward else {"clone": args[0].clone})
+
+
 def wht_sides(args, backward):
     x, block = args
     H = walsh_matrix(block, x) * block**-0.5
@@ -297,6 +313,8 @@ def bench_cases(device):
     for back in (False, True):
         inputs = partial(walsh_inputs, B, T, D, dtype, device)
         yield "walsh", f"B{B} T{T} D{D} m4", inputs, walsh_sides, back, (4 if back else 2) * B * T * D * size
+        inputs = partial(haar_inputs, B, T, D, dtype, device)
+        yield "haar", f"B{B} T{T} D{D} m6", inputs, haar_sides, back, (5 if back else 2) * B * T * D * size
     for block in (64, 128):
         inputs = lambda block=block: (torch.randn(B, T, D, dtype=dtype, device=device), block)  # noqa: E731
         yield "wht", f"B{B} T{T} D{D} n{block}", inputs, wht_sides, False, 2 * B * T * D * size
@@ -384,7 +402,7 @@ def main_bench(argv):
     parser = argparse.ArgumentParser(
         prog="python -m kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("operations", nargs="*", help="koopman capsule walsh wht loss ternary packed; all if none")
+    parser.add_argument("operations", nargs="*", help="koopman capsule walsh haar wht loss ternary packed; all if none")
     parser.add_argument("--json", help="write everything to this file")
     parser.add_argument("--checks", action="store_true", help="check only")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

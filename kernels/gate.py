@@ -20,7 +20,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from kernels.capsule import capsule_backward_triton, capsule_forward_triton
-from kernels.hadamard import causal_walsh_triton, wht_triton
+from kernels.hadamard import (
+    causal_haar_backward_triton,
+    causal_haar_forward_triton,
+    causal_walsh_triton,
+    wht_triton,
+)
 from kernels.loss import softcap_ce_backward_triton, softcap_ce_forward_triton
 from kernels.scan import koopman_backward_triton, koopman_forward_triton
 from kernels.ternary import TERNARY_RULES, ternary_packed_triton, ternary_project_triton
@@ -67,6 +72,11 @@ def gate_launches():
         )
         yield name, lambda u=u: [causal_walsh_triton(u, _meta(4, D, dtype=fp32), pos, adjoint) for adjoint in (0, 1)]
         yield name, lambda u=u: [wht_triton(u, block) for block in (64, 128)]
+        gates = _meta(B, T, H, 7, dtype=dtype)
+        yield name, lambda u=u, gates=gates: (
+            causal_haar_forward_triton(u, gates, pos),
+            causal_haar_backward_triton(u, gates, pos, u),
+        )
         logits, tokens = _meta(B * T, V, dtype=dtype), [_meta(B * T, dtype=fp32) for _ in range(6)]
         targets = _meta(B * T, dtype=torch.int64)
         yield name, lambda logits=logits, tokens=tokens, targets=targets: (

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
-from kernel_proofs import Guard, gradients, guarded, relative
+from kernel_proofs import Guard, double, gradients, guarded, relative, widened
 
 from kernels.hadamard import (
     causal_haar,
+    causal_haar_backward_triton,
+    causal_haar_forward_triton,
+    causal_haar_op,
+    causal_haar_reference,
     causal_walsh,
     causal_walsh_op,
     causal_walsh_reference,
@@ -140,6 +144,98 @@ def test_haar_levels_are_window_means():
     assert relative(causal_haar(v, gates, pos), v) < 1e-12
 
 
+def haar_inputs(B, T, H, d, levels, dtype=torch.float32):
+    gates = torch.randn(B, T, H, levels + 1).softmax(-1)
+    return torch.randn(B, T, H * d).to(dtype), gates.to(dtype), documents(B, T)
+
+
+def haar_results(function, args, weight):
+    """y, dv, dgates by autograd."""
+    (y,), grads = gradients(lambda v, g, pos: (function(v, g, pos),), args, [weight.to(args[0].dtype)])
+    return [y, *grads]
+
+
+def haar_triton(args, weight):
+    return [causal_haar_forward_triton(*args), *causal_haar_backward_triton(*args, weight.to(args[0].dtype))]
+
+
+def haar_truth(args, weight):
+    return haar_results(causal_haar_reference, [double(x) for x in args], weight)
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 63, 64, 65, 200])
+def test_the_fast_haar_path_is_the_definition_for_odd_lengths(monkeypatch, T):
+    monkeypatch.setattr("kernels.hadamard.HAAR_TILE", 2 * T * 10)  # three sequences are two tiles
+    args, weight = haar_inputs(3, T, 2, 5, 6), torch.randn(3, T, 10)
+    for ours, truth in zip(haar_results(causal_haar, args, weight), haar_truth(args, weight), strict=True):
+        assert relative(ours, truth) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "B, T, H, d, levels", [(1, 1, 1, 3, 6), (2, 7, 2, 5, 2), (1, 33, 1, 17, 6), (2, 65, 1, 4, 3), (1, 9, 2, 3, 0)]
+)
+def test_the_haar_kernel_agrees_forward_and_backward_inside_its_buffers(monkeypatch, B, T, H, d, levels):
+    args, weight = haar_inputs(B, T, H, d, levels), torch.randn(B, T, H * d)
+    truth = haar_truth(args, weight)
+    guard = Guard(monkeypatch)
+    for ours, wanted in zip(haar_triton([guarded(x) for x in args], guarded(weight)), truth, strict=True):
+        assert relative(ours, wanted) <= 1e-6
+    assert guard.intact()
+
+
+def test_a_window_one_too_long_would_be_noticed():
+    args, weight = haar_inputs(1, 70, 1, 4, 5), torch.randn(1, 70, 4)
+    v, gates, pos = args
+    for longer in ((v, gates, torch.where(pos > 0, pos + 1, pos)), (v.roll(1, 1), gates, pos)):
+        assert relative(causal_haar_forward_triton(*longer), haar_truth(args, weight)[0]) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("T", [63, 64, 1000])
+def test_the_haar_kernel_agrees_at_length_and_production_width(T):
+    args, weight = haar_inputs(1, T, 1, 64, 6), torch.randn(1, T, 64)
+    for ours, truth in zip(haar_triton(args, weight), haar_truth(args, weight), strict=True):
+        assert relative(ours, truth) <= 1e-6
+
+
+def test_the_haar_kernel_takes_slices_and_gives_the_same_bits_twice():
+    args, weight = haar_inputs(1, 40, 2, 3, 4), torch.randn(1, 40, 6)
+    sliced = widened(args[0]), widened(args[1]), args[2]
+    for a, b in zip(haar_triton(args, weight), haar_triton(sliced, widened(weight)), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(haar_results(causal_haar, args, weight), haar_results(causal_haar, sliced, weight), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_sixteen_bit_haar_error_is_that_of_eager_code():
+    args, weight = haar_inputs(1, 70, 2, 4, 6, torch.float16), torch.randn(1, 70, 8).half()
+    truth = haar_truth(args, weight)
+
+    def eager(v, gates, pos):
+        a, y = v.unflatten(2, (2, 4)), 0
+        for i in range(6):
+            earlier = torch.zeros_like(a)
+            earlier[:, 2**i :] = a[:, : -(2**i)] * (pos[:, 2**i :] >= 2**i)[..., None, None]
+            a, y = (a + earlier) / 2, y + gates[..., i, None] * (a - earlier) / 2
+        return (y + gates[..., 6, None] * a).flatten(2)
+
+    plain = haar_results(eager, args, weight)
+    for ours in (haar_triton(args, weight), haar_results(causal_haar, args, weight)):
+        for a, b, c in zip(ours, plain, truth, strict=True):
+            assert relative(a, c) <= 2 * relative(b, c)
+
+
+@pytest.mark.parametrize("cut", [1, 5, 39])
+def test_a_prepended_tail_continues_the_haar_stream(cut):
+    v, gates, pos = haar_inputs(2, 40, 2, 3, 4)
+    tail = torch.cat([torch.zeros(2, 15, 6), v[:, :cut]], 1)[:, -15:]
+    before, none = pos[:, cut : cut + 1] - torch.arange(15, 0, -1), torch.zeros(2, 15, 2, 5)
+    pairs = (tail, v), (none, gates), (before, pos)
+    piece = [torch.cat([earlier, x[:, cut:]], 1) for earlier, x in pairs]
+    for function in (causal_haar, causal_haar_forward_triton):
+        assert relative(function(*piece)[:, 15:], causal_haar(v, gates, pos)[:, cut:]) < 1e-6
+
+
 def test_haar_gradients_pass_gradcheck():
     v, gates = torch.randn(1, 9, 4, dtype=torch.float64), torch.randn(1, 9, 2, 3, dtype=torch.float64)
     pos = documents(1, 9)
@@ -155,17 +251,20 @@ def test_sixteen_bit_input_is_computed_wide():
     assert relative(wht_triton(x, 8), wht(x.double(), 8)) < 4e-4
 
 
-@pytest.mark.unhurried  # traces two operators four ways and compiles them
+@pytest.mark.unhurried  # traces three operators four ways and compiles them
 def test_opcheck_finds_clean_operators_and_compile_one_graph():
     x, signs, pos = torch.randn(1, 9, 8), walsh_signs(torch.arange(8), 3), documents(1, 9)
+    gates = torch.randn(1, 9, 2, 4)
     torch.library.opcheck(causal_walsh_op, (x.requires_grad_(), signs, pos, False))
+    torch.library.opcheck(causal_haar_op, (x, gates.requires_grad_(), pos))
     torch.library.opcheck(wht_op, (x, 8))
 
-    def both(x):
-        return (causal_walsh(wht(x, 4), signs, pos),)
+    def every(x, gates):
+        return (causal_haar(causal_walsh(wht(x, 4), signs, pos), gates, pos),)
 
-    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    for a, b in zip(gradients(compiled, [x], [x.detach()]), gradients(both, [x], [x.detach()]), strict=True):
+    compiled = torch.compile(every, fullgraph=True, backend="aot_eager")
+    inputs, weight = [x, gates], [x.detach()]
+    for a, b in zip(gradients(compiled, inputs, weight), gradients(every, inputs, weight), strict=True):
         assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
@@ -180,6 +279,11 @@ def test_opcheck_finds_clean_operators_and_compile_one_graph():
         (lambda x, p: causal_walsh(x, walsh_signs(torch.arange(8), 3), p[:, :3]), "pos"),
         (lambda x, p: walsh_signs(torch.arange(9), 3), "in 0..7"),
         (lambda x, p: causal_haar(x, torch.zeros(1, 5, 3, 2), p), "haar gates"),
+        (lambda x, p: causal_haar(x, torch.zeros(1, 5, 2, 2).long(), p), "needs floats"),
+        (lambda x, p: causal_haar(x[:, :0], torch.zeros(1, 0, 2, 2), p[:, :0]), "non-empty"),
+        (lambda x, p: causal_haar(x, torch.zeros(1, 5, 2, 2), p.float()), "needs integers"),
+        (lambda x, p: causal_haar_forward_triton(x, torch.zeros(1, 5, 2, 10), p), "9 levels"),
+        (lambda x, p: causal_haar_forward_triton(torch.zeros(1, 5, 129), torch.zeros(1, 5, 1, 2), p), "and 128"),
         (lambda x, p: causal_walsh_triton(x, torch.ones(6, 8), p), "at most 5"),
     ],
 )
