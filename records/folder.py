@@ -12,7 +12,7 @@ from pathlib import Path
 from records.claim import Claim, parse_json, read_claim, tolerance
 from records.files import Entry, clean, read_bytes, read_text, walk
 from records.logs import Log, Metric, read_log
-from records.packed import Unpacked, unpack
+from records.packed import Unpacked, source_text, unpack
 from records.script import facts
 
 MAX_JSON = 4 << 20
@@ -247,7 +247,7 @@ def seed_in_name(name: str) -> int | None:
 
 
 def load_script(entry: Entry) -> Script:
-    text = read_text(entry.path, MAX_SCRIPT)
+    text = source_text(read_bytes(entry.path, MAX_SCRIPT))
     return Script(entry.name, entry.size, text, unpack(text))
 
 

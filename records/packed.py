@@ -4,8 +4,11 @@ import ast
 import base64
 import binascii
 import bz2
+import codecs
+import io
 import lzma
 import re
+import tokenize
 import zlib
 from dataclasses import dataclass
 
@@ -29,6 +32,15 @@ class Unpacked:
     layers: tuple[str, ...]  # decoders in the order applied
     problem: str = ""  # why the code could not be reached
     reads: str = ""  # the file another script is executed from
+
+
+def source_text(data: bytes) -> str:
+    """A script as Python reads it: Latin-1 if its coding line says so, for raw compressed bytes; else UTF-8."""
+    try:
+        latin = codecs.lookup(tokenize.detect_encoding(io.BytesIO(data).readline)[0]).name == "iso8859-1"
+    except (SyntaxError, LookupError):
+        latin = False
+    return data.decode("latin-1" if latin else "utf-8", errors="replace")
 
 
 def bounded(decoder, data: bytes) -> bytes:

@@ -9,31 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from build_submission import (
-    TORCHRUN,
-    BuildError,
-    Strip,
-    as_module,
-    bake,
-    build,
-    bundle,
-    check_calls,
-    compare_runs,
-    explain,
-    finish,
-    fold,
-    make_data,
-    minify,
-    pack,
-    proof_lines,
-    prove,
-    read_tree,
-    start,
-    sweep,
-    table,
-    undefined_names,
-    unpack,
-)
+from build.bundle import bundle, read_tree
+from build.check import check_calls, undefined_names
+from build.config import bake
+from build.fold import fold
+from build.minify import Strip, minify
+from build.pack import pack, quote, unpack
+from build.prove import TORCHRUN, compare_runs, finish, make_data, proof_lines, prove, start
+from build.steps import build, explain, table
+from build.sweep import sweep
+from build.trees import BuildError, as_module
+from records.packed import source_text
+from records.packed import unpack as inspect_packed
 
 CONFIG = '''
 from dataclasses import dataclass, field
@@ -405,15 +392,28 @@ def test_pack_takes_the_smallest_form_and_unpacks_to_the_same_text():
     text = "print('x')\n" + "".join(f"value_{i} = {i * i}\n" for i in range(400))
     packed = pack(text)
     assert len(packed) < len(text) and unpack(packed) == text
-    assert pack("print(1)\n") == "print(1)\n" == unpack("print(1)\n")
+    assert pack("print(1)\n") == b"print(1)\n" and unpack(b"print(1)\n") == "print(1)\n"
+
+
+@pytest.mark.parametrize("data", [b"\0" + b"7", b"a\0", b"\r\n\\", b'x""""""', b'"', bytes(range(256)) * 3], ids=repr)
+def test_any_bytes_survive_as_a_literal_of_a_latin_1_file(data):
+    code, space = f'#coding:l1\nx="""{quote(data)}"""'.encode("latin-1"), {}
+    exec(compile(code, "x", "exec"), space)
+    assert space["x"].encode("l1") == data and b"\r" not in code and b"\0" not in code
+
+
+def test_the_record_checker_reads_the_source_inside_without_running_it():
+    text = "print('x')\n" + "".join(f"value_{i} = {i * i}\n" for i in range(400))
+    found = inspect_packed(source_text(pack(text)))
+    assert found.text == text and found.layers in (("lzma.decompress",), ("brotli.decompress",))
 
 
 def test_a_packed_file_shows_the_right_line_in_a_traceback_and_to_inspect(tmp_path):
     text = "import inspect\ndef f(x):\n    return 1 / x\n" + "# filler\n" * 300
     text += "print(inspect.getsource(f).splitlines()[0])\nf(0)\n"
     packed = pack(text)
-    assert packed != text
-    (tmp_path / "train_gpt.py").write_text(packed)
+    assert packed != text.encode()
+    (tmp_path / "train_gpt.py").write_bytes(packed)
     (tmp_path / "train_gpt.packed").write_text("not the source\n" * 400)  # a file of that name must not win
     done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True, env={})
     assert done.stdout == "def f(x):\n"
@@ -516,7 +516,7 @@ def main(c: Config, artifact: str, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    evaluated = sys.argv[sys.argv.index("--evaluate") + 1] if "--evaluate" in sys.argv else ""
+    evaluated = sys.argv[sys.argv.index("--load") + 1] if "--load" in sys.argv else ""
     main(load_config(sys.argv[1:], dict(os.environ)), evaluated, int(os.environ.get("RANK", 0)))
 ''',
     "kernels.double": '''"""y = 2 x."""
@@ -649,7 +649,7 @@ def test_source_and_packed_toy_write_the_same_records(toy, tmp_path):
     root, builds = toy
     (tmp_path / "packed").mkdir()
     (tmp_path / "source").mkdir()
-    (tmp_path / "packed" / "train_gpt.py").write_text(builds["other"].text)
+    (tmp_path / "packed" / "train_gpt.py").write_bytes(builds["other"].code)
     values = ["dim=16", "runs=.", "run_id=proof"]
     finish(start("the source", [root / "train_gpt.py", "--profile", "other", *values], tmp_path / "source"),
            start("the packed file", ["train_gpt.py", *values], tmp_path / "packed"))
@@ -659,13 +659,14 @@ def test_source_and_packed_toy_write_the_same_records(toy, tmp_path):
 
 @pytest.mark.unhurried  # two interpreters that look torch's classes up
 def test_the_same_source_gives_the_same_bytes_whatever_the_hash_seed(toy, tmp_path):
-    code = "import sys, json, build_submission as b; print(b.build(json.load(open(sys.argv[1])), 'other').text)"
+    code = "import sys, json; from build.steps import build; b = build(json.load(open(sys.argv[1])), 'other')"
+    code += "; print(b.code.hex())"
     (tmp_path / "toy.json").write_text(json.dumps(TOY))
     command = [sys.executable, "-c", code, tmp_path / "toy.json"]
     for seed in ("1", "2"):
         env = {"PYTHONHASHSEED": seed, "PYTHONPATH": ".", "PATH": "/usr/bin:/bin"}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
-        assert done.stdout == toy[1]["other"].text + "\n"
+        assert done.stdout == toy[1]["other"].code.hex() + "\n"
 
 
 # ---- the project itself
@@ -701,7 +702,7 @@ def test_every_profile_builds_and_keeps_only_its_mixers(real, profile):
 
 @pytest.mark.slow  # two ranks on gloo
 def test_the_packed_file_runs_under_torchrun(real, tmp_path):
-    (tmp_path / "train_gpt.py").write_text(real("tiny").text)
+    (tmp_path / "train_gpt.py").write_bytes(real("tiny").code)
     make_data(tmp_path)
     values = [f"data={tmp_path / 'data'}", "runs=.", "run_id=ranks", "max_steps=2", "vocab=384", "micro_tokens=128"]
     finish(start("torchrun", [*TORCHRUN, "train_gpt.py", *values], tmp_path))
@@ -711,12 +712,12 @@ def test_the_packed_file_runs_under_torchrun(real, tmp_path):
 
 @pytest.mark.slow
 def test_two_builds_of_the_real_trainer_are_the_same_bytes(real):
-    assert build(real("tiny").files, "tiny").text == real("tiny").text
+    assert build(real("tiny").files, "tiny").code == real("tiny").code
 
 
 @pytest.mark.parametrize("version", [(3, 11), (3, 12)])
 def test_the_packed_file_and_its_payload_parse_as_older_python(toy, version):
-    for text in (toy[1]["other"].text, unpack(toy[1]["other"].text)):
+    for text in (toy[1]["other"].code, unpack(toy[1]["other"].code)):
         ast.parse(text, feature_version=version)
 
 
@@ -730,7 +731,7 @@ def test_torch_compile_traces_a_packed_module(tmp_path):
     f = torch.compile(Twice(), fullgraph=True, backend="eager")
     print(f(torch.ones(3)).tolist())
     """)
-    (tmp_path / "train_gpt.py").write_text(pack(text + "# filler\n" * 400))
+    (tmp_path / "train_gpt.py").write_bytes(pack(text + "# filler\n" * 400))
     assert finish(start("the compiled module", ["train_gpt.py"], tmp_path)) == ["[2.0, 2.0, 2.0]\n"]
 
 

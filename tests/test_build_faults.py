@@ -6,19 +6,12 @@ import textwrap
 import pytest
 from test_build import CONFIG
 
-import build_submission
-from build_submission import (
-    BuildError,
-    build,
-    check_kernels,
-    check_text,
-    compare_runs,
-    deliver,
-    finish,
-    parse,
-    requirements,
-    start,
-)
+from build import pack as packing
+from build.check import check_text
+from build.deliver import deliver, requirements
+from build.prove import KERNELS, check_kernels, compare_runs, finish, start
+from build.steps import build
+from build.trees import BuildError, parse
 
 HEALTHY = CONFIG + """
 def A(c: Config): return c.dim
@@ -162,13 +155,13 @@ LINES = 's.splitlines(True)'
     ids=["the source", "no source", "another source"],
 )
 def test_a_kernel_that_holds_other_code_is_refused(tmp_path, monkeypatch, lines, message):
-    monkeypatch.setattr(build_submission, "LOADER", build_submission.LOADER.replace(LINES, lines))
-    text = build_submission.pack(KERNEL + "# filler\n" * 200)
-    (tmp_path / "train_gpt.py").write_text(text)
+    monkeypatch.setattr(packing, "LOADER", packing.LOADER.replace(LINES, lines))
+    code = packing.pack(KERNEL + "# filler\n" * 200)
+    (tmp_path / "train_gpt.py").write_bytes(code)
 
     def check():
-        child = start("the import of the packed file", ["-c", build_submission.KERNELS], tmp_path)
-        return check_kernels(text, json.loads(finish(child)[0]))
+        child = start("the import of the packed file", ["-c", KERNELS], tmp_path)
+        return check_kernels(code, json.loads(finish(child)[0]))
 
     if message:
         with pytest.raises(BuildError, match=message):
@@ -181,7 +174,7 @@ def test_an_artifact_that_does_not_fit_beside_the_code_is_refused(tmp_path):
     b = build(project(), "plain")
     run = write_run(tmp_path / "run")
     (run / "config.json").write_text('{"config": {"seed": 7}}')
-    code = len(b.text.encode())
+    code = len(b.code)
     for size, fits in ((16_000_000 - code, True), (16_000_001 - code, False)):
         (run / "result.json").write_text(json.dumps({"val_bpb": 1.25, "val_loss": 2.0, "artifact_bytes": size}))
         if fits:

@@ -1,0 +1,73 @@
+"""Pass 5: what only readers need goes, names become short."""
+
+import ast
+import builtins
+
+from build.scopes import all_arguments
+from build.trees import FUNCTIONS, is_docstring, is_kernel, is_op, like
+
+
+class Strip(ast.NodeTransformer):
+    """Removes docstrings, and annotations outside classes' fields, kernels and custom ops (which read them)."""
+
+    def visit_FunctionDef(self, node):
+        if is_kernel(node):
+            node.body = [s for s in node.body if not is_docstring(s)] or [like(ast.Pass(), node)]
+            return node
+        if not is_op(node):
+            node.returns = None
+            for arg in all_arguments(node.args):
+                arg.annotation = None
+        return self.generic_visit(node)
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_ClassDef(self, node):
+        made_from = " ".join(map(ast.unparse, node.decorator_list + node.bases))
+        is_record = "dataclass" in made_from or "NamedTuple" in made_from
+        fields = {s for s in node.body if isinstance(s, ast.AnnAssign)} if is_record else set()
+        body = [s if s in fields else self.visit(s) for s in node.body]
+        node.body = [s for s in body if s] or [like(ast.Pass(), node)]
+        return node
+
+    def visit_AnnAssign(self, node):
+        return like(ast.Assign([node.target], self.visit(node.value)), node) if node.value else None
+
+    def visit_Expr(self, node):
+        return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
+
+    def generic_visit(self, node):
+        super().generic_visit(node)
+        if not isinstance(node, ast.Lambda | ast.IfExp | ast.Module) and getattr(node, "body", None) == []:
+            node.body = [like(ast.Pass(), node)]
+        return node
+
+
+def positional_only(tree):
+    """Marks leading parameters that nobody passes by name: the minifier may then rename them, and drops the mark.
+
+    A function that is decorated or handed over as a value keeps all its names: its caller may be a library.
+    """
+    spoken = {k.arg for k in ast.walk(tree) if isinstance(k, ast.keyword)}
+    spoken |= {c.value for c in ast.walk(tree) if isinstance(c, ast.Constant) and isinstance(c.value, str)}
+    called = {id(c.func) for c in ast.walk(tree) if isinstance(c, ast.Call)}
+    values = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in called}
+    for node in (n for n in ast.walk(tree) if isinstance(n, (*FUNCTIONS, ast.Lambda))):
+        if isinstance(node, FUNCTIONS) and (node.decorator_list or node.name in values):
+            continue
+        args = node.args
+        while args.args and args.args[0].arg not in spoken:
+            args.posonlyargs.append(args.args.pop(0))
+
+
+def minify(tree):
+    """Short names and little white space; kernels and ops keep their parameters and the globals they read."""
+    from python_minifier import minify as shorten
+
+    fixed = [n for n in ast.walk(tree) if isinstance(n, FUNCTIONS) and (is_kernel(n) or is_op(n))]
+    parameters = sorted({a.arg for n in fixed for a in all_arguments(n.args)})
+    read = sorted({x.id for n in fixed for x in ast.walk(n) if isinstance(x, ast.Name)} - set(parameters))
+    positional_only(tree)
+    return shorten(
+        ast.unparse(ast.fix_missing_locations(tree)), remove_annotations=False, hoist_literals=False,
+        rename_globals=True, preserve_globals=read + dir(builtins), preserve_locals=parameters)

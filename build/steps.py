@@ -1,0 +1,102 @@
+"""The passes in order, and what they did to whom."""
+
+import ast
+from collections import Counter
+from dataclasses import dataclass, field
+
+from build.bundle import bundle
+from build.check import check_calls, check_text, check_top_level, undefined_names
+from build.config import bake, selected
+from build.fold import fold
+from build.minify import Strip, minify
+from build.pack import pack
+from build.sweep import items_of, sweep
+from build.trees import FUNCTIONS, BuildError, as_module, place
+
+
+@dataclass
+class Build:
+    profile: str
+    files: dict
+    code: bytes = b""  # the packed file
+    readable: str = ""  # the same program before minifying
+    fields: dict = field(default_factory=dict)
+    modules: set = field(default_factory=set)
+    sizes: dict = field(default_factory=dict)  # bytes after each pass
+    items: list = field(default_factory=list)
+    done: list = field(default_factory=list)  # (place, test, outcome) of every branch folded
+    before: list = field(default_factory=list)  # items before folding, for --explain
+
+
+def size_of(units):
+    return len(ast.unparse(ast.fix_missing_locations(as_module(units))).encode())
+
+
+def build(files, profile, dce=True, entry="train_gpt", explaining=False):
+    """Every pass but the proof: module name -> source text in, the packed file out."""
+    b = Build(profile, files)
+    units = bundle(files, entry)
+    check_top_level(units)
+    b.modules = {u.module for u in units}
+    b.sizes["source"] = sum(len(files[name].encode()) for name in b.modules)
+    b.sizes["bundled"] = size_of(units)
+    b.fields = fields = bake(units, profile)
+    b.before = items_of(units, selected(units, fields)) if explaining else []
+    if dce:
+        units = fold(units, fields, b.done)
+        b.sizes["folded"] = size_of(units)
+        units, b.items = sweep(units, fields)
+        b.sizes["swept"] = size_of(units)
+    check_calls(units)
+    tree = ast.fix_missing_locations(Strip().visit(as_module(units)))
+    b.readable = ast.unparse(tree) + "\n"
+    check_text(b.readable, tree)
+    b.sizes["stripped"] = len(b.readable.encode())
+    short = minify(tree)
+    b.sizes["minified"] = len(short.encode())
+    if missing := undefined_names(short):
+        raise BuildError(f"undefined after minifying: {', '.join(missing)}")
+    b.code = pack(short)
+    b.sizes["packed"] = len(b.code)
+    return b
+
+
+def explain(b, name):
+    """Why a definition stayed, link by link to the entry point; or who mentioned it, and what became of that."""
+    by_label = {i.label: i for i in b.items}
+    found = [i for i in b.items if name in (i.label, i.key, *(() if i.owner else i.unit.names))]
+    if not found:
+        raise BuildError(f"{name} is no definition of the bundle; methods are Class.method, entries TABLE['key']")
+    lines = []
+    for item in found:
+        if item.because is None:
+            lines += [f"{item.label} ({place(item.node)}) went: nothing live mentions it", *who_spoke(b, item)]
+            continue
+        lines.append(f"{item.label} ({place(item.node)}) stays")
+        while item and item.because:
+            lines.append(f"  needed by {item.because}")
+            item = by_label.get(item.because)
+    return "\n".join(lines)
+
+
+def who_spoke(b, item):
+    word = f".{item.key}" if item.owner else item.label
+    alive = {i.label for i in b.items if i.because}
+    for other in (i for i in b.before if (word in i.spoken or word in i.names) and i.label != item.label):
+        fate = "no longer mentions it: a branch was folded" if other.label in alive else "went, too"
+        yield f"  mentioned in {other.label} ({place(other.node)}), which {fate}"
+        if other.label in alive:
+            yield from (f"    {at}: `{test}` is {outcome}" for at, test, outcome in b.done
+                        if at.split(":")[0] == other.node.origin
+                        and other.node.lineno <= int(at.split(":")[1]) <= other.node.end_lineno)
+
+
+def table(b):
+    """Bytes after each pass; definitions kept and removed by module."""
+    lines = [f"{name:10} {size:9,} bytes" for name, size in b.sizes.items()]
+    kinds = (*FUNCTIONS, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.Lambda, ast.expr)
+    kept, gone = Counter(), Counter()
+    for item in (i for i in b.items if isinstance(i.node, kinds)):
+        (kept if item.because else gone)[item.unit.module] += 1
+    lines += [f"{module:24} {kept[module]:4} kept {gone[module]:4} removed" for module in dict.fromkeys([*kept, *gone])]
+    return "\n".join(lines)

@@ -1,0 +1,119 @@
+"""What every pass stands on: errors that name a place, copies that keep it, and units, the statements of a bundle."""
+
+import ast
+from dataclasses import dataclass
+
+SCALARS = (type(None), bool, int, float, str, bytes)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+class BuildError(ValueError):
+    """What is wrong, and where: `file:line: text`."""
+
+
+def place(node):
+    return f"{node.origin}:{node.lineno}"
+
+
+def fail(node, text):
+    raise BuildError(f"{place(node)}: {text}")
+
+
+def like(new, old):
+    """`new` (and all below it) takes the place of `old` in the source."""
+    for node in ast.walk(new):
+        ast.copy_location(node, old)
+        node.origin = old.origin
+    return new
+
+
+def literal(value, old):
+    return like(ast.parse(repr(value), mode="eval").body, old)
+
+
+@dataclass
+class Unit:
+    """One top-level statement: what the sweep keeps or drops. `guard` is the test of the `if` around it, or None."""
+
+    node: ast.stmt
+    module: str
+    guard: ast.expr | None = None
+
+    @property
+    def names(self):
+        return names_bound(self.node)
+
+
+def names_bound(node):
+    """The module-level names a top-level statement binds."""
+    match node:
+        case ast.Import(names=names) | ast.ImportFrom(names=names):
+            return [alias.asname or alias.name.split(".")[0] for alias in names]
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            return [name]
+        case ast.Assign(targets=targets):
+            return [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            return [name]
+    return []
+
+
+def parse(name, text, is_package):
+    path = name.replace(".", "/") + ("/__init__.py" if is_package else ".py")
+    tree = ast.parse(text, path)
+    for node in ast.walk(tree):
+        node.origin = path
+    return tree
+
+
+def is_main_guard(node):
+    return isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
+
+
+def is_docstring(node):
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def as_module(units):
+    """The units as one module; neighbours under one guard share one `if`."""
+    body, last = [], None
+    for unit in units:
+        guard = unit.guard and ast.dump(unit.guard)
+        if not guard:
+            body.append(unit.node)
+        elif guard == last:
+            body[-1].body.append(unit.node)
+        else:
+            body.append(like(ast.If(unit.guard, [], []), unit.guard))
+            body[-1].body = [unit.node]
+        last = guard
+    return ast.Module(body, [])
+
+
+def pairs(node):
+    """(target, value) of an assignment, tuple by tuple: `c, B = self.c, 4` is two."""
+    for target in node.targets:
+        match target, node.value:
+            case ast.Tuple(elts=targets), ast.Tuple(elts=values) if len(targets) == len(values):
+                yield from zip(targets, values, strict=True)
+            case _:
+                yield target, node.value
+
+
+def decorators(node):
+    return [ast.unparse(d).split("(")[0] for d in getattr(node, "decorator_list", ())]
+
+
+def is_kernel(node):
+    return any(d in ("triton.jit", "jit") for d in decorators(node))
+
+
+def is_op(node):
+    return any(d.endswith("custom_op") for d in decorators(node))
+
+
+def keeps_value(node):
+    """Dropping this expression drops no effect."""
+    effects = (ast.Call, ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)
+    return not any(isinstance(n, effects) for n in ast.walk(node))
