@@ -23,13 +23,14 @@ def bench(millions: float, blob: bytes | None = None) -> list[dict]:
         for codec in ("ternary", "int6"):
             drawn = enumerate(synthetic(kind, millions))
             lines += _measure(kind, [Row(f"w{i}", w, codec, to_grid(w, codec, clip=12.0)) for i, w in drawn], 128)
-    if blob is not None:
-        manifest, parts = read_parts(blob)
-        found = [Row(e.name, torch.empty(e.shape), e.codec, p) for e, p in zip(manifest.entries, parts)]
-        for codec in ("ternary", *INT_BITS):
-            if own := [row for row in found if row.codec == codec]:
-                lines += _measure("artifact", own, manifest.group)
-    return lines
+    return lines + (bench_artifact(blob) if blob is not None else [])
+
+
+def bench_artifact(blob: bytes) -> list[dict]:
+    manifest, parts = read_parts(blob)
+    found = [Row(e.name, torch.empty(e.shape), e.codec, p) for e, p in zip(manifest.entries, parts)]
+    families = {codec: [row for row in found if row.codec == codec] for codec in ("ternary", *INT_BITS)}
+    return [line for own in families.values() if own for line in _measure("artifact", own, manifest.group)]
 
 
 def synthetic(kind: str, millions: float) -> list[torch.Tensor]:
