@@ -39,12 +39,13 @@ def write_whole(path: Path, content: bytes) -> None:
 class Lines:
     """A file that grows by whole lines, each written at once; what a full disk does not take waits here until it does.
 
-    `tell` hears when that begins and when it is over.
+    Of what is there already the whole lines within the first `keep` bytes stay. `tell` hears when the disk is full, and
+    when that is over.
     """
 
     def __init__(self, path: Path, keep: int, tell: Callable[[str], None]):
         self.path, self.tell, self.waiting, self.file = path, tell, bytearray(), path.open("ab", buffering=0)
-        self.file.truncate(min(keep, self.file.tell()))
+        self.file.truncate(path.read_bytes()[:keep].rfind(b"\n") + 1)
 
     def write(self, text: str) -> None:
         began = not self.waiting
@@ -124,6 +125,11 @@ class Log:
         """One write a line, so that a killed run loses at most one."""
         if self.main:
             self.metrics.write(json.dumps({"kind": kind} | values) + "\n")
+
+    def recall(self, kind: str) -> list[dict]:
+        """What this run has recorded so far, also before it was resumed; nothing on the ranks that record nothing."""
+        rows = map(json.loads, self.metrics.path.read_text().splitlines()) if self.main else []
+        return [row for row in rows if row["kind"] == kind]
 
     def disk(self, line: str) -> None:
         """The disk is full, or no longer."""

@@ -39,7 +39,9 @@ class Watch:
     def __init__(self, log, tokens_per_step: int, bits: float, mean, names: list[str]):
         self.log, self.tokens_per_step, self.bits, self.mean, self.names = log, tokens_per_step, bits, mean, names
         self.dead = set(names)
-        self.pending, self.curve, self.told, self.signs, self.loss = [], [], set(), {}, math.nan
+        self.curve = [(row["progress"], row["step"], row["seconds"], row["loss"]) for row in log.recall("step")]
+        self.loss = self.curve[-1][-1] if self.curve else math.nan
+        self.pending, self.told, self.signs, self.resumed = [], set(), {}, len(self.curve)
 
     def step(self, step: int, progress: float, parts: dict, norms, origin: list) -> None:
         """A finished step: losses and statistics, gradient norms before clipping, where its windows came from."""
@@ -108,7 +110,7 @@ class Watch:
 
     def milestones(self) -> None:
         """The whole run in a few lines, and what never learnt."""
-        for name in sorted(self.dead) if self.curve else ():
+        for name in sorted(self.dead) if len(self.curve) > self.resumed else ():
             self.alert(self.curve[-1][1], "never had a gradient", name, 0.0)
         self.log.text("progress    step   seconds    loss")
         for mark in MILESTONES:

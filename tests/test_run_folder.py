@@ -87,6 +87,18 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     assert rows(tmp_path)[1]["again"]
 
 
+def test_a_line_cut_short_is_dropped_and_what_is_recorded_can_be_recalled(tmp_path):
+    with Log(tmp_path, True) as log:
+        log.record("step", step=1)
+        kept = log.sizes()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[: kept["metrics.jsonl"]] + b'{"kind": "st')
+    with Log(tmp_path, True, kept | {"metrics.jsonl": 10**6}) as log:
+        log.record("step", step=2)
+        assert [row["step"] for row in log.recall("step")] == [1, 2]
+    assert Log(tmp_path, False).recall("step") == []
+
+
 class Disk:
     """A file on a disk that has room for so many bytes."""
 

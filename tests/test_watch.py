@@ -19,9 +19,11 @@ class Notebook:
     def kinds(self, kind):
         return [row for row in self.rows if row["kind"] == kind]
 
+    recall = kinds
 
-def watch_losses(losses, **stats):
-    log = Notebook()
+
+def watch_losses(losses, log=None, **stats):
+    log = log or Notebook()
     watch = Watch(log, 100, 1.0, lambda table: table, ["a", "b"])
     for step, loss in enumerate(losses, 1):
         parts = {name: torch.tensor(value) for name, value in ({"loss": loss, "aux.z": 0.5} | stats).items()}
@@ -76,6 +78,17 @@ def test_flips_are_the_signs_that_changed():
     w = torch.tensor([[1.0, 0.0, -1.0, 2.0]])
     assert watch.trits({"m": w}) == {"m.zeros": 0.25}
     assert watch.trits({"m": torch.tensor([[1.0, 1.0, -1.0, 0.0]])})["m.flips"] == 0.5
+
+
+def test_a_run_that_was_resumed_knows_its_losses_from_before():
+    log, _ = watch_losses([3.0 - 0.01 * i for i in range(25)])
+    again = Watch(log, 100, 1.0, lambda table: table, ["a", "b"])
+    assert again.loss == pytest.approx(2.76)
+    again.milestones()
+    assert any(line.startswith("    100%      25") for line in log.lines)
+    assert not log.kinds("alert")  # no parameter had a chance to learn since
+    watch_losses([9.0], log)
+    assert log.kinds("spike")
 
 
 def test_milestones_are_the_run_in_a_few_lines():
