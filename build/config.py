@@ -116,6 +116,13 @@ def lock_structure(config):
     own.body[:0] = lock.body
 
 
+def forget_registries(units, fields):
+    """A registry that is swept away is chosen from no more."""
+    there = {n for u in units for n in u.names}
+    for f in fields.values():
+        f.registry = f.registry if f.registry in there else None
+
+
 def selected(units, fields):
     """Registry name -> keys its fields select: a value that is a key, or keys letter by letter, item by item."""
     chosen, by_name = defaultdict(set), {n: u.node for u in units for n in u.names}

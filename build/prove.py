@@ -177,14 +177,14 @@ def trace_all(work, values, rows):
     """
     again = [*(v for v in values if not v.startswith("run_id=")), "run_id=again"]
     ranks = [*again[:-1], "run_id=ranks"]
-    score = ["train_gpt.py", "--load", ARTIFACT, *again]
+    score = ["train_gpt.py", "--evaluate", ARTIFACT, *again]
     trace = [work / "tracer.py", "train_gpt.py"]
     finish(start("the readable twin", [*trace, "trained.json", *values], work / "traced"),
-           start("the packed file's --load", score, work / "packed"))
+           start("the packed file's --evaluate", score, work / "packed"))
     compare_runs(work / "source", work / "traced")
     compare_scores(rows, work / "packed" / "again")
     _, captured = finish(
-        start("the twin's --load", [*trace, "evaluated.json", *score[1:]], work / "traced"),
+        start("the twin's --evaluate", [*trace, "evaluated.json", *score[1:]], work / "traced"),
         start("the import of the packed file", ["-c", KERNELS], work / "packed"))
     finish(start("the twin on two ranks", [*TORCHRUN, *trace, "ranks.json", *ranks], work / "traced"))
     lines = {n for path in (work / "traced").glob("*.json*") for n in json.loads(path.read_text())}

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from build.bundle import bundle
 from build.check import check_calls, check_text, check_top_level, undefined_names
-from build.config import bake, selected
+from build.config import bake, forget_registries, selected
 from build.fold import fold
 from build.minify import Strip, minify
 from build.pack import pack
+from build.specialise import specialise
 from build.sweep import items_of, sweep
 from build.trees import FUNCTIONS, BuildError, as_module, place
 
@@ -47,6 +48,11 @@ def build(files, profile, dce=True, entry="train_gpt", explaining=False):
         b.sizes["folded"] = size_of(units)
         units, b.items = sweep(units, fields)
         b.sizes["swept"] = size_of(units)
+        forget_registries(units, fields)
+        while specialise(units):
+            units, items = sweep(fold(units, fields, b.done), fields)
+            settle(b.items, items)
+        b.sizes["specialised"] = size_of(units)
     check_calls(units)
     tree = ast.fix_missing_locations(Strip().visit(as_module(units)))
     b.readable = ast.unparse(tree) + "\n"
@@ -59,6 +65,13 @@ def build(files, profile, dce=True, entry="train_gpt", explaining=False):
     b.code = pack(short)
     b.sizes["packed"] = len(b.code)
     return b
+
+
+def settle(items, later):
+    """What a later sweep dropped is dead."""
+    alive = {i.label for i in later if i.because}
+    for item in items:
+        item.because = item.because if item.label in alive else None
 
 
 def explain(b, name):

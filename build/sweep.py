@@ -2,11 +2,11 @@
 
 import ast
 import builtins
-import importlib
 from collections import defaultdict
 from dataclasses import dataclass, field
 
 from build.config import selected
+from build.foreign import resolve
 from build.scopes import Scoped
 from build.trees import FUNCTIONS, Unit, is_main_guard, like
 
@@ -134,15 +134,6 @@ def hooks(units):
         return set(dir(resolve(".".join([*path, *rest]))))
 
     return {name: {n for b in node.bases for n in known_to(b)} for name, node in classes.items()}
-
-
-def resolve(dotted):
-    """`torch.nn.Module` as an object: the longest importable prefix, then attributes."""
-    parts = dotted.split(".")
-    found = importlib.import_module(parts[0])
-    for i, part in enumerate(parts[1:], 2):
-        found = getattr(found, part) if hasattr(found, part) else importlib.import_module(".".join(parts[:i]))
-    return found
 
 
 class Marker:

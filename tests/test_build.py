@@ -516,7 +516,7 @@ def main(c: Config, artifact: str, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    evaluated = sys.argv[sys.argv.index("--load") + 1] if "--load" in sys.argv else ""
+    evaluated = sys.argv[sys.argv.index("--evaluate") + 1] if "--evaluate" in sys.argv else ""
     main(load_config(sys.argv[1:], dict(os.environ)), evaluated, int(os.environ.get("RANK", 0)))
 ''',
     "kernels.double": '''"""y = 2 x."""

@@ -1,0 +1,238 @@
+"""Pass 4b: what always comes to the same is written where it is used.
+
+A parameter that every call gives the same constant becomes that constant, and one that nobody reads goes; a field of a
+record that nobody ever sets is its default; a call of a function that only returns a constant is the constant. Each
+makes work for folding and sweep, which then run again.
+"""
+
+import ast
+import copy
+from collections import Counter, defaultdict
+
+from build.foreign import foreign_names
+from build.scopes import Scoped, all_arguments
+from build.sweep import hooks
+from build.trees import FUNCTIONS, decorators, is_docstring, keeps_value, like
+
+TRANSPARENT = {"torch.no_grad", "contextmanager", "functools.lru_cache", "staticmethod"}  # they pass arguments on
+RECORDS = {"dataclass", "dataclasses.dataclass"}
+
+
+def is_constant(node):
+    match node:
+        case ast.Constant():
+            return True
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant()):
+            return True
+        case ast.Tuple(elts=elts):
+            return all(map(is_constant, elts))
+    return False
+
+
+class Uses(Scoped):
+    """Every call of a module-level name or of an attribute, and which of them are used as values, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.values = defaultdict(list), set()  # an attribute's name begins with a dot
+
+    def visit_Call(self, node):
+        match node.func:
+            case ast.Name(id=name) if self.binding(name) is None:
+                self.calls[name].append(node)
+            case ast.Attribute(value=value, attr=attr):
+                self.calls[f".{attr}"].append(node)
+                self.visit(value)
+            case _:
+                self.visit(node.func)
+        if isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr", "setattr"):
+            self.values.add(f".{getattr(node.args[1], 'value', '')}")
+        for part in (*node.args, *node.keywords):
+            self.visit(part)
+        return node
+
+    def visit_Name(self, node):
+        if isinstance(node.ctx, ast.Load) and self.binding(node.id) is None:
+            self.values.add(node.id)
+        return node
+
+    def visit_Attribute(self, node):
+        self.values.add(f".{node.attr}")
+        return self.generic_visit(node)
+
+
+def find_uses(units):
+    uses = Uses()
+    for unit in units:
+        uses.visit(unit.node)
+        if unit.guard:
+            uses.visit(unit.guard)
+    return uses
+
+
+def passed(call, function, skip):
+    """Parameter -> expression of one call, defaults included; None if stars hide it."""
+    args = function.args
+    if any(isinstance(a, ast.Starred) for a in call.args) or any(k.arg is None for k in call.keywords):
+        return None
+    names = [a.arg for a in (*args.posonlyargs, *args.args)]
+    found = dict(zip(names[len(names) - len(args.defaults) :], args.defaults))
+    found |= {a.arg: d for a, d in zip(args.kwonlyargs, args.kw_defaults) if d}
+    return found | dict(zip(names[skip:], call.args)) | {k.arg: k.value for k in call.keywords}
+
+
+def callables(units, uses):
+    """(function, its calls, how many leading parameters no call writes) where every call is known."""
+    classes = [u.node for u in units if isinstance(u.node, ast.ClassDef)]
+    methods = Counter(m.name for c in classes for m in c.body if isinstance(m, FUNCTIONS))
+    outside, foreign = hooks(units), foreign_names(units)
+    parents = {ast.unparse(b) for c in classes for b in c.bases}
+    for unit in units:
+        node = unit.node
+        if isinstance(node, FUNCTIONS) and node.name not in uses.values and set(decorators(node)) <= TRANSPARENT:
+            yield node, uses.calls[node.name], 0
+        elif isinstance(node, ast.ClassDef):
+            known = outside[node.name] | foreign
+            for m in (m for m in node.body if isinstance(m, FUNCTIONS) and set(decorators(m)) <= TRANSPARENT):
+                skip = "staticmethod" not in decorators(m)
+                if m.name == "__init__" and node.name not in uses.values | parents:
+                    yield m, uses.calls[node.name], 1
+                elif methods[m.name] == 1 and m.name not in known and f".{m.name}" not in uses.values:
+                    yield m, uses.calls[f".{m.name}"], int(skip)
+
+
+def is_plain(function, name):
+    """The parameter is read and never written, nor shadowed further in."""
+    stored = any(isinstance(n, ast.Name) and n.id == name and not isinstance(n.ctx, ast.Load) for n in
+                 ast.walk(function))  # fmt: skip
+    inner = [n for n in ast.walk(function) if isinstance(n, (*FUNCTIONS, ast.Lambda)) and n is not function]
+    return not stored and not any(a.arg == name for n in inner for a in all_arguments(n.args))
+
+
+class Replace(ast.NodeTransformer):
+    def __init__(self, name, value):
+        self.name, self.value = name, value
+
+    def visit_Name(self, node):
+        return like(copy.deepcopy(self.value), node) if node.id == self.name else node
+
+
+def drop_parameter(function, calls, name, skip):
+    args, names = function.args, [a.arg for a in (*function.args.posonlyargs, *function.args.args)]
+    if name in names:
+        at = names.index(name)
+        if (first := len(names) - len(args.defaults)) <= at:
+            del args.defaults[at - first]
+        (args.posonlyargs if at < len(args.posonlyargs) else args.args).remove(
+            next(a for a in (*args.posonlyargs, *args.args) if a.arg == name))
+    else:
+        at = next(i for i, a in enumerate(args.kwonlyargs) if a.arg == name)
+        del args.kwonlyargs[at], args.kw_defaults[at]
+        at = len(names) + skip
+    for call in calls:
+        if any(k.arg == name for k in call.keywords):
+            call.keywords = [k for k in call.keywords if k.arg != name]
+        elif at - skip < len(call.args) and name in names:
+            del call.args[at - skip]
+
+
+def settle_parameters(function, calls, skip):
+    """Parameters that are constant, or read by nobody, go; returns how many."""
+    found = [passed(call, function, skip) for call in calls]
+    if not calls or None in found or function.args.vararg or function.args.kwarg:
+        return 0
+    count, own = 0, [a.arg for a in all_arguments(function.args)][skip:]
+    for name in own:
+        values = [f.get(name) for f in found]
+        inside = {id(n) for n in ast.walk(function) if isinstance(n, ast.Call)}
+        values = [v for v, call in zip(values, calls)
+                  if not (isinstance(v, ast.Name) and v.id == name and id(call) in inside)]  # handed on by recursion
+        if not values or None in values:
+            continue
+        read = any(isinstance(n, ast.Name) and n.id == name for s in function.body for n in ast.walk(s))
+        same = all(map(is_constant, values)) and len({ast.dump(v) for v in values}) == 1
+        if (same and is_plain(function, name)) or (not read and all(map(keeps_value, values))):
+            if read:
+                function.body = [Replace(name, values[0]).visit(s) for s in function.body]
+            drop_parameter(function, calls, name, skip)
+            found, count = [passed(call, function, skip) for call in calls], count + 1
+    return count
+
+
+def is_record(node):
+    return isinstance(node, ast.ClassDef) and node.name != "Config" and (
+        set(decorators(node)) & RECORDS or "NamedTuple" in map(ast.unparse, node.bases))
+
+
+def settle_fields(units, uses):
+    """Fields of records that keep their default wherever one is made; returns how many."""
+    foreign, count = foreign_names(units), 0
+    fields = Counter(s.target.id for u in units if isinstance(u.node, ast.ClassDef)
+                     for s in u.node.body if isinstance(s, ast.AnnAssign))
+    stored = {n.attr for u in units for n in ast.walk(u.node)
+              if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load)}
+    classes = [u.node for u in units if isinstance(u.node, ast.ClassDef)]
+    methods = {m.name for c in classes for m in c.body if isinstance(m, FUNCTIONS)}
+    given = {k.arg for calls in uses.calls.values() for call in calls for k in call.keywords}
+    for unit in filter(lambda u: is_record(u.node), units):
+        calls, own = uses.calls[unit.node.name], [s for s in unit.node.body if isinstance(s, ast.AnnAssign)]
+        stars = any(isinstance(a, ast.Starred) for call in calls for a in call.args) or any(
+            k.arg is None for call in calls for k in call.keywords)
+        most = max((len(call.args) for call in calls), default=0)
+        for i, field in enumerate(own):
+            name = field.target.id
+            taken = stars or i < most or name in given | stored | methods | foreign or fields[name] > 1
+            if not taken and field.value is not None and is_constant(field.value):
+                for other in units:
+                    other.node = Default(name, field.value).visit(other.node)
+                unit.node.body.remove(field)
+                count += 1
+    return count
+
+
+class Default(ast.NodeTransformer):
+    def __init__(self, name, value):
+        self.name, self.value = name, value
+
+    def visit_Attribute(self, node):
+        if node.attr == self.name:
+            return like(copy.deepcopy(self.value), node)
+        return self.generic_visit(node)
+
+
+class Returns(Scoped):
+    """Calls of functions that do nothing but return a constant."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values, self.count = values, 0
+
+    def visit_Call(self, node):
+        node = self.generic_visit(node)
+        match node:
+            case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if name in self.values:
+                if self.binding(name) is None and all(map(keeps_value, [*args, *(k.value for k in keywords)])):
+                    self.count += 1
+                    return like(copy.deepcopy(self.values[name]), node)
+        return node
+
+
+def settle_returns(units):
+    values = {}
+    for node in (u.node for u in units if isinstance(u.node, FUNCTIONS) and not u.node.decorator_list):
+        match [s for s in node.body if not is_docstring(s)]:
+            case [ast.Return(value=value)] if value is not None and is_constant(value):
+                values[node.name] = value
+            case [ast.Pass()] | []:
+                values[node.name] = ast.Constant(None)
+    finder = Returns(values)
+    for unit in units:
+        unit.node = finder.visit(unit.node)
+    return finder.count
+
+
+def specialise(units):
+    """One round over all units; returns how much it settled."""
+    uses = find_uses(units)
+    count = sum(settle_parameters(*found) for found in callables(units, uses))
+    return count + settle_fields(units, find_uses(units)) + settle_returns(units)
