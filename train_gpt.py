@@ -32,6 +32,7 @@ from data.fields import (
     describe_fields,
     describe_profiles,
     field_values,
+    field_words,
     fields_hash,
     free,
     nearest,
@@ -51,7 +52,7 @@ from eval.engram import ENGRAM_ALPHA_SHAPE
 from eval.generate import generate_ids, stream_text
 from eval.score import EvalSettings, evaluating, red_flags
 from eval.tokens import byte_table, load_tokenizer, sidecar_bytes, stream_bytes
-from eval.ttt import evaluate_modes, fit_engram, fit_temperature
+from eval.ttt import evaluate_modes, fit_engram, fit_temperature, forward_passes
 from export.budget import check_budget, describe, plan_bytes, solve_budget
 from export.container import BYTE_CAP, Row, check_model, check_shipped, pack, row_parts, unpack, write_artifact
 from export.gptq import CurvatureCollector, felt, gptq_rounding, gptq_rows
@@ -66,7 +67,7 @@ from kernels.masters import MasterGroup, clip_gradients
 from kernels.memory import memory_scan
 from kernels.moe import moe_mix, route
 from kernels.optimizers import AdamW, Lion, Muon
-from kernels.ranks import GradientBuckets, Runtime, agree, detect_runtime, mean_over_ranks, require_same
+from kernels.ranks import GradientBuckets, Runtime, agree, detect_runtime, mean_over_ranks, require_same, stop_together
 from kernels.scan import koopman_scan
 from kernels.ternary import ternary_project
 
@@ -1146,7 +1147,7 @@ def trained_on_grid(c: Config, model: GPT) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def export_proxy(c: Config, rt: Runtime, run: Run, log: Log) -> None:
-    """What would ship now, as a file that --load takes: its bytes, and its loss on training tokens."""
+    """What would ship now, as a file that --evaluate takes: its bytes, and its loss on training tokens."""
     meta = {"config": changed_fields(c, resumable=False), "eval": {"temperature": 1.0, "alpha": []}}
     blob = pack(shipping_rows(c, run), meta, **grid_settings(c))
     live, own = training_loss(c, rt, run), dict(run.model.named_parameters())
@@ -1272,12 +1273,12 @@ def evaluate(c: Config, rt: Runtime, model: GPT, constants: dict, val: Validatio
         model, val.tokens, val.bytes, s, c.eval_modes, ranks=(rt.rank, rt.world), alpha=alpha,
         resume=log.folder / "evaluation",
     )  # fmt: skip
-    partial = " (partial)" if c.val_tokens else ""
     for mode, score in found.items():
+        busy = score.tokens_per_second * forward_passes(mode, s) * flops_per_token(c) / (3 * rt.peak_flops * rt.world)
         log.record("eval", mode=mode, bpb=score.bpb, nats=score.nats, nbytes=score.nbytes, seconds=score.seconds,
-                   tokens=score.tokens, by_position=score.by_position, by_length=score.by_length)  # fmt: skip
-        speed = f"{score.tokens_per_second:,.0f} tokens/s  {score.seconds:.1f} s"
-        log.text(f"{mode:8} bpb {score.bpb:.5f}{partial}  {speed}")
+                   tokens=score.tokens, by_position=score.by_position, by_length=score.by_length, mfu=busy)  # fmt: skip
+        speed = f"{score.tokens_per_second:,.0f} tokens/s  {score.seconds:.1f} s  mfu {busy:.1%}"
+        log.text(f"{mode:8} bpb {score.bpb:.5f}{' (partial)' * score.partial}  {speed}")
     for flag in red_flags(found):
         log.text(f"RED FLAG: {flag}")
         log.record("alert", step=0, what="red flag", where=flag, value=0.0)
@@ -1371,7 +1372,7 @@ def main(c: Config, rt: Runtime, origin: dict[str, str], env: dict[str, str]) ->
         if not PACKED:
             with log.phase("load"):
                 costs = plan(c, rt)
-            log.preflight(costs)
+            stop_together(rt.ranks, log.preflight(costs))
         with log.phase("load"):
             data, model = Data(c, rt), GPT(c).to(rt.device)
             model.dtype = rt.dtype
@@ -1431,27 +1432,31 @@ def run_export(c: Config, rt: Runtime, options: dict) -> None:
         log.status = "finished"
 
 
-def run_load(c: Config, rt: Runtime, options: dict) -> None:
-    """--load FILE: an artifact on its own, checked and scored."""
-    blob = Path(options["--load"]).read_bytes()
-    (model, constants), val = load_model(c, rt, blob), Validation(c)
+def run_artifact(c: Config, rt: Runtime, options: dict) -> None:
+    """--load FILE: an artifact read and checked, without data; --evaluate FILE: and scored."""
+    blob = Path(options.get("--load") or options["--evaluate"]).read_bytes()
+    model, constants = load_model(c, rt, blob)
+    loaded = f"loaded {len(blob):,} bytes, sha256 {hashlib.sha256(blob).hexdigest()}: {c.layers}, dim {c.dim}"
+    if "--load" in options:
+        sys.stdout.write(f"{loaded}, {sum(parameter_table(c).values()):,} parameters\n")
+        return
+    val = Validation(c)
     with open_log(c, rt, {}, None, {}) as log:
-        log.text(f"loaded {len(blob):,} bytes, sha256 {hashlib.sha256(blob).hexdigest()}")
+        log.text(loaded)
         for name, value in evaluate(c, rt, model, constants, val, log).items():
             log.text(f"{name}: {value:.6g}")
         log.status = "finished"
 
 
-OPTIONS = {
-    "--profile": "", "--generate": "", "--checkpoint": "", "--load": "", "--tokens": "100", "--temperature": "0.8",
-    "--top-k": "50",
+OPTIONS = dict.fromkeys(("--profile", "--generate", "--checkpoint", "--load", "--evaluate"), "") | {
+    "--tokens": "100", "--temperature": "0.8", "--top-k": "50",
 }  # fmt: skip
 SWITCHES = ("--help", "-h", "--list-profiles", "--plan", "--export")
 
 
 def stored_config(options: dict[str, str]) -> dict:
     """The fields a checkpoint or an artifact was made with, so that a file alone is enough."""
-    path = options.get("--load") or options.get("--checkpoint") or ""
+    path = options.get("--load") or options.get("--evaluate") or options.get("--checkpoint") or ""
     if path.endswith(".skc"):
         fields = unpack(Path(path).read_bytes())[1]["config"]
         return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
@@ -1460,10 +1465,10 @@ def stored_config(options: dict[str, str]) -> dict:
 
 def command_line(argv: list[str]) -> int:
     try:
+        argv = field_words(argv, [f.name for f in dataclasses.fields(Config)])
         options = parse_options(argv, OPTIONS, SWITCHES)
         if not PACKED and ("--help" in options or "-h" in options):
-            parts = "\n".join(f"  {name:17} {text}" for name, text in PARTS.items())
-            sys.stdout.write(f"{__doc__}\n{describe_fields(dataclasses.fields(Config))}\n\nParts:\n{parts}\n")
+            sys.stdout.write(f"{__doc__}\n{describe_fields(dataclasses.fields(Config), PARTS)}\n")
         elif not PACKED and "--list-profiles" in options:
             sys.stdout.write(describe_profiles(PROFILES) + "\n")
         else:
@@ -1478,8 +1483,8 @@ def run_command(options: dict[str, str], argv: list[str]) -> None:
     env = dict(os.environ)
     c, origin = load_config(argv, env, options.get("--profile"), stored_config(options))
     rt = detect_runtime(env, c.dtype)
-    if "--load" in options:
-        run_load(c, rt, options)
+    if "--load" in options or "--evaluate" in options:
+        run_artifact(c, rt, options)
     elif not PACKED and "--plan" in options:
         sys.stdout.write(plan(c, rt).text() + "\n")
     elif not PACKED and "--generate" in options:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data.notify import Notifier, Secrets, deliver, fact_lines
-from data.preflight import Finding, Plan, check_plan, check_price, finding, require_ready
+from data.preflight import Finding, Plan, check_plan, check_price, finding, refusal
 from data.publish import FolderTarget, Publisher, Receipt, Refused, Unreached, parse_target
 from data.run_folder import Log, load_checkpoint, newest_checkpoint, require_unused
 from data.timers import Timers
@@ -153,15 +153,16 @@ class Harness(Log):
 
     # before the clock starts
 
-    def preflight(self, plan: Plan) -> None:
+    def preflight(self, plan: Plan) -> str:
+        """The list goes to the log; why the run must not start, if so."""
         if not self.main:
-            return
+            return ""
         with self.timers.phase("preflight"):
             rows = check_plan(plan)
             if self.per_hour:
                 rows.append(check_price(plan.max_seconds + plan.eval_seconds, self.per_hour, self.price_limit))
             rows += [self.check_publish(plan.disk()), self.check_notifier("\n".join(row.line() for row in rows))]
-        require_ready(rows, self.text)
+        return self.secrets.hide(refusal(rows, self.text))
 
     def check_publish(self, needed: int) -> Finding:
         """The first file is the test of credentials, and of the way there."""

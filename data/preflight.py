@@ -1,6 +1,6 @@
 """Everything that could fail after ten paid minutes, tried in the first one: a list, with a way out for each fault.
 
-Every check takes plain values and gives a Finding; `require_ready` prints the list and ends a run of which one failed.
+Every check takes plain values and gives a Finding; `refusal` prints the list and says why a run must not start.
 """
 
 import importlib.util
@@ -235,11 +235,10 @@ def check_plan(p: Plan) -> list[Finding]:
     return [*rows, check_evaluation(p.evaluation(), p.eval_seconds)] if sound else rows
 
 
-def require_ready(findings: list[Finding], say) -> None:
-    """All of it as one list; what failed ends the run before its clock starts."""
+def refusal(findings: list[Finding], say) -> str:
+    """All of it as one list; and why the run must not start, if something failed."""
     say("preflight")
     for row in findings:
         say(row.line())
-    if failed := [row for row in findings if row.verdict == "fail"]:
-        reasons = "; ".join(f"{row.what}: {row.found}. {row.way_out}" for row in failed)
-        raise ValueError(f"preflight failed, nothing was started. {reasons}")
+    reasons = "; ".join(f"{row.what}: {row.found}. {row.way_out}" for row in findings if row.verdict == "fail")
+    return reasons and f"preflight failed, nothing was started. {reasons}"

@@ -81,6 +81,16 @@ def require_same(group, what: str, value: str) -> None:
         raise ValueError(f"{what} is {values[0]} on rank 0 but {odd}: start every rank with the same files and fields")
 
 
+def stop_together(group, trouble: str) -> None:
+    """What ends one rank ends all, in the same words; without trouble all go on."""
+    troubles = [trouble]
+    if group is not None:
+        troubles = [None] * dist.get_world_size(group)
+        dist.all_gather_object(troubles, trouble, group=group)
+    if any(troubles):
+        raise ValueError(next(filter(None, troubles)))
+
+
 def mean_over_ranks(group, values: torch.Tensor) -> torch.Tensor:
     if group is None:
         return values

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data.run_folder import checkpoints, load_checkpoint
+from kernels.ranks import stop_together
 from tests.toys import toy_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,6 +123,12 @@ def test_two_agents_on_one_machine_are_two_nodes(dataset, tmp_path):
     out = [agent.communicate(timeout=240)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], out[0][-2000:]
     assert json.loads((tmp_path / "r" / "result.json").read_text())["status"] == "finished"
+
+
+def test_what_ends_one_rank_ends_all_in_its_words():
+    stop_together(None, "")
+    with pytest.raises(ValueError, match="disk: full"):
+        stop_together(None, "disk: full")
 
 
 def test_a_matrix_too_many_for_the_ranks_is_padded():
