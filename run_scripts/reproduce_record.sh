@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Trains a record's own script again and compares the result with its claim.
 #   bash run_scripts/reproduce_record.sh records/2026-05-01_name [SEED] [fields...]
-# Hardware and time: what the record states (its README), 8xH100 and 25 minutes a seed for the record track; the data
-# must be in datasets/ (DATA= names another folder). Runs in runs/reproduce/<record>; the code is not ours: read it first.
+# Hardware and time: what the record states (its README); for the record track 8xH100, 600 s training + 600 s evaluation
+# budget a seed. The data must be in datasets/ (DATA= names another folder). Expected: the run in
+# runs/reproduce/<record>, beside the record's claim. The code is not ours: read it first.
 set -euo pipefail
-if [ $# = 0 ] || [ ! -f "$1/train_gpt.py" ]; then sed -n '2,5s/^# \{0,1\}//p' "$0"; exit 2; fi
+if [ $# = 0 ] || [ ! -f "$1/train_gpt.py" ]; then sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2; fi
 record=$(cd "$1" && pwd); shift
 seed=42
 case "${1:-}" in [0-9]*) seed=$1; shift ;; esac

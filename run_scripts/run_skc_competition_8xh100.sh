@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # The competition entry: SP8192 data, profile skc_competition, for each seed 600 s of training, export, legal TTT with
 # EvalEngram in 600 s of evaluation; then the packed script, proved equal, and a record folder that is checked.
-# Hardware: 8xH100 SXM, 100 GB of disk. Expected: about 25 minutes a seed, records/<date>_<name>/, and a first check
-# of everything within a minute. Every form below does the same, on all GPUs that are visible:
+# Hardware: 8xH100 SXM, 100 GB of disk. Expected: records/<date>_<name>/, after a check of everything before the clock
+# starts. Time: 600 s training + 600 s evaluation budget a seed, and what no budget covers (data once, compiling,
+# packing), unmeasured on such a machine. Every form below does the same, on all GPUs that are visible:
 #   bash run_scripts/run_skc_competition_8xh100.sh                              SEEDS="42 1337 7" by default
 #   torchrun --nproc_per_node=8 run_scripts/run_skc_competition_8xh100.sh       torchrun reads this file as Python
-#   SMOKE=1 bash run_scripts/run_skc_competition_8xh100.sh                      tiny, on two CPU processes, in minutes
+#   SMOKE=1 bash run_scripts/run_skc_competition_8xh100.sh                      tiny, on two CPU processes
 # From the environment: SEEDS NAME AUTHOR GITHUB, PUBLISH (owner/name or /folder), HF_TOKEN, NOTIFY_URL, PRICE_PER_HOUR,
 # PRICE_LIMIT. Words after the script are fields of train_gpt.py. Killed? The same command again goes on from there.
 '''':

@@ -16,22 +16,13 @@ profile=skc_competition
 # a store of its own for every restart: in one that is shared, restarted ranks find the addresses of the dead and wait
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 if [ "${SMOKE:-}" ]; then
-    export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
-    ranks=2 data=datasets/smoke prefix=smoke out=runs/smoke_records
-    mkdir -p datasets  # every paragraph of the sources is a document
-    "$PY" -c 'import json, sys; from pathlib import Path
-for name in sys.argv[1:]:
-    for text in Path(name).read_text().split("\n\n"):
-        print(json.dumps({"text": text}))' README.md train_gpt.py build_submission.py > datasets/smoke.jsonl
-    prepare=(files datasets/smoke.jsonl --vocab 512 --val-bytes 6000)
-    words=(dim=64 heads=4 kv_heads=2 group=32 vocab=512 embed_rank=32 rope_dims=8 slots=4 mlp_mult=2.0 window=32
-        seq_len=32 batch_tokens=512 micro_tokens=256 max_steps=6 max_seconds=60 eval_lanes=2 eval_stride=16 log_every=1
-        checkpoint_every=3 dtype=float32 eval_modes=chunked,all)
+    . run_scripts/smoke.sh
+    ranks=2 prefix=smoke out=runs/smoke_records
 else
     ranks=gpu data=datasets/sp8192 prefix=skc out=records
     prepare=(hub --variant sp8192)
     # eight of the 600 s are kept for what else reads training tokens: the constants that the evaluation ships with
-    words=(checkpoint_every=1000 eval_modes=chunked,all eval_seconds=600)
+    words=(checkpoint_every=1000 eval_seconds=600)
 fi
 
 forward "$PY" -m data.prepare "${prepare[@]}" --out "$data"
@@ -41,7 +32,8 @@ for seed in ${SEEDS:-42 1337 7}; do
     runs+=("runs/$run")
     if grep -qs '"status": "finished"' "runs/$run/result.json"; then echo "runs/$run is finished"; continue; fi
     forward "$PY" -m torch.distributed.run --standalone --nproc_per_node="$ranks" --max-restarts=1 train_gpt.py \
-        --profile "$profile" data="$data" run_id="$run" seed="$seed" resume=auto publish="${PUBLISH:-}" "${words[@]}" "$@"
+        --profile "$profile" data="$data" run_id="$run" seed="$seed" resume=auto publish="${PUBLISH:-}" "${words[@]}" \
+        eval_modes=chunked,all "$@"
     grep -qs '"status": "finished"' "runs/$run/result.json" || { echo "runs/$run ended early: run this again to go on"; exit 1; }
 done
 
