@@ -11,9 +11,10 @@ import hashlib
 import json
 
 
-def structural(default, text: str, registry: str | None = None):
+def structural(default, text: str, registry: str | None = None, resumable: bool = False):
     """Decides which code runs; `registry` names the table it chooses from."""
-    return dataclasses.field(default=default, metadata={"kind": "structural", "help": text, "registry": registry})
+    metadata = {"kind": "structural", "help": text, "registry": registry, "resumable": resumable}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def free(default, text: str, resumable: bool = False):
@@ -54,6 +55,8 @@ def show_value(value) -> str:
 def read_fields(fields, words: list[str], env: dict[str, str], base: dict, source: str) -> tuple[dict, dict[str, str]]:
     """Values that differ from the defaults, and where each came from."""
     known, values, origin = {f.name: f for f in fields}, dict(base), dict.fromkeys(base, source)
+    if strange := base.keys() - known.keys():
+        raise ValueError(f"the {source} names {', '.join(sorted(strange))}, unknown here: it is of another version")
     for name, f in known.items():
         if name.upper() in env:
             values[name], origin[name] = parse_value(f, env[name.upper()]), "environment"
@@ -91,12 +94,12 @@ def describe_profiles(profiles: dict[str, dict]) -> str:
     return "\n".join(f"{name}: {text}" for name, text in rows)
 
 
-def describe_fields(fields) -> str:
-    lines = ["Fields (key=value, or KEY in the environment; [s] structural, fixed in a built submission):"]
+def describe_fields(fields, parts: dict[str, str]) -> str:
+    lines = ["Fields (key=value, --key value, or KEY in the environment; [s] structural, fixed in a built submission):"]
     for f in fields:
         mark = "[s] " if f.metadata["kind"] == "structural" else ""
         lines.append(f"  {f.name:17} {show_value(f.default):36} {mark}{f.metadata['help']}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "Parts:", *(f"  {name:17} {text}" for name, text in parts.items())])
 
 
 def check_choices(config, registries: dict[str, dict]) -> None:
@@ -107,6 +110,15 @@ def check_choices(config, registries: dict[str, dict]) -> None:
             for name in chosen if isinstance(chosen, tuple) or registry == "MIXERS" else [chosen]:
                 if name not in registries[registry]:
                     raise ValueError(f"{f.name}: no {name!r}, {nearest(name, registries[registry])}")
+
+
+def field_words(words: list[str], names: list[str]) -> list[str]:
+    """The words, with `--field value` written as field=value."""
+    found, left = [], list(words)
+    while left:
+        word = left.pop(0)
+        found.append(f"{word[2:]}={left.pop(0)}" if word.startswith("--") and word[2:] in names and left else word)
+    return found
 
 
 def parse_options(words: list[str], options: dict[str, str], switches: tuple[str, ...]) -> dict[str, str]:

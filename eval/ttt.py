@@ -301,6 +301,13 @@ class EngramReader(PlainReader):
         self.memory.absorb(w.x[:, columns], w.y[:, columns], w.charged[:, columns])
 
 
+def forward_passes(mode: str, s: EvalSettings) -> float:
+    """What a charged token costs: a sliding window reads it often, learning adds a forward and a backward."""
+    reading, _, learns = EVAL_MODES[mode]
+    often = s.eval_seq_len / s.eval_stride if reading == "sliding" else 1.0
+    return often + 2.0 * s.ttt_epochs * learns
+
+
 def mode_groups(tokens: np.ndarray, nbytes: np.ndarray, mode: str, s: EvalSettings) -> list:
     """The groups of lanes a mode runs, one lane to a group where all rows of a batch would share what is learned."""
     shared = EVAL_MODES[mode][2] and s.ttt_scope != "lora"
@@ -352,7 +359,7 @@ def evaluate_modes(
     partial = 0 < s.val_tokens < len(tokens)
     if partial:
         tokens, nbytes = tokens[: s.val_tokens], nbytes[: s.val_tokens]
-    keep = resume / evaluation_key(model, tokens, nbytes, s, alpha) if resume else None
+    keep = resume / evaluation_key(model, tokens, nbytes, s, alpha) if __debug__ and resume else None
     deadline = time.monotonic() + s.eval_seconds if s.eval_seconds else math.inf
     scores = {}
     for mode in modes:
@@ -362,7 +369,7 @@ def evaluate_modes(
             spans += kept_spans(within(group, deadline, mode, s), keep / f"{mode}.{number}.npz" if keep else None)
         spans = gather_spans(spans, ranks[1])
         seconds = time.monotonic() - seconds
-        detail = breakdown(spans, tokens, nbytes, s.bos)
+        detail = breakdown(spans, tokens, nbytes, s.bos) if __debug__ else {}
         scores[mode] = replace(bpb(spans, len(tokens)), seconds=seconds, partial=partial, **detail)
     return scores
 

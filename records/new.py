@@ -55,7 +55,7 @@ def score_of(run: Run, mode: str) -> Scored:
     evals = run.metrics.evals
     if not evals:
         raise ValueError(
-            f"{run.path}: no evaluation of the shipped artifact in metrics.jsonl; run train_gpt.py --load first"
+            f"{run.path}: no evaluation of the shipped artifact in metrics.jsonl; run train_gpt.py --evaluate first"
         )
     named = mode or list(evals)[-1]  # modes run in a fixed order; the last is the fullest, whatever its score
     if named not in evals:

@@ -43,7 +43,7 @@ KEEP = (
 )
 SPAN = ("start", "stop", "nats", "nbytes")
 TOLERANCE = 5e-6  # BPB
-COMMAND = "{python} {script} --load {artifact} data={data} run_id=verify"
+COMMAND = "{python} {script} --evaluate {artifact} data={data} run_id=verify"
 
 
 @dataclass

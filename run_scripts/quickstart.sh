@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # From nothing to a scored model in five minutes on two CPU cores, under 4 GiB, no GPU, no network after installation.
-#   bash run_scripts/quickstart.sh               data, training (120 s), validation; finished steps are reused
+#   bash run_scripts/quickstart.sh               data, training (120 s), scores, one-file script; what is done is reused
 #   bash run_scripts/quickstart.sh --fresh       every step again
 #   bash run_scripts/quickstart.sh layers=AAAA   a different model; any field of train_gpt.py --help
 set -euo pipefail
 if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then sed -n '2,5s/^# \{0,1\}//p' "$0"; exit; fi
-. "$(dirname "$0")/env.sh"
+NEED=python_minifier . "$(dirname "$0")/env.sh"
 
 data=datasets/local run=runs/quickstart
 if [ "${1:-}" = --fresh ]; then rm -rf "$data" "$run"; shift; fi
@@ -13,7 +13,7 @@ if [ "${1:-}" = --fresh ]; then rm -rf "$data" "$run"; shift; fi
 echo "== data: the text of Python's standard library -> $data"
 "$PY" -m data.prepare local --out "$data"
 
-echo "== training and scoring the local profile -> $run"
+echo "== training, export and scores of the local profile -> $run"
 newer=nothing
 if [ -f "$run/result.json" ]; then newer=$(find train_gpt.py kernels export eval data -name '*.py' -newer "$run/result.json"); fi
 if [ $# = 0 ] && [ -z "$newer" ]; then
@@ -21,4 +21,12 @@ if [ $# = 0 ] && [ -z "$newer" ]; then
     sed -n '/^---$/,$p' "$run/train.log"
 else
     "$PY" train_gpt.py --profile local data="$data" run_id=quickstart "$@"
+fi
+
+if [ $# != 0 ]; then exit; fi # a submission is a profile's, and this run was given fields of its own
+echo "== the submission: the profile's code in one file, with the artifact -> $run/submission"
+if [ "$run/submission/manifest.json" -nt "$run/result.json" ]; then
+    echo "reused"
+else
+    "$PY" build_submission.py --dce --profile local --run "$run" -o "$run/submission" | grep -v ' kept '
 fi

@@ -14,7 +14,7 @@ from records.verify import byte_weights, has_network_namespace, read_shard
 EVALUATOR = """
 import json, math, os, sys
 import numpy as np
-artifact, data = sys.argv[sys.argv.index("--load") + 1], dict(a.split("=") for a in sys.argv if "=" in a)["data"]
+artifact, data = sys.argv[sys.argv.index("--evaluate") + 1], dict(a.split("=") for a in sys.argv if "=" in a)["data"]
 tokens = np.fromfile(os.path.join(data, "x_val_000000.bin"), dtype="<u2", offset=1024)
 weights = json.load(open(os.path.join(data, "weights.json")))
 each = float(open(artifact).read())

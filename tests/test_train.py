@@ -90,6 +90,11 @@ def test_the_config_cannot_change_and_its_line_replays_it():
     assert load_config(replay_line(c).split()[2:], {}, "default")[0] == c
 
 
+def test_a_file_of_another_version_is_refused_by_the_name_of_its_fields():
+    with pytest.raises(ValueError, match="the file names width, unknown here: it is of another version"):
+        load_config([], {}, "tiny", {"dim": 64, "width": 3})
+
+
 @pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda f: f.name)
 def test_every_field_is_read_outside_its_declaration(field):
     source = (ROOT / "train_gpt.py").read_text()
@@ -355,15 +360,19 @@ def test_a_proxy_scores_what_would_ship_and_leaves_the_run_as_it_was(dataset, tm
 
 
 @pytest.mark.unhurried  # a run and an evaluation
-def test_load_scores_an_artifact_and_a_proxy_on_its_own_and_refuses_damage(dataset, tmp_path, capsys):
+def test_an_artifact_is_scored_and_loaded_on_its_own_a_proxy_too_and_damage_is_refused(dataset, tmp_path, capsys):
     _, run = run_tiny(tmp_path, dataset, "layers=A", "max_steps=1", "export_every=1", "eval_modes=chunked")
     for name, slack in (("final_model.skc", 0), ("proxy.skc", 0.05)):  # a proxy has no fitted temperature
         where = tmp_path / name
         words = [f"data={dataset}", f"runs={where}", "run_id=t", "eval_modes=chunked"]
-        assert command_line(["--load", str(run / name), *words]) == 0
+        assert command_line(["--evaluate", str(run / name), *words]) == 0
         assert records(where / "t", "eval")[0]["bpb"] == pytest.approx(records(run, "eval")[0]["bpb"], rel=slack, abs=0)
+    capsys.readouterr()
+    assert command_line(["--load", str(run / "final_model.skc")]) == 0
+    assert capsys.readouterr().out.startswith("loaded ")
     (tmp_path / "bad.skc").write_bytes((run / "final_model.skc").read_bytes()[:-1])
-    assert command_line(["--load", str(tmp_path / "bad.skc"), f"data={dataset}", f"runs={tmp_path}"]) == 2
+    for option in ("--load", "--evaluate"):
+        assert command_line([option, str(tmp_path / "bad.skc"), "--data", str(dataset), f"runs={tmp_path}"]) == 2
     assert "damaged artifact" in capsys.readouterr().err
 
 
