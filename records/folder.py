@@ -13,12 +13,12 @@ from records.claim import Claim, parse_json, read_claim, tolerance
 from records.files import Entry, clean, read_bytes, read_text, walk
 from records.logs import Log, Metric, read_log
 from records.packed import Unpacked, source_text, unpack
-from records.script import facts
+from records.script import PRINT_FACTS, facts
 
 MAX_JSON = 4 << 20
 MAX_SCRIPT = 4 << 20
 MAX_LOGS = 64
-SCRIPT_FACTS = Path(__file__).with_name("script.py")
+ROOT = Path(__file__).resolve().parents[1]
 NOT_LOGS = re.compile(r"(^|/)(requirements\w*|constraints|license|notes?|readme)[^/]*$", re.I)
 
 
@@ -277,7 +277,7 @@ def newer_python() -> tuple[str, str] | None:
 
 def facts_by(exe: tuple[str, str], text: str) -> dict | None:
     """The same facts from another interpreter; None when it does not run or does not parse the text either."""
-    command = [exe[0], "-I", "-S", str(SCRIPT_FACTS)]
+    command = [exe[0], "-I", "-S", "-c", PRINT_FACTS, str(ROOT)]
     done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=60, check=False)
     value, _ = parse_json(done.stdout)
     return value if isinstance(value, dict) and not value.get("error") else None

@@ -10,6 +10,7 @@ from records.files import read_bytes
 from records.folder import Finding, Folder, Script
 from records.logs import Log
 from records.lut import Unknown, deviations
+from records.order import BEFORE, SLOT
 from records.tokenizer import read_vocabulary
 
 # switches that rulings forbid, as they appear in hyper-parameter blocks: (pattern of name, forbidden value, why)
@@ -44,6 +45,7 @@ SWITCHES = (
     (r"val_doc_fraction$", r"0?\.\d*[1-9]\d*", "fail", "a part of the validation documents"),
     (r"(ngram|hash)_?cache(_enabled)?$", r"True|1", "warn", "hashed n-gram caches do not renormalise (PR 779, 993)"),
 )
+OFF = {"0", "False", "false", ""}
 KNOWN = {
     "torch",
     "numpy",
@@ -228,6 +230,9 @@ def static_scan(folder: Folder) -> Iterator[Finding]:
             yield Finding("warn", f"network access: {name}", script.name, line)
         for name, line in script.facts["process"][:4]:
             yield Finding("pass", f"starts a program: {name}", script.name, line)
+        for what, line in script.facts["leaks"]:
+            off = switched_off(script, what, folder)
+            yield Finding("pass" if off else "warn", what + (f"; {off}" if off else ""), script.name, line)
         for what, line in script.facts["minimum"]:
             yield Finding("warn", f"takes the smaller of several scores: {what}", script.name, line)
         for name, line in script.facts["dynamic"][:4]:
@@ -239,6 +244,16 @@ def static_scan(folder: Folder) -> Iterator[Finding]:
         )
     for log in folder.proven_logs[:3]:
         yield from switches(log)
+
+
+def switched_off(script: Script, what: str, folder: Folder) -> str:
+    """Why a forbidden path of the script was not taken: off by default, and no log turns it on."""
+    names = {SLOT: r"slot_enabled$", BEFORE: r"pre_?quant_?ttt_enabled$"}.get(what)
+    if names is None:
+        return ""
+    default = [n for n, (value, _) in script.facts["defaults"].items() if re.search(names, n, re.I) and value in OFF]
+    taken = any(re.search(names, n, re.I) and v not in OFF for log in folder.logs for n, v in log.params.items())
+    return f"{default[0]} is off by default" if default and not taken else ""
 
 
 def switches(log: Log) -> Iterator[Finding]:

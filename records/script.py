@@ -1,12 +1,17 @@
-"""Facts about a training script, from its syntax tree alone. Standard library only: another Python may run this file.
+"""Facts about a training script, from its syntax tree alone. Standard library only: another Python may import this.
 
-`python3.13 -I records/script.py < train_gpt.py` prints the facts as JSON, for code in a newer grammar than ours.
+`python3.13 -I -S -c PRINT_FACTS . < train_gpt.py` prints the facts as JSON, for code in a newer grammar than ours.
 """
 
 import ast
 import json
 import re
 import sys
+
+from records.flow import token_leaks
+from records.order import learning_first
+
+PRINT_FACTS = "import sys; sys.path.insert(0, sys.argv[1]); from records.script import print_facts; print_facts()"
 
 NETWORK = (
     "urllib",
@@ -181,6 +186,12 @@ def minifier(nodes: list) -> list:
     return []
 
 
+def leaks(functions: list, text: str) -> list:
+    """What the script knows of the tokens it scores; most scripts can be told not to by a few words."""
+    hashes = re.search(r"\^|%|hash|remainder|where|minimum|maximum", text)
+    return [*(token_leaks(functions) if hashes else []), *(learning_first(functions) if "backward" in text else [])]
+
+
 def facts(text: str) -> dict:
     """Everything the checks want to know about a script."""
     body, failed, error = parse(text)
@@ -202,6 +213,7 @@ def facts(text: str) -> dict:
         "dynamic": [[n, line] for n, line in by_line if n in DYNAMIC][:MAX_FACTS],
         "byte_table": byte_table(body, functions),
         "minimum": minimum_of_scores(call_nodes),
+        "leaks": leaks([n for n, _ in functions], text),
         "defaults": defaults(call_nodes),
         "minifier": minifier(by_type.get(ast.List, [])),
         "guard": "piece_to_id" in text and "▁" in text,
@@ -210,5 +222,5 @@ def facts(text: str) -> dict:
     }
 
 
-if __name__ == "__main__":
+def print_facts() -> None:
     json.dump(facts(sys.stdin.buffer.read().decode("utf-8", errors="replace")), sys.stdout)

@@ -419,6 +419,13 @@ def model(pieces):
 BYTE_PIECES = [(f"<0x{i:02X}>", 6) for i in range(256)]
 WHOLE_MODEL = [("<pad>", 3), ("<s>", 3), ("</s>", 3), ("<unk>", 2), *BYTE_PIECES, ("▁", 1), ("▁the", 1)]
 
+ADAPT = """
+
+def adapt(model, val_tokens):
+    opt = torch.optim.SGD(model.parameters())
+    model(val_tokens).backward()
+    opt.step()
+"""
 PREPARE = 'import argparse\nap = argparse.ArgumentParser()\nap.add_argument("--val-docs", type=int, default=10_000)\n'
 
 # (defect, family, how it is planted, the check that must find it, its verdict under the applied rules)
@@ -652,6 +659,20 @@ DEFECTS = [
         "F18",
         "warn",
     ),
+    (
+        "a table read at a hash of the target",
+        "B",
+        script(lambda t: t + "\n\ndef p(self, ctx, tgt):\n    return self.full[(ctx * 31 ^ tgt) % self.size]\n"),
+        "F18",
+        "warn",
+    ),
+    (
+        "adaptation before any score",
+        "B",
+        script(lambda t: t + ADAPT + "\n\ndef go():\n    adapt(1, 2)\n"),
+        "F18",
+        "warn",
+    ),
     ("a minimum over modes", "B", script(lambda t: t + "best = min(ttt_bpb, sliding_bpb)\n"), "F18", "warn"),
     ("adaptation before quantisation", "B", log("  matrix_lr: 0.02", "  prequant_ttt_enabled: True"), "F18", "fail"),
     ("a part of the documents", "B", log("  matrix_lr: 0.02", "  val_doc_fraction: 0.2"), "F18", "fail"),
@@ -687,6 +708,17 @@ def test_a_planted_defect_is_found(tmp_path, family, plant, check, status):
     found, report = findings(folder)
     assert (check, status) in found, worries(report)
     assert report["verdict"] == ("fail" if any(s == "fail" for _, s in found) else "warn")
+
+
+def test_adaptation_that_is_off_by_default_warns_only_when_a_log_turns_it_on(tmp_path):
+    option = 'import os\nEPOCHS = int(os.environ.get("PREQUANT_TTT_ENABLED", "0"))\n'
+    for name, setting, status in (("off", "matrix_lr: 0.02", "pass"), ("on", "prequant_ttt_enabled: 1", "warn")):
+        made = record("B")
+        script(lambda t: option + t + ADAPT + "\n\ndef go():\n    adapt(1, 2)\n")(made)
+        swap(made, "matrix_lr: 0.02", setting)
+        _, report = findings(write(tmp_path / name, made))
+        row = next(c for c in report["checks"] if c["id"] == "F18")
+        assert [e["status"] for e in row["evidence"] if "not scored" in e["note"]] == [status]
 
 
 def test_there_are_more_than_forty_kinds_of_defects_and_every_check_meets_one():

@@ -14,10 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from records import script
 from records.lut import VOCABULARY, Unknown, canonical, deviations
 from records.packed import MAX_UNPACKED, unpack
-from records.script import facts
+from records.script import PRINT_FACTS, facts
 from records.tokenizer import read_vocabulary
 
 CODE = "import os\nprint('hello ▁')\n"
@@ -130,9 +129,8 @@ def test_a_grammar_we_do_not_know_hides_only_its_own_piece():
 
 def test_the_facts_come_out_the_same_in_another_process():
     source = "import torch\n" + TABLE
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", script.__file__], input=source.encode(), capture_output=True, check=True
-    )
+    command = [sys.executable, "-I", "-S", "-c", PRINT_FACTS, str(Path(__file__).parents[1])]
+    done = subprocess.run(command, input=source.encode(), capture_output=True, check=True)
     assert json.loads(done.stdout) == json.loads(json.dumps(facts(source)))
 
 
