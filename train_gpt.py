@@ -44,19 +44,21 @@ from data.fields import (
     structural,
 )
 from data.harness import Harness, enter_folder, find_checkpoint
+from data.plain import PlainLog, Progress
 from data.preflight import Plan
 from data.run_folder import Log, StopSignals, deadline, load_checkpoint, save_checkpoint
 from data.shards import LaneOrder, WindowOrder, dataset_hash, read_sidecar, read_tokens, shard_paths
-from data.watch import Trace, Watch, memory_in_use
+from data.watch import Watch, memory_in_use
 from eval.engram import ENGRAM_ALPHA_SHAPE
 from eval.generate import generate_ids, stream_text
 from eval.score import EvalSettings, evaluating, red_flags
 from eval.tokens import byte_table, load_tokenizer, sidecar_bytes, stream_bytes
-from eval.ttt import evaluate_modes, fit_engram, fit_temperature, forward_passes
+from eval.ttt import EVAL_MODES, evaluate_modes, fit_engram, fit_temperature, forward_passes
 from export.budget import check_budget, describe, plan_bytes, solve_budget
 from export.container import BYTE_CAP, Row, check_model, check_shipped, pack, row_parts, unpack, write_artifact
 from export.gptq import CurvatureCollector, felt, gptq_rounding, gptq_rows
-from export.quantise import INT_BITS, int_grid, int_value
+from export.quantise import STEP_CODECS, int_grid, int_value
+from export.trellis import refuse_trellis
 from kernels.attention import attend, attention_mask, positions, rotary_tables, rotate_pairs
 from kernels.capsule import capsule_scan, routing_statistics
 from kernels.engram import Engram, EngramRead
@@ -122,17 +124,17 @@ class Config:
     experts: tuple[int, ...] = structural((), "experts beside the MLP in the upper third, and how many a token uses")
     moe_start: float = free(0.3, "progress at which the experts begin")
     feedback_passes: int = structural(0, "times the second half runs again, fed with what it came to")
-    halt: float = free(0.0, "evaluation: positions that a feedback pass moved less than this are at rest; 0 is none")
+    halt: float = structural(0.0, "evaluation: positions a feedback pass moved less than this are at rest; 0 is none")
     engram_layers: tuple[int, ...] = structural((), "layers that read the n-gram memory")
     engram_heads: int = free(2, "hash tables per n-gram order (2, 3, 4)")
     engram_rows: int = free(8192, "rows per table")
     engram_width: int = free(16, "numbers per row")
-    engram_keep: float = free(1.0, "share of rows kept, by training counts, from half-time on")
+    engram_keep: float = structural(1.0, "share of rows kept, by training counts, from half-time on")
     softcap: float = free(30.0, "logits are c tanh(u / c)")
     # loss
     z_loss: float = free(0.0, "weight of logsumexp squared")
-    label_smoothing: float = free(0.0, "share of the target spread over the vocabulary")
-    entropy_loss: float = free(0.0, "weight of the output's entropy, which training then raises")
+    label_smoothing: float = structural(0.0, "share of the target spread over the vocabulary")
+    entropy_loss: float = structural(0.0, "weight of the output's entropy, which training then raises")
     mtp_heads: int = structural(0, "heads that predict tokens t+2 and on while training; they do not ship")
     # quantisation
     weight_codec: str = structural("ternary", "codec of the matrices", "GRIDS")
@@ -152,12 +154,12 @@ class Config:
     decay: float = free(0.6, "share of the run that decays (wsd)")
     lr_floor: float = free(0.0, "last rate over peak rate")
     clip_norm: float = free(1.0, "gradient norm limit; 0 is none")
-    ema: float = free(0.0, "memory of the weight average as a share of the run; 0 is none")
+    ema: float = structural(0.0, "memory of the weight average as a share of the run; 0 is none")
     ema_start: float = free(0.6, "progress at which the average starts")
     # data and run
     data: str = free("datasets/local", "dataset folder, see data/prepare.py", resumable=True)
     seq_len: int = free(512, "tokens per training sequence T")
-    seq_schedule: tuple[str, ...] = free((), "progress:length of shorter sequences, as 0:128,0.5:512")
+    seq_schedule: tuple[str, ...] = structural((), "progress:length of shorter sequences, as 0:128,0.5:512")
     batch_tokens: int = free(8192, "tokens per optimizer step over all ranks", resumable=True)
     micro_tokens: int = free(8192, "tokens per forward pass of one rank", resumable=True)
     max_steps: int = free(0, "stop after this many steps; 0 is no limit", resumable=True)
@@ -168,13 +170,13 @@ class Config:
     val_tokens: int = free(0, "validation tokens; 0 is all, fewer marks the score partial", resumable=True)
     eval_lanes: int = free(8, "contiguous lanes the validation stream is cut into")
     eval_stride: int = free(64, "new tokens per window of sliding evaluation")
-    eval_modes: tuple[str, ...] = free(
-        ("chunked", "sliding", "stream", "engram", "ttt", "all"), "ways to score the artifact", resumable=True
+    eval_modes: tuple[str, ...] = structural(
+        ("chunked", "sliding", "stream", "engram", "ttt", "all"), "ways to score", "EVAL_MODES", resumable=True
     )
     eval_seconds: float = free(600.0, "budget of the evaluation; 0 is none", resumable=True)
-    ttt_scope: str = free("lora", "what test-time training adapts: lora, scales or all", resumable=True)
+    ttt_scope: str = structural("lora", "what test-time training adapts: lora, scales or all", resumable=True)
     ttt_lr: float = free(3e-3, "rate of test-time training", resumable=True)
-    reserve_seconds: float = free(0.0, "part of max_seconds for what reads training tokens after the loop")
+    reserve_seconds: float = structural(0.0, "part of max_seconds for what reads training tokens after the loop")
     checkpoint_every: int = free(0, "steps between checkpoints; 0 is none", resumable=True)
     export_every: int = free(0, "steps between proxies of the artifact on training tokens; 0 is none", resumable=True)
     keep_every: int = free(0, "checkpoints of every so many steps stay; of the others the newest two", resumable=True)
@@ -262,7 +264,7 @@ def load_config(
     c = Config(**values)
     if not PACKED:
         check_choices(c, {"MIXERS": MIXERS, "ACTIVATIONS": ACTIVATIONS, "GRIDS": GRIDS, "OPTIMIZERS": OPTIMIZERS,
-                          "SCHEDULES": SCHEDULES, "PARTS": PARTS})  # fmt: skip
+                          "EVAL_MODES": EVAL_MODES, "SCHEDULES": SCHEDULES, "PARTS": PARTS})  # fmt: skip
     check_config(c)
     return c, origin
 
@@ -726,14 +728,11 @@ def uniform(bits: int) -> Callable:
 
 GRIDS = {
     "ternary": lambda c, w: ternary_project(w, c.group, c.rule),
-    "int4": uniform(4),
-    "int5": uniform(5),
-    "int6": uniform(6),
-    "int7": uniform(7),
-    "int8": uniform(8),
+    "int4": uniform(4), "int5": uniform(5), "int6": uniform(6), "int7": uniform(7), "int8": uniform(8),
+    "trellis": lambda c, w: refuse_trellis(),
     "fp16": lambda c, w: w.half().float(),
     "fp32": lambda c, w: w,
-}
+}  # fmt: skip
 
 
 class Family(NamedTuple):
@@ -851,7 +850,7 @@ class Data:
     """Training windows on their way to the device, and the validation stream."""
 
     def __init__(self, c: Config, rt: Runtime):
-        self.accumulate, self.val, self.hash = accumulation(c, rt), Validation(c), dataset_hash(c.data)
+        self.accumulate, self.val = accumulation(c, rt), Validation(c)
         self.feed = Feed(training_windows(c, rt, c.seed), c.micro_tokens // c.seq_len, rt.device)
 
 
@@ -953,7 +952,7 @@ def open_log(c: Config, rt: Runtime, origin: dict[str, str], saved: dict | None,
     folder, sizes = Path(c.runs) / c.run_id, saved and saved["log_sizes"]
     limits = {"training": c.max_seconds, "evaluation": c.eval_seconds}
     require_same(rt.ranks, "the run's name", "" if PACKED else enter_folder(folder))
-    log = Log(folder, rt.rank == 0, sizes) if PACKED else Harness(
+    log = PlainLog(folder, rt.rank == 0) if PACKED else Harness(
         folder, rt.rank, rt.world, env, resume_at=sizes, publish=c.publish, limits=limits, patience=rt.patience
     )  # fmt: skip
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
@@ -976,8 +975,8 @@ def train(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
     with log.phase("warmup"):
         warm_up(c, rt, model, loss)
     bits, names = 1 / math.log(2) / data.val.bytes_per_token, [name for name, _, _ in family_rows(model)]
-    watch = Watch(log, c.batch_tokens, bits, lambda table: mean_over_ranks(rt.ranks, table), names)
-    trace = Trace(log, c.profile_steps)
+    seen = log, c.batch_tokens, bits, partial(mean_over_ranks, rt.ranks), names
+    watch = Progress(*seen) if PACKED else Watch(*seen, c.profile_steps)
     model.train()
     with log.phase("train"), StopSignals() as stop:
         clock.run()
@@ -989,17 +988,17 @@ def train(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
             parts, origin = accumulate(model, loss, data, optimizer.buckets)
             norms = optimizer.step(progress, clock.step)
             log.step = clock.step = clock.step + 1
-            trace.step(clock.step)
             watch.step(clock.step, progress, parts, norms, origin)
             if clock.step % c.log_every == 0:
-                watch.report(clock.elapsed, optimizer.last_multiplier, trits(c, optimizer))
+                watch.report(clock.elapsed, optimizer.last_multiplier, {} if PACKED else trits(c, optimizer))
             if not PACKED:
                 between_steps(c, rt, run, log)
         clock.pause()
-    watch.report(clock.seconds, optimizer.last_multiplier, trits(c, optimizer))
-    watch.milestones()
-    if not PACKED and (stopped or c.checkpoint_every):
-        checkpoint(c, rt, run, log)
+    watch.report(clock.seconds, optimizer.last_multiplier, {} if PACKED else trits(c, optimizer))
+    if not PACKED:
+        watch.milestones()
+        if stopped or c.checkpoint_every:
+            checkpoint(c, rt, run, log)
     log.status = "killed" if stopped else "finished"
     model.phase = len(phases(c)) - 1
     tokens = clock.step * c.batch_tokens
@@ -1010,7 +1009,6 @@ def train(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
         "train_seconds": clock.seconds,
         "tokens": tokens,
         "tokens_per_second": tokens / max(clock.seconds, 1e-9),
-        "mfu": tokens / max(clock.seconds, 1e-9) * flops_per_token(c) / (rt.peak_flops * rt.world),
     }
 
 
@@ -1121,13 +1119,13 @@ def export_model(c: Config, rt: Runtime, run: Run, log: Log) -> bytes:
     digest = hashlib.sha256(blob).hexdigest()
     if rt.rank == 0:
         write_artifact(log.folder / "final_model.skc", blob)
-    log.record("artifact", bytes=len(blob), sha256=digest, tensors=describe(blob)["tensors"])
+    log.record("artifact", bytes=len(blob), sha256=digest, tensors=[] if PACKED else describe(blob)["tensors"])
     log.text(f"artifact: {len(blob):,} bytes, sha256 {digest}; with {CODE_BYTES:,} of code {left:,} under the cap")
     return blob
 
 
 def grid_settings(c: Config) -> dict:
-    return {"group": c.group, "rule": c.rule, "clips": dict.fromkeys(INT_BITS, c.clip)}
+    return {"group": c.group, "rule": c.rule, "clips": dict.fromkeys(STEP_CODECS, c.clip)}
 
 
 def shipping_rows(c: Config, run: Run) -> list[Row]:
@@ -1188,12 +1186,12 @@ def pack_rows(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> by
     """On their grid already, or rounded by what the loss feels, in the bytes that plain steps of `clip` would take."""
     meta = {"config": changed_fields(c, resumable=False), "eval": eval_constants(c, rt, run, log)}
     grid, trained = grid_settings(c), trained_on_grid(c, run.model)
-    if "qat" in c.parts or not c.reserve_seconds:
+    if "qat" in c.parts:
         return pack(rows, meta, **grid)
-    curves = curvature(c, rt, run, log)
+    curves = curvature(c, rt, run, log) if c.reserve_seconds else {}
     rows = [row._replace(parts=row_parts(row, **grid)) if row.name in trained else row for row in rows]
     blob = pack(gptq_rows(rows, curves, **grid), meta, **grid)
-    if any(row.codec in INT_BITS and row.parts is None and row.name not in curves for row in rows):
+    if any(row.codec in STEP_CODECS and row.parts is None and row.name not in curves for row in rows):
         return blob
     target, felts = min(len(blob), BYTE_CAP - CODE_BYTES), {name: felt(curve) for name, curve in curves.items()}
     return solve_budget(rows, meta, target, felts, quantise=gptq_rounding(curves), **grid)[0]
@@ -1245,7 +1243,7 @@ def eval_constants(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
     with log.phase("fit"):
         s, tokens = eval_settings(c), read_tokens(c.data, "train", c.vocab, 1 + 32 * c.seq_len)
         s = dataclasses.replace(s, temperature=fit_temperature(run.model, tokens, s))
-        alpha = fit_engram(run.model, tokens, s) * 16 if {"engram", "all"} & set(c.eval_modes) else np.zeros(0)
+        alpha = fit_engram(run.model, tokens, s) * 16 if {"engram", "all"} & {*c.eval_modes} else np.zeros(0)
     run.clock.pause()
     return {"temperature": s.temperature, "alpha": alpha.astype(int).flatten().tolist()}
 
@@ -1274,12 +1272,13 @@ def evaluate(c: Config, rt: Runtime, model: GPT, constants: dict, val: Validatio
         resume=log.folder / "evaluation",
     )  # fmt: skip
     for mode, score in found.items():
-        busy = score.tokens_per_second * forward_passes(mode, s) * flops_per_token(c) / (3 * rt.peak_flops * rt.world)
+        passes = 0.0 if PACKED else forward_passes(mode, s) / 3 * flops_per_token(c)
+        busy = score.tokens_per_second * passes / (rt.peak_flops * rt.world)
         log.record("eval", mode=mode, bpb=score.bpb, nats=score.nats, nbytes=score.nbytes, seconds=score.seconds,
-                   tokens=score.tokens, by_position=score.by_position, by_length=score.by_length, mfu=busy)  # fmt: skip
+                   tokens=score.tokens, spans=score.spans, mfu=busy, **{} if PACKED else score.detail)  # fmt: skip
         speed = f"{score.tokens_per_second:,.0f} tokens/s  {score.seconds:.1f} s  mfu {busy:.1%}"
         log.text(f"{mode:8} bpb {score.bpb:.5f}{' (partial)' * score.partial}  {speed}")
-    for flag in red_flags(found):
+    for flag in () if PACKED else red_flags(found):
         log.text(f"RED FLAG: {flag}")
         log.record("alert", step=0, what="red flag", where=flag, value=0.0)
     return {f"val_bpb_{mode}": score.bpb for mode, score in found.items()}
@@ -1340,19 +1339,18 @@ def plan(c: Config, rt: Runtime) -> Plan:
     )  # fmt: skip
 
 
-def report(c: Config, rt: Runtime, data: Data, facts: dict, log: Log) -> None:
+def report(c: Config, rt: Runtime, facts: dict, log: Log) -> None:
     """result.json, and the same as the last lines of the log."""
-    parameters = sum(parameter_table(c).values())
-    result = {"status": "finished", "run_id": c.run_id, "config_hash": fields_hash(c)} | facts | {
-        "partial": c.val_tokens > 0,
-        "world_size": rt.world,
-        "device_name": torch.cuda.get_device_name() if rt.device.type == "cuda" else platform.machine(),
-        "flops_per_token": flops_per_token(c),
-        "peak_memory_bytes": memory_in_use(),
-        "parameters": parameters,
-        "tokens_per_parameter": facts["tokens"] / parameters,
-        "data_hash": data.hash,
-    }  # fmt: skip
+    result = {"status": "finished", "run_id": c.run_id, "config_hash": fields_hash(c)} | facts
+    result |= {"partial": c.val_tokens > 0, "world_size": rt.world}
+    if not PACKED:
+        flops, parameters = flops_per_token(c), sum(parameter_table(c).values())
+        result |= {
+            "device_name": torch.cuda.get_device_name() if rt.device.type == "cuda" else platform.machine(),
+            "flops_per_token": flops, "mfu": facts["tokens_per_second"] * flops / (rt.peak_flops * rt.world),
+            "parameters": parameters, "tokens_per_parameter": facts["tokens"] / parameters,
+            "peak_memory_bytes": memory_in_use(), "data_hash": dataset_hash(c.data),
+        }  # fmt: skip
     log.save("result.json", result)
     log.text("---")
     for name, value in result.items():
@@ -1382,7 +1380,7 @@ def main(c: Config, rt: Runtime, origin: dict[str, str], env: dict[str, str]) ->
         facts = train(c, rt, run, log)
         if log.status == "finished":
             facts |= finish(c, rt, run, log)
-        report(c, rt, data, facts, log)
+        report(c, rt, facts, log)
 
 
 def finish(c: Config, rt: Runtime, run: Run, log: Log) -> dict:

@@ -16,6 +16,7 @@ class Field:
     value: object
     registry: str | None
     node: ast.AnnAssign
+    resumable: bool = False
 
 
 @dataclass
@@ -52,7 +53,8 @@ def config_fields(units, constants):
                 fail(node, f"`{ast.unparse(node)}`: a Config field is structural(default, help) or free(default, help)")
         if value is UNKNOWN or not is_literal(value):
             fail(node, f"Config.{name}: the default `{ast.unparse(default)}` is not a literal")
-        fields[name] = Field(name, kind, value, registry[0].value if registry else None, node)
+        resumable = any(k.arg == "resumable" and getattr(k.value, "value", False) for k in marks)
+        fields[name] = Field(name, kind, value, registry[0].value if registry else None, node, resumable)
     return fields
 
 
@@ -136,7 +138,29 @@ def selected(units, fields):
             if pick not in keys:
                 fail(f.node, f"{f.name}={f.value!r}: {pick!r} is not in {f.registry}, which has {keys}")
         chosen[f.registry].update(picks)
+    for name, node in by_name.items():  # a table with some of a registry's keys is chosen from with it
+        keys = table_keys(node)
+        for registry in [r for r in chosen if r != name and keys and keys <= table_keys(by_name[r])]:
+            chosen[name] = chosen[name] | (chosen[registry] & keys) if name in chosen else chosen[registry] & keys
     return chosen
+
+
+def table_keys(node):
+    table = getattr(node, "value", None)
+    if not isinstance(table, ast.Dict) or not all(isinstance(k, ast.Constant) for k in table.keys):
+        return set()
+    return {k.value for k in table.keys}
+
+
+def drop_fields(units, fields):
+    """Resumable fields that no code reads go: they are in no hash and in no artifact, and their name is an error."""
+    read = {n.attr for u in units for n in ast.walk(u.node) if isinstance(n, ast.Attribute)}
+    config, table = find_config(units), assigned(units, "PROFILES")
+    gone = {f.name for f in fields.values() if f.resumable and f.name not in read}
+    config.body = [s for s in config.body if not (isinstance(s, ast.AnnAssign) and s.target.id in gone)]
+    for profile in table.value.values:
+        kept = [(k, v) for k, v in zip(profile.keys, profile.values, strict=True) if k.value not in gone]
+        profile.keys, profile.values = [k for k, _ in kept], [v for _, v in kept]
 
 
 def config_holders(units):

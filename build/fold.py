@@ -9,6 +9,10 @@ from build.trees import fail, is_kernel, keeps_value, like, literal, pairs, plac
 from build.values import UNKNOWN, fixed_tables, is_literal, known, module_constants
 
 
+def is_nothing(node):
+    return isinstance(node, ast.Dict) and not node.keys
+
+
 class Folder(Scoped):
     """Replaces what Facts decide: config fields, constants, branches, look-ups. `done` lists the branches taken."""
 
@@ -104,6 +108,8 @@ class Folder(Scoped):
         return new if len(ast.unparse(new)) <= max(24, len(ast.unparse(node))) else node
 
     def visit_Name(self, node):
+        if node.id == "__debug__":
+            return literal(False, node)  # a packed file is what `python -O` would run
         shared = isinstance(node.ctx, ast.Load) and self.binding(node.id) is None
         return self.simplify(node) if shared and node.id in self.facts.constants else node
 
@@ -123,6 +129,19 @@ class Folder(Scoped):
         return self.simplify(node)
 
     visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = visit_comprehension_expression
+
+    def visit_Call(self, node):
+        node = self.generic_visit(node)
+        if isinstance(node, ast.Call):
+            node.keywords = [k for k in node.keywords if k.arg or not is_nothing(k.value)]  # **{}
+        return node
+
+    def visit_BinOp(self, node):
+        node = self.generic_visit(node)
+        match node:
+            case ast.BinOp(left=ast.Dict() as left, op=ast.BitOr(), right=ast.Dict() as right):
+                return left if is_nothing(right) else right if is_nothing(left) else node
+        return node
 
     def visit_Subscript(self, node):
         node = self.generic_visit(node)

@@ -2,9 +2,46 @@
 
 import ast
 import builtins
+import re
 
 from build.scopes import all_arguments
 from build.trees import FUNCTIONS, is_docstring, is_kernel, is_op, like
+
+WORDS = 3  # of an error's text that a packed file keeps
+
+
+class Brief(ast.NodeTransformer):
+    """Errors keep their class and the first words of their text; what they say of values and ways out is for readers.
+
+    The lock of the structure keeps its text, for it must name the field.
+    """
+
+    def visit_FunctionDef(self, node):
+        node.body = [s if getattr(s, "is_lock", False) else self.visit(s) for s in node.body]
+        return node
+
+    def visit_Raise(self, node):
+        match node.exc:
+            case ast.Call(func=ast.Name(), args=[text], keywords=[]):
+                node.exc.args, node.cause = [self.first_words(text)], None
+        return node
+
+    def visit_For(self, node):
+        """`for bad, text in [(test, text), ...]`: a list of checks."""
+        match node:
+            case ast.For(target=ast.Tuple(elts=[_, ast.Name(id="text")]), iter=ast.List(elts=rows)):
+                for row in rows:
+                    row.elts[1] = self.first_words(row.elts[1])
+        return self.generic_visit(node)
+
+    @staticmethod
+    def first_words(node):
+        pieces = node.values if isinstance(node, ast.JoinedStr) else [node]
+        pieces = [p.value if isinstance(p, ast.Constant) else " " for p in pieces]
+        if not all(isinstance(p, str) for p in pieces) or not "".join(pieces).strip():
+            return node  # the text of another error
+        words = re.findall(r"[\w'/.-]*\w", "".join(pieces))
+        return like(ast.Constant(" ".join(words[:WORDS])), node)
 
 
 class Strip(ast.NodeTransformer):

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from build.foreign import foreign_names
 from build.scopes import Scoped, all_arguments
 from build.sweep import hooks
-from build.trees import FUNCTIONS, decorators, is_docstring, keeps_value, like
+from build.trees import FUNCTIONS, decorators, is_docstring, keeps_value, like, names_bound, pairs
 
 TRANSPARENT = {"torch.no_grad", "contextmanager", "functools.lru_cache", "staticmethod"}  # they pass arguments on
 RECORDS = {"dataclass", "dataclasses.dataclass"}
@@ -164,16 +164,23 @@ def is_record(node):
         set(decorators(node)) & RECORDS or "NamedTuple" in map(ast.unparse, node.bases))
 
 
-def settle_fields(units, uses):
-    """Fields of records that keep their default wherever one is made; returns how many."""
+def settle_fields(units, uses, structural):
+    """Fields of records that come to one constant wherever one is made; returns how many.
+
+    A structural field of Config may have the same name: no code reads it any more.
+    """
     foreign, count = foreign_names(units), 0
     fields = Counter(s.target.id for u in units if isinstance(u.node, ast.ClassDef)
-                     for s in u.node.body if isinstance(s, ast.AnnAssign))
+                     for s in u.node.body if isinstance(s, ast.AnnAssign)
+                     and not (u.node.name == "Config" and s.target.id in structural))
     stored = {n.attr for u in units for n in ast.walk(u.node)
               if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load)}
     classes = [u.node for u in units if isinstance(u.node, ast.ClassDef)]
     methods = {m.name for c in classes for m in c.body if isinstance(m, FUNCTIONS)}
-    given = {k.arg for calls in uses.calls.values() for call in calls for k in call.keywords}
+    given = defaultdict(list)
+    for name, call in ((name, call) for name, calls in uses.calls.items() for call in calls):
+        for k in call.keywords:
+            given[k.arg].append((name, k.value))
     for unit in filter(lambda u: is_record(u.node), units):
         calls, own = uses.calls[unit.node.name], [s for s in unit.node.body if isinstance(s, ast.AnnAssign)]
         stars = any(isinstance(a, ast.Starred) for call in calls for a in call.args) or any(
@@ -181,13 +188,78 @@ def settle_fields(units, uses):
         most = max((len(call.args) for call in calls), default=0)
         for i, field in enumerate(own):
             name = field.target.id
-            taken = stars or i < most or name in given | stored | methods | foreign or fields[name] > 1
-            if not taken and field.value is not None and is_constant(field.value):
+            taken = stars or i < most or name in stored | methods | foreign or fields[name] > 1
+            taken = taken or any(callee != unit.node.name for callee, _ in given[name])
+            values = [value for _, value in given[name]] + [field.value] * (len(given[name]) < len(calls))
+            same = None not in values and all(map(is_constant, values)) and len(set(map(ast.dump, values))) == 1
+            if not taken and same:
                 for other in units:
-                    other.node = Default(name, field.value).visit(other.node)
+                    other.node = Default(name, values[0]).visit(other.node)
+                for call in calls:
+                    call.keywords = [k for k in call.keywords if k.arg != name]
                 unit.node.body.remove(field)
                 count += 1
     return count
+
+
+def settle_attributes(units):
+    """Attributes that nothing but one constant is ever stored in are that constant; returns how many."""
+    foreign, stored, known = foreign_names(units), defaultdict(set), set()
+    records = {s.target.id for u in units if isinstance(u.node, ast.ClassDef)
+               for s in u.node.body if isinstance(s, ast.AnnAssign)}
+    classes = [u.node for u in units if isinstance(u.node, ast.ClassDef)]
+    named = {n for c in classes for s in c.body for n in (names_bound(s) or ())}
+    assigns = [n for u in units for n in ast.walk(u.node) if isinstance(n, ast.Assign)]
+    for target, value in (p for n in assigns for p in pairs(n)):
+        if isinstance(target, ast.Attribute):
+            stored[target.attr].add(ast.dump(value) if is_constant(value) else None)
+            known.add(id(target))
+    for node in (n for u in units for n in ast.walk(u.node)):
+        match node:
+            case ast.Attribute(attr=attr, ctx=ast.Store() | ast.Del()) if id(node) not in known:
+                stored[attr].add(None)
+            case ast.Call(func=ast.Name(id="getattr" | "hasattr" | "setattr"), args=[_, ast.Constant(value=attr), *_]):
+                stored[attr].add(None)
+            case ast.keyword(arg=str(attr)):
+                stored[attr].add(None)  # a parameter that a library may have made an attribute of
+    found = {a for a, v in stored.items() if len(v) == 1 and None not in v} - foreign - records - named
+    values = {t.attr: v for n in assigns for t, v in pairs(n) if isinstance(t, ast.Attribute) and t.attr in found}
+    for unit in units:
+        unit.node = Constants(values).visit(unit.node)
+    return len(found)
+
+
+class Constants(ast.NodeTransformer):
+    """Loads of the attributes become their values, and their stores go."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def visit_Attribute(self, node):
+        if node.attr in self.values:
+            return like(copy.deepcopy(self.values[node.attr]), node)
+        return self.generic_visit(node)
+
+    def is_stored(self, target):
+        return isinstance(target, ast.Attribute) and target.attr in self.values
+
+    def visit_Assign(self, node):
+        match node:
+            case ast.Assign(targets=[ast.Tuple(elts=targets)], value=ast.Tuple(elts=values)) if len(targets) == len(
+                values):
+                kept = [(t, v) for t, v in zip(targets, values) if not self.is_stored(t)]
+                if len(kept) < 2:
+                    return [self.generic_visit(like(ast.Assign([t], v), node)) for t, v in kept] or None
+                node.targets[0].elts, node.value.elts = [t for t, _ in kept], [v for _, v in kept]
+            case ast.Assign(targets=[target]) if self.is_stored(target):
+                return None
+        return self.generic_visit(node)
+
+    def generic_visit(self, node):
+        super().generic_visit(node)
+        if getattr(node, "body", None) == [] and not isinstance(node, (ast.Module, ast.Lambda, ast.IfExp)):
+            node.body = [like(ast.Pass(), node)]
+        return node
 
 
 class Default(ast.NodeTransformer):
@@ -231,8 +303,9 @@ def settle_returns(units):
     return finder.count
 
 
-def specialise(units):
-    """One round over all units; returns how much it settled."""
+def specialise(units, structural=()):
+    """One round over all units; returns how much it settled. `structural` are the fields that folding has replaced."""
     uses = find_uses(units)
     count = sum(settle_parameters(*found) for found in callables(units, uses))
-    return count + settle_fields(units, find_uses(units)) + settle_returns(units)
+    count += settle_fields(units, find_uses(units), structural) + settle_attributes(units)
+    return count + settle_returns(units)

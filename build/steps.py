@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from build.bundle import bundle
 from build.check import check_calls, check_text, check_top_level, undefined_names
-from build.config import bake, forget_registries, selected
+from build.config import bake, drop_fields, forget_registries, selected
 from build.fold import fold
-from build.minify import Strip, minify
+from build.minify import Brief, Strip, minify
 from build.pack import pack
 from build.specialise import specialise
 from build.sweep import items_of, sweep
@@ -42,6 +42,8 @@ def build(files, profile, dce=True, entry="train_gpt", explaining=False):
     b.sizes["source"] = sum(len(files[name].encode()) for name in b.modules)
     b.sizes["bundled"] = size_of(units)
     b.fields = fields = bake(units, profile)
+    for unit in units:
+        unit.node = Brief().visit(unit.node)
     b.before = items_of(units, selected(units, fields)) if explaining else []
     if dce:
         units = fold(units, fields, b.done)
@@ -49,9 +51,11 @@ def build(files, profile, dce=True, entry="train_gpt", explaining=False):
         units, b.items = sweep(units, fields)
         b.sizes["swept"] = size_of(units)
         forget_registries(units, fields)
-        while specialise(units):
+        structural = {f.name for f in fields.values() if f.kind == "structural"}
+        while specialise(units, structural):
             units, items = sweep(fold(units, fields, b.done), fields)
             settle(b.items, items)
+        drop_fields(units, fields)
         b.sizes["specialised"] = size_of(units)
     check_calls(units)
     tree = ast.fix_missing_locations(Strip().visit(as_module(units)))

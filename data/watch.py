@@ -1,13 +1,12 @@
-"""What a run reports of itself while it trains, and what should worry its owner.
-
-Losses stay on the device until a report is due; a report is the only place of the training loop that waits for it.
-"""
+"""What a run reports of itself while it trains, beyond its losses, and what should worry its owner."""
 
 import math
 import resource
 
 import numpy as np
 import torch
+
+from data.plain import Progress
 
 SPIKE_WINDOW = 20
 COLLAPSES = (  # what, the statistic's last name, lower and upper bound of a healthy value
@@ -33,60 +32,37 @@ def collapses(stats: dict[str, float]) -> list[tuple[str, str, float]]:
             if name.split(".")[-1] == last and not low <= value <= high]  # fmt: skip
 
 
-class Watch:
-    """`mean` averages over ranks, `bits` turns nats per token into bits per byte, `names` are of parameters."""
+class Watch(Progress):
+    """Progress, and what should worry its owner; `profile_steps` are traced."""
 
-    def __init__(self, log, tokens_per_step: int, bits: float, mean, names: list[str]):
-        self.log, self.tokens_per_step, self.bits, self.mean, self.names = log, tokens_per_step, bits, mean, names
-        self.dead = set(names)
+    def __init__(self, log, tokens_per_step: int, bits: float, mean, names: list[str], profile_steps: int = 0):
+        super().__init__(log, tokens_per_step, bits, mean, names)
+        self.dead, self.trace = set(names), Trace(log, profile_steps)
         self.curve = [(row["progress"], row["step"], row["seconds"], row["loss"]) for row in log.recall("step")]
         self.loss = self.curve[-1][-1] if self.curve else math.nan
-        self.pending, self.told, self.signs, self.resumed = [], set(), {}, len(self.curve)
+        self.told, self.signs, self.resumed = set(), {}, len(self.curve)
 
     def step(self, step: int, progress: float, parts: dict, norms, origin: list) -> None:
-        """A finished step: losses and statistics, gradient norms before clipping, where its windows came from."""
-        self.pending.append((step, progress, parts, norms, origin))
+        self.trace.step(step)
+        super().step(step, progress, parts, norms, origin)
 
-    def report(self, seconds: float, rate: float, weights: dict) -> None:
-        """One line of text, one of metrics, one of statistics; `weights` are stacks of values on a ternary grid."""
-        if not self.pending:
-            return
-        names = list(self.pending[-1][2])
-        rows = [torch.cat([torch.stack([p[n].float() for n in names]), norms]) for _, _, p, norms, _ in self.pending]
-        table = self.mean(torch.stack(rows).detach()).tolist()
-        for (step, _, _, _, origin), row in zip(self.pending, table):
-            self.check(step, row[names.index("loss")], dict(zip(self.names, row[len(names) :])), origin)
-        (step, progress), values = self.pending[-1][:2], dict(zip(names, table[-1]))
-        norm = math.hypot(*table[-1][len(names) :])
-        self.pending, self.loss, tokens = [], values["loss"], step * self.tokens_per_step
-        self.curve.append((progress, step, seconds, self.loss))
-        left = seconds * (1 - progress) / max(progress, 1e-9)
-        self.log.text(
-            f"step {step:6d}  loss {self.loss:.4f}  ~bpb {self.loss * self.bits:.4f}  lr x{rate:.3f}  |g| {norm:.2f}  "
-            f"{tokens / max(seconds, 1e-9):,.0f} tokens/s  {max(0.0, left):.0f} s left"
-        )
-        scalars = {n: v for n, v in values.items() if not n.startswith("layers.")}
-        self.log.record(
-            "step", step=step, seconds=seconds, progress=progress, lr=rate, grad_norm=norm, tokens=tokens,
-            tokens_per_second=tokens / max(seconds, 1e-9), memory=memory_in_use(), **scalars,
-        )  # fmt: skip
-        stats = {n: v for n, v in values.items() if n not in scalars} | self.trits(weights)
+    def tell(self, facts: dict, values: dict, weights: dict) -> None:
+        """Statistics by layer, too, and what is wrong with them; `weights` are stacks of values on a ternary grid."""
+        step = facts["step"]
+        self.curve.append((facts["progress"], step, facts["seconds"], self.loss))
+        super().tell(facts | {"memory": memory_in_use()}, values, weights)
+        stats = {n: v for n, v in values.items() if n.startswith("layers.")} | self.trits(weights)
         self.log.record("stats", step=step, stats=stats)
         for what, where, value in collapses(stats):
             self.alert(step, what, where, value)
 
     def check(self, step: int, nats: float, norms: dict[str, float], origin: list) -> None:
-        """A loss that is no number ends the run; a spike is recorded with its batch and the largest gradients."""
-        norm = math.hypot(*norms.values())
+        """A spike is recorded with its batch and the largest gradients."""
         self.dead -= {name for name, value in norms.items() if value > 0}
-        if not math.isfinite(nats + norm):
-            raise ValueError(
-                f"loss {nats}, gradient norm {norm} at step {step}: lower matrix_lr, embed_lr or scalar_lr, or resume "
-                f"from the last checkpoint; the batch began at {origin[:2]}"
-            )
+        super().check(step, nats, norms, origin)
         recent = [loss for _, _, _, loss in self.curve[-SPIKE_WINDOW:]]
         if len(recent) == SPIKE_WINDOW and nats > np.mean(recent) + 6 * np.std(recent) + 0.1:
-            largest = dict(sorted(norms.items(), key=lambda row: -row[1])[:8])
+            norm, largest = math.hypot(*norms.values()), dict(sorted(norms.items(), key=lambda row: -row[1])[:8])
             self.log.record("spike", step=step, loss=nats, grad_norm=norm, largest=largest, provenance=origin)
             self.alert(step, "loss spike", str(origin[0]), nats)
 

@@ -7,6 +7,7 @@ and `sliding` do not depend on the lanes: seams fall on whole windows, and a sli
 `stream` starts each lane afresh, with the token before it as its first input, so that no token goes uncharged.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,9 +118,14 @@ class Score:
     tokens: int
     seconds: float = 0.0
     partial: bool = False
+    spans: str = ""  # a digest of every span's place, nats and bytes
     by_position: tuple[dict, ...] = ()
     by_length: tuple[dict, ...] = ()
     documents: np.ndarray = field(default=(), compare=False, repr=False)  # float64, nats of every document
+
+    @property
+    def detail(self) -> dict:
+        return {"by_position": self.by_position, "by_length": self.by_length}
 
     @property
     def tokens_per_second(self) -> float:
@@ -283,7 +289,8 @@ def bpb(spans: list[Span], n: int) -> Score:
     if nbytes < 1:
         raise ValueError(f"the {n} tokens add {nbytes} bytes of text, so there is no score; check the tokenizer")
     nats = math.fsum(span.nats for span in spans)  # exact, so the order of ranks and lanes cannot show
-    return Score(nats / math.log(2) / nbytes, nats, nbytes, n - 1)
+    places = repr([(span.lane, span.start, span.stop, span.nats, span.nbytes) for span in spans])
+    return Score(nats / math.log(2) / nbytes, nats, nbytes, n - 1, spans=hashlib.sha256(places.encode()).hexdigest())
 
 
 def breakdown(spans: list[Span], tokens: np.ndarray, nbytes: np.ndarray, bos: int) -> dict:

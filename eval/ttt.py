@@ -44,15 +44,6 @@ TTT_CLIP = 1.0  # largest gradient norm of a lane
 TTT_BETA2 = 0.99
 TTT_EPS = 1e-8
 
-# mode: how the stream is read, whether an EvalEngram remembers it, whether weights learn from it
-EVAL_MODES = {
-    "chunked": ("chunked", False, False),
-    "sliding": ("sliding", False, False),
-    "stream": ("stream", False, False),
-    "engram": ("stream", True, False),
-    "ttt": ("stream", False, True),
-    "all": ("stream", True, True),
-}
 SPAN_ROW = np.dtype([("lane", "i8"), ("start", "i8"), ("stop", "i8"), ("nats", "f8"), ("nbytes", "i8")])
 TEMPERATURES = tuple(0.8 + 0.025 * i for i in range(17))
 
@@ -301,16 +292,41 @@ class EngramReader(PlainReader):
         self.memory.absorb(w.x[:, columns], w.y[:, columns], w.charged[:, columns])
 
 
+def remembering(stack: ExitStack, reader: PlainReader, lanes: int, alpha: np.ndarray) -> tuple:
+    """An EvalEngram remembers the stream. Returns who reads, who learns, and the width of a window."""
+    reader = EngramReader(reader.model, reader.s, lanes, alpha)
+    return reader, reader, reader.s.eval_seq_len
+
+
+def learning(stack: ExitStack, reader: PlainReader, lanes: int, alpha: np.ndarray) -> tuple:
+    """Weights learn from the stream."""
+    model, s = reader.model, reader.s
+    stack.enter_context(frozen_tables(model.scope("engram")))
+    learner = stack.enter_context(closing(LaneLearner(model, s, lanes)))
+    reader.aim = learner.aim
+    return reader, learner, s.ttt_chunk
+
+
+EVAL_MODES = {  # how the stream is read, and who makes something of it
+    "chunked": ("chunked", ()),
+    "sliding": ("sliding", ()),
+    "stream": ("stream", ()),
+    "engram": ("stream", (remembering,)),
+    "ttt": ("stream", (learning,)),
+    "all": ("stream", (remembering, learning)),
+}
+
+
 def forward_passes(mode: str, s: EvalSettings) -> float:
     """What a charged token costs: a sliding window reads it often, learning adds a forward and a backward."""
-    reading, _, learns = EVAL_MODES[mode]
+    reading, helpers = EVAL_MODES[mode]
     often = s.eval_seq_len / s.eval_stride if reading == "sliding" else 1.0
-    return often + 2.0 * s.ttt_epochs * learns
+    return often + 2.0 * s.ttt_epochs * (learning in helpers)
 
 
 def mode_groups(tokens: np.ndarray, nbytes: np.ndarray, mode: str, s: EvalSettings) -> list:
     """The groups of lanes a mode runs, one lane to a group where all rows of a batch would share what is learned."""
-    shared = EVAL_MODES[mode][2] and s.ttt_scope != "lora"
+    shared = s.ttt_scope != "lora" and learning in EVAL_MODES[mode][1]
     return lane_groups(tokens, nbytes, replace(s, eval_batch=1) if shared else s)
 
 
@@ -318,18 +334,13 @@ def adapt_lanes(
     model: nn.Module, tokens: np.ndarray, nbytes: np.ndarray, mode: str, s: EvalSettings, lanes: list, alpha: np.ndarray
 ) -> Iterator[Span]:
     """The spans of one group of lanes; memory and adapters live no longer than the group."""
-    reading, remembers, learns = EVAL_MODES[mode]
-    reader, learners = PlainReader(model, s), []
+    reading, helpers = EVAL_MODES[mode]
+    reader, learners, width = PlainReader(model, s), [], s.eval_seq_len
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        if remembers:
-            reader = EngramReader(model, s, len(lanes), alpha)
-            learners.append(reader)
-        if learns:
-            stack.enter_context(frozen_tables(model.scope("engram")))
-            learners.append(stack.enter_context(closing(LaneLearner(model, s, len(lanes)))))
-            reader.aim = learners[-1].aim
-        width = s.ttt_chunk if learns else s.eval_seq_len
+        for helper in helpers:
+            reader, learner, width = helper(stack, reader, len(lanes), alpha)
+            learners.append(learner)
         step = s.eval_stride if reading == "sliding" else width
         windows = cut_windows(tokens, lanes, width, step, device_of(model))
         rounds = score_windows(reader, windows, nbytes, carry=reading == "stream")
@@ -354,7 +365,7 @@ def evaluate_modes(
     """
     if unknown := set(modes) - set(EVAL_MODES):
         raise ValueError(f"unknown mode {min(unknown)!r}; one of {', '.join(EVAL_MODES)}")
-    if alpha is None and any(EVAL_MODES[mode][1] for mode in modes):
+    if __debug__ and alpha is None and any(remembering in EVAL_MODES[mode][1] for mode in modes):
         raise ValueError("modes engram and all need alpha, the table that fit_engram makes of training tokens")
     partial = 0 < s.val_tokens < len(tokens)
     if partial:

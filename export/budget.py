@@ -12,7 +12,8 @@ import torch
 from export.codecs import ALPHABETS, CODECS
 from export.container import BYTE_CAP, Planes, Row, pack, read_planes, row_parts
 from export.entropy import TABLE_BITS, choice_bits, learn_book, row_counts, row_entropy
-from export.quantise import INT_BITS, Parts, from_grid, int_levels, int_round, int_value, to_grid
+from export.quantise import INT_BITS, STEP_CODECS, Parts, from_grid, int_levels, int_round, int_value, to_grid
+from export.trellis import trellis_grid
 
 SAMPLE = 1 << 16                              # weights that stand for a tensor on a rate-distortion curve
 ATTEMPTS = 6                                  # of meeting a budget; two or three are usual
@@ -72,7 +73,8 @@ def check_budget(blob: bytes, code_bytes: int, cap: int = BYTE_CAP) -> int:
     """Bytes left under the cap; over it, an error that says what would bring the file back and by how much."""
     left = cap - len(blob) - code_bytes
     if left < 0:
-        ways = "; ".join(f"{what}: -{saved:,}" for what, saved in savings(describe(blob), -left)[:8])
+        lines = savings(describe(blob), -left)[:8] if __debug__ else ()
+        ways = "; ".join(f"{what}: -{saved:,}" for what, saved in lines)
         raise ValueError(f"{-left:,} bytes over the cap of {cap:,} (artifact {len(blob):,} + code {code_bytes:,}). "
                          f"What would save, in bytes: {ways}")
     return left
@@ -81,7 +83,7 @@ def check_budget(blob: bytes, code_bytes: int, cap: int = BYTE_CAP) -> int:
 def savings(lines: dict, need: int) -> list[tuple[str, int]]:
     """Ways to save bytes, those that suffice first and the gentlest of them in front."""
     ways = [way for line in lines["tensors"] for way in _tensor_savings(line)]
-    whole = [line for line in lines["tensors"] if line["codec"] in INT_BITS]
+    whole = [line for line in lines["tensors"] if line["codec"] in STEP_CODECS]
     weights = sum(math.prod(line["shape"]) for line in whole)
     if weights:
         factor = 2 ** (8 * (need + 64) / weights)
@@ -130,7 +132,7 @@ def plan_bytes(shapes: list, *, group: int = 128, rule: str = "absmean", clips: 
 
 
 def _gaussian_line(codec: str, columns: int, group: int, rule: str, clips: dict) -> dict:
-    rows = max(16, SAMPLE // columns)
+    rows, codec = max(16, SAMPLE // columns), "int6" if codec == "trellis" else codec    # at equal steps, equal bits
     w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02
     parts = to_grid(w, codec, group=group, rule=rule, clip=clips.get(codec, 0.0))
     line = _predicted("", w.shape, codec, parts)
@@ -152,11 +154,11 @@ def solve_budget(rows: list[Row], meta: dict, target: int, felt: dict[str, torch
                  quantise: Callable[[Row, torch.Tensor], Parts] | None = None, **grid) -> tuple[bytes, list[dict]]:
     """The artifact that fills `target` bytes to [99.8 %, 100 %] with the least harm, and a line for each free tensor.
 
-    Rows of an int codec are free, those with parts apart: each gets the step at which one more byte saves as much harm
-    as anywhere else; harm is felt[name] times squared error. `quantise(row, step)` may be GPTQ. A last factor on all
-    steps meets the target.
+    Rows of a codec with steps are free if they have no parts: each gets the step at which one more byte saves as much
+    harm as anywhere else; harm is felt[name] times squared error. `quantise(row, step)` may be GPTQ. A last factor on
+    all steps meets the target.
     """
-    quantise = quantise or (lambda row, step: int_round(row.tensor.detach().float(), step, 8))
+    quantise = quantise or _plain_rounding
     free, fixed = ([row for row in rows if _is_free(row) is wanted] for wanted in (True, False))
     if not free:
         raise ValueError("budget solver: no tensor is free, none has an int codec; QAT weights have their grid already")
@@ -187,7 +189,12 @@ def solve_budget(rows: list[Row], meta: dict, target: int, felt: dict[str, torch
 
 
 def _is_free(row: Row) -> bool:
-    return row.codec in INT_BITS and row.parts is None
+    return row.codec in STEP_CODECS and row.parts is None
+
+
+def _plain_rounding(row: Row, step: torch.Tensor) -> Parts:
+    w = row.tensor.detach().float()
+    return trellis_grid(w, step) if row.codec == "trellis" else int_round(w, step, 8)
 
 
 class RateCurve:
@@ -233,6 +240,8 @@ def balance(curves: list[RateCurve], bits: float) -> list[float]:
 
 
 def _fitted(row: Row, parts: Parts) -> Row:
-    """The row under the narrowest int codec that holds its integers."""
+    """The row under the narrowest int codec that holds its integers, unless they are a path."""
+    if row.codec == "trellis":
+        return row._replace(parts=parts)
     codec = next(name for name, bits in INT_BITS.items() if int(parts[0].abs().max()) <= int_levels(bits))
     return row._replace(codec=codec, parts=parts)

@@ -56,7 +56,8 @@ class Manifest(NamedTuple):
 def pack(rows: list[Row], meta: dict, *, group: int = 128, rule: str = "absmean", clips: dict | None = None) -> bytes:
     """The artifact of a model. Same rows, same bytes; `clips` maps a codec to the clip of its grid."""
     rows = list(rows)
-    refuse_doubles(rows)
+    if __debug__:
+        refuse_doubles(rows)
     planes, entries = [], []
     for row in rows:
         parts = row_parts(row, group, rule, clips or {})
@@ -302,7 +303,8 @@ def read_manifest(blob: bytes) -> tuple[Manifest, Reader]:
         manifest = _parse_manifest(text)
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"damaged artifact: the manifest does not parse ({error!r})") from error
-    _check_manifest(manifest)
+    if __debug__:
+        _check_manifest(manifest)
     return manifest, body
 
 

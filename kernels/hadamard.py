@@ -115,10 +115,15 @@ def wht(x, block):
 # ---- over time: sliding Walsh filters
 
 
-def walsh_signs(rows, m):
-    """Sequency rows (D,) -> signs (m, D): -1 where bit i of the natural index, bit-reverse(r ^ (r >> 1)), is set."""
+def _check_walsh_rows(rows, m):
     if rows.is_floating_point() or rows.dim() != 1 or bool(((rows < 0) | (rows >= 2**m)).any()):
         raise ValueError(f"walsh rows {tuple(rows.shape)} {rows.dtype}: needs integers (D,) in 0..{2**m - 1}")
+
+
+def walsh_signs(rows, m):
+    """Sequency rows (D,) -> signs (m, D): -1 where bit i of the natural index, bit-reverse(r ^ (r >> 1)), is set."""
+    if __debug__:
+        _check_walsh_rows(rows, m)
     gray = rows ^ (rows >> 1)
     bits = [(gray >> (m - 1 - i)) & 1 for i in range(m)]
     return 1.0 - 2.0 * torch.stack(bits)
@@ -219,13 +224,18 @@ def causal_walsh_autograd(ctx, dy):
     return causal_walsh_op(dy, *ctx.saved_tensors, not ctx.adjoint), None, None, None
 
 
-def causal_walsh(x, signs, pos):
-    """Sliding Walsh filters over 2^m inputs, signs (m, D): stages w_t += s_i w_{t - 2^i}, then one factor 2^(-m/2)."""
+def _check_walsh(x, signs, pos):
     _check_sequence(x, pos)
     if signs.dim() != 2 or signs.shape[1] != x.shape[2] or signs.requires_grad:
         raise ValueError(f"walsh signs {tuple(signs.shape)}: needs (m, {x.shape[2]}) without gradient")
     if x.is_cuda and x.dtype == torch.float64:
         raise ValueError("causal Walsh filters of torch.float64 on CUDA: use float32, bfloat16 or float16")
+
+
+def causal_walsh(x, signs, pos):
+    """Sliding Walsh filters over 2^m inputs, signs (m, D): stages w_t += s_i w_{t - 2^i}, then one factor 2^(-m/2)."""
+    if __debug__:
+        _check_walsh(x, signs, pos)
     return causal_walsh_op(x, signs, pos, False)
 
 

@@ -199,8 +199,7 @@ def softcap_ce_autograd(ctx, dnll, dlse, dmean, dentropy):
     return softcap_ce_backward_op(logits, targets, ctx.cap, lse, entropy, dnll, dlse, dmean, dentropy), None, None
 
 
-def softcap_ce(logits, targets, cap):
-    """logits (N, V) floating, targets (N,) int64 -> nll, lse, mean, entropy, each (N,) float32 and differentiable."""
+def _check_loss(logits, targets, cap):
     if logits.dim() != 2 or 0 in logits.shape or not logits.is_floating_point():
         raise ValueError(f"logits {tuple(logits.shape)} {logits.dtype}: needs a non-empty floating (N, V)")
     if targets.shape != logits.shape[:1] or targets.dtype != torch.int64:
@@ -209,4 +208,10 @@ def softcap_ce(logits, targets, cap):
         raise ValueError("logits torch.float64 on CUDA: use float32, bfloat16 or float16")
     if not cap > 0:
         raise ValueError(f"logit cap {cap}: must be positive")
+
+
+def softcap_ce(logits, targets, cap):
+    """logits (N, V) floating, targets (N,) int64 -> nll, lse, mean, entropy, each (N,) float32 and differentiable."""
+    if __debug__:
+        _check_loss(logits, targets, cap)
     return softcap_ce_op(logits, targets, float(cap))

@@ -398,8 +398,7 @@ def koopman_autograd(ctx, dh, dhT):
     return du, dg, ddt, None, None if h0 is None else dh0.to(h0.dtype)
 
 
-def koopman_scan(u, g, dt, start=None, h0=None):
-    """u, g, dt (B, T, S), start (B, T) bool, h0 (B, S) -> h (B, T, S) like u, hT (B, S) float32."""
+def _check_koopman(u, g, dt, start, h0):
     if u.dim() != 3 or 0 in u.shape or not u.is_floating_point():
         raise ValueError(f"koopman u {tuple(u.shape)} {u.dtype}: needs a non-empty floating (B, T, S)")
     if u.is_cuda and u.dtype == torch.float64:
@@ -411,4 +410,10 @@ def koopman_scan(u, g, dt, start=None, h0=None):
         raise ValueError(f"koopman start {tuple(start.shape)} {start.dtype}: needs bool {tuple(u.shape[:2])}")
     if h0 is not None and h0.shape != (u.shape[0], u.shape[2]):
         raise ValueError(f"koopman h0 {tuple(h0.shape)}: needs {(u.shape[0], u.shape[2])}")
+
+
+def koopman_scan(u, g, dt, start=None, h0=None):
+    """u, g, dt (B, T, S), start (B, T) bool, h0 (B, S) -> h (B, T, S) like u, hT (B, S) float32."""
+    if __debug__:
+        _check_koopman(u, g, dt, start, h0)
     return koopman_op(u, g, dt, start, h0)

@@ -173,7 +173,7 @@ def test_functions_are_short(path):
 
 def test_the_environment_is_read_in_one_place():
     readers = [p for p in SOURCES if re.search(r"os\.environ|os\.getenv", p.read_text())]
-    assert set(readers) <= {ROOT / "train_gpt.py", ROOT / "records/verify.py", ROOT / "build_submission.py"}
+    assert set(readers) <= {ROOT / "train_gpt.py", ROOT / "records/verify.py", ROOT / "build/prove.py"}
     assert (ROOT / "train_gpt.py").read_text().count("os.environ") <= 2  # both in command_line
 
 
