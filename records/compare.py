@@ -90,16 +90,21 @@ def run_side(run: Run, mode: str = "") -> Side:
 
 def compare(a: Side, b: Side) -> dict:
     """b against the baseline a: the test, the rules, and a table of everything both know."""
-    out: dict[str, object] = {"baseline": a.name, "new": b.name, "rows": rows(a, b)}
-    if min(len(a.bpb), len(b.bpb)) < 2:
-        out["test"] = None
+    out: dict[str, object] = {"baseline": a.name, "new": b.name, "rows": rows(a, b), "test": tested(a, b)}
+    if out["test"] is None:
         out["note"] = f"no test: {len(a.bpb)} and {len(b.bpb)} scores; a Welch test needs two on each side"
-        return out
+    return out
+
+
+def tested(a: Side, b: Side) -> dict | None:
+    """Both significance rules for b against a; None with fewer than two scores on a side."""
+    if min(len(a.bpb), len(b.bpb)) < 2:
+        return None
     found = significance(a.bpb, b.bpb, a.nats, b.nats)
     same_tokens = a.ratio is not None and b.ratio is not None and abs(a.ratio / b.ratio - 1) < 1e-3
     sd_a, sd_b = deviation(a.bpb), deviation(b.bpb)
     margin_bpb = MARGIN_NATS / (math.log(2) * b.ratio) if b.ratio else None
-    out["test"] = {
+    test = {
         "gain_bpb": found.bpb.gain,
         "t": found.bpb.t,
         "df": found.bpb.df,
@@ -112,7 +117,7 @@ def compare(a: Side, b: Side) -> dict:
         # 0.005 nats a token is another BPB for every tokenizer; nats of two tokenizers cannot be subtracted
         in_bpb = significance_margin(a.bpb, b.bpb, margin_bpb)
         nats = found.nats if same_tokens else None
-        out["test"] |= {
+        test |= {
             "margin_bpb": margin_bpb,
             "gain_nats": nats.gain if nats else found.bpb.gain * math.log(2) * b.ratio,
             "p_margin": nats.p if nats else in_bpb,
@@ -121,7 +126,7 @@ def compare(a: Side, b: Side) -> dict:
             + ("" if same_tokens else ", converted by the new record's tokenizer"),
             "seeds_needed_readme": seeds_needed(found.bpb.gain, sd_a, len(a.bpb), sd_b, margin_bpb, P_README),
         }
-    return out
+    return test
 
 
 def significance_margin(a: list[float], b: list[float], margin: float) -> float:

@@ -9,7 +9,7 @@ import re
 from records.flow import call_name, path_of
 
 BEFORE = "adapts on validation tokens that it has not scored (PR 1376, 672: test-time training before the score)"
-SLOT = "fits on the window it scores, legal only if that fit sees scored tokens alone (SLOT, PR 1240)"
+FITTED = "learns from a window and then scores it, legal only if it learns from scored tokens alone (PR 152, 1240)"
 AGAIN = "scores the same tokens in every epoch of adapting on them (PR 568: only the first score counts)"
 
 VALIDATION = re.compile(r"^val_(?:tokens?|data|seqs?|ids|stream)\w*$|^valid(?:ation)?_(?:tokens?|data)$")
@@ -32,7 +32,6 @@ class Order:
         steps = [n.lineno for n in calls if call_name(n) == "step" and "opt" in path_of(n.func).lower()]
         learns = self.from_validation(nodes) if any(call_name(n) == "backward" for n in calls) else []
         self.learns = [line for line in learns if any(step >= line for step in steps)]
-        self.slot = "slot" in node.name or any("slot" in path_of(n.func) for n in calls if call_name(n) == "step")
 
     def from_validation(self, nodes: list) -> list:
         """Lines of `x.backward()` where x comes from validation tokens, read in the order of the lines."""
@@ -89,7 +88,7 @@ def learning_first(functions: list) -> list:
             if any(line in inside for line in order.learns) and any(line in inside for line in order.scores):
                 found.append([AGAIN, loop.lineno])
         if order.learns and min(order.scores, default=order.learns[0]) >= order.learns[0] and unscored(order, orders):
-            found.append([SLOT if order.slot else BEFORE, order.learns[0]])
+            found.append([FITTED if order.scores else BEFORE, order.learns[0]])
     return found
 
 

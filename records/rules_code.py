@@ -10,7 +10,7 @@ from records.files import read_bytes
 from records.folder import Finding, Folder, Script
 from records.logs import Log
 from records.lut import Unknown, deviations
-from records.order import BEFORE, SLOT
+from records.order import BEFORE, FITTED
 from records.tokenizer import read_vocabulary
 
 # switches that rulings forbid, as they appear in hyper-parameter blocks: (pattern of name, forbidden value, why)
@@ -248,7 +248,7 @@ def static_scan(folder: Folder) -> Iterator[Finding]:
 
 def switched_off(script: Script, what: str, folder: Folder) -> str:
     """Why a forbidden path of the script was not taken: off by default, and no log turns it on."""
-    names = {SLOT: r"slot_enabled$", BEFORE: r"pre_?quant_?ttt_enabled$"}.get(what)
+    names = {FITTED: r"(slot|etlb)_enabled$", BEFORE: r"pre_?quant_?ttt_enabled$"}.get(what)
     if names is None:
         return ""
     default = [n for n, (value, _) in script.facts["defaults"].items() if re.search(names, n, re.I) and value in OFF]

@@ -7,10 +7,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from records.claim import Claim, as_number, tolerance
+from records.compare import Side, tested
 from records.facts import (
     IMPLIED_BYTES,
     LEAKY_SHARDS,
     MARGIN_NATS,
+    P_PRACTICE,
     VAL_DOCS,
     VAL_TOKENS,
     WRONG_VAL_TOKENS,
@@ -19,7 +21,7 @@ from records.facts import (
 )
 from records.folder import Finding, Folder, Proof, seed_in_name
 from records.logs import Log
-from records.stats import deviation, mean, significance
+from records.stats import deviation, mean
 
 FREE = re.compile(r"seed|run_?id|path|files?$|dir$|rank$|logfile|is_main|time|date|device|host|port|name", re.I)
 
@@ -299,23 +301,33 @@ def significant(folder: Folder) -> Iterator[Finding]:
     baseline = folder.baseline or frontier(folder)
     if baseline is None:
         return
-    base = Folder(baseline, folder.policy)
-    (new_bpb, new_nats), (old_bpb, old_nats) = folder.scores(), base.scores()
-    if min(len(new_bpb), len(old_bpb)) < 2:
+    test = tested(baseline_side(baseline), Side(folder.path.name, *folder.scores()))
+    if test is None:
         yield Finding("na", f"fewer than two seeds on one side, against {baseline.name}")
         return
-    found = significance(old_bpb, new_bpb, old_nats, new_nats)
     yield Finding(
-        "pass" if found.practice else folder.either("pass", "warn"),
-        f"{found.bpb.gain:+.5f} BPB against {baseline.name}: one-sided Welch p {found.bpb.p:.4f} (applied: p < 0.25)",
-        value=found.bpb.p,
+        "pass" if test["practice"] else folder.either("pass", "warn"),
+        f"{test['gain_bpb']:+.5f} BPB against {baseline.name}: one-sided Welch p {test['p']:.4f}"
+        f" (applied: p < {P_PRACTICE}; {enough(test['seeds_needed_practice'])})",
+        value=test["p"],
     )
-    if found.nats is not None:
+    if "readme" in test:
         yield Finding(
-            "pass" if found.readme else folder.either("warn", "pass"),
-            f"{found.nats.gain:+.5f} nats a token, p {found.nats.p:.4f} above {MARGIN_NATS} (written: p < 0.01)",
-            value=found.nats.p,
+            "pass" if test["readme"] else folder.either("warn", "pass"),
+            f"{test['gain_nats']:+.5f} nats a token, p {test['p_margin']:.4f} that it is above {MARGIN_NATS}"
+            f" (written: {test['readme_rule']}; {enough(test['seeds_needed_readme'])})",
+            value=test["p_margin"],
         )
+
+
+def enough(seeds: int | None) -> str:
+    return f"{seeds} seeds suffice" if seeds else "no number of seeds suffices"
+
+
+@lru_cache(maxsize=64)
+def baseline_side(path: Path) -> Side:
+    """The scores of a baseline, which many records share."""
+    return Side(path.name, *Folder(path).scores())
 
 
 def frontier(folder: Folder) -> Path | None:

@@ -1,5 +1,6 @@
 """F11-F13, F19: ten minutes of training, ten of evaluation, on the machine the rules name."""
 
+import re
 from collections.abc import Iterator
 
 from records.facts import EVAL_SECONDS, TRAIN_SECONDS, WORLD_SIZE
@@ -117,13 +118,16 @@ def hardware(folder: Folder) -> Iterator[Finding]:
             yield Finding("fail", f"ran on {world:.0f} ranks, the rules say 8", log.name, line, world)
         elif world is not None:
             yield Finding("pass", "8 ranks", log.name, line)
-        wrong = {name: n for name, n in log.gpus.items() if "H100" not in name}
+        wrong = {name: n for name, n in log.gpus.items() if "H100" not in name or re.search("PCIe|NVL", name)}
         if wrong:
             yield Finding(
                 folder.either("fail", "warn"),
                 f"ran on {', '.join(f'{n} x {g}' for g, n in wrong.items())}, the rules say H100",
                 log.name,
             )
+        elif log.gpus and sum(log.gpus.values()) % WORLD_SIZE:
+            seen = sum(log.gpus.values())
+            yield Finding("warn", f"nvidia-smi lists {seen} GPUs, the rules say {WORLD_SIZE}", log.name, value=seen)
         elif log.gpus:
             yield Finding("pass", ", ".join(f"{n} x {g}" for g, n in log.gpus.items()), log.name)
     stated = folder.claim.text("hardware") if folder.claim else ""

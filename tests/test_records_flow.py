@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from records.flow import BETTER, GATED, HASHED
-from records.order import AGAIN, BEFORE, SLOT
+from records.order import AGAIN, BEFORE, FITTED
 from records.script import facts
 
 SCORE = """
@@ -171,7 +171,7 @@ def eval_val(model, val_tokens):
             slot_opt.step()
         byte_count += bytes_of(window)
 """,
-        SLOT,
+        FITTED,
     ),
 }
 CLEAN = {
@@ -310,7 +310,7 @@ def test_scoring_after_learning_is_told_when_only_the_order_changes():
     lines = source.split("\n")
     scores = [line for line in lines if "_sum +=" in line or "_count +=" in line]
     late = [line for line in lines if line not in scores]
-    assert told("\n".join([*late[:-1], *scores, ""])) == {BEFORE}
+    assert told("\n".join([*late[:-1], *scores, ""])) == {FITTED}
 
 
 def test_a_function_that_nobody_calls_adapts_nothing():
