@@ -58,7 +58,6 @@ from export.budget import check_budget, describe, plan_bytes, solve_budget
 from export.container import BYTE_CAP, Row, check_model, check_shipped, pack, row_parts, unpack, write_artifact
 from export.gptq import CurvatureCollector, felt, gptq_rounding, gptq_rows
 from export.quantise import STEP_CODECS, int_grid, int_value
-from export.trellis import refuse_trellis
 from kernels.attention import attend, attention_mask, positions, rotary_tables, rotate_pairs
 from kernels.capsule import capsule_scan, routing_statistics
 from kernels.engram import Engram, EngramRead
@@ -297,8 +296,8 @@ def check_config(c: Config) -> None:
         ("carry" in c.parts and c.seq_schedule, "part carry goes on from window to window: leave seq_schedule empty"),
         (c.micro_tokens % c.seq_len, f"micro_tokens {c.micro_tokens} is not a multiple of seq_len {c.seq_len}"),
         (not c.max_steps and not c.max_seconds, "no limit: set max_steps or max_seconds"),
-        (PACKED and (c.val_every or c.sample_every or c.export_every or c.checkpoint_every or c.resume),
-         "a packed file never pauses: leave val_every, sample_every, export_every, checkpoint_every and resume out"),
+        ("trellis" in {trained_codec(c, family) for family in FAMILIES},
+         "codec trellis is a path found after training: leave qat out of parts, and engrams in another codec"),
         (0 < c.max_seconds <= c.reserve_seconds, f"reserve_seconds {c.reserve_seconds} leaves nothing of max_seconds"),
     ]:  # fmt: skip
         if bad:
@@ -729,7 +728,7 @@ def uniform(bits: int) -> Callable:
 GRIDS = {
     "ternary": lambda c, w: ternary_project(w, c.group, c.rule),
     "int4": uniform(4), "int5": uniform(5), "int6": uniform(6), "int7": uniform(7), "int8": uniform(8),
-    "trellis": lambda c, w: refuse_trellis(),
+    "trellis": None,  # a path found after training
     "fp16": lambda c, w: w.half().float(),
     "fp32": lambda c, w: w,
 }  # fmt: skip
@@ -1119,7 +1118,8 @@ def export_model(c: Config, rt: Runtime, run: Run, log: Log) -> bytes:
     digest = hashlib.sha256(blob).hexdigest()
     if rt.rank == 0:
         write_artifact(log.folder / "final_model.skc", blob)
-    log.record("artifact", bytes=len(blob), sha256=digest, tensors=[] if PACKED else describe(blob)["tensors"])
+    tensors = {} if PACKED else {"tensors": describe(blob)["tensors"]}
+    log.record("artifact", bytes=len(blob), sha256=digest, **tensors)
     log.text(f"artifact: {len(blob):,} bytes, sha256 {digest}; with {CODE_BYTES:,} of code {left:,} under the cap")
     return blob
 

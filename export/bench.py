@@ -10,7 +10,7 @@ import torch
 from export.codecs import ALPHABETS, CODECS, Base3Codec, MaskSignCodec
 from export.container import Row, pack, read_parts
 from export.entropy import Rans, fresh_states, lanes_for, learn_book, row_entropy
-from export.quantise import INT_BITS, to_grid
+from export.quantise import STEP_CODECS, to_grid
 
 BENCH_ROWS, BENCH_COLUMNS = 1536, 768
 BROTLI_SAMPLE = 1 << 20                      # brotli 11 packs half a megabyte a second, so it is shown this much
@@ -29,7 +29,7 @@ def bench(millions: float, blob: bytes | None = None) -> list[dict]:
 def bench_artifact(blob: bytes) -> list[dict]:
     manifest, parts = read_parts(blob)
     found = [Row(e.name, torch.empty(e.shape), e.codec, p) for e, p in zip(manifest.entries, parts)]
-    families = {codec: [row for row in found if row.codec == codec] for codec in ("ternary", *INT_BITS)}
+    families = {codec: [row for row in found if row.codec == codec] for codec in ("ternary", *STEP_CODECS)}
     return [line for own in families.values() if own for line in _measure("artifact", own, manifest.group)]
 
 

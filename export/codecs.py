@@ -12,7 +12,7 @@ import torch
 from export.quantise import int_levels
 
 ALPHABETS = {"trits": 3, "factor": 128, "int4": 15, "int5": 31, "int6": 63, "int7": 127, "int8": 255,
-             "high": 256, "low": 256}
+             "trellis": 255, "high": 256, "low": 256}
 BASE3 = np.array([81, 27, 9, 3, 1], np.uint16)
 
 
@@ -43,13 +43,13 @@ class TernaryCodec:
 class IntCodec:
     """q (..., K) int8 in [-levels, levels], step (...) float16 <-> q + levels, two byte planes."""
 
-    def __init__(self, bits: int):
-        self.bits, self.levels = bits, int_levels(bits)
+    def __init__(self, bits: int, kind: str = ""):
+        self.kind, self.levels = kind or f"int{bits}", int_levels(bits)
 
     def encode(self, parts: tuple[torch.Tensor, ...]) -> list[Plane]:
         q, step = parts
         symbols = (q.reshape(-1, q.shape[-1]).numpy() + np.int16(self.levels)).astype(np.uint8)
-        return [Plane(f"int{self.bits}", symbols), *half_planes(step)]
+        return [Plane(self.kind, symbols), *half_planes(step)]
 
     def decode(self, planes: list[np.ndarray], shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
         symbols, high, low = planes
@@ -58,7 +58,7 @@ class IntCodec:
 
     def layout(self, shape: tuple[int, ...], group: int) -> list[tuple[str, int, int]]:
         rows = math.prod(shape[:-1])
-        return [(f"int{self.bits}", rows, shape[-1]), *half_layout(rows)]
+        return [(self.kind, rows, shape[-1]), *half_layout(rows)]
 
 
 class HalfCodec:
@@ -75,7 +75,7 @@ class HalfCodec:
 
 
 CODECS = {"ternary": TernaryCodec(), "int4": IntCodec(4), "int5": IntCodec(5), "int6": IntCodec(6), "int7": IntCodec(7),
-          "int8": IntCodec(8), "fp16": HalfCodec()}
+          "int8": IntCodec(8), "trellis": IntCodec(8, "trellis"), "fp16": HalfCodec()}
 
 
 def half_planes(half: torch.Tensor) -> list[Plane]:

@@ -11,8 +11,10 @@ from torch import nn
 
 from export.container import Row
 from export.quantise import INT_BITS, Parts, from_grid, int_levels, int_round, row_rms
+from export.trellis import trellis_grid, trellis_levels
 from kernels.ternary import ternary_grid
 
+TRELLIS_BITS = 6                        # of the integer grid whose steps a trellis takes when only a clip is given
 CLIP_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
 CLIP_SIGMAS = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.5, 5.0)
 
@@ -102,9 +104,32 @@ def gptq_int(w: torch.Tensor, hessian: torch.Tensor, bits: int, step: torch.Tens
     return error_feedback(w, hessian, nearest, size.expand(w.shape[1], -1).T, **solve).to(torch.int8), step
 
 
+def gptq_trellis(w: torch.Tensor, hessian: torch.Tensor, step: torch.Tensor, **solve) -> Parts:
+    """GPTQ that walks a trellis down each column: q int8 (N, K), step float16 (N,)."""
+    step = step.half()
+    inverse = torch.where(step > 0, 1 / step.float(), 0)
+
+    def nearest(column: torch.Tensor, k: int) -> torch.Tensor:
+        return trellis_levels((column * inverse)[:, None])[:, 0]
+
+    levels = error_feedback(w, hessian, nearest, step.float().expand(w.shape[1], -1).T, **solve)
+    return levels.floor().to(torch.int8), step
+
+
+def gptq_at_steps(w: torch.Tensor, hessian: torch.Tensor, codec: str, step: torch.Tensor, **solve) -> Parts:
+    if codec == "trellis":
+        return gptq_trellis(w, hessian, step, **solve)
+    return gptq_int(w, hessian, INT_BITS[codec], step, **solve)
+
+
 def gptq_rounding(curves: dict[str, Curvature]) -> Callable[[Row, torch.Tensor], Parts]:
     """For the budget solver: a row at the given steps, on a grid wide enough for any of them."""
-    return lambda row, step: gptq_int(row.tensor.detach().float(), curves[row.name].inputs, 8, step)
+
+    def quantise(row: Row, step: torch.Tensor) -> Parts:
+        codec = "trellis" if row.codec == "trellis" else "int8"
+        return gptq_at_steps(row.tensor.detach().float(), curves[row.name].inputs, codec, step)
+
+    return quantise
 
 
 def gptq_ternary(w: torch.Tensor, hessian: torch.Tensor, group: int, rule: str, **solve) -> Parts:
@@ -179,15 +204,16 @@ def gptq_rows(rows: list[Row], curves: dict, *, group: int, rule: str, clips: di
 
 
 def _gptq_row(row: Row, curve: Curvature | None, group: int, rule: str, clip: float, solve: dict) -> Row:
-    w, bits = row.tensor.detach().float(), INT_BITS.get(row.codec)
-    if row.parts is not None or (bits is None and (row.codec != "ternary" or curve is None)):
+    if row.parts is not None or row.codec == "fp16" or (row.codec == "ternary" and curve is None):
         return row
-    if bits is None:
+    w = row.tensor.detach().float()
+    if row.codec == "ternary":
         plain, better = ternary_grid(w, group, rule), gptq_ternary(w, curve.inputs, group, rule, **solve)
     else:
-        step = clip * row_rms(w) / int_levels(bits) if clip else clip_search(w, bits)
-        plain = int_round(w, step.float(), bits)
-        better = plain if curve is None else gptq_int(w, curve.inputs, bits, step, **solve)
+        bits = INT_BITS.get(row.codec, TRELLIS_BITS)
+        step = (clip * row_rms(w) / int_levels(bits) if clip else clip_search(w, bits)).float()
+        plain = trellis_grid(w, step) if row.codec == "trellis" else int_round(w, step, bits)
+        better = plain if curve is None else gptq_at_steps(w, curve.inputs, row.codec, step, **solve)
     if curve is None:
         return row._replace(parts=plain)
     ours, theirs = (float((output_error(w, from_grid(row.codec, p), curve.inputs) * curve.outputs).sum())

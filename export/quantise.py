@@ -7,10 +7,12 @@ Letters: N rows, K inputs of a row.
 import torch
 import torch.nn.functional as F
 
+from export.trellis import trellis_value
 from kernels.ternary import ternary_grid, ternary_value
 
 INT_BITS = {"int4": 4, "int5": 5, "int6": 6, "int7": 7, "int8": 8}
-CODEC_NAMES = ("ternary", *INT_BITS, "fp16")
+STEP_CODECS = (*INT_BITS, "trellis")                # a step a row sets their rate
+CODEC_NAMES = ("ternary", *INT_BITS, "fp16")        # what a weight alone decides; a trellis is walked by gptq.py
 Parts = tuple[torch.Tensor, ...]
 
 
@@ -54,7 +56,7 @@ def half_grid(w: torch.Tensor) -> torch.Tensor:
 def to_grid(w: torch.Tensor, codec: str, *, group: int = 128, rule: str = "absmean", clip: float = 0.0) -> Parts:
     """The integer parts of w under a codec; NaN, infinite, or out of the codec's reach is an error."""
     if codec not in CODEC_NAMES:
-        raise ValueError(f"codec {codec!r}: not one of {', '.join(CODEC_NAMES)}")
+        raise ValueError(f"codec {codec!r}: not one of {', '.join(CODEC_NAMES)}, which a weight alone decides")
     if not torch.isfinite(w).all():
         raise ValueError(f"{int((~torch.isfinite(w)).sum())} of {w.numel()} weights are NaN or infinite")
     if codec == "ternary":
@@ -74,6 +76,8 @@ def from_grid(codec: str, parts: Parts) -> torch.Tensor:
     """The float32 tensor that parts mean."""
     if codec == "ternary":
         return ternary_value(*parts)
+    if codec == "trellis":
+        return trellis_value(*parts)
     return parts[0].float() if codec == "fp16" else int_value(*parts)
 
 

@@ -25,9 +25,11 @@ from export.container import (
     unpack,
     write_artifact,
 )
-from export.quantise import CODEC_NAMES, from_grid, snap, to_grid
+from export.quantise import CODEC_NAMES, from_grid, row_rms, snap, to_grid
+from export.trellis import trellis_grid
 
 GOLDEN = Path(__file__).parent / "golden.skc"
+GOLDEN_TRELLIS = Path(__file__).parent / "golden_trellis.skc"
 META = {"dim": 64, "layers": "AK"}
 CLIPS = {"int4": 3.0, "int6": 11.5}
 
@@ -49,8 +51,15 @@ def masters():
             Row("gain", numbers(33), "fp16"), Row("scale", numbers(), "fp16"), Row("none", torch.zeros(0), "fp16")]
 
 
+def paths():
+    """Rows whose integers are paths through the trellis: whole blocks of rows, and a block that is cut short."""
+    rows = [Row(f"path{n}", numbers(n, 40, salt=n), "trellis") for n in (64, 100)]
+    return [row._replace(parts=trellis_grid(row.tensor, row_rms(row.tensor) * 0.4)) for row in rows]
+
+
 def snapped(rows, group=16, rule="ls"):
-    return {r.name: snap(r.tensor, r.codec, group=group, rule=rule, clip=CLIPS.get(r.codec, 0.0)) for r in rows}
+    return {r.name: from_grid(r.codec, r.parts) if r.parts else
+            snap(r.tensor, r.codec, group=group, rule=rule, clip=CLIPS.get(r.codec, 0.0)) for r in rows}
 
 
 def packed(rows=None, meta=META, group=16, rule="ls"):
@@ -136,7 +145,7 @@ def test_slices_of_one_bank_are_different_tensors():
 def test_the_file_names_every_codec_that_the_writer_may_choose(codec):
     blob = pack([Row("w", numbers(32, 64), codec)], {}, group=16)
     assert read_manifest(blob)[0].entries[0].codec == codec
-    assert set(CODECS) == set(CODEC_NAMES)
+    assert set(CODECS) == {*CODEC_NAMES, "trellis"}
     assert unpack(blob)[0]["w"].dtype == torch.float32
 
 
@@ -181,6 +190,15 @@ def test_the_golden_file_reads_and_writes_as_it_always_did():
     assert packed() == GOLDEN.read_bytes(), "the writer changed: raise SKC_VERSION if an old reader fails"
 
 
+def test_the_golden_file_of_paths_reads_and_writes_as_it_always_did():
+    tensors, _ = unpack(GOLDEN_TRELLIS.read_bytes())
+    check_shipped(snapped(paths()), tensors)
+    assert packed(paths()) == GOLDEN_TRELLIS.read_bytes()
+    wrong = [r._replace(parts=(r.parts[0].roll(1, 0), r.parts[1])) for r in paths()]
+    with pytest.raises(ValueError, match="not what trained"):
+        check_shipped(snapped(wrong), tensors)
+
+
 def planes_of(codec, shape, group):
     """FORMAT.md, section 3."""
     rows, size = math.prod(shape[:-1]), math.prod(shape)
@@ -192,7 +210,8 @@ def planes_of(codec, shape, group):
 
 def plain_reader(blob):
     """The planes of a file, read one symbol at a time by FORMAT.md alone: {(tensor, place): symbols}."""
-    alphabets = {"trits": 3, "factor": 128, **{f"int{b}": 2**b - 1 for b in (4, 5, 6, 7, 8)}, "high": 256, "low": 256}
+    alphabets = {"trits": 3, "factor": 128, **{f"int{b}": 2**b - 1 for b in (4, 5, 6, 7, 8)}, "trellis": 255,
+                 "high": 256, "low": 256}
     (size,) = struct.unpack_from("<I", blob, 8)
     manifest = json.loads(brotli.decompress(blob[12:12 + size]))
     at, lanes, planes = 12 + size + manifest["rest"], manifest["lanes"], {}
@@ -232,8 +251,9 @@ def plain_reader(blob):
     return planes
 
 
-def test_a_reader_written_from_the_contract_alone_finds_the_same_planes():
-    blob = GOLDEN.read_bytes()
+@pytest.mark.parametrize("path", [GOLDEN, GOLDEN_TRELLIS], ids=lambda p: p.stem)
+def test_a_reader_written_from_the_contract_alone_finds_the_same_planes(path):
+    blob = path.read_bytes()
     ours = read_planes(blob).planes
     assert {key: plane.ravel().tolist() for key, plane in ours.items()} == plain_reader(blob)
 
@@ -330,7 +350,7 @@ def mutated_text(text, rng):
 
 def fuzz(count, seed):
     """Mutated files: as found, and with the checksum made right, the manifest among them."""
-    rng, blob = random.Random(seed), packed()
+    rng, blob = random.Random(seed), packed([*masters(), *paths()])
     truth, size = unpack(blob)[0], SKC_HEAD.unpack_from(blob)[-1]
     text, tail = brotli.decompress(blob[SKC_HEAD.size:SKC_HEAD.size + size]), blob[SKC_HEAD.size + size:]
     refused = 0

@@ -71,6 +71,7 @@ def test_a_command_line_beats_the_environment_beats_the_profile_beats_the_defaul
     (["embed_rank=64"], "embed_rank 64 is not a multiple of group 128"),
     (["layers=AXA"], "no 'X'"),
     (["parts=xxa"], "did you mean xsa"),
+    (["weight_codec=trellis"], "leave qat out of parts"),
     (["loop=3,9,2"], "last of the 6 layers"),
     (["loop=3,5,1"], "two passes or more"),
     (["max_steps=0", "max_seconds=0"], "no limit"),
@@ -159,7 +160,7 @@ def test_the_loop_begins_at_its_progress():
 # ---- masters and grids
 
 
-@pytest.mark.parametrize("codec", [name for name in GRIDS if name not in ("fp16", "fp32")])
+@pytest.mark.parametrize("codec", [name for name in GRIDS if name not in ("trellis", "fp16", "fp32")])
 def test_the_model_always_holds_values_of_its_codec(codec):
     c = tiny(weight_codec=codec)
     model = stirred(c)
