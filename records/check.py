@@ -10,7 +10,15 @@ from pathlib import Path
 from records.files import clean
 from records.folder import Finding, Folder
 from records.rules_code import byte_function, prepared_data, script_ran, scripts_parse, static_scan, tokenizer_files
-from records.rules_folder import certificate, claim_schema, folder_place, folder_safe, manifest, required_files
+from records.rules_folder import (
+    certificate,
+    claim_schema,
+    folder_place,
+    folder_safe,
+    manifest,
+    required_files,
+    verified,
+)
 from records.rules_score import (
     best_of,
     byte_fingerprint,
@@ -22,7 +30,7 @@ from records.rules_score import (
     significant,
     training_happened,
 )
-from records.rules_size import artifact_cap, artifact_files, code_bytes, totals_agree
+from records.rules_size import artifact_cap, artifact_files, code_bytes, size_margin, totals_agree
 from records.rules_time import eval_time, hardware, stated_times, train_time, warm_up_tokens
 
 RANK = {"na": 0, "pass": 1, "warn": 2, "fail": 3}
@@ -118,6 +126,12 @@ CHECKS = (
             ("prefix consistency", "future flip", "counterfactual sums", "order of score and update", "isolation"), 1
         )
     ),
+    Check("L5", verified("L5"), "scored in the order of the stream", "issue 1017, from verification.json"),
+    Check("L6", verified("L6"), "loss and bytes added up again", "README: val_bpb correctly calculated"),
+    Check("L7", verified("L7"), "nothing but artifact, script and data", "README: no external downloads"),
+    Check("L8", verified("L8"), "the clock of the one who checks", "README: evaluation time"),
+    Check("L9", verified("L9"), "two evaluations agree, two exports fit", "README: reproducible runs"),
+    Check("L9", size_margin, "sizes waver less than the room below the cap", "PR 1978: 5 kB from run to run"),
 )
 
 

@@ -19,7 +19,7 @@ from records.new import Request, build
 from records.page import Raw, cell, page, section, table
 from records.report import write_report
 from records.runs import open_run
-from records.verify import COMMAND, verify
+from records.verify import COMMAND, EXPORT, Trial, verify
 
 MANY = 16  # folders from which starting processes pays
 MARKS = {"pass": "ok", "warn": "warn", "fail": "FAIL", "na": "-"}
@@ -135,7 +135,13 @@ def verify_command(args: argparse.Namespace) -> int:
     folder, artifact, data = existing(Path(args.folder)), Path(args.artifact), existing(Path(args.data))
     if not artifact.is_file():
         raise ValueError(f"{artifact}: no such artifact")
-    outcome = verify(Folder(folder), artifact, data, args.command, args.timeout)
+    checkpoint = Path(args.checkpoint) if args.checkpoint else None
+    if checkpoint is not None and not checkpoint.is_file():
+        raise ValueError(f"{checkpoint}: no such checkpoint")
+    if args.repeat < 1:
+        raise ValueError(f"--repeat {args.repeat}: evaluate at least once")
+    trial = Trial(args.command, args.repeat, args.timeout, checkpoint, args.export)
+    outcome = verify(Folder(folder), artifact, data, trial)
     rows = [{"id": probe} | f.as_json() for probe, f in outcome.findings]
     if args.json:
         say(json.dumps({"folder": clean(folder, 1000), "checks": rows, "verdict": outcome.verdict}, default=str))
@@ -263,7 +269,10 @@ def verify_options(p: Parser) -> None:
     p.add_argument("--data", required=True, help="folder with tokenizer and validation shards")
     p.add_argument("--execute", action="store_true", help="allow the submission's code to run")
     p.add_argument("--command", default=COMMAND, help=f"how to evaluate (default: {COMMAND})")
-    p.add_argument("--timeout", type=float, default=3600.0, help="seconds")
+    p.add_argument("--repeat", type=int, default=1, help="evaluations; two show how far they lie apart")
+    p.add_argument("--checkpoint", default="", help="quantise and pack this one twice, and compare the sizes")
+    p.add_argument("--export", default=EXPORT, help=f"how to do that (default: {EXPORT})")
+    p.add_argument("--timeout", type=float, default=3600.0, help="seconds each")
     p.add_argument("--json", action="store_true")
 
 

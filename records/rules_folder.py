@@ -167,3 +167,22 @@ def probe_verdict(folder: Folder, name: str, probe: str) -> Finding:
     if not isinstance(row, dict) or row.get("status") not in {"pass", "fail", "na"}:
         return Finding("warn", "; ".join(problems) or f"no verdict for {probe}", name)
     return Finding(row["status"], f"{probe}: {row.get('evidence', '')}", name)
+
+
+def verified(probe: str) -> Callable[[Folder], Iterator[Finding]]:
+    """The check of what a run found that was kept as `records verify --json > verification.json`."""
+
+    def check(folder: Folder) -> Iterator[Finding]:
+        name = "verification.json"
+        if name not in folder.files:
+            return
+        value, problems = parse_json(read_bytes(folder.files[name].path, MAX_JSON))
+        rows = value.get("checks") if isinstance(value, dict) else None
+        if not isinstance(rows, list):
+            yield Finding("warn", "; ".join(problems) or "no table of checks", name)
+            return
+        for row in rows:
+            if isinstance(row, dict) and row.get("id") == probe and row.get("status") in {"pass", "warn", "fail", "na"}:
+                yield Finding(row["status"], str(row.get("note", "")), name)
+
+    return check

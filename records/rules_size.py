@@ -124,6 +124,17 @@ def seed_totals(folder: Folder) -> Iterator[Finding]:
             )
 
 
+def size_margin(folder: Folder) -> Iterator[Finding]:
+    """The spread of the sizes over the runs against what is left below the cap."""
+    sizes = [total.count for log in folder.proven_logs if (total := final_total(log))]
+    if len(sizes) < 2 or max(sizes) > CAP_BYTES:
+        return
+    spread, margin = max(sizes) - min(sizes), CAP_BYTES - max(sizes)
+    risk = "" if margin >= spread else ": another seed may exceed it"
+    note = f"the sizes of {len(sizes)} runs lie {spread:,} bytes apart, the largest {margin:,} below the cap{risk}"
+    yield Finding("pass", note, value=margin)
+
+
 def artifact_files(folder: Folder) -> Iterator[Finding]:
     """Weights in the folder must be what the logs measured."""
     sizes = {m.count for log in folder.logs for m in log.models}

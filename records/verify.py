@@ -12,15 +12,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from records.claim import as_number, parse_json
-from records.facts import EVAL_SECONDS, SHARD_HEADER, SHARD_MAGIC, SHARD_VERSION
+from records.facts import CAP_BYTES, EVAL_SECONDS, SHARD_HEADER, SHARD_MAGIC, SHARD_VERSION
 from records.folder import Finding, Folder, sha256_file
-from records.logs import Log, read_log
+from records.logs import read_log
 from records.tokenizer import read_vocabulary
 
 GUARD = '''"""Refuses every connection of this process."""
@@ -43,7 +44,10 @@ KEEP = (
 )
 SPAN = ("start", "stop", "nats", "nbytes")
 TOLERANCE = 5e-6  # BPB
+NOISE = 5e-4  # BPB; two honest evaluations never lie further apart
+ARTIFACTS = frozenset({".skc", ".ptz", ".pt", ".bin", ".xz", ".br"})
 COMMAND = "{python} {script} --evaluate {artifact} data={data} run_id=verify"
+EXPORT = "{python} {script} --export --checkpoint {checkpoint} data={data} run_id=verify"
 
 
 @dataclass
@@ -61,7 +65,26 @@ class Outcome:
         return "fail" if worst == "fail" else worst
 
 
-def verify(folder: Folder, artifact: Path, data: Path, command: str = COMMAND, seconds: float = 3600.0) -> Outcome:
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What one run of the evaluation left: scores by mode, and (start, stop, nats, bytes, lane) rows by mode."""
+
+    printed: dict[str, float]
+    spans: dict[str, list[tuple]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What to run, how often, and for how long at most."""
+
+    command: str = COMMAND
+    repeat: int = 1
+    seconds: float = 3600.0
+    checkpoint: Path | None = None
+    export: str = EXPORT
+
+
+def verify(folder: Folder, artifact: Path, data: Path, trial: Trial) -> Outcome:
     """Evaluate `artifact` with the folder's script and compare everything that can be compared."""
     out = Outcome()
     script = folder.main
@@ -69,28 +92,79 @@ def verify(folder: Folder, artifact: Path, data: Path, command: str = COMMAND, s
         out.add("L7", "fail", "no training script to run")
         return out
     claimed_artifact(folder, artifact, out)
-    with tempfile.TemporaryDirectory(prefix="verify_") as room:
-        box = Path(room)
-        for source in {script.name, *(s.name for s in folder.helpers), *(e.name for e in folder.native)}:
-            (box / source).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder.files[source].path, box / source)
-        shutil.copyfile(artifact, box / "final_model.skc")
-        took = execute(box, fill(command, box, script.name, data), seconds, out)
-        if took is not None:
-            judge(folder, box, data, took, out)
+    values = {"{python}": sys.executable, "{script}": script.name, "{data}": str(data.resolve())}
+    values["{artifact}"] = "final_model.skc"
+    runs: list[Evaluation] = []
+    for turn in range(trial.repeat):
+        with room(folder) as box:
+            shutil.copyfile(artifact, box / "final_model.skc")
+            if execute(box, fill(trial.command, values), trial.seconds, out) is None:
+                break
+            runs.append(Evaluation(printed_scores(box), spans_by_mode(box)))
+        if turn == 0:
+            judge(folder, runs[0], data, out)
+    noise_floor(runs, out)
+    if trial.checkpoint is not None:
+        export_twice(folder, trial, values, out)
     certificate_agrees(folder, out)
     return out
 
 
-def fill(command: str, box: Path, script: str, data: Path) -> list[str]:
-    values = {
-        "{python}": sys.executable,
-        "{script}": script,
-        "{artifact}": "final_model.skc",
-        "{data}": str(data.resolve()),
-    }
-    words = [values.get(word, word) for word in command.split()]
-    return [re.sub(r"\{(\w+)\}", lambda m: values.get(m[0], m[0]), w) for w in words]
+@contextmanager
+def room(folder: Folder) -> Iterator[Path]:
+    """A fresh folder with the submission's code and nothing else."""
+    code = {folder.main.name, *(s.name for s in folder.helpers), *(e.name for e in folder.native)}
+    with tempfile.TemporaryDirectory(prefix="verify_") as place:
+        box = Path(place)
+        for source in code:
+            (box / source).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder.files[source].path, box / source)
+        yield box
+
+
+def noise_floor(runs: list[Evaluation], out: Outcome) -> None:
+    """How far evaluations of one artifact lie apart: no smaller gain means anything."""
+    if len(runs) < 2:
+        out.add("L9", "na", "one evaluation; --repeat 2 shows how far two lie apart")
+        return
+    names = set.intersection(*(set(r.printed) for r in runs))
+    spread = {name: max(values) - min(values) for name in names if (values := [r.printed[name] for r in runs])}
+    if not spread:
+        out.add("L9", "warn", "the evaluations print no score in common")
+        return
+    name = max(spread, key=spread.__getitem__)
+    status = "pass" if spread[name] <= TOLERANCE else "warn" if spread[name] <= NOISE else "fail"
+    same = "" if spread[name] else ", to the last digit"
+    note = f"{len(runs)} evaluations of one artifact lie {spread[name]:.2e} BPB apart ({name}{same})"
+    out.add("L9", status, note, value=spread[name])
+
+
+def export_twice(folder: Folder, trial: Trial, values: dict[str, str], out: Outcome) -> None:
+    """Quantise and pack one checkpoint twice: how much the size wavers, and how far it stays below the cap."""
+    artifacts: list[tuple[int, str]] = []
+    for _ in range(2):
+        with room(folder) as box:
+            shutil.copyfile(trial.checkpoint, box / "checkpoint.pt")
+            before = set(box.rglob("*"))
+            command = fill(trial.export, values | {"{checkpoint}": "checkpoint.pt"})
+            if execute(box, command, trial.seconds, out) is None:
+                return
+            made = [p for p in set(box.rglob("*")) - before if p.suffix in ARTIFACTS]
+            if not made:
+                out.add("L9", "fail", f"the export leaves no file with a suffix of {', '.join(sorted(ARTIFACTS))}")
+                return
+            largest = max(made, key=lambda p: p.stat().st_size)
+            artifacts.append((largest.stat().st_size, sha256_file(largest)))
+    (one, first), (two, second) = artifacts
+    margin = CAP_BYTES - max(one, two) - folder.main.size
+    jitter = abs(one - two)
+    told = "two exports are the same file" if first == second else f"two exports differ by {jitter:,} bytes"
+    status = "fail" if margin < 0 else "pass" if margin >= jitter else "warn"
+    out.add("L9", status, f"{told}; {max(one, two):,} bytes, {margin:,} below the cap with the script", value=margin)
+
+
+def fill(command: str, values: dict[str, str]) -> list[str]:
+    return [re.sub(r"\{\w+\}", lambda m: values.get(m[0], m[0]), word) for word in command.split()]
 
 
 def has_network_namespace() -> bool:
@@ -141,34 +215,34 @@ def execute(box: Path, command: list[str], seconds: float, out: Outcome) -> floa
     return took
 
 
-def judge(folder: Folder, box: Path, data: Path, took: float, out: Outcome) -> None:
+def judge(folder: Folder, run: Evaluation, data: Path, out: Outcome) -> None:
     """The printed score, the spans, and the claim."""
-    log = read_log(box / "output.txt", "output.txt")
-    printed = printed_scores(box, log)
-    if not printed:
+    if not run.printed:
         out.add("L6", "fail", "the evaluation printed no val_bpb")
         return
     claims = [p.claimed for p in folder.proofs] or ([folder.claim.number("val_bpb")] if folder.claim else [])
     claims = [c for c in claims if c is not None]
-    near = min(((abs(v - c), name, v, c) for name, v in printed.items() for c in claims), default=None)
+    near = min(((abs(v - c), name, v, c) for name, v in run.printed.items() for c in claims), default=None)
     if near is None:
-        out.add("L6", "na", f"no claim to compare with; the evaluation says {printed}")
+        out.add("L6", "na", f"no claim to compare with; the evaluation says {run.printed}")
     else:
         off, name, value, claimed = near
-        status = "pass" if off <= TOLERANCE else "warn" if off <= 5e-4 else "fail"
+        status = "pass" if off <= TOLERANCE else "warn" if off <= NOISE else "fail"
         out.add("L6", status, f"{name} gives {value:.8f}, a seed claims {claimed}", value=off)
-    modes = spans_by_mode(box)
-    if not modes:
+    if not run.spans:
         out.add("L6", "na", "the evaluation leaves no spans (spans*.jsonl or MODE.N.npz); its sums were not recomputed")
         return
     weights = byte_weights(data)
-    for mode, spans in modes.items():
-        out.findings += [("L6", finding) for finding in judge_mode(mode, sorted(spans), weights, printed)]
+    for mode, spans in run.spans.items():
+        out.findings += [("L6", finding) for finding in judge_mode(mode, sorted(spans), weights, run.printed)]
+        ordered = in_stream_order(spans)
+        order = "in the order of the stream" if ordered else "out of the order of the stream, which has to be declared"
+        out.add("L5", "pass" if ordered else "warn", f"{mode}: scored {order}")
 
 
-def printed_scores(box: Path, log: Log) -> dict[str, float]:
+def printed_scores(box: Path) -> dict[str, float]:
     """BPB by mode: result.json of the run where there is one, else the metric lines it printed."""
-    found = {m.tag: m.bpb for m in log.metrics if m.final}
+    found = {m.tag: m.bpb for m in read_log(box / "output.txt", "output.txt").metrics if m.final}
     for path in sorted(box.rglob("result.json")):
         value, _ = parse_json(path.read_bytes()[: 4 << 20])
         table = value if isinstance(value, dict) else {}
@@ -179,25 +253,42 @@ def printed_scores(box: Path, log: Log) -> dict[str, float]:
 
 
 def spans_by_mode(box: Path) -> dict[str, list[tuple]]:
-    """(start, stop, nats, bytes) rows of every mode, from JSON lines or from numpy archives named MODE.NUMBER.npz."""
+    """(start, stop, nats, bytes, lane) rows of every mode, from JSON lines or numpy archives named MODE.NUMBER.npz.
+
+    What one file and lane hold was scored one after the other.
+    """
     modes: dict[str, list[tuple]] = {}
     for path in sorted(box.rglob("spans*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            modes.setdefault(str(row.get("mode", "")), []).append(tuple(row[k] for k in SPAN))
+            lane = (path.name, row.get("lane", 0))
+            modes.setdefault(str(row.get("mode", "")), []).append((*(row[k] for k in SPAN), lane))
     for path in sorted(box.rglob("*.npz")):
         with np.load(path, allow_pickle=False) as kept:
-            if "rows" in kept.files and set(SPAN) <= set(kept["rows"].dtype.names or ()):
+            names = kept["rows"].dtype.names or () if "rows" in kept.files else ()
+            if set(SPAN) <= set(names):
                 rows = kept["rows"]
-                modes.setdefault(path.name.partition(".")[0], []).extend(rows[list(SPAN)].tolist())
+                lanes = rows["lane"].tolist() if "lane" in names else [0] * len(rows)
+                spans = [(*row, (path.name, lane)) for row, lane in zip(rows[list(SPAN)].tolist(), lanes)]
+                modes.setdefault(path.name.partition(".")[0], []).extend(spans)
     return modes
+
+
+def in_stream_order(spans: list[tuple]) -> bool:
+    """Whether every lane walks the stream from front to back."""
+    last: dict[tuple, int] = {}
+    for start, *_, lane in spans:
+        if start < last.get(lane, 0):
+            return False
+        last[lane] = start
+    return True
 
 
 def judge_mode(
     mode: str, spans: list[tuple], weights: np.ndarray | None, printed: dict[str, float]
 ) -> Iterator[Finding]:
     at = spans[0][0]
-    for start, stop, _, _ in spans:
+    for start, stop, *_ in spans:
         if start != at or stop <= start:
             yield Finding("fail", f"{mode}: gap or overlap at token {at}, the next span is {start} to {stop}")
             return
@@ -208,7 +299,7 @@ def judge_mode(
     if weights is not None:
         if at != len(weights):
             yield Finding("fail", f"{mode}: {at:,} of {len(weights):,} tokens are scored")
-        wrong = [(a, b, n) for a, b, _, n in spans if int(weights[a:b].sum()) != n]
+        wrong = [(a, b, n) for a, b, _, n, _ in spans if int(weights[a:b].sum()) != n]
         if wrong:
             a, b, n = wrong[0]
             yield Finding(

@@ -53,7 +53,7 @@ def world(tmp_path):
 
     def make(extra="", spans="", claimed=bpb):
         folder = tmp_path / "2026-05-01_Try"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "train_gpt.py").write_text(EVALUATOR.replace("EXTRA", extra).replace("SPANS", spans))
         (folder / "submission.json").write_text(json.dumps({"val_bpb": round(claimed, 8), "name": "x", "author": "y"}))
         return folder
@@ -116,6 +116,54 @@ LIES = {
 def test_each_lie_is_caught(world, capsys, lie, told):
     code, verdict, notes = run(world, world(**lie), capsys)
     assert (code, verdict) == (1, "fail") and told in notes, notes
+
+
+@pytest.mark.unhurried  # starts a Python with numpy twice
+def test_two_evaluations_of_one_artifact_show_the_noise(world, capsys):
+    _, verdict, notes = run(world, world(), capsys, "--repeat", "2")
+    assert "L9 pass: 2 evaluations of one artifact lie 0.00e+00 BPB apart" in notes and verdict != "fail", notes
+    assert "L9 na: one evaluation" in run(world, world(), capsys)[2]
+
+
+@pytest.mark.unhurried  # starts a Python with numpy twice
+def test_an_evaluation_that_wavers_is_told(world, capsys):
+    _, verdict, notes = run(world, world(extra="each *= 1 + 10 * int.from_bytes(os.urandom(6), 'big') / 2**48"), capsys, "--repeat", "2")
+    assert "L9 fail" in notes and verdict == "fail", notes
+
+
+@pytest.mark.unhurried  # starts a Python with numpy
+def test_scores_out_of_the_order_of_the_stream_are_told_but_lanes_are_not(world, capsys):
+    notes = run(world, world(spans="spans = spans[::-1]"), capsys)[2]
+    assert "L5 warn: stream: scored out of the order" in notes
+    lanes = "for i, s in enumerate(spans): s['lane'] = i % 2\nspans.sort(key=lambda s: s['lane'])"
+    assert "L5 pass: stream: scored in the order" in run(world, world(spans=lanes), capsys)[2]
+
+
+EXPORTER = """
+import os, sys
+if "--export" in sys.argv:
+    open("out.skc", "wb").write(b"x" * (SIZE + JITTER * (os.getpid() % 97)))
+    raise SystemExit
+"""
+
+
+@pytest.mark.unhurried  # starts Python six times
+@pytest.mark.parametrize(
+    ("size", "jitter", "status", "told"),
+    [
+        (5_000, 0, "pass", "two exports are the same file; 5,000 bytes"),
+        (15_999_000, 1, "fail", "below the cap"),
+        (0, 0, "fail", "the export leaves no file"),
+    ],
+)
+def test_a_checkpoint_is_packed_twice_and_its_room_below_the_cap_told(world, capsys, size, jitter, status, told):
+    folder = world()
+    code = EXPORTER.replace("SIZE", str(size)).replace("JITTER", str(jitter))
+    code = code if size else "import sys\nif '--export' in sys.argv:\n    raise SystemExit\n"
+    script = folder / "train_gpt.py"
+    script.write_text(code + script.read_text())
+    notes = run(world, folder, capsys, "--checkpoint", str(world.artifact))[2]
+    assert any(f"L9 {status}" in n and told in n for n in notes.split(" | ")), notes
 
 
 @pytest.mark.unhurried  # starts a Python
