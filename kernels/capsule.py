@@ -244,75 +244,67 @@ def _capsule_pass_kernel(
 
 
 @triton.jit
-def _capsule_block(r, loga, u, start, b, h, t, first, T, H, C, D, HAS_START: tl.constexpr, BC: tl.constexpr,
+def _capsule_block(r, loga, u, start, b, h, t, T, H, C, D, HAS_START: tl.constexpr, BC: tl.constexpr,
                    BD: tl.constexpr):
-    """Steps t of a block: a, write weights, values, and which document of the block each is in. Rows before `first` or
-    past the end write nothing and decay nothing."""
+    """Steps t of a block: the logarithms of its decays, write weights, the gain inside them, and values. Rows past the
+    end write nothing and decay nothing."""
     n, k = tl.arange(0, BC), tl.arange(0, BD)
     row = (b * T + t) * H + h
-    here = (t >= first) & (t < T)
+    here = t < T
     slots = here[:, None] & (n[None, :] < C)
-    a = tl.load(loga + row[:, None] * C + n[None, :], mask=slots, other=0.0).to(tl.float32)
-    weight = tl.load(r + row[:, None] * C + n[None, :], mask=slots, other=0.0).to(tl.float32) * _capsule_gain(a)
+    own = tl.load(loga + row[:, None] * C + n[None, :], mask=slots, other=0.0).to(tl.float32)
+    gain = _capsule_gain(own)
+    write = tl.load(r + row[:, None] * C + n[None, :], mask=slots, other=0.0).to(tl.float32)
     value = tl.load(u + row[:, None] * D + k[None, :], mask=here[:, None] & (k[None, :] < D), other=0.0).to(tl.float32)
-    document = t * 0
-    if HAS_START:
-        document = tl.cumsum(tl.load(start + b * T + t, mask=here, other=0).to(tl.int32), 0)
-    return a, weight, value, document
+    if HAS_START:  # a decay of zero: its logarithm is finite, so that no product of it is a NaN
+        own = tl.where(tl.load(start + b * T + t, mask=here, other=0)[:, None] != 0, -1.0e9, own)
+    return own, write * gain, gain, value
 
 
 @triton.jit
-def _capsule_spans(a, OWN: tl.constexpr, R: tl.constexpr):
-    """(t, s, n): the sum of a after s up to t, of a from s on if OWN. Summed from s: a difference would cancel."""
-    i = tl.arange(0, R)
-    later = i[:, None] >= i[None, :] if OWN else i[:, None] > i[None, :]
-    return tl.where(later[:, :, None], a[:, None, :], 0.0)
-
-
-@triton.jit
-def _capsule_pairs(a, document, written, OWN: tl.constexpr, R: tl.constexpr):
-    """Decay from write s to read t, (t, s, n); zero for s > t and across documents."""
-    i = tl.arange(0, R)
-    same = (i[None, :] <= i[:, None]) & (document[:, None] == written[None, :])
-    span = tl.cumsum(_capsule_spans(a, OWN, R), 0)
-    return tl.exp(tl.where(same[:, :, None], span, float("-inf")))
-
-
-@triton.jit
-def _capsule_borders(a, document, R: tl.constexpr):
-    """A block's decay from its border to each step, from each step to the next border, and over all of it."""
-    last = tl.max(document, 0)
-    before = tl.where((document == 0)[:, None], tl.exp(tl.cumsum(a, 0)), 0.0)
-    after = tl.where((document == last)[:, None], tl.exp(tl.sum(_capsule_spans(a, False, R), 0)), 0.0)
-    return before, after, tl.where(last == 0, tl.exp(tl.sum(a, 0)), 0.0)
+def _capsule_runs(level: tl.constexpr, R: tl.constexpr):
+    """For runs of 2^level steps: (t, j) 1 where j is in t's run and not after t, (s, j) 1 where it is in s's run and
+    after s, and (t, s) whether s is in an even run and t in the odd one after it."""
+    t, j = tl.arange(0, R)[:, None], tl.arange(0, R)[None, :]
+    same = t >> level == j >> level
+    crosses = (t >> level == (j >> level) + 1) & ((t >> level) % 2 == 1)
+    return tl.where(same & (j <= t), 1.0, 0.0), tl.where(same & (j > t), 1.0, 0.0), crosses
 
 
 @triton.jit
 def _capsule_forward_kernel(
     r, p, u, loga, start, states, y, T, H, C, D, CHUNKS, HAS_START: tl.constexpr, CT: tl.constexpr, R: tl.constexpr,
-    BC: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    LOG: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """One block of R steps: from the state that meets its chunk, over the chunk's steps before it."""
+    """One block of R = 2^LOG steps: from the state that meets its chunk, over the chunk's steps before it."""
     h, c = tl.program_id(0) % H, tl.program_id(0) // H % CHUNKS
     b = (tl.program_id(0) // H // CHUNKS).to(tl.int64)
-    n, k = tl.arange(0, BC), tl.arange(0, BD)
+    n, k, i = tl.arange(0, BC), tl.arange(0, BD), tl.arange(0, R)
     first = c * CT + tl.program_id(1) * R
-    t = first + tl.arange(0, R)
+    t = first + i
     at = tl.program_id(0).to(tl.int64) * C * D + n[:, None] * D + k[None, :]
     state = tl.load(states + at, mask=(n[:, None] < C) & (k[None, :] < D), other=0.0)
     keep, added = _capsule_flow(
         r, u, loga, start, b, h, c * CT, tl.minimum(first, T), T, H, C, D, HAS_START, False, CT, BC, BD, PRECISION
     )
     state = keep[:, None] * state + added
-    a, weight, value, document = _capsule_block(r, loga, u, start, b, h, t, first, T, H, C, D, HAS_START, BC, BD)
-    before, _, _ = _capsule_borders(a, document, R)
+    a, weight, _, value = _capsule_block(r, loga, u, start, b, h, t, T, H, C, D, HAS_START, BC, BD)
     row = (b * T + t) * H + h
     slots = (t[:, None] < T) & (n[None, :] < C)
     read = tl.load(p + row[:, None] * C + n[None, :], mask=slots, other=0.0).to(tl.float32)
-    pairs = _capsule_pairs(a, document, document, False, R)
-    score = tl.sum(pairs * read[:, None, :] * weight[None, :, :], 2)
-    out = tl.dot(score, value, input_precision=PRECISION)
-    out += tl.dot(read * before, state, input_precision=PRECISION)
+
+    upto, _, _ = _capsule_runs(LOG, R)
+    before = tl.exp(tl.dot(upto, a, input_precision=PRECISION))
+    out = tl.dot(read * before, state, input_precision=PRECISION)
+    # a write reaches a read of the same step as it is, a later one across the border half-way between them
+    score = tl.where(i[:, None] == i[None, :], tl.sum(read * weight, 1)[:, None], 0.0)
+    for level in tl.static_range(LOG):
+        upto, beyond, crosses = _capsule_runs(level, R)
+        before = tl.exp(tl.dot(upto, a, input_precision=PRECISION))
+        after = tl.exp(tl.dot(beyond, a, input_precision=PRECISION))
+        part = tl.dot(read * before, tl.trans(weight * after), input_precision=PRECISION)
+        score += tl.where(crosses, part, 0.0)
+    out = tl.dot(score, value, out, input_precision=PRECISION)
     wide = (t[:, None] < T) & (k[None, :] < D)
     tl.store(y + row[:, None] * D + k[None, :], out.to(y.dtype.element_ty), mask=wide)
 
@@ -320,7 +312,8 @@ def _capsule_forward_kernel(
 @triton.jit
 def _capsule_backward_kernel(
     r, p, u, loga, start, states, dy, dstates, dr, dp, du, dloga, T, H, C, D, CHUNKS, HAS_START: tl.constexpr,
-    CT: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    CT: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One block: its state from the left as in the forward, the gradient of the state it leaves from the right."""
     h, c = tl.program_id(0) % H, tl.program_id(0) // H % CHUNKS
@@ -339,47 +332,55 @@ def _capsule_backward_kernel(
         PRECISION,
     )
     dstate = keep[:, None] * tl.load(dstates + at, mask=held, other=0.0) + added
-    a, weight, value, document = _capsule_block(r, loga, u, start, b, h, t, first, T, H, C, D, HAS_START, BC, BD)
-    before, after, keep = _capsule_borders(a, document, R)
+    a, weight, gain, value = _capsule_block(r, loga, u, start, b, h, t, T, H, C, D, HAS_START, BC, BD)
     row = (b * T + t) * H + h
     slots = (t[:, None] < T) & (n[None, :] < C)
     wide = (t[:, None] < T) & (k[None, :] < D)
     read = tl.load(p + row[:, None] * C + n[None, :], mask=slots, other=0.0).to(tl.float32)
     grad = tl.load(dy + row[:, None] * D + k[None, :], mask=wide, other=0.0).to(tl.float32)
 
-    # what crosses the block's borders
+    # the block's own borders: a decay serves the reads from its step on, the writes before its step, and what passes
+    upto, beyond, _ = _capsule_runs(LOG, R)
+    before = tl.exp(tl.dot(upto, a, input_precision=PRECISION))
+    after = tl.exp(tl.dot(beyond, a, input_precision=PRECISION))
     dread = before * tl.dot(grad, tl.trans(state), input_precision=PRECISION)
     dweight = after * tl.dot(value, tl.trans(dstate), input_precision=PRECISION)
-    dlog = (keep * tl.sum(state * dstate, 1))[None, :]
-    collected, spread = read * dread, weight * dweight
-    # pairs inside it; the decay of step j serves those with write < j <= read, so writes stand one row later here
-    _, shifted, earlier, written = _capsule_block(
-        r, loga, u, start, b, h, t - 1, first, T, H, C, D, HAS_START, BC, BD
-    )
-    inner = tl.dot(grad, tl.trans(earlier), input_precision=PRECISION)
-    pairs = _capsule_pairs(a, document, written, True, R)
-    passing = tl.cumsum(pairs * read[:, None, :] * shifted[None, :, :] * inner[:, :, None], 1)
-    later = (i[:, None] >= i[None, :])[:, :, None]
-    dlog += tl.sum(tl.where(later, passing + collected[:, None, :], spread[:, None, :]), 0)
-    # and for the weights themselves each in its own row
+    dlog = tl.zeros([R, BC], tl.float32) + (tl.exp(tl.sum(a, 0)) * tl.sum(state * dstate, 1))[None, :]
+    dlog = tl.dot(tl.trans(upto), read * dread, dlog, input_precision=PRECISION)
+    dlog = tl.dot(tl.trans(beyond), weight * dweight, dlog, input_precision=PRECISION)
+    dvalue = tl.dot(weight * after, dstate, input_precision=PRECISION)
+    # the same step
     inner = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
-    pairs = _capsule_pairs(a, document, document, False, R)
-    score = tl.sum(pairs * read[:, None, :] * weight[None, :, :], 2)
-    pairs *= inner[:, :, None]
-    dread += tl.sum(pairs * weight[None, :, :], 1)
-    dweight += tl.sum(pairs * read[:, None, :], 0)
-    dvalue = tl.dot(tl.trans(score), grad, input_precision=PRECISION)
-    dvalue += tl.dot(weight * after, dstate, input_precision=PRECISION)
+    equal = i[:, None] == i[None, :]
+    own = tl.sum(tl.where(equal, inner, 0.0), 1)[:, None]
+    dread += own * weight
+    dweight += own * read
+    score = tl.where(equal, tl.sum(read * weight, 1)[:, None], 0.0)
+    # the borders inside it
+    for level in tl.static_range(LOG):
+        upto, beyond, crosses = _capsule_runs(level, R)
+        before = tl.exp(tl.dot(upto, a, input_precision=PRECISION))
+        after = tl.exp(tl.dot(beyond, a, input_precision=PRECISION))
+        part = tl.dot(read * before, tl.trans(weight * after), input_precision=PRECISION)
+        score += tl.where(crosses, part, 0.0)
+        part = tl.where(crosses, inner, 0.0)
+        more = before * tl.dot(part, weight * after, input_precision=PRECISION)
+        dread += more
+        dlog = tl.dot(tl.trans(upto), read * more, dlog, input_precision=PRECISION)
+        more = after * tl.dot(tl.trans(part), read * before, input_precision=PRECISION)
+        dweight += more
+        dlog = tl.dot(tl.trans(beyond), weight * more, dlog, input_precision=PRECISION)
+    dvalue = tl.dot(tl.trans(score), grad, dvalue, input_precision=PRECISION)
 
     write = tl.load(r + row[:, None] * C + n[None, :], mask=slots, other=0.0).to(tl.float32)
-    dlog -= dweight * write * tl.exp(a)
-    tl.store(dr + row[:, None] * C + n[None, :], (dweight * _capsule_gain(a)).to(dr.dtype.element_ty), mask=slots)
+    dlog -= dweight * write * (1.0 - gain)
+    tl.store(dr + row[:, None] * C + n[None, :], (dweight * gain).to(dr.dtype.element_ty), mask=slots)
     tl.store(dp + row[:, None] * C + n[None, :], dread.to(dp.dtype.element_ty), mask=slots)
     tl.store(dloga + row[:, None] * C + n[None, :], dlog.to(dloga.dtype.element_ty), mask=slots)
     tl.store(du + row[:, None] * D + k[None, :], dvalue.to(du.dtype.element_ty), mask=wide)
 
 
-def _capsule_tiles(r, u, chunk, warps):
+def _capsule_tiles(r, u, chunk):
     B, T, H, C = r.shape
     d = u.shape[-1]
     if max(C / CAPSULE_MOST[0], d / CAPSULE_MOST[1]) > 1:
@@ -388,7 +389,7 @@ def _capsule_tiles(r, u, chunk, warps):
     tile = {
         "CT": chunk, "BC": max(16, triton.next_power_of_2(C)), "BD": max(16, triton.next_power_of_2(d)),
         "PRECISION": "ieee" if u.dtype == torch.float32 else "tf32", "enable_fp_fusion": True,
-        "num_warps": 8 if u.dtype == torch.float32 else warps,
+        "num_warps": 8 if u.dtype == torch.float32 else 4,
     }
     return (T, H, C, d, chunks), (B * chunks * H,), tile
 
@@ -413,14 +414,15 @@ def _capsule_ends(B, chunks, H, C, d, device):
 def capsule_forward_triton(r, p, u, loga, start, s0, chunk=CAPSULE_CHUNK):
     r, p, u, loga = (x.contiguous() for x in (r, p, u, loga))
     start = None if start is None else start.contiguous().view(torch.uint8)
-    (T, H, C, d, chunks), grid, tile = _capsule_tiles(r, u, chunk, 4)
+    (T, H, C, d, chunks), grid, tile = _capsule_tiles(r, u, chunk)
     ends = _capsule_ends(len(u), chunks, H, C, d, u.device)
     _capsule_end_kernel[grid](
         r, u, loga, start, *ends, T, H, C, d, chunks, HAS_START=start is not None, REVERSE=False, **tile
     )
     last, y = _capsule_join(ends, s0, reverse=False), torch.empty(u.shape, dtype=u.dtype, device=u.device)
     _capsule_forward_kernel[*grid, chunk // CAPSULE_BLOCK](
-        r, p, u, loga, start, ends[1], y, T, H, C, d, chunks, HAS_START=start is not None, R=CAPSULE_BLOCK, **tile
+        r, p, u, loga, start, ends[1], y, T, H, C, d, chunks, HAS_START=start is not None, R=CAPSULE_BLOCK,
+        LOG=CAPSULE_BLOCK.bit_length() - 1, **tile,
     )
     return y, last, ends[1]
 
@@ -428,7 +430,7 @@ def capsule_forward_triton(r, p, u, loga, start, s0, chunk=CAPSULE_CHUNK):
 def capsule_backward_triton(r, p, u, loga, start, s0, states, dy, dsT, chunk=CAPSULE_CHUNK):
     r, p, u, loga, dy = (x.contiguous() for x in (r, p, u, loga, dy))
     start = None if start is None else start.contiguous().view(torch.uint8)
-    (T, H, C, d, chunks), grid, tile = _capsule_tiles(r, u, chunk, 8)
+    (T, H, C, d, chunks), grid, tile = _capsule_tiles(r, u, chunk)
     ends = _capsule_ends(len(u), chunks, H, C, d, u.device)
     _capsule_end_kernel[grid](
         p, dy, loga, start, *ends, T, H, C, d, chunks, HAS_START=start is not None, REVERSE=True, **tile
@@ -437,7 +439,7 @@ def capsule_backward_triton(r, p, u, loga, start, s0, states, dy, dsT, chunk=CAP
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (r, p, u, loga)]
     _capsule_backward_kernel[*grid, chunk // CAPSULE_BLOCK](
         r, p, u, loga, start, states, dy, ends[1], *grads, T, H, C, d, chunks,
-        HAS_START=start is not None, R=CAPSULE_BLOCK, **tile,
+        HAS_START=start is not None, R=CAPSULE_BLOCK, LOG=CAPSULE_BLOCK.bit_length() - 1, **tile,
     )
     return *grads, ds0
 
@@ -450,8 +452,9 @@ def capsule_op(
     r: Tensor, p: Tensor, u: Tensor, loga: Tensor, start: Tensor | None, s0: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last state, and on CUDA the state that meets each chunk, which the backward starts from."""
-    y, last = capsule_forward_cpu(r, p, u, loga, start, s0)
-    return y, last, s0.new_empty(0)
+    if __debug__:
+        y, last = capsule_forward_cpu(r, p, u, loga, start, s0)
+        return y, last, s0.new_empty(0)
 
 
 @capsule_op.register_kernel("cuda")
@@ -471,7 +474,8 @@ def capsule_backward_op(
     r: Tensor, p: Tensor, u: Tensor, loga: Tensor, start: Tensor | None, s0: Tensor, states: Tensor, dy: Tensor,
     dsT: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return capsule_backward_cpu(r, p, u, loga, start, s0, dy, dsT)
+    if __debug__:
+        return capsule_backward_cpu(r, p, u, loga, start, s0, dy, dsT)
 
 
 @capsule_backward_op.register_kernel("cuda")
@@ -495,8 +499,7 @@ def capsule_autograd(ctx, dy, dsT, _):
     return dr, dp, du, dloga, None, ds0
 
 
-def capsule_scan(r, p, u, loga, start=None, s0=None):
-    """r, p, loga (B, T, H, C), u (B, T, H, d), start (B, T) bool, s0 (B, H, C, d) -> y like u, sT like s0, float32."""
+def _check_capsules(r, p, u, loga, start, s0):
     if u.dim() != 4 or 0 in u.shape or not u.is_floating_point():
         raise ValueError(f"capsule u {tuple(u.shape)} {u.dtype}: needs a non-empty floating (B, T, H, d)")
     for name, x in (("r", r), ("p", p), ("loga", loga)):
@@ -509,6 +512,15 @@ def capsule_scan(r, p, u, loga, start=None, s0=None):
         raise ValueError(f"capsule s0 {tuple(s0.shape)}: needs {(B, H, r.shape[3], d)}")
     if u.is_cuda and u.dtype == torch.float64:
         raise ValueError("capsule u torch.float64 on CUDA: use float32, bfloat16 or float16")
+
+
+def capsule_scan(r, p, u, loga, start=None, s0=None):
+    """r, p, loga (B, T, H, C), u (B, T, H, d), start (B, T) bool, s0 (B, H, C, d) -> y like u, sT like s0, float32."""
+    if __debug__:
+        _check_capsules(r, p, u, loga, start, s0)
+    elif not u.is_cuda:  # `python -O`, and a packed file: the definition is all that a CPU needs to prove a GPU's code
+        return capsule_reference(r, p, u, loga, start, s0)
+    B, _, H, d = u.shape
     wide = torch.float64 if u.dtype == torch.float64 else torch.float32
     s0 = torch.zeros(B, H, r.shape[3], d, dtype=wide, device=u.device) if s0 is None else s0.to(wide)
     return capsule_op(r, p, u, loga, start, s0)[:2]
