@@ -16,6 +16,7 @@ from records.rules_folder import (
     folder_place,
     folder_safe,
     manifest,
+    only_this_folder,
     required_files,
     verified,
 )
@@ -49,6 +50,7 @@ CHECKS = (
     Check(
         "F1", folder_safe, "plain files only, nothing that points outside the folder", "README: only adds a new folder"
     ),
+    Check("F1", only_this_folder, "nothing else changes", "PR 1143: a single clean submission folder"),
     Check("F1", manifest, "files are the ones the manifest names", "manifest.json of the record"),
     Check(
         "F2",

@@ -35,7 +35,8 @@ def check(args: argparse.Namespace) -> int:
     if not folders:
         raise ValueError(f"no submission folder at or below {', '.join(map(str, paths))}")
     reports = []
-    for report in reports_of(folders, args.policy, Path(args.baseline) if args.baseline else None):
+    baseline = Path(args.baseline) if args.baseline else None
+    for report in reports_of(folders, partial(report_of, policy=args.policy, baseline=baseline, against=args.against)):
         reports.append(report)
         say(json.dumps(report, default=str) if args.json else text_of(report, args.all))
     if args.html:
@@ -46,13 +47,12 @@ def check(args: argparse.Namespace) -> int:
     return int("fail" in worst)
 
 
-def report_of(path: Path, policy: str, baseline: Path | None) -> dict:
-    return check_folder(Folder(path, policy, baseline))
+def report_of(path: Path, policy: str, baseline: Path | None, against: str) -> dict:
+    return check_folder(Folder(path, policy, baseline, against))
 
 
-def reports_of(folders: list[Path], policy: str, baseline: Path | None) -> Iterator[dict]:
+def reports_of(folders: list[Path], one: Callable[[Path], dict]) -> Iterator[dict]:
     """Reports in the order of the folders; many are shared out over the processors."""
-    one = partial(report_of, policy=policy, baseline=baseline)
     if len(folders) < MANY:
         yield from map(one, folders)
         return
@@ -258,6 +258,7 @@ def check_options(p: Parser) -> None:
     p.add_argument(
         "--baseline", default="", help="record to test significance against (default: the best earlier one beside it)"
     )
+    p.add_argument("--against", default="", metavar="REF", help="git revision that only this folder may differ from")
     p.add_argument("--json", action="store_true", help="one object a folder and line")
     p.add_argument("--html", default="", metavar="FILE", help="write a page as well")
     p.add_argument("--all", action="store_true", help="show what passed, too")

@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -63,7 +63,7 @@ class Folder:
     path: Path
     policy: str = "practice"
     baseline: Path | None = None
-    problems: list[Finding] = field(default_factory=list)  # of reading, reported by F1-F3
+    against: str = ""  # a git revision: the folder should be all that differs from it
 
     def either(self, readme: str, practice: str) -> str:
         """The verdict where the written and the applied rules differ."""

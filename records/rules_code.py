@@ -6,12 +6,12 @@ import sys
 from collections.abc import Iterator
 
 from records.facts import TOKENIZERS, VAL_DOCS
-from records.files import read_bytes
+from records.files import Entry, read_bytes
 from records.folder import Finding, Folder, Script
 from records.logs import Log
 from records.lut import Unknown, deviations
 from records.order import BEFORE, FITTED
-from records.tokenizer import read_vocabulary
+from records.tokenizer import altered_texts, read_vocabulary
 
 # switches that rulings forbid, as they appear in hyper-parameter blocks: (pattern of name, forbidden value, why)
 SWITCHES = (
@@ -194,6 +194,8 @@ def tokenizer_files(folder: Folder) -> Iterator[Finding]:
             continue
         for problem in problems:
             yield Finding("fail" if "standalone" in problem else "warn", problem, entry.name)
+        if not known:
+            yield round_trip(entry)
         yield Finding(
             "pass" if known else "warn",
             f"tokenizer {known}"
@@ -201,6 +203,16 @@ def tokenizer_files(folder: Folder) -> Iterator[Finding]:
             else "a tokenizer of its own: the byte count needs a proof (README: examined more carefully)",
             entry.name,
         )
+
+
+def round_trip(entry: Entry) -> Finding:
+    try:
+        altered = altered_texts(str(entry.path))
+    except LookupError as error:
+        return Finding("na", f"whether texts survive the tokenizer was not tried: {error}", entry.name)
+    if altered:
+        return Finding("warn", f"{altered[0]!r} does not come back from its tokens (issue 1604)", entry.name)
+    return Finding("pass", "hard texts come back from their tokens", entry.name)
 
 
 def prepared_data(folder: Folder) -> Iterator[Finding]:

@@ -1,8 +1,10 @@
 """F1-F3 and the certificate: is everything there, is it what it says, and is it safe to look at?"""
 
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from datetime import date
+from pathlib import Path
 
 from records.claim import TRACKS, parse_json
 from records.files import MAX_ENTRIES, clean, inside, read_bytes
@@ -42,6 +44,33 @@ def folder_safe(folder: Folder) -> Iterator[Finding]:
             yield Finding("fail", "neither file nor folder: not opened", entry.name)
         if clean(entry.name, 4096) != entry.name or re.search(r"[<>\"|*?]", entry.name):
             yield Finding("warn", "a file name with control or markup characters", entry.name)
+
+
+def only_this_folder(folder: Folder) -> Iterator[Finding]:
+    """With --against REF: a pull request adds one folder and touches nothing else."""
+    if not folder.against:
+        return
+    here = folder.path.resolve()
+    inside_repo, top = git(here, "rev-parse", "--show-toplevel")
+    told, names = git(here, *UNTRUSTED, "diff", "--name-only", "-z", "--end-of-options", f"{folder.against}...HEAD")
+    if not inside_repo or not told:
+        raise ValueError(f"{here}: git cannot compare it with {folder.against!r}: {names or top}")
+    own = here.relative_to(top).as_posix() + "/"
+    outside = [n for n in names.split("\0") if n and not n.startswith(own)]
+    if outside:
+        note = f"{len(outside)} files outside the folder change: {', '.join(outside[:5])}"
+        yield Finding("fail", note, value=len(outside))
+    else:
+        yield Finding("pass", f"nothing outside the folder differs from {folder.against}")
+
+
+UNTRUSTED = ("-c", "core.fsmonitor=false", "-c", "diff.external=", "-c", "core.attributesFile=/dev/null")
+
+
+def git(where: Path, *words: str) -> tuple[bool, str]:
+    """Whether git succeeded, and what it said."""
+    done = subprocess.run(["git", *words], cwd=where, capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode == 0, (done.stdout or done.stderr).strip("\n")
 
 
 def manifest(folder: Folder) -> Iterator[Finding]:

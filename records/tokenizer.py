@@ -1,5 +1,9 @@
 """Read a SentencePiece model without sentencepiece: the piece list of the protobuf is all that counting bytes needs."""
 
+import importlib.util
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -7,6 +11,23 @@ import numpy as np
 
 KINDS = {1: "normal", 2: "unknown", 3: "control", 4: "user", 5: "unused", 6: "byte"}
 MAX_PIECES = 1 << 20
+NORMALISERS = {"", "identity", "nmt_nfkc", "nfkc"}  # those that keep every letter
+# texts that the official normalisation leaves as they are, each hard for some tokenizer
+HARD_TEXTS = (
+    "The QUICK brown Fox",
+    "naïve Çédille ñandú Straße",
+    "日本語のテキスト",
+    "Привет, мир! Ελληνικά",
+    "emoji 😀👍🏽 done",
+    "<0x41> </s> <unk>",
+    "x=1;y[2]==3.14e-5 #!",
+)
+ROUND_TRIP = """
+import json, sys
+import sentencepiece
+sp = sentencepiece.SentencePieceProcessor(model_file=sys.argv[1])
+print(json.dumps([sp.decode(sp.encode(text)) for text in json.load(sys.stdin)]))
+"""
 
 
 def varint(data: bytes, at: int) -> tuple[int, int]:
@@ -59,6 +80,8 @@ class Vocabulary:
             found.append(f"{count} byte pieces, should be 256 or none")
         if count == 0:
             found.append("no byte fallback: unknown text is scored as <unk> with 0 bytes")
+        if self.normaliser not in NORMALISERS:
+            found.append(f"normalises by {self.normaliser!r}: the text that is scored is another one (issue 1604)")
         names = [p for p, k in zip(self.pieces, self.kinds) if k != "unused"]
         if len(set(names)) < len(names):
             found.append("a piece appears twice")
@@ -103,3 +126,22 @@ def read_vocabulary(data: bytes) -> Vocabulary:
     if not pieces:
         raise ValueError("not a SentencePiece model: no pieces")
     return Vocabulary(pieces, kinds, normaliser, keeps)
+
+
+def altered_texts(path: str) -> list[str]:
+    """The hard texts that do not come back from their tokens; another process reads the stranger's model.
+
+    LookupError says why that could not be tried.
+    """
+    if importlib.util.find_spec("sentencepiece") is None:
+        raise LookupError("sentencepiece is not installed")
+    command = [sys.executable, "-I", "-c", ROUND_TRIP, path]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(HARD_TEXTS).encode(), capture_output=True, timeout=60, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise LookupError("sentencepiece was stopped after 60 s") from None
+    if done.returncode:
+        raise LookupError(f"sentencepiece cannot load it (exit {done.returncode})")
+    return [text for text, back in zip(HARD_TEXTS, json.loads(done.stdout)) if back != text]

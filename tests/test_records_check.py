@@ -7,6 +7,7 @@ import lzma
 import math
 import os
 import statistics
+import subprocess
 import sys
 import zlib
 
@@ -650,6 +651,13 @@ DEFECTS = [
         "warn",
     ),
     ("a tokenizer of its own", "B", file("t.model", model(WHOLE_MODEL)), "F16", "warn"),
+    (
+        "a tokenizer that folds case",
+        "B",
+        file("t.model", model(WHOLE_MODEL) + b"\x1a\x0d\x0a\x0bnmt_nfkc_cf"),
+        "F16",
+        "warn",
+    ),
     ("a broken tokenizer", "B", file("t.model", b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"), "F16", "fail"),
     ("a leaking preparation", "B", file("prepare_caseops_data.py", PREPARE), "F17", "warn"),
     (
@@ -976,6 +984,30 @@ def test_significance_is_tested_against_the_best_earlier_record(tmp_path):
     better["files"].pop("README.md")
     found, report = findings(write(tmp_path, better))
     assert ("F20", "pass") in found and ("F20", "warn") not in found
+
+
+def git(where, *words):
+    name = ["-c", "user.name=x", "-c", "user.email=x@x", "-c", "init.defaultBranch=main"]
+    subprocess.run(["git", *name, *words], cwd=where, check=True, capture_output=True)
+
+
+def test_a_pull_request_that_touches_more_than_its_folder_is_told(tmp_path, capsys):
+    (tmp_path / "README.md").write_text("the competition")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "start")
+    git(tmp_path, "checkout", "-qb", "mine")
+    folder = write(tmp_path / "records", record("B"))
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "record")
+    assert main(["check", str(folder), "--against", "main", "--all"]) == 0
+    assert "nothing outside the folder differs from main" in capsys.readouterr().out
+    (tmp_path / "README.md").write_text("my competition")
+    git(tmp_path, "commit", "-qam", "more")
+    assert main(["check", str(folder), "--against", "main"]) == 1
+    assert "1 files outside the folder change: README.md" in capsys.readouterr().out
+    assert main(["check", str(folder), "--against=--output=x"]) == 2
+    assert not (tmp_path / "x").exists() and not (folder / "x").exists()
 
 
 def test_folders_are_found_below_a_path(tmp_path):

@@ -127,7 +127,8 @@ def test_two_evaluations_of_one_artifact_show_the_noise(world, capsys):
 
 @pytest.mark.unhurried  # starts a Python with numpy twice
 def test_an_evaluation_that_wavers_is_told(world, capsys):
-    _, verdict, notes = run(world, world(extra="each *= 1 + 10 * int.from_bytes(os.urandom(6), 'big') / 2**48"), capsys, "--repeat", "2")
+    wavers = 'each *= 1 + 10 * int.from_bytes(os.urandom(6), "big") / 2**48'
+    _, verdict, notes = run(world, world(extra=wavers), capsys, "--repeat", "2")
     assert "L9 fail" in notes and verdict == "fail", notes
 
 
