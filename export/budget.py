@@ -17,7 +17,7 @@ from export.trellis import trellis_grid
 
 SAMPLE = 1 << 16                              # weights that stand for a tensor on a rate-distortion curve
 ATTEMPTS = 6                                  # of meeting a budget; two or three are usual
-TRAINED = 0.98                                # trained weights take less than Gaussian ones, for their rows differ
+TRAINED = 0.99                                # trained weights take less than Gaussian ones, for their rows differ
 LADDER = tuple(2.0 ** (i / 8) for i in range(-40, 17))      # steps of a rate curve, in units of the tensor's rms
 
 

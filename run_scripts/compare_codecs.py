@@ -24,7 +24,7 @@ from export.bench import bench_artifact
 from export.budget import describe, solve_budget
 from export.container import pack, row_parts, unpack
 from export.gptq import Curvature, CurvatureCollector, felt, gptq_rounding, gptq_rows
-from export.quantise import INT_BITS
+from export.quantise import STEP_CODECS
 from export.rotate import rotate, turn, values_and_output
 from kernels.ranks import Runtime
 from train_gpt import (
@@ -199,10 +199,12 @@ def budget_table(t: Trained) -> str:
     for codec in WIDTHS[:3]:
         uniform, seconds = t.rounded(codec, t.curves)
         rows.append([*t.line(f"{codec} for all, GPTQ", uniform, seconds), ""])
-        began, free = time.perf_counter(), [r if r.parts else r._replace(codec=codec) for r in t.rows]
-        blob, _ = solve_budget(free, {}, len(uniform), felts, quantise=gptq_rounding(t.curves), **t.grid)
-        found = t.line("budget solver, GPTQ", blob, time.perf_counter() - began)
-        rows.append([*found, f"{len(blob) / len(uniform):.3%}"])
+        for kind in ("int6", "trellis"):  # the solver finds the width of integers by itself
+            began, free = time.perf_counter(), [r if r.parts else r._replace(codec=kind) for r in t.rows]
+            blob, _ = solve_budget(free, {}, len(uniform), felts, quantise=gptq_rounding(t.curves), **t.grid)
+            name = {"int6": "budget solver, GPTQ", "trellis": "budget solver, GPTQ on the trellis"}[kind]
+            found = t.line(name, blob, time.perf_counter() - began)
+            rows.append([*found, f"{len(blob) / len(uniform):.3%}"])
     return markdown("A budget in bytes", [*LOSSES, "filled"], rows)
 
 
@@ -212,7 +214,7 @@ def symbol_tables(blob: bytes) -> str:
              f"{x['bits'] / x['entropy']:.4f}", f"{x['encode_seconds']:.2f}", f"{x['decode_seconds']:.2f}"]
             for x in bench_artifact(blob)]  # fmt: skip
     shares = []
-    for codec in ("ternary", *INT_BITS):
+    for codec in ("ternary", *STEP_CODECS):
         own = [x for x in describe(blob)["tensors"] if x["codec"] == codec]
         weights = sum(torch.Size(x["shape"]).numel() for x in own)
         if own:
