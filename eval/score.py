@@ -51,11 +51,10 @@ class EvalSettings:
     engram_chunk: int = 32  # tokens of a lane between two absorptions
     ttt_scope: str = "lora"  # lora, or a scope of the model: scales, all
     ttt_rule: str = "adam"  # adam, sgd
-    ttt_lr: float = 3e-3
+    ttt_lr: float = 2e-3
     ttt_momentum: float = 0.0
-    ttt_rank: int = 16
+    ttt_rank: int = 64
     ttt_chunk: int = 32  # tokens of a lane between two updates
-    ttt_epochs: int = 1
     ttt_reset: int = 1  # documents between two resets; 0 never resets
 
     @property
@@ -95,10 +94,10 @@ class ScoreWindow:
 
 @dataclass(frozen=True)
 class ScoreRound:
-    """Some columns of a window with their scores, and the state before the window: all a learner may learn from."""
+    """Some columns of a window with their scores, and what its forward said: all a learner may learn from."""
 
     window: ScoreWindow
-    state: object
+    ahead: torch.Tensor
     columns: slice
     spans: tuple[Span, ...]
     closes: bool  # the window's last charged columns
@@ -138,10 +137,15 @@ class PlainReader:
     def __init__(self, model: nn.Module, s: EvalSettings):
         self.model, self.s, self.part = model, s, s.eval_seq_len
         self.aim = lambda window: None  # what must know a window before it is scored
+        self.learned_from = False  # whether forwards keep their graphs, for a learner
 
     def forward(self, window: ScoreWindow, state: object) -> tuple[torch.Tensor, object]:
         self.aim(window)
         return token_nats(self.model, window, state, self.s.temperature)
+
+    def own(self, ahead: torch.Tensor, window: ScoreWindow) -> torch.Tensor:
+        """The model's own nats (B, T), of what `forward` said."""
+        return ahead
 
     def nats(self, ahead: torch.Tensor, window: ScoreWindow, columns: slice) -> torch.Tensor:
         return ahead[:, columns]
@@ -163,7 +167,8 @@ def score(
 
 def lane_groups(tokens: np.ndarray, nbytes: np.ndarray, s: EvalSettings) -> list[list[tuple[int, int, int]]]:
     """(lane, start, stop) of every lane, `eval_batch` to a group; seams fall on whole windows."""
-    s.check()
+    if __debug__:
+        s.check()
     n = len(tokens)
     if n < 2:
         raise ValueError(f"the validation set is empty: {n} tokens, and the first is only context")
@@ -205,21 +210,32 @@ def score_windows(
     state = None
     for window in windows:
         before = state if carry else None
-        # gradients are off around the calls only: a yield inside would switch the consumer's off as well
-        with torch.no_grad(), memory_named(f"eval_batch={len(window.x)} of {window.x.shape[1]} tokens", "eval_batch"):
+        # gradients are switched around the calls only: a yield inside would switch the consumer's as well
+        size = f"eval_batch={len(window.x)} of {window.x.shape[1]} tokens"
+        with torch.set_grad_enabled(reader.learned_from), memory_named(size, "eval_batch"):
             ahead, state = reader.forward(window, before)
+        state = without_graph(state)
         end = max(column + stop - start for _, column, _, start, stop in window.places)
         for low in range(0, end, reader.part):
             columns = slice(low, low + reader.part)
             with torch.no_grad():
                 nats = reader.nats(ahead, window, columns)
             spans = score_charge(window, columns, nats, nbytes)
-            yield ScoreRound(window, before, columns, spans, closes=columns.stop >= end)
+            yield ScoreRound(window, ahead, columns, spans, closes=columns.stop >= end)
+
+
+def without_graph(state: object) -> object:
+    """A state, or any tree of them, as the values it holds."""
+    if isinstance(state, dict):
+        return {name: without_graph(value) for name, value in state.items()}
+    if isinstance(state, (tuple, list)):
+        return type(state)(map(without_graph, state))
+    return state.detach() if isinstance(state, torch.Tensor) else state
 
 
 def score_charge(window: ScoreWindow, columns: slice, nats: torch.Tensor, nbytes: np.ndarray) -> tuple[Span, ...]:
     """One span a row for the charged targets among these columns."""
-    each = nats.float().cpu().numpy()
+    each = nats.detach().float().cpu().numpy()
     spans = []
     for row, column, lane, start, stop in window.places:
         first, last = max(start, start + columns.start - column), min(stop, start + columns.stop - column)

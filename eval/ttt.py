@@ -35,7 +35,6 @@ from eval.score import (
     lane_groups,
     memory_named,
     score_windows,
-    token_nats,
 )
 
 # B lanes, T positions, R rank, I inputs and U outputs of a linear
@@ -189,8 +188,9 @@ def by_lane(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 class LaneLearner:
     """What adapts to a group of lanes: `aim` before a window is scored, `learn` once it has been."""
 
-    def __init__(self, model: nn.Module, s: EvalSettings, lanes: int):
-        self.model, self.s = model, s
+    def __init__(self, reader: PlainReader, lanes: int):
+        model, s = reader.model, reader.s
+        self.model, self.s, self.own = model, s, reader.own
         if s.ttt_rule not in TTT_RULES:
             raise ValueError(f"unknown ttt_rule={s.ttt_rule!r}; one of {', '.join(TTT_RULES)}")
         lora = s.ttt_scope == "lora"
@@ -213,7 +213,11 @@ class LaneLearner:
         self.adapters.aim(self.blocks(window) == self.block.unsqueeze(1))
 
     def learn(self, done: ScoreRound) -> None:
-        """Reset the lanes that ended in a new block, then learn from the charged tokens of the block they are in."""
+        """Learn from the charged tokens of the block each lane was in; then reset the lanes that came to a new one.
+
+        The gradient comes from the very forward that scored them. Where a new block began it was not aimed at, so a
+        lane learns from a document from its second window on, and nothing of the window in which it leaves one.
+        """
         if not done.closes:
             return
         window = done.window
@@ -222,19 +226,16 @@ class LaneLearner:
         last = (window.charged.sum(1) - 1).clamp(min=0).unsqueeze(1)
         block = torch.where(active, blocks.gather(1, last).squeeze(1), self.block)
         stale = block != self.block
-        if stale.any():
-            self.steps.forget(stale, self.adapters.reset(stale))
         self.block = block
         self.starts = self.starts + ((window.x == self.s.bos) & window.charged).sum(1)
-        mine = window.charged & (blocks == block.unsqueeze(1))
-        self.adapters.aim(mine)
-        share = mine.float().mean(1)  # of the window: few tokens make a small step, no tokens none
-        for _ in range(self.s.ttt_epochs):
-            with memory_named(f"a backward through {len(mine)} lanes of ttt_chunk={mine.shape[1]} tokens", "ttt_chunk"):
-                nats, _ = token_nats(self.model, window, done.state, self.s.temperature)
-                loss = ((nats * mine).sum(1) / mine.sum(1).clamp(min=1)).sum()  # a mean per lane: lanes stay apart
-                grads = torch.autograd.grad(loss, self.adapters.leaves, allow_unused=True, materialize_grads=True)
-            self.steps.step(list(grads), share)
+        mine = window.charged & (blocks == block.unsqueeze(1)) & ~stale.unsqueeze(1)
+        with memory_named(f"a backward through {len(mine)} lanes of ttt_chunk={mine.shape[1]} tokens", "ttt_chunk"):
+            nats = self.own(done.ahead, window)
+            loss = ((nats * mine).sum(1) / mine.sum(1).clamp(min=1)).sum()  # a mean per lane: lanes stay apart
+            grads = torch.autograd.grad(loss, self.adapters.leaves, allow_unused=True, materialize_grads=True)
+        self.steps.step(list(grads), mine.float().mean(1))  # few tokens make a small step, no tokens none
+        if stale.any():
+            self.steps.forget(stale, self.adapters.reset(stale))
 
     def close(self) -> None:
         self.adapters.close()
@@ -284,6 +285,10 @@ class EngramReader(PlainReader):
         logits, state = self.model(window.x, state)
         return logits.float() / self.s.temperature, state
 
+    def own(self, ahead: torch.Tensor, window: ScoreWindow) -> torch.Tensor:
+        nats = F.cross_entropy(ahead.flatten(0, 1), window.y.flatten(), reduction="none")
+        return nats.view(window.y.shape)
+
     def nats(self, ahead: torch.Tensor, window: ScoreWindow, columns: slice) -> torch.Tensor:
         return self.memory.nats(ahead[:, columns], window.x[:, columns], window.y[:, columns])
 
@@ -300,11 +305,10 @@ def remembering(stack: ExitStack, reader: PlainReader, lanes: int, alpha: np.nda
 
 def learning(stack: ExitStack, reader: PlainReader, lanes: int, alpha: np.ndarray) -> tuple:
     """Weights learn from the stream."""
-    model, s = reader.model, reader.s
-    stack.enter_context(frozen_tables(model.scope("engram")))
-    learner = stack.enter_context(closing(LaneLearner(model, s, lanes)))
-    reader.aim = learner.aim
-    return reader, learner, s.ttt_chunk
+    stack.enter_context(frozen_tables(reader.model.scope("engram")))
+    learner = stack.enter_context(closing(LaneLearner(reader, lanes)))
+    reader.aim, reader.learned_from = learner.aim, True
+    return reader, learner, reader.s.ttt_chunk
 
 
 EVAL_MODES = {  # how the stream is read, and who makes something of it
@@ -318,10 +322,10 @@ EVAL_MODES = {  # how the stream is read, and who makes something of it
 
 
 def forward_passes(mode: str, s: EvalSettings) -> float:
-    """What a charged token costs: a sliding window reads it often, learning adds a forward and a backward."""
+    """What a charged token costs: a sliding window reads it often, learning adds the backward to the adapters."""
     reading, helpers = EVAL_MODES[mode]
     often = s.eval_seq_len / s.eval_stride if reading == "sliding" else 1.0
-    return often + 2.0 * s.ttt_epochs * (learning in helpers)
+    return often + (learning in helpers)
 
 
 def mode_groups(tokens: np.ndarray, nbytes: np.ndarray, mode: str, s: EvalSettings) -> list:

@@ -453,7 +453,7 @@ def test_the_projects_evaluator_is_legal_in_every_mode(mode, monkeypatch):
 
 @pytest.mark.parametrize("scope", ["scales", "all"])
 def test_it_reads_no_future_in_any_scope(scope):
-    s = small(ttt_scope=scope, ttt_reset=0, ttt_epochs=2)
+    s = small(ttt_scope=scope, ttt_reset=0)
     probes = Probes(Twin(Toy(), "ttt", s), WIDE, stream(40), positions=2)
     assert probes.prefix().status == probes.future().status == "pass"
 
@@ -489,7 +489,6 @@ def test_a_learner_that_is_early_or_silent_breaks_the_order(monkeypatch):
 
     def silent(rounds, learn):
         def quietly(done):
-            learn(done)
             learn(done)
             twin.events.pop()
 
