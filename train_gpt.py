@@ -174,7 +174,7 @@ class Config:
     )
     eval_seconds: float = free(600.0, "budget of the evaluation; 0 is none", resumable=True)
     ttt_scope: str = structural("lora", "what test-time training adapts: lora, scales or all", resumable=True)
-    ttt_lr: float = free(3e-3, "rate of test-time training", resumable=True)
+    ttt_lr: float = free(2e-3, "rate of test-time training", resumable=True)
     reserve_seconds: float = structural(0.0, "part of max_seconds for what reads training tokens after the loop")
     checkpoint_every: int = free(0, "steps between checkpoints; 0 is none", resumable=True)
     export_every: int = free(0, "steps between proxies of the artifact on training tokens; 0 is none", resumable=True)
@@ -233,19 +233,20 @@ PROFILES = {
         layers="A" * 9, parts=("unet",), dim=512, heads=8, kv_heads=4, vocab=1024, mlp_mult=2.0, activation="relu2",
         conv_taps=0, rope_dims=64, weight_codec="int8", embed_codec="int8", matrix_lr=0.04, embed_lr=0.05,
         scalar_lr=0.04, gate_lr=0.04, decay=0.1, seq_len=1024, batch_tokens=524_288, micro_tokens=65_536,
-        max_seconds=600.0, data="datasets/sp1024",
+        max_seconds=600.0, eval_modes=("sliding",), data="datasets/sp1024",
     ),
     "skc_competition": dict(
         layers="AKAAKAASAAA", parts=("reset", "unet", "smear", "null", "xsa", "gate", "spectral", "qat"), dim=768,
         heads=12, kv_heads=4, vocab=8192, embed_rank=256, softcap=10.0, z_loss=1e-4, seq_len=2048, window=1024,
-        batch_tokens=524_288, micro_tokens=65_536, max_seconds=600.0, reserve_seconds=8.0, data="datasets/sp8192",
+        batch_tokens=524_288, micro_tokens=65_536, max_seconds=600.0, reserve_seconds=8.0, eval_modes=("stream",),
+        data="datasets/sp8192",
     ),
     "frontier": dict(
         layers="A" * 11, parts=("reset", "unet", "smear", "null", "xsa", "gate"), dim=512, heads=8, kv_heads=4,
         vocab=8192, conv_taps=0, streams=2, parallel_from=8, loop=(3, 5, 3), weight_codec="int6",
         embed_codec="int7", matrix_lr=0.026, embed_lr=0.03, scalar_lr=0.02, weight_decay=0.095, decay=0.85,
         lr_floor=0.1, clip_norm=0.3, ema=0.06, reserve_seconds=8.0, seq_len=2048, batch_tokens=786_432,
-        micro_tokens=98_304, max_seconds=600.0, data="datasets/sp8192",
+        micro_tokens=98_304, max_seconds=600.0, eval_modes=("sliding",), data="datasets/sp8192",
     ),
 }
 
@@ -264,7 +265,7 @@ def load_config(
     if not PACKED:
         check_choices(c, {"MIXERS": MIXERS, "ACTIVATIONS": ACTIVATIONS, "GRIDS": GRIDS, "OPTIMIZERS": OPTIMIZERS,
                           "EVAL_MODES": EVAL_MODES, "SCHEDULES": SCHEDULES, "PARTS": PARTS})  # fmt: skip
-    check_config(c)
+        check_config(c)
     return c, origin
 
 
@@ -433,7 +434,7 @@ class Koopman(Part):
         h, last = koopman_scan(F.silu(u), g, dt, ctx.start, old["h"])
         h = h.to(x.dtype)
         y = h + (h @ self.mix_in.to(x.dtype)) @ self.mix_out.to(x.dtype).T
-        aux = {"lambda_mean": torch.sigmoid(-dt[:, ::16].detach().float()).mean()}
+        aux = {} if PACKED else {"lambda_mean": torch.sigmoid(-dt[:, ::16].detach().float()).mean()}
         return self.out(rms(y)), {"conv": tail, "h": last}, aux
 
 
@@ -479,7 +480,8 @@ class Capsules(Part):
         loga = -self.decay.rate.exp() * F.softplus(speed)
         y, slots = capsule_scan(r, p, F.silu(filtered).reshape(B, T, c.heads, self.d), loga, ctx.start, old["slots"])
         y = rms(y.to(x.dtype)).reshape(B, T, c.dim) * F.silu(g)
-        return self.out(rms(y)), {"conv": tail, "walsh": walsh, "slots": slots}, routing_statistics(r, loga)
+        aux = {} if PACKED else routing_statistics(r, loga)
+        return self.out(rms(y)), {"conv": tail, "walsh": walsh, "slots": slots}, aux
 
 
 class Wavefield(Part):
@@ -1113,8 +1115,9 @@ def export_model(c: Config, rt: Runtime, run: Run, log: Log) -> bytes:
     with log.phase("compress"):
         blob = pack_rows(c, rt, run, rows, log)
         left = check_budget(blob, CODE_BYTES)
-        held = trained_on_grid(c, run.model)
-        check_shipped(held, {name: tensor for name, tensor in unpack(blob)[0].items() if name in held})
+        if not PACKED:
+            held = trained_on_grid(c, run.model)
+            check_shipped(held, {name: tensor for name, tensor in unpack(blob)[0].items() if name in held})
     digest = hashlib.sha256(blob).hexdigest()
     if rt.rank == 0:
         write_artifact(log.folder / "final_model.skc", blob)
@@ -1219,10 +1222,10 @@ def load_model(c: Config, rt: Runtime, blob: bytes) -> tuple[GPT, dict]:
     tensors, meta = unpack(blob)
     model = GPT(c).to(rt.device)
     own = {name: p for name, p, family in family_rows(model) if FAMILIES[family].ships}
-    check_model(tensors, meta["config"], {n: p.shape for n, p in own.items()}, meta["config"])
-    with torch.no_grad():
-        for name, p in own.items():
-            p.copy_(tensors[name])
+    if not PACKED:
+        check_model(tensors, meta["config"], {n: p.shape for n, p in own.items()}, meta["config"])
+    for name, p in own.items():
+        p.data.copy_(tensors[name])
     model.dtype = rt.dtype
     return model.eval(), meta["eval"]
 
@@ -1435,21 +1438,21 @@ def run_artifact(c: Config, rt: Runtime, options: dict) -> None:
     blob = Path(options.get("--load") or options["--evaluate"]).read_bytes()
     model, constants = load_model(c, rt, blob)
     loaded = f"loaded {len(blob):,} bytes, sha256 {hashlib.sha256(blob).hexdigest()}: {c.layers}, dim {c.dim}"
-    if "--load" in options:
+    if not PACKED and "--load" in options:
         sys.stdout.write(f"{loaded}, {sum(parameter_table(c).values()):,} parameters\n")
         return
     val = Validation(c)
-    with open_log(c, rt, {}, None, {}) as log:
+    with open_log(c, rt, {}, {"log_sizes": {}}, {}) as log:
         log.text(loaded)
         for name, value in evaluate(c, rt, model, constants, val, log).items():
             log.text(f"{name}: {value:.6g}")
         log.status = "finished"
 
 
-OPTIONS = dict.fromkeys(("--profile", "--generate", "--checkpoint", "--load", "--evaluate"), "") | {
-    "--tokens": "100", "--temperature": "0.8", "--top-k": "50",
-}  # fmt: skip
-SWITCHES = ("--help", "-h", "--list-profiles", "--plan", "--export")
+OPTIONS = {"--profile": "", "--evaluate": ""} | ({} if PACKED else {
+    "--generate": "", "--checkpoint": "", "--load": "", "--tokens": "100", "--temperature": "0.8", "--top-k": "50",
+})  # fmt: skip
+SWITCHES = () if PACKED else ("--help", "-h", "--list-profiles", "--plan", "--export")
 
 
 def stored_config(options: dict[str, str]) -> dict:

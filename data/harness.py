@@ -17,7 +17,7 @@ from pathlib import Path
 from data.notify import Notifier, Secrets, deliver, fact_lines
 from data.preflight import Finding, Plan, check_plan, check_price, finding, refusal
 from data.publish import FolderTarget, Publisher, Receipt, Refused, Unreached, parse_target
-from data.run_folder import Log, load_checkpoint, newest_checkpoint, require_unused
+from data.run_folder import Log, checkpoints, load_checkpoint, newest_checkpoint, require_unused
 from data.timers import Timers
 from data.watchdog import Watchdog, clear_traces
 
@@ -45,11 +45,20 @@ def enter_folder(folder: Path) -> str:
     return folder.name
 
 
+def require_no_later(folder: Path, step: int) -> None:
+    """The checkpoints of an abandoned run would pass for this one's newest."""
+    if later := [was for _, was in checkpoints(folder) if was > step]:
+        raise ValueError(f"{folder} holds checkpoints up to step {later[0]} of an earlier run: resume=auto goes on from"
+                         " there; to begin elsewhere remove them, or give another run_id")
+
+
 def find_checkpoint(folder: Path, resume: str, fields: dict) -> tuple[dict | None, list[str]]:
     """resume=auto takes the newest that can be trusted, a path that one; and a line about each that cannot."""
-    if not resume:
-        return None, []
-    saved, complaints = newest_checkpoint(folder) if resume == "auto" else (load_checkpoint(resume), [])
+    if resume == "auto":
+        saved, complaints = newest_checkpoint(folder)
+    else:
+        saved, complaints = load_checkpoint(resume) if resume else None, []
+        require_no_later(folder, saved["clock"]["step"] if saved else 0)
     was = saved["config"] if saved else fields
     if odd := [f"{name} was {was[name]}, is {now}" for name, now in fields.items() if was[name] != now]:
         raise ValueError(f"the checkpoint is of another run: {'; '.join(odd)}. Give the same fields, or another run_id")

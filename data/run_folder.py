@@ -39,11 +39,11 @@ def write_whole(path: Path, content: bytes) -> None:
 class Lines:
     """A file that grows by whole lines, each written at once; what a full disk does not take waits here until it does.
 
-    Of what is there already the whole lines within the first `keep` bytes stay. `tell` hears when the disk is full, and
-    when that is over.
+    Of what is there already the whole lines within the first `keep` bytes stay, all of them if that is None. `tell`
+    hears when the disk is full, and when that is over.
     """
 
-    def __init__(self, path: Path, keep: int, tell: Callable[[str], None]):
+    def __init__(self, path: Path, keep: int | None, tell: Callable[[str], None]):
         self.path, self.tell, self.waiting, self.file = path, tell, bytearray(), path.open("ab", buffering=0)
         self.file.truncate(path.read_bytes()[:keep].rfind(b"\n") + 1)
 
@@ -83,7 +83,10 @@ def require_unused(folder: Path) -> None:
 
 
 class Log:
-    """Text to train.log and the terminal, one JSON line a metric, and facts as whole files. Only rank 0 writes."""
+    """Text to train.log and the terminal, one JSON line a metric, and facts as whole files. Only rank 0 writes.
+
+    `resume_at` is what stays of an earlier log, in bytes: what was written after the checkpoint will be written again.
+    """
 
     def __init__(self, folder: Path, main: bool, resume_at: dict[str, int] | None = None):
         self.main, self.folder, self.status, self.step = main, folder, "failed", 0
@@ -99,9 +102,9 @@ class Log:
         except BlockingIOError:
             self.lock.close()
             raise ValueError(OCCUPIED.format(folder)) from None
-        kept = resume_at or {}  # what was written after the checkpoint will be written again
-        self.words = Lines(folder / "train.log", kept.get("train.log", 0), lambda line: None)  # the metrics tell
-        self.metrics = Lines(folder / "metrics.jsonl", kept.get("metrics.jsonl", 0), self.disk)
+        keep = {"train.log": 0, "metrics.jsonl": 0} if resume_at is None else resume_at
+        self.words = Lines(folder / "train.log", keep.get("train.log"), lambda line: None)  # the metrics tell
+        self.metrics = Lines(folder / "metrics.jsonl", keep.get("metrics.jsonl"), self.disk)
         self.logger.addHandler(logging.StreamHandler(self.words))
         self.logger.addHandler(logging.StreamHandler(sys.stdout))
 
@@ -152,14 +155,15 @@ class Log:
 
 
 def save_checkpoint(folder: Path, step: int, state: dict, keep_every: int) -> dict:
-    """Sealed with a hash and renamed into place; then the newest two and every `keep_every`-th stay."""
+    """Sealed with a hash and renamed into place; then this, the one before it and every `keep_every`-th stay."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getvalue()
     seal = hashlib.sha256(payload).hexdigest()
     path = folder / f"checkpoint_{step:08d}.pt"
     write_whole(path, CHECKPOINT_MAGIC + seal.encode() + payload)
-    for old, was in checkpoints(folder)[2:]:
+    before = [row for row in checkpoints(folder) if row[1] < step]  # a later one is not of this run's making
+    for old, was in before[1:]:
         if not (keep_every and was % keep_every == 0):
             old.unlink()
     return {"path": str(path), "bytes": path.stat().st_size, "sha256": seal}

@@ -167,10 +167,21 @@ def test_ranks_whose_agent_is_gone_end(tmp_path, monkeypatch):
 def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path):
     save_checkpoint(tmp_path, 1, {"config": {"dim": 64, "seed": 1}}, 0)
     assert find_checkpoint(tmp_path, "auto", {"dim": 64})[0]["config"]["seed"] == 1
-    assert find_checkpoint(tmp_path, "", {"dim": 64}) == (None, [])
-    assert find_checkpoint(tmp_path / "new", "auto", {"dim": 64}) == (None, [])
+    for resume in ("", "auto"):
+        assert find_checkpoint(tmp_path / "new", resume, {"dim": 64}) == (None, [])
     with pytest.raises(ValueError, match="dim was 64, is 128"):
         find_checkpoint(tmp_path, "auto", {"dim": 128})
+
+
+def test_a_run_that_begins_before_the_checkpoints_of_its_folder_is_refused(tmp_path):
+    """They would be taken for its own newest, and go on from there after a kill."""
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"config": {}, "clock": {"step": step}}, 0)
+    for resume in ("", f"{tmp_path}/checkpoint_00000001.pt"):
+        with pytest.raises(ValueError, match="up to step 2 of an earlier run: resume=auto"):
+            find_checkpoint(tmp_path, resume, {})
+    assert find_checkpoint(tmp_path, f"{tmp_path}/checkpoint_00000002.pt", {})[0]["clock"]["step"] == 2
+    assert find_checkpoint(tmp_path, "auto", {})[0]["clock"]["step"] == 2
 
 
 # ---- the fault table: what happened, what was lost, seconds to recover

@@ -41,6 +41,13 @@ def test_the_newest_two_checkpoints_and_every_kept_one_stay(tmp_path):
     assert [step for _, step in checkpoints(tmp_path)] == [9, 8, 4]
 
 
+def test_a_new_checkpoint_never_makes_room_for_later_ones_it_did_not_follow(tmp_path):
+    """Two damaged ones were passed over, and the run began anew."""
+    for step in (30, 40, 5, 10, 15):
+        save_checkpoint(tmp_path, step, {"step": step}, 0)
+    assert [step for _, step in checkpoints(tmp_path)] == [40, 30, 15, 10]
+
+
 @pytest.mark.parametrize("damage", [
     lambda b: b[:-1], lambda b: b[:40], lambda b: b"x" + b[1:], lambda b: b"",
     lambda b: b[:200] + bytes([b[200] ^ 1]) + b[201:],
@@ -97,6 +104,8 @@ def test_a_line_cut_short_is_dropped_and_what_is_recorded_can_be_recalled(tmp_pa
         log.record("step", step=2)
         assert [row["step"] for row in log.recall("step")] == [1, 2]
     assert Log(tmp_path, False).recall("step") == []
+    with Log(tmp_path, True, {}) as log:  # what only looks at a run leaves its log alone
+        assert len(log.recall("step")) == 2
 
 
 class Disk:
