@@ -1,9 +1,9 @@
 """Which layer pattern wins? Equal parameters, equal steps and equal time, three seeds; bits per byte with their spread.
 
     python -m data.prepare local --vocab 512 --out datasets/local512
-    python run_scripts/compare_layers.py data=datasets/local512 steps=400 seconds=45 seeds=42,43,44
+    python run_scripts/compare_layers.py data=datasets/local512 steps=400 seconds=120 seeds=42,43,44
 
-Two CPU cores, about 30 minutes. Patterns run in turn, seed by seed, so that a machine that slows down slows all of them
+Two CPU cores, about 45 minutes. Patterns run in turn, seed by seed, so that a machine that slows down slows all of them
 alike. Every run is a whole one: trained on the ternary grid, exported, reloaded, and that is what is scored. Finished
 runs are reused. Below the table stands what a bigram model of the same training tokens scores.
 """
@@ -91,6 +91,6 @@ def table(options: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    defaults = {"data": "datasets/local512", "steps": "400", "seconds": "45", "seeds": "42,43,44"}
+    defaults = {"data": "datasets/local512", "steps": "400", "seconds": "120", "seeds": "42,43,44"}
     chosen = defaults | dict(word.split("=", 1) for word in sys.argv[1:])
     sys.stdout.write("\n".join(table(chosen)) + "\n")
