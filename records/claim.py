@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 TRACKS = {"10min_16mb", "non_record_16mb", "non_record_unlimited_compute_16mb"}
 ALIASES = {
-    "val_bpb": ("val_bpb", "mean_val_bpb", "mean_bpb", "val_bpb_mean", "bpb"),
+    "val_bpb": ("val_bpb", "mean_val_bpb", "mean_bpb", "val_bpb_mean", "val_bpb_3seed_mean", "bpb"),
     "val_loss": (
         "val_loss",
         "mean_val_loss",
@@ -15,14 +15,22 @@ ALIASES = {
         "val_loss_mean",
         "val_loss_sliding",
     ),
-    "std": ("val_bpb_std", "std_bpb", "std_val_bpb", "mean_val_bpb_std"),
+    "std": ("val_bpb_std", "std_bpb", "std_val_bpb", "mean_val_bpb_std", "val_bpb_3seed_std"),
     "loss_std": ("val_loss_std", "std_val_loss_nats", "val_loss_nats_std"),
-    "bytes_total": ("bytes_total", "artifact_bytes_max", "artifact_bytes", "artifact_size_bytes", "total_bytes"),
+    "bytes_total": (
+        "bytes_total",
+        "total_submission_bytes_max",
+        "artifact_bytes_max",
+        "artifact_bytes",
+        "artifact_size_bytes",
+        "total_bytes",
+    ),
     "bytes_code": ("bytes_code", "code_bytes"),
     "bytes_model": ("bytes_model", "bytes_model_compressed", "bytes_model_int8_zlib", "bytes_model_int6_zstd"),
     "train_seconds": ("train_time_s", "train_seconds", "train_time_seconds", "wallclock_seconds", "train_time_s_mean"),
     "eval_seconds": ("eval_time_s", "ttt_eval_time_s", "eval_seconds", "eval_time_seconds", "eval_time_s_mean"),
     "steps": ("steps", "step_stop", "train_steps", "train_steps_mean"),
+    "name": ("name", "title", "record_name", "submission_name", "run_name"),
     "author": ("author",),
     "github": ("github_id", "github"),
     "hardware": ("hardware", "gpu", "platform"),
@@ -40,6 +48,7 @@ NUMBERS = (
     "eval_seconds",
     "steps",
 )
+SEED_TABLES = ("seed_results", "seeds", "per_seed", "seed_scores", "val_bpb_per_seed", "val_bpb_seeds")
 SEED_TOTALS = ("bytes_total", "artifact_bytes", "artifact_size_bytes")
 
 
@@ -155,9 +164,7 @@ def read_claim(file: str, raw: dict) -> Claim:
     claim = Claim(file, raw)
     for name in NUMBERS:
         _take_number(claim, name)
-    table = next(
-        (raw[k] for k in ("seed_results", "seeds", "per_seed", "seed_scores") if isinstance(raw.get(k), dict)), {}
-    )
+    table = next((raw[k] for k in SEED_TABLES if isinstance(raw.get(k), dict)), {})
     for key, row in table.items():
         _take_seed(claim, key, row)
     _take_seed_list(claim)
@@ -206,7 +213,7 @@ def _take_seed(claim: Claim, key: object, row: object) -> None:
 
 
 def _take_seed_list(claim: Claim) -> None:
-    listed = claim.raw.get("seeds", claim.raw.get("seed"))
+    listed = next((claim.raw[k] for k in ("seeds", "seeds_run", "seed") if k in claim.raw), None)
     listed = listed if isinstance(listed, list) else [listed] if as_seed(listed) is not None else []
     claim.seeds = [s for s in map(as_seed, listed) if s is not None] or list(claim.results)
     scores = claim.raw.get("seed_scores")

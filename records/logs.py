@@ -113,7 +113,7 @@ class Log:
     code: list[Size] = field(default_factory=list)
     values: dict[str, tuple[float, int]] = field(default_factory=dict)  # world_size, train_shards, ... with their line
     phases: dict[str, list[tuple[float, int]]] = field(default_factory=dict)  # seconds and line by phase
-    gpus: dict[str, int] = field(default_factory=dict)
+    gpus: dict[str, int] = field(default_factory=dict)  # how many of a kind, by the highest number listed
     notes: dict[str, int] = field(default_factory=dict)  # facts that are there or not, with their line
     source: str = ""
     stamps: tuple[float, float] | None = None
@@ -143,7 +143,7 @@ PAIR = re.compile(r"(\w{1,60})=(\S*)")
 STAMP = re.compile(r"(\d{10}\.\d{3}) ")
 ESCAPE = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|[@-Z\\-_])")
 CODE_START = re.compile(r'(?:import \w|from [\w.]+ import |"""|\'\'\'|#!/|"\w.*"$)')
-GPU = re.compile(r"\|\s+\d+\s+((?:NVIDIA|AMD|Tesla|GeForce)[\w /+-]{0,60}?(?:\d{1,4}GB[\w ]{0,30}?)?)\s{2,}")
+GPU = re.compile(r"\|\s+(\d{1,3})\s+((?:NVIDIA|AMD|Tesla|GeForce)[\w /+-]{0,60}?(?:\d{1,4}GB[\w ]{0,30}?)?)\s{2,}")
 SCALE = {"ms": 0.001, "s": 1.0, "m": 60.0}
 
 
@@ -379,7 +379,7 @@ class _Reader:
             if needle in line and (m := pattern.match(line)):
                 act(self.log, m, self.log.lines, argument)
         if "|" in line and (m := GPU.match(line)):
-            self.log.gpus[m[1].strip()] = self.log.gpus.get(m[1].strip(), 0) + 1
+            self.log.gpus[m[2].strip()] = max(int(m[1]) + 1, self.log.gpus.get(m[2].strip(), 0))
 
 
 def _read_event(log: Log, line: str) -> None:

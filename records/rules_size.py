@@ -10,6 +10,7 @@ from records.logs import Log, Size
 from records.repack import CUSTOMARY, CannotRepack, packed_sizes
 
 SLACK = 16  # bytes: version drift of packers
+PACKED = 0.7  # of the script; what is claimed above it is no packed form
 TIGHTEST = 0.85  # of the customary packing; renaming and stronger settings save less
 
 
@@ -167,8 +168,15 @@ def code_bytes(folder: Folder) -> Iterator[Finding]:
                 main.name,
                 value=main.size,
             )
-        else:
+        elif stated < PACKED * main.size:
             yield repacked(folder, int(stated), "the claim", folder.json_name, 0)
+        else:
+            yield Finding(
+                folder.either("fail", "warn") if folder.record else "warn",
+                f"claims {stated:,.0f} bytes of code; {main.name} has {main.size:,}",
+                folder.json_name,
+                value=main.size,
+            )
     for code in logged.values():
         yield counted_size(folder, code)
     yield from plain_source(folder)
@@ -199,8 +207,7 @@ def repacked(folder: Folder, counted: int, who: str, file: str, line: int) -> Fi
         floor = 0.4 * 1.25 * len(zlib.compress(bare(main.text), 9))  # minified and packed with lzma, base85 included
         if counted < floor:
             return Finding(impossible, f"{says} and cannot pack below about {floor:,.0f}", file, line, counted)
-        status = "na" if counted < main.size else "warn"  # no packing adds bytes
-        return Finding(status, f"{says}; the packed size was not rebuilt: {error}", file, line, counted)
+        return Finding("na", f"{says}; the packed size was not rebuilt: {error}", file, line, counted)
     built = f"{says} and packs to {size:,} by pyminify and {name}"
     if abs(size - counted) <= SLACK:
         return Finding(folder.either("warn", "pass") if folder.record else "pass", built, file, line, counted)

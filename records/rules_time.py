@@ -125,8 +125,8 @@ def hardware(folder: Folder) -> Iterator[Finding]:
                 f"ran on {', '.join(f'{n} x {g}' for g, n in wrong.items())}, the rules say H100",
                 log.name,
             )
-        elif log.gpus and sum(log.gpus.values()) % WORLD_SIZE:
-            seen = sum(log.gpus.values())
+        elif log.gpus and max(log.gpus.values()) != WORLD_SIZE:
+            seen = max(log.gpus.values())
             yield Finding("warn", f"nvidia-smi lists {seen} GPUs, the rules say {WORLD_SIZE}", log.name, value=seen)
         elif log.gpus:
             yield Finding("pass", ", ".join(f"{n} x {g}" for g, n in log.gpus.items()), log.name)

@@ -941,6 +941,11 @@ ALIASES = [
         val_loss=None, bytes_code=None, pre_quant_val_bpb=1.07, p_value="<0.001", compliance={"no_slot": True}
     ),
     lambda c: c.pop("track"),
+    lambda c: c.update(
+        title=c.pop("name"), val_bpb_3seed_mean=c.pop("val_bpb"), val_bpb_3seed_std=c.pop("val_bpb_std")
+    ),
+    lambda c: c.update(val_bpb_per_seed={str(s): b for s, b in BPB.items()}) or c.pop("seed_results"),
+    lambda c: c.update(total_submission_bytes_max=c.pop("bytes_total"), seeds_run=c.pop("seeds")),
 ]
 
 
@@ -954,6 +959,21 @@ def test_every_schema_variant_reads_clean(tmp_path, alias):
         and report["claim"]["val_bpb"] == round(MEAN, 8)
         and report["claim"]["seeds"] == [42, 1337, 7]
     )
+
+
+def test_a_listing_of_gpus_that_lost_its_head_still_counts_them(tmp_path):
+    for name, keep, status in (("cut", SMI[5:], "pass"), ("four", SMI[:4], "warn")):
+        made = record("B")
+        swap(made, "\n".join(SMI), "\n".join(keep))
+        _, report = findings(write(tmp_path / name, made))
+        assert next(c for c in report["checks"] if c["id"] == "F13")["status"] == status
+
+
+def test_another_length_of_the_same_validation_text_is_no_defect(tmp_path):
+    made = record("B")
+    swap(made, "val_tokens: 40540160", "val_tokens: 40539000")
+    _, report = findings(write(tmp_path, made))
+    assert worries(report) == []
 
 
 def test_the_room_below_the_cap_is_told_against_the_spread_of_sizes(tmp_path):
