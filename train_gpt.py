@@ -238,8 +238,8 @@ PROFILES = {
     "skc_competition": dict(
         layers="AKAAKAASAAA", parts=("reset", "unet", "smear", "null", "xsa", "gate", "spectral", "qat"), dim=768,
         heads=12, kv_heads=4, vocab=8192, embed_rank=256, softcap=10.0, z_loss=1e-4, seq_len=2048, window=1024,
-        batch_tokens=524_288, micro_tokens=65_536, max_seconds=600.0, reserve_seconds=8.0, eval_modes=("stream",),
-        data="datasets/sp8192",
+        batch_tokens=524_288, micro_tokens=65_536, max_seconds=600.0, reserve_seconds=8.0,
+        eval_modes=("stream", "all"), data="datasets/sp8192",
     ),
     "frontier": dict(
         layers="A" * 11, parts=("reset", "unet", "smear", "null", "xsa", "gate"), dim=512, heads=8, kv_heads=4,
@@ -297,8 +297,8 @@ def check_config(c: Config) -> None:
         ("carry" in c.parts and c.seq_schedule, "part carry goes on from window to window: leave seq_schedule empty"),
         (c.micro_tokens % c.seq_len, f"micro_tokens {c.micro_tokens} is not a multiple of seq_len {c.seq_len}"),
         (not c.max_steps and not c.max_seconds, "no limit: set max_steps or max_seconds"),
-        ("trellis" in {trained_codec(c, family) for family in FAMILIES},
-         "codec trellis is a path found after training: leave qat out of parts, and engrams in another codec"),
+        ("trellis" in [trained_codec(c, f) if c.reserve_seconds else row.codec(c) for f, row in FAMILIES.items()],
+         "codec trellis is a path found after training: set reserve_seconds, leave qat out of parts and engrams in int6"),
         (0 < c.max_seconds <= c.reserve_seconds, f"reserve_seconds {c.reserve_seconds} leaves nothing of max_seconds"),
     ]:  # fmt: skip
         if bad:
@@ -1046,16 +1046,16 @@ def accumulate(model: GPT, loss: Callable, data: Data, buckets: GradientBuckets)
 
 def warm_up(c: Config, rt: Runtime, model: GPT, loss: Callable) -> None:
     """Compile every phase on random tokens before the clock starts; nothing but gradients is touched."""
-    if rt.device.type != "cuda":
+    if loss == model.loss:
         return
-    generator = torch.Generator(rt.device).manual_seed(0)
-    tokens = torch.randint(c.vocab, (c.micro_tokens // c.seq_len, c.seq_len), device=rt.device, generator=generator)
+    generator, shape = torch.Generator(rt.device).manual_seed(0), (c.micro_tokens // c.seq_len, c.seq_len + 1)
+    windows = torch.randint(c.vocab, shape, device=rt.device, generator=generator)
     model.eval()  # training mode would count these tokens into the engram
     for model.phase in range(len(phases(c))):
-        total, _, state = loss(tokens, tokens, None)
+        total, _, state = loss(windows[:, :-1], windows[:, 1:], None)  # other strides would compile again, in the run
         total.backward()
         if "carry" in c.parts:
-            loss(tokens, tokens, state)[0].backward()
+            loss(windows[:, :-1], windows[:, 1:], state)[0].backward()
     model.zero_grad(set_to_none=True)
 
 
@@ -1189,15 +1189,15 @@ def pack_rows(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> by
     """On their grid already, or rounded by what the loss feels, in the bytes that plain steps of `clip` would take."""
     meta = {"config": changed_fields(c, resumable=False), "eval": eval_constants(c, rt, run, log)}
     grid, trained = grid_settings(c), trained_on_grid(c, run.model)
-    if "qat" in c.parts:
+    if "qat" in c.parts or not c.reserve_seconds:
         return pack(rows, meta, **grid)
-    curves = curvature(c, rt, run, log) if c.reserve_seconds else {}
+    curves = curvature(c, rt, run, log)
     rows = [row._replace(parts=row_parts(row, **grid)) if row.name in trained else row for row in rows]
     blob = pack(gptq_rows(rows, curves, **grid), meta, **grid)
     if any(row.codec in STEP_CODECS and row.parts is None and row.name not in curves for row in rows):
         return blob
     target, felts = min(len(blob), BYTE_CAP - CODE_BYTES), {name: felt(curve) for name, curve in curves.items()}
-    return solve_budget(rows, meta, target, felts, quantise=gptq_rounding(curves), **grid)[0]
+    return solve_budget(rows, meta, target, felts, quantise=gptq_rounding(curves), fill=0.98, **grid)[0]
 
 
 def curvature(c: Config, rt: Runtime, run: Run, log: Log) -> dict:

@@ -151,8 +151,9 @@ def _predicted(name: str, shape: tuple, codec: str, parts: Parts) -> dict:
 # ---- spending a budget ----
 
 def solve_budget(rows: list[Row], meta: dict, target: int, felt: dict[str, torch.Tensor], *,
-                 quantise: Callable[[Row, torch.Tensor], Parts] | None = None, **grid) -> tuple[bytes, list[dict]]:
-    """The artifact that fills `target` bytes to [99.8 %, 100 %] with the least harm, and a line for each free tensor.
+                 quantise: Callable[[Row, torch.Tensor], Parts] | None = None, fill: float = 0.998,
+                 **grid) -> tuple[bytes, list[dict]]:
+    """The artifact that fills `target` bytes to [fill, 100 %] with the least harm, and a line for each free tensor.
 
     Rows of a codec with steps are free if they have no parts: each gets the step at which one more byte saves as much
     harm as anywhere else; harm is felt[name] times squared error. `quantise(row, step)` may be GPTQ. A last factor on
@@ -182,7 +183,7 @@ def solve_budget(rows: list[Row], meta: dict, target: int, felt: dict[str, torch
         factor *= 2 ** (8 * (sizes[-1] - 0.9998 * target) / weights)
         if not low < factor < high:
             factor = (low + high) / 2 if high < math.inf else 2 * low
-    if len(best[0]) < 0.998 * target:
+    if len(best[0]) < fill * target:
         raise ValueError(f"budget {target:,} cannot be met: the last artifact has {sizes[-1]:,} bytes; "
                          f"{weights:,} free weights take some 0.5 to 7 bits each")
     return best[0], [curve.line(row) for row, curve in zip(best[1], curves)]

@@ -72,6 +72,7 @@ def test_a_command_line_beats_the_environment_beats_the_profile_beats_the_defaul
     (["layers=AXA"], "no 'X'"),
     (["parts=xxa"], "did you mean xsa"),
     (["weight_codec=trellis"], "leave qat out of parts"),
+    (["weight_codec=trellis", "parts=reset", "reserve_seconds=0"], "set reserve_seconds"),
     (["loop=3,9,2"], "last of the 6 layers"),
     (["loop=3,5,1"], "two passes or more"),
     (["max_steps=0", "max_seconds=0"], "no limit"),
@@ -377,15 +378,18 @@ def test_an_artifact_is_scored_and_loaded_on_its_own_a_proxy_too_and_damage_is_r
     assert "damaged artifact" in capsys.readouterr().err
 
 
-ROUNDED = ("layers=S", "parts=reset", "weight_codec=int6", "reserve_seconds=0.01", "max_steps=2", "eval_modes=chunked")
+ROUNDED = ("layers=S", "parts=reset", "reserve_seconds=0.01", "max_steps=2", "eval_modes=chunked")
 
 
-@pytest.mark.unhurried  # a run, and one that fails at its export
-def test_beside_matrices_that_are_rounded_ships_bit_for_bit_what_trained(dataset, tmp_path, monkeypatch, capsys):
-    assert run_tiny(tmp_path / "a", dataset, *ROUNDED)[0] == 0
+@pytest.mark.unhurried  # two runs, each with one that fails at its export
+@pytest.mark.parametrize("codec", ["weight_codec=int6", "weight_codec=trellis"])
+def test_beside_matrices_that_are_rounded_ships_bit_for_bit_what_trained(dataset, tmp_path, monkeypatch, capsys, codec):
+    code, run = run_tiny(tmp_path / "a", dataset, *ROUNDED, codec)
+    live, reloaded = (row["val_bpb"] for row in records(run, "val"))
+    assert code == 0 and reloaded == pytest.approx(live, rel=0.02)
     larger = lambda row, **grid: row_parts(row._replace(tensor=row.tensor * 1.01), **grid)  # noqa: E731
     monkeypatch.setattr("train_gpt.row_parts", larger)
-    assert run_tiny(tmp_path / "b", dataset, *ROUNDED)[0] == 2
+    assert run_tiny(tmp_path / "b", dataset, *ROUNDED, codec)[0] == 2
     assert "is not what trained" in capsys.readouterr().err
 
 
