@@ -298,7 +298,7 @@ def check_config(c: Config) -> None:
         (c.micro_tokens % c.seq_len, f"micro_tokens {c.micro_tokens} is not a multiple of seq_len {c.seq_len}"),
         (not c.max_steps and not c.max_seconds, "no limit: set max_steps or max_seconds"),
         ("trellis" in [trained_codec(c, f) if c.reserve_seconds else row.codec(c) for f, row in FAMILIES.items()],
-         "codec trellis is a path found after training: set reserve_seconds, leave qat out of parts and engrams in int6"),
+         "codec trellis is a path found after training: set reserve_seconds, leave qat out of parts, engrams in int6"),
         (0 < c.max_seconds <= c.reserve_seconds, f"reserve_seconds {c.reserve_seconds} leaves nothing of max_seconds"),
     ]:  # fmt: skip
         if bad:
