@@ -2,11 +2,14 @@
 
     python -m kernels.bench [OP ..]         # koopman capsule walsh haar wht loss ternary packed; all if none
         --json FILE                         # keep the rows
-        --checks                            # check only (on CUDA: every dtype, odd shapes, the same bits twice)
+        --checks                            # check only: odd shapes, poisoned memory, the same bits twice
+        --times                             # time only, what another process checks
+        --dtype NAME                        # check this dtype only; on CUDA all three otherwise
+        --limit SECONDS                     # begin no row after that
 
-On CUDA the ceilings (copy, matmul) are measured first, the sides of a row take turns over several sets of inputs, and
-`fla` and `accelerated_scan` join where importable. Share of floor: the time that the bytes an operation must move take
-at the measured copy speed, over its own time.
+On CUDA the ceilings (copy, matmul) are measured first, and the sides of a row take turns, each with empty caches and
+its work issued before the clock starts. Where they can be imported, `fla` and `accelerated_scan` join. Share of floor:
+the time that the bytes an operation must move take at the measured copy speed, over its own time.
 """
 
 import argparse
@@ -14,8 +17,8 @@ import json
 import statistics
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +39,10 @@ from kernels.loss import softcap_ce, softcap_ce_reference
 from kernels.scan import koopman_reference, koopman_scan
 from kernels.ternary import ternary_grid, ternary_matmul_packed, ternary_pack, ternary_project, ternary_value
 
-BENCH_SETS = 4  # sets of inputs taken in turn, so that no cache holds the next one's
+BENCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BENCH_BUSY = 1 << 28  # floats a GPU reads, four times over, before a call: longer than it takes to issue that call
+# how a side that is not ours may fail to run here; it is named and left out
+BENCH_FAILURES = (ImportError, RuntimeError, ValueError, TypeError, AssertionError, triton.TritonError)
 
 
 # ---- inputs and definitions
@@ -99,6 +105,14 @@ def results(function, args, weights=None):
     return [*(o.detach() for o in outputs), *grads]
 
 
+@contextmanager
+def poisoned():
+    """Within it torch.empty is full of NaN: what is not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def worst_error(ours, truth):
     """The largest relative L2 error; a result that cancels to nothing is held against the largest of its kind."""
     scale = max(t.norm().item() for t in truth) / 20
@@ -143,7 +157,8 @@ def run_checks(device, dtypes):
                 definition, [_double(x).cpu() if torch.is_tensor(x) else x for x in args],
                 weights and [w.double().cpu() for w in weights],
             ) if not isinstance(definition, partial) else results(definition, [_double(x) for x in args], weights)
-            once, again = results(operation, args, weights), results(operation, args, weights)
+            with poisoned():
+                once, again = results(operation, args, weights), results(operation, args, weights)
             error = worst_error([x.cpu() for x in once], [x.cpu().double() for x in truth])
             same = all(torch.equal(a, b) for a, b in zip(once, again))
             rows.append(check_row(name, dtype, error, limit, same))
@@ -193,6 +208,31 @@ def capsule_indexed(r, p, u, loga, start, s0):
     return torch.stack(y, 1), S
 
 
+def fla_fused(value, log_decay):
+    from fla.ops.hgrn import fused_recurrent_hgrn
+    return fused_recurrent_hgrn(value, log_decay)
+
+
+def fla_chunk(value, log_decay):
+    from fla.ops.hgrn import chunk_hgrn
+    return chunk_hgrn(value, log_decay)
+
+
+def fla_gla(q, k, v, log_decay):
+    from fla.ops.gla import chunk_gla
+    return chunk_gla(q, k, v, log_decay)
+
+
+def fla_simple(q, k, v, log_decay):
+    from fla.ops.simple_gla import chunk_simple_gla
+    return chunk_simple_gla(q, k, v, log_decay)
+
+
+def accelerated_scan(decay, value):
+    from accelerated_scan.scalar import scan
+    return scan(decay, value)
+
+
 def koopman_sides(args, backward):
     u, g, dt, _, _ = args
     sides = {"ours": koopman_scan}
@@ -201,15 +241,9 @@ def koopman_sides(args, backward):
         return _sides(sides, args, torch.randn_like(u), backward)
     log_decay, value = F.logsigmoid(-dt.float()).to(u.dtype), torch.sigmoid(dt) * torch.sigmoid(g) * u
     out = _sides(sides, args, torch.randn_like(u), backward)
-    if find_spec("fla"):
-        from fla.ops.hgrn import chunk_hgrn, fused_recurrent_hgrn
-        for name, f in (("fla fused", fused_recurrent_hgrn), ("fla chunk", chunk_hgrn)):
-            out |= _sides({name: f}, (value, log_decay), torch.randn_like(u), backward)
-    if find_spec("accelerated_scan"):
-        from accelerated_scan.scalar import scan
-        flat = tuple(x.mT.contiguous() for x in (log_decay.exp(), value))
-        if triton.next_power_of_2(u.shape[1]) == u.shape[1]:
-            out |= _sides({"accelerated_scan": scan}, flat, torch.randn_like(flat[0]), backward)
+    out |= _sides({"fla fused": fla_fused, "fla chunk": fla_chunk}, (value, log_decay), torch.randn_like(u), backward)
+    flat = tuple(x.mT.contiguous() for x in (log_decay.exp(), value))
+    out |= _sides({"accelerated_scan": accelerated_scan}, flat, torch.randn_like(flat[0]), backward)
     if not backward:
         out["cumsum"] = lambda: value.cumsum(1)
     return out
@@ -221,13 +255,8 @@ def capsule_sides(args, backward):
         loops = {"ours": capsule_scan, "loop": capsule_reference, "indexed loop": capsule_indexed}
         return _sides(loops, args, torch.randn_like(u), backward)
     out = _sides({"ours": capsule_scan}, args, torch.randn_like(u), backward)
-    if find_spec("fla"):
-        from fla.ops.gla import chunk_gla
-        from fla.ops.simple_gla import chunk_simple_gla
-        decay = loga.to(u.dtype)
-        out |= _sides({"fla gla": chunk_gla}, (p, r, u, decay), torch.randn_like(u), backward)
-        out |= _sides({"fla simple": chunk_simple_gla}, (p, r, u, loga.mean(-1)), torch.randn_like(u), backward)
-    return out
+    out |= _sides({"fla gla": fla_gla}, (p, r, u, loga.to(u.dtype)), torch.randn_like(u), backward)
+    return out | _sides({"fla simple": fla_simple}, (p, r, u, loga.mean(-1)), torch.randn_like(u), backward)
 
 
 def walsh_sides(args, backward):
@@ -246,7 +275,7 @@ def haar_sides(args, backward):
     *args, pos = args
     sides = {"ours": partial(causal_haar, pos=pos), "levels": partial(causal_haar_reference, pos=pos)}
     if args[0].is_cuda:
-        sides["compiled levels"] = torch.compile(sides["levels"])
+        sides["compiled levels"] = partial(torch.compile(causal_haar_reference), pos=pos)
     return _sides(sides, args, torch.randn_like(args[0]), backward) | ({} if backward else {"clone": args[0].clone})
 
 
@@ -294,21 +323,9 @@ def _sides(functions, args, weight, backward=True):
 
 
 def bench_cases(device):
-    """(operation, shape, inputs, sides, backward, bytes that must move)."""
+    """(operation, shape, inputs, sides, backward, bytes that must move); what others tune themselves for comes last."""
     cuda = device.type == "cuda"
     dtype, size = (torch.bfloat16, 2) if cuda else (torch.float32, 4)
-    scans = [(64, 1024), (32, 2048), (8, 8192), (2, 32768)] if cuda else [(4, 1024)]
-    for B, T in scans:
-        for S in (128, 768) if cuda else (256,):
-            n = B * T * S * size
-            for back in (False, True):
-                inputs = partial(koopman_inputs, B, T, S, dtype, device)
-                yield "koopman", f"B{B} T{T} S{S}", inputs, koopman_sides, back, (12 if back else 4) * n
-    for B, T, H in [(32, 2048, 12), (2, 16384, 12)] if cuda else [(4, 1024, 4)]:
-        n = B * T * H * (64 + 16 * 2) * size
-        for back in (False, True):
-            inputs = partial(capsule_inputs, B, T, H, 16, 64, dtype, device)
-            yield "capsule", f"B{B} T{T} H{H} C16 d64", inputs, capsule_sides, back, (5 if back else 2) * n
     B, T, D = (32, 2048, 768) if cuda else (4, 1024, 256)
     for back in (False, True):
         inputs = partial(walsh_inputs, B, T, D, dtype, device)
@@ -329,18 +346,32 @@ def bench_cases(device):
         side = 4096 if cuda else 768
         inputs = partial(packed_inputs, M, side, side, dtype, device)
         yield "packed", f"M{M} {side}x{side}", inputs, packed_sides, False, side * side // 4
+    scans = [(64, 1024), (32, 2048), (8, 8192), (2, 32768)] if cuda else [(4, 1024)]
+    for B, T in scans:
+        for S in (128, 768) if cuda else (256,):
+            n = B * T * S * size
+            for back in (False, True):
+                inputs = partial(koopman_inputs, B, T, S, dtype, device)
+                yield "koopman", f"B{B} T{T} S{S}", inputs, koopman_sides, back, (12 if back else 4) * n
+    for B, T, H in [(32, 2048, 12), (2, 16384, 12)] if cuda else [(4, 1024, 4)]:
+        n = B * T * H * (64 + 16 * 2) * size
+        for back in (False, True):
+            inputs = partial(capsule_inputs, B, T, H, 16, 64, dtype, device)
+            yield "capsule", f"B{B} T{T} H{H} C16 d64", inputs, capsule_sides, back, (5 if back else 2) * n
 
 
 # ---- clocks
 
 
-def _clock(function, device):
-    """Seconds of one call."""
-    if device.type != "cuda":
+def _clock(function, busy):
+    """Seconds of one call. A GPU reads `busy` first: its caches are empty of inputs, and it waits for no host."""
+    if busy is None:
         before = time.perf_counter()
         function()
         return time.perf_counter() - before
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(4):
+        busy.amax()
     begin.record()
     function()
     end.record()
@@ -348,17 +379,32 @@ def _clock(function, device):
     return begin.elapsed_time(end) / 1e3
 
 
-def time_sides(sets, device, seconds):
-    """name -> (median, 20th and 80th percentile): the sides take turns, and each turn takes the next set of inputs."""
-    seen = {name: [] for name in sets[0]}
-    for name in seen:
-        for sides in sets:
-            sides[name]()
+def runnable(sides, left_out):
+    """The sides that run here, each tried once; of ours a failure is one."""
+    able = {}
+    for name, function in sides.items():
+        try:
+            function()
+        except BENCH_FAILURES as error:
+            if name == "ours":
+                raise
+            left_out[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
+        else:
+            able[name] = function
+    return able
+
+
+def time_sides(sides, device, seconds):
+    """name -> (median, 20th and 80th percentile): the sides take turns, after one call each to warm up."""
+    busy = torch.ones(BENCH_BUSY, device=device) if device.type == "cuda" else None
+    seen = {name: [] for name in sides}
+    for function in sides.values():
+        _clock(function, busy)
     begun, turn = time.perf_counter(), 0
     while turn < 5 or (time.perf_counter() - begun < seconds and turn < 200):
         for name, times in seen.items():
             if turn < 5 or statistics.median(times) * len(times) < seconds:  # a slow side does not hold up the others
-                times.append(_clock(sets[turn % len(sets)][name], device))
+                times.append(_clock(sides[name], busy))
         turn += 1
     quantiles = {name: statistics.quantiles(times, n=10) for name, times in seen.items()}
     return {name: (statistics.median(times), quantiles[name][1], quantiles[name][7]) for name, times in seen.items()}
@@ -371,56 +417,72 @@ def ceilings(device):
     source = torch.randn(2**30 if cuda else 2**24, device=device)
     target, a, b = torch.empty_like(source), *(torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     sides = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}
-    times = time_sides([sides], device, 1.0)
+    times = time_sides(sides, device, 1.0)
     return 8 * source.numel() / times["copy"][0], 2 * n**3 / times["matmul"][0]
 
 
-def run_bench(device, names, seconds):
+def run_bench(device, names, seconds, limit):
     copy, matmul = ceilings(device)
     print(f"measured ceilings: copy {copy / 1e9:.1f} GB/s, matmul {matmul / 1e12:.2f} T/s")
     head = " ".join(f"{x:>9}" for x in ("ms", "p20", "p80"))
     print(f"{'operation':9} {'shape':22} {'pass':8} {'side':20} {head}  x ours  floor")
-    rows = []
+    rows, left_out, begun = [], {}, time.perf_counter()
     for operation, shape, inputs, sides, backward, size in bench_cases(device):
         if names and operation not in names:
             continue
-        sets = [sides(inputs(), backward) for _ in range(BENCH_SETS if device.type == "cuda" else 1)]
-        times = time_sides(sets, device, seconds)
+        part = "fwd+bwd" if backward else "fwd"
+        if time.perf_counter() - begun > limit:
+            left_out[f"{operation} {shape} {part}"] = f"not begun within {limit:g} s"
+            continue
+        times = time_sides(runnable(sides(inputs(), backward), left_out), device, seconds)
         for side, (median, low, high) in times.items():
             row = {
-                "operation": operation, "shape": shape, "pass": "fwd+bwd" if backward else "fwd", "side": side,
-                "ms": median * 1e3, "p20": low * 1e3, "p80": high * 1e3, "ratio": median / times["ours"][0],
-                "floor": size / copy / median,
+                "operation": operation, "shape": shape, "pass": part, "side": side, "ms": median * 1e3,
+                "p20": low * 1e3, "p80": high * 1e3, "ratio": median / times["ours"][0], "floor": size / copy / median,
             }
             rows.append(row)
-            print(f"{operation:9} {shape:22} {row['pass']:8} {side:20} {row['ms']:9.3f} {row['p20']:9.3f} "
-                  f"{row['p80']:9.3f} {row['ratio']:7.2f} {row['floor']:6.0%}")
-    return {"copy": copy, "matmul": matmul, "rows": rows}
+            print(f"{operation:9} {shape:22} {part:8} {side:20} {row['ms']:9.3f} {row['p20']:9.3f} "
+                  f"{row['p80']:9.3f} {row['ratio']:7.2f} {row['floor']:6.0%}", flush=True)
+    print(*(f"left out: {name} ({why})" for name, why in left_out.items()), sep="\n", end="\n" * bool(left_out))
+    return {"copy": copy, "matmul": matmul, "rows": rows, "left_out": left_out}
 
 
-def main_bench(argv):
+def bench_arguments(argv):
     parser = argparse.ArgumentParser(
         prog="python -m kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("operations", nargs="*", help="koopman capsule walsh haar wht loss ternary packed; all if none")
     parser.add_argument("--json", help="write everything to this file")
     parser.add_argument("--checks", action="store_true", help="check only")
+    parser.add_argument("--times", action="store_true", help="time only")
+    parser.add_argument("--dtype", choices=BENCH_DTYPES, help="check this one; float32, and on CUDA all, otherwise")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=1.0, help="clock time per row and side")
-    args = parser.parse_args(argv)
+    parser.add_argument("--limit", type=float, default=float("inf"), help="begin no row after so many seconds")
+    return parser.parse_args(argv)
+
+
+def print_checks(rows):
+    failed = [row for row in rows if not row["ok"]]
+    worst = max(rows, key=lambda row: row["error"])
+    print(*(f"CHECK FAILED: {row}" for row in failed), sep="\n", end="\n" * bool(failed))
+    place = f"{worst['check']}, {worst['dtype']}"
+    print(f"{len(rows)} checks, {len(failed)} failed; worst error {worst['error']:.1e} ({place})")
+    return len(failed)
+
+
+def main_bench(argv):
+    args = bench_arguments(argv)
     device = torch.device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"{name}; torch {torch.__version__}, triton {triton.__version__}")
-    wide = (torch.float32, torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32,)
-    report = {"device": name, "torch": torch.__version__, "triton": triton.__version__}
-    report["checks"] = run_checks(device, wide)
-    failed = [row for row in report["checks"] if not row["ok"]]
-    worst = max(report["checks"], key=lambda row: row["error"] if row["dtype"] == "float32" else 0.0)
-    print(*(f"CHECK FAILED: {row}" for row in failed), sep="\n", end="\n" * bool(failed))
-    counts = f"{len(report['checks'])} checks, {len(failed)} failed"
-    print(f"{counts}; worst float32 error {worst['error']:.1e} ({worst['check']})")
+    report, failed = {"device": name, "torch": torch.__version__, "triton": triton.__version__}, 0
+    if not args.times:
+        dtypes = [args.dtype] if args.dtype else list(BENCH_DTYPES)[: 3 if device.type == "cuda" else 1]
+        report["checks"] = run_checks(device, [BENCH_DTYPES[dtype] for dtype in dtypes])
+        failed = print_checks(report["checks"])
     if not args.checks:
-        report |= run_bench(device, args.operations, args.seconds)
+        report |= run_bench(device, args.operations, args.seconds, args.limit)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(report, file, indent=1)

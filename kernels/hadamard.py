@@ -352,8 +352,9 @@ def _causal_haar_forward_kernel(
     v, gates, pos, y, T, H, D, M: tl.constexpr, BLOCKS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    h, b = tl.program_id(1) % H, (tl.program_id(1) // H).to(tl.int64)
-    t, k = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BD)
+    blocks = tl.cdiv(T, BT)
+    h, b = tl.program_id(0) // blocks % H, (tl.program_id(0) // blocks // H).to(tl.int64)
+    t, k = tl.program_id(0) % blocks * BT + tl.arange(0, BT), tl.arange(0, BD)
     numbers, reach = _haar_numbers(gates, pos, b, h, t, T, H, M)
     out = tl.zeros([BT, BD], tl.float32)
     for j in range(BLOCKS):
@@ -371,8 +372,9 @@ def _causal_haar_backward_kernel(
     BD: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Of a block of steps: dv from the outputs at and after it, dgates from the inputs at and before it."""
-    h, b = tl.program_id(1) % H, (tl.program_id(1) // H).to(tl.int64)
-    t, k = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BD)
+    blocks = tl.cdiv(T, BT)
+    h, b = tl.program_id(0) // blocks % H, (tl.program_id(0) // blocks // H).to(tl.int64)
+    t, k = tl.program_id(0) % blocks * BT + tl.arange(0, BT), tl.arange(0, BD)
     inside = (t < T)[:, None] & (k[None, :] < D)
     at = ((b * T + t) * H + h)[:, None] * D + k[None, :]
     out = tl.zeros([BT, BD], tl.float32)
@@ -421,7 +423,7 @@ def _haar_launch(v, gates, pos):
         "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True,
     }
     inputs = v.contiguous(), gates.contiguous(), pos.clamp(0, 2**levels).to(torch.int32).contiguous()
-    return (triton.cdiv(T, HAAR_STEPS), B * H), (T, H, width), tile, inputs
+    return (triton.cdiv(T, HAAR_STEPS) * H * B,), (T, H, width), tile, inputs
 
 
 def causal_haar_forward_triton(v, gates, pos):

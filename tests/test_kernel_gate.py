@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.exc import RecompileError
 
 from kernels.bench import main_bench, run_checks
 from kernels.capsule import capsule_scan
 from kernels.gate import GATE_SHARED, gate_faults, gate_table
 from kernels.hadamard import causal_walsh, walsh_signs, wht
 from kernels.loss import softcap_ce
+from kernels.ranks import Runtime
 from kernels.scan import koopman_scan
+from tests.toys import stirred, tiny
+from train_gpt import warm_up
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,6 +81,20 @@ def test_a_model_of_every_operation_is_one_graph_with_the_same_gradients():
     wanted = torch.autograd.grad(loss(x, weight), weight)[0]
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     assert torch.equal(torch.autograd.grad(compiled(x, weight), weight)[0], wanted)
+
+
+@pytest.mark.unhurried  # traces a model
+def test_training_runs_the_graph_that_the_warm_up_traced():
+    c = tiny(layers="AS")
+    model, device = stirred(c), torch.device("cpu")
+    loss = torch.compile(model.loss, fullgraph=True, dynamic=False, backend="eager")
+    warm_up(c, Runtime(0, 1, device, torch.float32, 1e9), model, loss)
+    model.train()
+    windows = torch.randint(2, c.vocab, (c.micro_tokens // c.seq_len, c.seq_len + 1))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        loss(windows[:, :-1], windows[:, 1:], None)[0].backward()
+        with pytest.raises(RecompileError, match="stride mismatch"):
+            loss(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), None)
 
 
 @pytest.mark.unhurried  # compiles three kernels
