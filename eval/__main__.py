@@ -1,7 +1,8 @@
-"""python -m eval certify MODULE:CALLABLE --vocab N --tokens FILE.npy [--json]
+"""python -m eval certify MODULE:CALLABLE --vocab N --tokens FILE.npy [--json]; python -m eval bench
 
-Judge an evaluator, a callable from a list of token ids to the nats of each token after the first. Prints the verdict of
-every probe (eval/legality.py); exits 0 if legal, 1 if not, 2 if it cannot be judged.
+`certify` judges an evaluator, a callable from a list of token ids to the nats of each token after the first. Prints the
+verdict of every probe (eval/legality.py); exits 0 if legal, 1 if not, 2 if it cannot be judged. `bench` says what
+scoring costs beside the model.
 """
 
 import argparse
@@ -12,12 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
+from eval.bench import bench
 from eval.legality import Probes
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__.split("\n\n")[1])
-    certify = parser.add_subparsers(required=True).add_parser("certify")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("bench")
+    certify = commands.add_parser("certify")
     certify.add_argument("evaluator", metavar="MODULE:CALLABLE")
     certify.add_argument("--vocab", type=int, required=True, help="token ids are below this")
     certify.add_argument("--tokens", type=Path, required=True, help="a .npy of a few hundred token ids to probe on")
@@ -25,6 +29,9 @@ def main(arguments: list[str]) -> int:
     certify.add_argument("--positions", type=int, default=6, help="positions probed of each kind")
     certify.add_argument("--json", action="store_true", help="print the certificate as JSON")
     a = parser.parse_args(arguments)
+    if a.command == "bench":
+        print(bench())
+        return 0
     try:
         certificate = Probes(find(a.evaluator), a.vocab, read(a.tokens), a.bos, a.positions).certificate()
     except ValueError as error:

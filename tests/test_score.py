@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from eval.bench import VOCAB, engram_speed, overhead, zipf_text
 from eval.score import EvalSettings, Score, Span, bpb, breakdown, check_reload, red_flags, score
 
 V = 16
@@ -249,3 +250,9 @@ def test_memory_that_runs_out_names_the_field_and_lowers_nothing():
     tokens, nbytes = stream(40)
     with pytest.raises(MemoryError, match="eval_batch=2 of 16 tokens does not fit in memory; lower eval_batch"):
         list(score(Big(), tokens, nbytes, "stream", settings()))
+
+
+def test_the_bench_measures_all_it_names():
+    assert engram_speed(8, calls=2) > 0
+    assert len(zipf_text(64)) == 64 and zipf_text(64).max() < VOCAB
+    assert all(ratio > 0 for ratio in overhead(rounds=1, length=257))
