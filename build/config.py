@@ -27,6 +27,7 @@ class Facts:
     constants: dict = field(default_factory=dict)  # module-level names that are immutable literals, bound once
     properties: dict = field(default_factory=dict)  # Config properties that folded to a literal
     tables: dict = field(default_factory=dict)  # module-level dict literals that nobody changes
+    gone: set = field(default_factory=set)  # keys that a registry lost
     holders: set = field(default_factory=set)  # attributes that always hold a Config: {"c"} for `self.c = c`
 
     def structural(self):
@@ -155,6 +156,9 @@ def table_keys(node):
 def drop_fields(units, fields):
     """Resumable fields that no code reads go: they are in no hash and in no artifact, and their name is an error."""
     read = {n.attr for u in units for n in ast.walk(u.node) if isinstance(n, ast.Attribute)}
+    for f in fields.values():  # the choice is made
+        f.node.value.args = f.node.value.args[:2]
+        f.node.value.keywords = [k for k in f.node.value.keywords if k.arg == "resumable" or f.kind == "free"]
     config, table = find_config(units), assigned(units, "PROFILES")
     gone = {f.name for f in fields.values() if f.resumable and f.name not in read}
     config.body = [s for s in config.body if not (isinstance(s, ast.AnnAssign) and s.target.id in gone)]

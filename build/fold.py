@@ -143,6 +143,14 @@ class Folder(Scoped):
                 return left if is_nothing(right) else right if is_nothing(left) else node
         return node
 
+    def visit_Compare(self, node):
+        node = self.generic_visit(node)
+        match node:
+            case ast.Compare(left=left, ops=[ast.Eq() | ast.NotEq() as op], comparators=[ast.Constant(value=str(key))]):
+                if key in self.facts.gone and keeps_value(left):
+                    return literal(isinstance(op, ast.NotEq), node)
+        return node
+
     def visit_Subscript(self, node):
         node = self.generic_visit(node)
         match node:
@@ -234,19 +242,24 @@ class Folder(Scoped):
         return None if self.truth(node.test) is True else self.generic_visit(node)
 
 
-def fold(units, fields, done):
-    """Folds to a fixpoint; `done` collects (place, test, outcome)."""
-    holders, known_before, changed = config_holders(units), None, set(map(id, units))
+def fold(units, fields, done, folded=None):
+    """Folds to a fixpoint; `done` collects (place, test, outcome), `folded` what need not be folded again."""
+    folded = {} if folded is None else folded
+    holders, known_before = config_holders(units), folded.get("facts")
+    changed = {id(u) for u in units if folded.get(id(u)) != ast.dump(u.node)}
     while changed:
-        facts = Facts(fields, module_constants(units), config_properties(units), fixed_tables(units), holders)
-        told = (facts.constants, facts.properties, {name: ast.dump(t) for name, t in facts.tables.items()})
+        facts = Facts(fields, module_constants(units), config_properties(units), fixed_tables(units),
+                      folded.get("gone", set()), holders)
+        told = (facts.constants, facts.properties, facts.gone, {name: ast.dump(t) for name, t in facts.tables.items()})
         todo = [u for u in units if id(u) in changed or told != known_before]
         known_before, changed = told, set()
         for unit in todo:
             before = ast.dump(unit.node)
             unit.node = Folder(facts, done).visit(unit.node)
-            if ast.dump(unit.node) != before:
+            folded[id(unit)] = ast.dump(unit.node)
+            if folded[id(unit)] != before:
                 changed.add(id(unit))
+        folded["facts"] = known_before
         units = [u for u in units if settle_guard(u, facts)]
     check_structural_replace(units, facts)
     return units

@@ -1,6 +1,7 @@
-"""Names that belong to others: attributes of the libraries a program imports, of their classes and of Python's types.
+"""Names that belong to others: what objects of the libraries a program imports, and Python's own, know.
 
-Attributes are told apart by their spelling alone, so a name that any of these knows is never taken for one of ours.
+Attributes are told apart by their spelling alone, so a name that any of these knows is never taken for one of ours;
+and nothing that begins with an import is.
 """
 
 import ast
@@ -29,9 +30,9 @@ def resolve(dotted):
 
 @lru_cache(maxsize=512)
 def known_to_module(name):
-    """Names in a module, and in the classes it shows."""
+    """What the classes know that a module shows."""
     module = importlib.import_module(name)
-    return frozenset(dir(module)).union(*(dir(c) for c in vars(module).values() if isinstance(c, type)))
+    return frozenset().union(*(dir(c) for c in vars(module).values() if isinstance(c, type)))
 
 
 def imported(units):
@@ -55,7 +56,7 @@ def root(node):
 
 
 def foreign_names(units):
-    """Every name that a module the program speaks of knows, or a class in it, or one of Python's own types."""
+    """Every name that a class knows in a module the program speaks of, or one of Python's own types."""
     paths = imported(units)
     spoken = set(paths.values())
     for node in (n for u in units for n in ast.walk(u.node) if isinstance(n, ast.Attribute) and root(n) in paths):

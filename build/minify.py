@@ -45,7 +45,7 @@ class Brief(ast.NodeTransformer):
 
 
 class Strip(ast.NodeTransformer):
-    """Removes docstrings, and annotations outside classes' fields, kernels and custom ops (which read them)."""
+    """Removes docstrings, and annotations outside kernels and custom ops (which read them); records keep short ones."""
 
     def visit_FunctionDef(self, node):
         if is_kernel(node):
@@ -63,6 +63,8 @@ class Strip(ast.NodeTransformer):
         made_from = " ".join(map(ast.unparse, node.decorator_list + node.bases))
         is_record = "dataclass" in made_from or "NamedTuple" in made_from
         fields = {s for s in node.body if isinstance(s, ast.AnnAssign)} if is_record else set()
+        for s in fields:  # the record needs one, nobody reads it
+            s.annotation = like(ast.Name("int", ast.Load()), s)
         body = [s if s in fields else self.visit(s) for s in node.body]
         node.body = [s for s in body if s] or [like(ast.Pass(), node)]
         return node
@@ -103,8 +105,7 @@ def minify(tree):
 
     fixed = [n for n in ast.walk(tree) if isinstance(n, FUNCTIONS) and (is_kernel(n) or is_op(n))]
     parameters = sorted({a.arg for n in fixed for a in all_arguments(n.args)})
-    read = sorted({x.id for n in fixed for x in ast.walk(n) if isinstance(x, ast.Name)} - set(parameters))
     positional_only(tree)
     return shorten(
         ast.unparse(ast.fix_missing_locations(tree)), remove_annotations=False, hoist_literals=False,
-        rename_globals=True, preserve_globals=read + dir(builtins), preserve_locals=parameters)
+        rename_globals=True, preserve_globals=["tl", "triton", *dir(builtins)], preserve_locals=parameters)

@@ -19,11 +19,14 @@ from build.trees import FUNCTIONS, BuildError, is_kernel
 
 PROOF = {  # of what the profile has; no clock decides anything, for time never repeats
     "max_steps": 3, "max_seconds": 0.0, "log_every": 1, "vocab": 384, "micro_tokens": 128,
-    "dtype": "float32", "eval_modes": "chunked,sliding,stream,engram,ttt,all", "run_id": "proof",
+    "dtype": "float32", "run_id": "proof",
 }  # fmt: skip
 ARTIFACT = f"{PROOF['run_id']}/final_model.skc"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-VOLATILE = {"seconds", "tokens_per_second", "mfu", "peak_memory_bytes", "eval_seconds", "train_seconds", "run_id"}
+VOLATILE = {"seconds", "tokens_per_second", "mfu", "memory", "peak_memory_bytes", "eval_seconds", "train_seconds",
+            "run_id"}  # fmt: skip
+PROMISED = {"step", "val", "artifact", "eval", "end"}  # kinds of records that a packed file writes as its source does
+DECISIVE = {"loss", "grad_norm", "val_bpb", "sha256", "bpb", "nats", "spans"}  # of these it may not leave out one
 ON_CUDA = "kernels and what launches them, CUDA only"
 KERNELS = """
 import json, train_gpt
@@ -101,13 +104,15 @@ def steady(value):
 
 def read_records(path):
     rows = [steady(json.loads(line)) for line in path.read_text().splitlines()]
-    return [r for r in rows if r["kind"] != "phase"]
+    return [r for r in rows if r["kind"] in PROMISED]
 
 
 def same_records(source, packed):
+    """The packed file may say less in a record, but nothing else."""
     for i, (a, b) in enumerate(zip(source, packed)):
-        if a != b:
-            raise BuildError(f"record {i} differs: source {a}, packed {b}")
+        said = {name: value for name, value in a.items() if name in b or name in DECISIVE}
+        if said != b:
+            raise BuildError(f"record {i} differs: source {said}, packed {b}")
     if len(source) != len(packed):
         raise BuildError(f"the source wrote {len(source)} records, the packed file {len(packed)}")
 
@@ -152,7 +157,7 @@ def prove(b, root):
         for name, text in {"source": b"", "packed": b.code, "traced": b.readable.encode()}.items():
             (work / name).mkdir()  # each runs in a folder of its own, with the same arguments
             (work / name / "train_gpt.py").write_bytes(text)
-        finish(start("the source", [root / "train_gpt.py", "--profile", b.profile, *values], work / "source"),
+        finish(start("the source", ["-O", root / "train_gpt.py", "--profile", b.profile, *values], work / "source"),
                start("the packed file", ["train_gpt.py", *values], work / "packed"))
         rows, artifact = compare_runs(work / "source", work / "packed")
         lines, captured = trace_all(work, values, rows)

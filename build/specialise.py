@@ -9,10 +9,10 @@ import ast
 import copy
 from collections import Counter, defaultdict
 
-from build.foreign import foreign_names
-from build.scopes import Scoped, all_arguments
+from build.foreign import imported, root
+from build.scopes import Scoped, all_arguments, own_nodes
 from build.sweep import hooks
-from build.trees import FUNCTIONS, decorators, is_docstring, keeps_value, like, names_bound, pairs
+from build.trees import FUNCTIONS, decorators, is_docstring, is_kernel, is_op, keeps_value, like, names_bound, pairs
 
 TRANSPARENT = {"torch.no_grad", "contextmanager", "functools.lru_cache", "staticmethod"}  # they pass arguments on
 RECORDS = {"dataclass", "dataclasses.dataclass"}
@@ -32,15 +32,16 @@ def is_constant(node):
 class Uses(Scoped):
     """Every call of a module-level name or of an attribute, and which of them are used as values, too."""
 
-    def __init__(self):
+    def __init__(self, imports):
         super().__init__()
+        self.imports = imports
         self.calls, self.values = defaultdict(list), set()  # an attribute's name begins with a dot
 
     def visit_Call(self, node):
         match node.func:
             case ast.Name(id=name) if self.binding(name) is None:
                 self.calls[name].append(node)
-            case ast.Attribute(value=value, attr=attr):
+            case ast.Attribute(value=value, attr=attr) if root(node.func) not in self.imports:
                 self.calls[f".{attr}"].append(node)
                 self.visit(value)
             case _:
@@ -57,12 +58,13 @@ class Uses(Scoped):
         return node
 
     def visit_Attribute(self, node):
-        self.values.add(f".{node.attr}")
+        if root(node) not in self.imports:
+            self.values.add(f".{node.attr}")
         return self.generic_visit(node)
 
 
 def find_uses(units):
-    uses = Uses()
+    uses = Uses(imported(units))
     for unit in units:
         uses.visit(unit.node)
         if unit.guard:
@@ -81,11 +83,11 @@ def passed(call, function, skip):
     return found | dict(zip(names[skip:], call.args)) | {k.arg: k.value for k in call.keywords}
 
 
-def callables(units, uses):
+def callables(units, uses, foreign):
     """(function, its calls, how many leading parameters no call writes) where every call is known."""
     classes = [u.node for u in units if isinstance(u.node, ast.ClassDef)]
     methods = Counter(m.name for c in classes for m in c.body if isinstance(m, FUNCTIONS))
-    outside, foreign = hooks(units), foreign_names(units)
+    outside = hooks(units)
     parents = {ast.unparse(b) for c in classes for b in c.bases}
     for unit in units:
         node = unit.node
@@ -164,12 +166,12 @@ def is_record(node):
         set(decorators(node)) & RECORDS or "NamedTuple" in map(ast.unparse, node.bases))
 
 
-def settle_fields(units, uses, structural):
+def settle_fields(units, uses, foreign, structural):
     """Fields of records that come to one constant wherever one is made; returns how many.
 
     A structural field of Config may have the same name: no code reads it any more.
     """
-    foreign, count = foreign_names(units), 0
+    count, imports = 0, imported(units)
     fields = Counter(s.target.id for u in units if isinstance(u.node, ast.ClassDef)
                      for s in u.node.body if isinstance(s, ast.AnnAssign)
                      and not (u.node.name == "Config" and s.target.id in structural))
@@ -178,9 +180,9 @@ def settle_fields(units, uses, structural):
     classes = [u.node for u in units if isinstance(u.node, ast.ClassDef)]
     methods = {m.name for c in classes for m in c.body if isinstance(m, FUNCTIONS)}
     given = defaultdict(list)
-    for name, call in ((name, call) for name, calls in uses.calls.items() for call in calls):
+    for call in (n for u in units for n in ast.walk(u.node) if isinstance(n, ast.Call)):
         for k in call.keywords:
-            given[k.arg].append((name, k.value))
+            given[k.arg].append((ast.unparse(call.func), k.value))
     for unit in filter(lambda u: is_record(u.node), units):
         calls, own = uses.calls[unit.node.name], [s for s in unit.node.body if isinstance(s, ast.AnnAssign)]
         stars = any(isinstance(a, ast.Starred) for call in calls for a in call.args) or any(
@@ -194,7 +196,7 @@ def settle_fields(units, uses, structural):
             same = None not in values and all(map(is_constant, values)) and len(set(map(ast.dump, values))) == 1
             if not taken and same:
                 for other in units:
-                    other.node = Default(name, values[0]).visit(other.node)
+                    other.node = Default(name, values[0], imports).visit(other.node)
                 for call in calls:
                     call.keywords = [k for k in call.keywords if k.arg != name]
                 unit.node.body.remove(field)
@@ -202,9 +204,9 @@ def settle_fields(units, uses, structural):
     return count
 
 
-def settle_attributes(units):
+def settle_attributes(units, foreign):
     """Attributes that nothing but one constant is ever stored in are that constant; returns how many."""
-    foreign, stored, known = foreign_names(units), defaultdict(set), set()
+    stored, known = defaultdict(set), set()
     records = {s.target.id for u in units if isinstance(u.node, ast.ClassDef)
                for s in u.node.body if isinstance(s, ast.AnnAssign)}
     classes = [u.node for u in units if isinstance(u.node, ast.ClassDef)]
@@ -225,23 +227,15 @@ def settle_attributes(units):
     found = {a for a, v in stored.items() if len(v) == 1 and None not in v} - foreign - records - named
     values = {t.attr: v for n in assigns for t, v in pairs(n) if isinstance(t, ast.Attribute) and t.attr in found}
     for unit in units:
-        unit.node = Constants(values).visit(unit.node)
+        unit.node = Constants(values, imported(units)).visit(unit.node)
     return len(found)
 
 
-class Constants(ast.NodeTransformer):
-    """Loads of the attributes become their values, and their stores go."""
-
-    def __init__(self, values):
-        self.values = values
-
-    def visit_Attribute(self, node):
-        if node.attr in self.values:
-            return like(copy.deepcopy(self.values[node.attr]), node)
-        return self.generic_visit(node)
+class Settled(ast.NodeTransformer):
+    """Assignments of what is settled go; a statement that is left without a body passes."""
 
     def is_stored(self, target):
-        return isinstance(target, ast.Attribute) and target.attr in self.values
+        raise NotImplementedError
 
     def visit_Assign(self, node):
         match node:
@@ -262,12 +256,80 @@ class Constants(ast.NodeTransformer):
         return node
 
 
-class Default(ast.NodeTransformer):
-    def __init__(self, name, value):
-        self.name, self.value = name, value
+class Constants(Settled):
+    """Loads of the attributes become their values."""
+
+    def __init__(self, values, imports):
+        self.values, self.imports = values, imports
 
     def visit_Attribute(self, node):
-        if node.attr == self.name:
+        if node.attr in self.values and root(node) not in self.imports:
+            return like(copy.deepcopy(self.values[node.attr]), node)
+        return self.generic_visit(node)
+
+    def is_stored(self, target):
+        return isinstance(target, ast.Attribute) and target.attr in self.values
+
+
+class Locals(Settled):
+    """Loads of the names become their values."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def visit_Name(self, node):
+        return like(copy.deepcopy(self.values[node.id]), node) if node.id in self.values else node
+
+    def is_stored(self, target):
+        return isinstance(target, ast.Name) and target.id in self.values
+
+
+def only_read(function, name):
+    """An empty list or dict that is only unpacked and iterated stays empty."""
+    loads = sum(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) for n in ast.walk(function))
+    for node in ast.walk(function):
+        match node:
+            case (ast.keyword(arg=None, value=ast.Name(id=found)) | ast.For(iter=ast.Name(id=found)) |
+                  ast.comprehension(iter=ast.Name(id=found)) | ast.Call(func=ast.Attribute(
+                      value=ast.Name(id=found), attr="items" | "values" | "keys"))) if found == name:
+                loads -= 1
+    return loads == 0
+
+
+def settle_locals(units):
+    """Locals that are bound once, to a constant, are that constant; what is bound and never read goes."""
+    count = 0
+    for function in [n for u in units for n in ast.walk(u.node) if isinstance(n, FUNCTIONS) and not is_kernel(n)]:
+        names = [n for n in ast.walk(function) if isinstance(n, ast.Name)]
+        bound = Counter(n.id for n in names if not isinstance(n.ctx, ast.Load))
+        read = {n.id for n in names if isinstance(n.ctx, ast.Load)}
+        taken = {a.arg for f in ast.walk(function) if isinstance(f, (*FUNCTIONS, ast.Lambda))
+                 for a in all_arguments(f.args)}
+        taken |= {n for f in ast.walk(function) if isinstance(f, (ast.Global, ast.Nonlocal)) for n in f.names}
+        own, values = defaultdict(list), {}
+        for target, value in (p for n in own_nodes(function) if isinstance(n, ast.Assign) for p in pairs(n)):
+            if isinstance(target, ast.Name) and target.id not in taken:
+                own[target.id].append(value)
+        for name, found in own.items():
+            empty = isinstance(found[0], (ast.Dict, ast.List)) and not ast.unparse(found[0])[1:-1]
+            constant = is_constant(found[0]) or (empty and only_read(function, name))
+            if bound[name] == len(found) and ((len(found) == 1 and constant) or (
+                    name not in read and all(map(keeps_value, found)))):
+                values[name] = found[0]
+        if values:
+            inner = Locals(values)
+            function.body = [s for old in function.body for s in Scoped.as_list(inner.visit(old))]
+            function.body = function.body or [like(ast.Pass(), function)]
+            count += len(values)
+    return count
+
+
+class Default(ast.NodeTransformer):
+    def __init__(self, name, value, imports):
+        self.name, self.value, self.imports = name, value, imports
+
+    def visit_Attribute(self, node):
+        if node.attr == self.name and root(node) not in self.imports:
             return like(copy.deepcopy(self.value), node)
         return self.generic_visit(node)
 
@@ -293,9 +355,11 @@ def settle_returns(units):
     values = {}
     for node in (u.node for u in units if isinstance(u.node, FUNCTIONS) and not u.node.decorator_list):
         match [s for s in node.body if not is_docstring(s)]:
+            case [ast.Return(value=ast.Dict(keys=[]) | ast.List(elts=[]) as value)]:
+                values[node.name] = value
             case [ast.Return(value=value)] if value is not None and is_constant(value):
                 values[node.name] = value
-            case [ast.Pass()] | []:
+            case [ast.Pass()] | [ast.Return(value=None)] | []:
                 values[node.name] = ast.Constant(None)
     finder = Returns(values)
     for unit in units:
@@ -303,9 +367,28 @@ def settle_returns(units):
     return finder.count
 
 
-def specialise(units, structural=()):
+def merge_forwarders(units):
+    """`@register def f(x): return g(x)`, and nobody else calls g: g takes the place of f. Returns how many."""
+    uses, count = find_uses(units), 0
+    functions = {u.node.name: u for u in units if isinstance(u.node, FUNCTIONS) and not u.node.decorator_list}
+    for unit in [u for u in units if isinstance(u.node, FUNCTIONS)]:
+        match [s for s in unit.node.body if not is_docstring(s)]:
+            case [ast.Return(value=ast.Call(func=ast.Name(id=name), args=args, keywords=[]))] if name in functions:
+                target, given = functions[name], [getattr(a, "id", None) for a in args]
+                same = given == [a.arg for a in all_arguments(unit.node.args)] and None not in given
+                same = same and len(given) == len(all_arguments(target.node.args)) and target.guard is None
+                if same and len(uses.calls[name]) == 1 and name not in uses.values and not is_op(unit.node):
+                    target.node.name, target.node.decorator_list = unit.node.name, unit.node.decorator_list
+                    unit.node = target.node
+                    units.remove(target)
+                    del functions[name]
+                    count += 1
+    return count
+
+
+def specialise(units, foreign, structural=()):
     """One round over all units; returns how much it settled. `structural` are the fields that folding has replaced."""
     uses = find_uses(units)
-    count = sum(settle_parameters(*found) for found in callables(units, uses))
-    count += settle_fields(units, find_uses(units), structural) + settle_attributes(units)
-    return count + settle_returns(units)
+    count = sum(settle_parameters(*found) for found in callables(units, uses, foreign))
+    count += settle_fields(units, find_uses(units), foreign, structural) + settle_attributes(units, foreign)
+    return count + settle_locals(units) + settle_returns(units) + merge_forwarders(units)

@@ -8,10 +8,12 @@ from build.bundle import bundle
 from build.check import check_calls, check_text, check_top_level, undefined_names
 from build.config import bake, drop_fields, forget_registries, selected
 from build.fold import fold
+from build.foreign import foreign_names
 from build.minify import Brief, Strip, minify
 from build.pack import pack
+from build.rename import place_arguments, rename_attributes, rename_kernel_parameters
 from build.specialise import specialise
-from build.sweep import items_of, sweep
+from build.sweep import gone_keys, hooks, items_of, sweep
 from build.trees import FUNCTIONS, BuildError, as_module, place
 
 
@@ -46,22 +48,29 @@ def build(files, profile, dce=True, entry="train_gpt", explaining=False):
         unit.node = Brief().visit(unit.node)
     b.before = items_of(units, selected(units, fields)) if explaining else []
     if dce:
-        units = fold(units, fields, b.done)
+        folded = {}
+        units = fold(units, fields, b.done, folded)
         b.sizes["folded"] = size_of(units)
         units, b.items = sweep(units, fields)
         b.sizes["swept"] = size_of(units)
+        folded["gone"] = gone_keys(b.items, fields)
         forget_registries(units, fields)
+        drop_fields(units, fields)
         structural = {f.name for f in fields.values() if f.kind == "structural"}
-        while specialise(units, structural):
-            units, items = sweep(fold(units, fields, b.done), fields)
+        foreign = foreign_names(units)
+        while specialise(units, foreign, structural) or folded["gone"] - folded["facts"][2]:
+            units, items = sweep(fold(units, fields, b.done, folded), fields)
             settle(b.items, items)
         drop_fields(units, fields)
+        place_arguments(units, foreign)
         b.sizes["specialised"] = size_of(units)
     check_calls(units)
     tree = ast.fix_missing_locations(Strip().visit(as_module(units)))
     b.readable = ast.unparse(tree) + "\n"
     check_text(b.readable, tree)
     b.sizes["stripped"] = len(b.readable.encode())
+    rename_attributes(tree, hooks(units), foreign if dce else foreign_names(units))
+    rename_kernel_parameters(tree)
     short = minify(tree)
     b.sizes["minified"] = len(short.encode())
     if missing := undefined_names(short):

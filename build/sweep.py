@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from build.config import selected
 from build.foreign import resolve
-from build.scopes import Scoped
-from build.trees import FUNCTIONS, Unit, is_main_guard, like
+from build.scopes import Scoped, all_arguments
+from build.trees import FUNCTIONS, Unit, is_kernel, is_main_guard, is_op, like
 
 
 @dataclass
@@ -46,8 +46,34 @@ class Mentions(Scoped):
         return node
 
     def visit_Attribute(self, node):
-        if isinstance(node.ctx, ast.Load) and self.root(node) not in self.imports:
+        if isinstance(node.ctx, ast.Load) and self.root(node) not in self.imports and not self.is_field(node):
             self.spoken.add(f".{node.attr}")
+        return self.generic_visit(node)
+
+    def visit_Assign(self, node):
+        """A table does not call what its keys name."""
+        if isinstance(node.value, ast.Dict) and not self.scopes:
+            self.skip = self.skip | {id(k) for k in node.value.keys}
+        return self.generic_visit(node)
+
+    def visit_outside(self, node):
+        """Annotations that nobody reads call nothing."""
+        if not isinstance(node, ast.Lambda) and not is_kernel(node) and not is_op(node):
+            self.skip = self.skip | {id(a) for a in (node.returns, *(a.annotation for a in all_arguments(node.args)))}
+        super().visit_outside(node)
+
+    def visit_AnnAssign(self, node):
+        """Nor does a field of Config call what its default names: the profile chooses."""
+        if self.classes[-1:] == ["Config"] and isinstance(node.value, ast.Call):
+            self.skip = self.skip | set(map(id, node.value.args))
+        if self.scopes and not self.scopes[-1].is_class:
+            self.skip = self.skip | {id(node.annotation)}
+        return self.generic_visit(node)
+
+    def visit_Compare(self, node):
+        """A comparison makes no value, so it calls nothing by name."""
+        if all(isinstance(op, (ast.Eq, ast.NotEq)) for op in node.ops):
+            self.skip = self.skip | {id(n) for n in (node.left, *node.comparators) if isinstance(n, ast.Constant)}
         return self.generic_visit(node)
 
     def visit_Constant(self, node):
@@ -60,6 +86,11 @@ class Mentions(Scoped):
             case ast.Call(func=ast.Name(id="getattr" | "hasattr"), args=[_, ast.Constant(value=str(name)), *_]):
                 self.spoken.add(f".{name}")
         return self.generic_visit(node)
+
+    def is_field(self, node):
+        """`c.state` of a Config speaks of no method."""
+        scope = self.binding(node.value.id) if isinstance(node.value, ast.Name) else None
+        return scope is not None and node.value.id in scope.configs and self.classes[-1:] != ["Config"]
 
     @staticmethod
     def root(node):
@@ -204,6 +235,13 @@ def sweep(units, fields):
     for unit in live:
         drop_parts(unit.node, dead)
     return live, items
+
+
+def gone_keys(items, fields):
+    """Keys that every registry which knew them has lost: nothing can be equal to them any more."""
+    registries = {f.registry for f in fields.values()}
+    entries = [i for i in items if i.owner and isinstance(i.key, str) and i.owner.label in registries]
+    return {i.key for i in entries} - {i.key for i in entries if i.because}
 
 
 def drop_parts(node, dead):

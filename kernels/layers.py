@@ -91,13 +91,14 @@ class Site(Part):
         self.scale = nn.Parameter(torch.ones(2, width))
         if skips:
             self.skip = nn.Parameter(torch.ones(width))
-        if streams == 2:
+        self.paired = streams == 2
+        if self.paired:
             self.blend = None if first else nn.Parameter(torch.zeros(1))  # the first pair is equal
             self.write = nn.Parameter(torch.ones(2, 2, 1))
 
     def enter(self, xs: list, x0) -> list:
         """Blend a pair of streams (doubly stochastic, identity at first), then mix in the embedding."""
-        if len(xs) == 2 and self.blend is not None:
+        if self.paired and self.blend is not None:
             across = self.blend.to(x0.dtype) * (xs[0] - xs[1])
             xs = [xs[0] - across, xs[1] + across]
         mix = self.mix.to(x0.dtype)
@@ -106,7 +107,7 @@ class Site(Part):
     def add(self, xs: list, y, part: int) -> list:
         """The mixer's output (part 0) or the MLP's (part 1), written to every stream."""
         y = self.scale[part].to(y.dtype) * y
-        if len(xs) == 1:
+        if not self.paired:
             return [xs[0] + y]
         return [x + self.write[part, i].to(y.dtype) * y for i, x in enumerate(xs)]
 

@@ -155,7 +155,8 @@ def softcap_ce_backward_triton(logits, targets, cap, lse, entropy, *back):
 
 @torch.library.custom_op("skc::softcap_ce", mutates_args=())
 def softcap_ce_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return softcap_ce_forward_cpu(logits, targets, cap)
+    if __debug__:
+        return softcap_ce_forward_cpu(logits, targets, cap)
 
 
 @softcap_ce_op.register_kernel("cuda")
@@ -174,7 +175,8 @@ def softcap_ce_backward_op(
     logits: Tensor, targets: Tensor, cap: float, lse: Tensor, entropy: Tensor,
     dnll: Tensor | None, dlse: Tensor | None, dmean: Tensor | None, dentropy: Tensor | None,
 ) -> Tensor:
-    return softcap_ce_backward_cpu(logits, targets, cap, lse, entropy, dnll, dlse, dmean, dentropy)
+    if __debug__:
+        return softcap_ce_backward_cpu(logits, targets, cap, lse, entropy, dnll, dlse, dmean, dentropy)
 
 
 @softcap_ce_backward_op.register_kernel("cuda")
@@ -214,4 +216,6 @@ def softcap_ce(logits, targets, cap):
     """logits (N, V) floating, targets (N,) int64 -> nll, lse, mean, entropy, each (N,) float32 and differentiable."""
     if __debug__:
         _check_loss(logits, targets, cap)
+    elif not logits.is_cuda:  # `python -O`, and a packed file: the definition is all that a CPU needs
+        return softcap_ce_reference(logits, targets, cap)
     return softcap_ce_op(logits, targets, float(cap))
