@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -155,18 +156,29 @@ class Log:
 
 
 def save_checkpoint(folder: Path, step: int, state: dict, keep_every: int) -> dict:
-    """Sealed with a hash and renamed into place; then this, the one before it and every `keep_every`-th stay."""
+    """Sealed with a hash and renamed into place; then this, the one before it and every `keep_every`-th stay.
+
+    Where there is no room for one more the older ones make it, and one that is whole stays.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getvalue()
     seal = hashlib.sha256(payload).hexdigest()
     path = folder / f"checkpoint_{step:08d}.pt"
-    write_whole(path, CHECKPOINT_MAGIC + seal.encode() + payload)
     before = [row for row in checkpoints(folder) if row[1] < step]  # a later one is not of this run's making
-    for old, was in before[1:]:
-        if not (keep_every and was % keep_every == 0):
-            old.unlink()
+    loose = [old for old, was in before if not (keep_every and was % keep_every == 0)]
+    spare = [old for old in loose if old != before[0][0]]
+    for old in spare if crowded(folder, len(payload)) else []:
+        old.unlink()
+    write_whole(path, CHECKPOINT_MAGIC + seal.encode() + payload)
+    for old in loose if crowded(folder, len(payload)) else spare:
+        old.unlink(missing_ok=True)
     return {"path": str(path), "bytes": path.stat().st_size, "sha256": seal}
+
+
+def crowded(folder: Path, size: int) -> bool:
+    """There is no room for one more of this size."""
+    return shutil.disk_usage(folder).free < size
 
 
 def checkpoints(folder: Path) -> list[tuple[Path, int]]:

@@ -184,7 +184,13 @@ def test_a_run_that_begins_before_the_checkpoints_of_its_folder_is_refused(tmp_p
     assert find_checkpoint(tmp_path, "auto", {})[0]["clock"]["step"] == 2
 
 
-# ---- the fault table: what happened, what was lost, seconds to recover
+# ---- faults of a run of two processes; tests/test_trials.py has the others
+
+
+def tell(fault: str, ranks: int, happened: str, lost: str, seconds: float) -> None:
+    """A row of the table: pytest tests/test_launch.py tests/test_trials.py -m slow -rP | grep '^|'"""
+    sys.stdout.write(f"| {fault} | {ranks} | {happened} | {lost} | {seconds:.1f} |\n")
+
 
 STEPS = 40
 TRAIN = ["train_gpt.py", "--profile", "tiny", "layers=AKS", f"max_steps={STEPS}", "batch_tokens=512",
@@ -229,7 +235,7 @@ def undisturbed(dataset, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_costs_seconds(dataset, tmp_path, undisturbed, record_property):
+def test_a_killed_rank_costs_seconds(dataset, tmp_path, undisturbed):
     process = start(tmp_path, dataset)
     assert wait_for(lambda: len(losses(tmp_path)) >= 12, 60)
     reached = max(losses(tmp_path))
@@ -237,13 +243,14 @@ def test_a_killed_rank_costs_seconds(dataset, tmp_path, undisturbed, record_prop
     began = time.monotonic()
     assert wait_for(lambda: (found := losses(tmp_path)) and "resumed" in (tmp_path / "out").read_text()
                     and max(found) > reached, 60)  # fmt: skip
-    record_property("seconds to recover", round(time.monotonic() - began, 1))
+    seconds = time.monotonic() - began
     finish(process, tmp_path)
     assert losses(tmp_path) == pytest.approx(undisturbed, rel=1e-6)
+    tell("a rank killed", 2, "the agent started both again", "nothing: steps since the checkpoint, again", seconds)
 
 
 @pytest.mark.slow
-def test_ranks_end_when_their_agent_is_gone_and_the_next_one_goes_on(dataset, tmp_path, undisturbed, record_property):
+def test_ranks_end_when_their_agent_is_gone_and_the_next_one_goes_on(dataset, tmp_path, undisturbed):
     process = start(tmp_path, dataset)
     assert wait_for(lambda: len(losses(tmp_path)) >= 12, 60)
     ranks = beats(tmp_path)
@@ -251,26 +258,27 @@ def test_ranks_end_when_their_agent_is_gone_and_the_next_one_goes_on(dataset, tm
     process.wait()
     began = time.monotonic()
     assert wait_for(lambda: not beats(tmp_path) or not any(Path(f"/proc/{pid}").exists() for pid in ranks.values()), 30)
-    record_property("seconds until the ranks ended", round(time.monotonic() - began, 1))
+    seconds = time.monotonic() - began
     reached = max(losses(tmp_path))
     assert checkpoints(tmp_path / "r")[0][1] == reached  # nothing is lost
     assert "the agent that started this rank" in (tmp_path / "r" / "train.log").read_text()
     finish(start(tmp_path, dataset), tmp_path)
     assert losses(tmp_path) == pytest.approx(undisturbed, rel=1e-6)
+    tell("the agent killed", 2, "the ranks wrote a checkpoint and ended; the same command went on", "nothing", seconds)
 
 
 @pytest.mark.slow
-def test_sigterm_leads_to_a_checkpoint_and_the_same_command_goes_on(dataset, tmp_path, undisturbed, record_property):
+def test_sigterm_leads_to_a_checkpoint_and_the_same_command_goes_on(dataset, tmp_path, undisturbed):
     process = start(tmp_path, dataset)
     assert wait_for(lambda: len(losses(tmp_path)) >= 12, 60)
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     process.wait(40)
     seconds = time.monotonic() - began
-    record_property("seconds until all had ended", round(seconds, 1))
     assert checkpoints(tmp_path / "r")[0][1] == max(losses(tmp_path)) and seconds < 10
     finish(start(tmp_path, dataset), tmp_path)
     assert losses(tmp_path) == pytest.approx(undisturbed, rel=1e-6)
+    tell("SIGTERM in mid-step", 2, "a checkpoint, all ended; the same command went on", "nothing", seconds)
 
 
 IMPATIENT = """
@@ -283,18 +291,20 @@ sys.exit(command_line(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_a_rank_that_stands_still_ends_the_job_with_a_diagnosis(dataset, tmp_path, undisturbed, record_property):
+def test_a_rank_that_stands_still_ends_the_job_with_a_diagnosis(dataset, tmp_path, undisturbed):
     (tmp_path / "impatient.py").write_text(IMPATIENT)
     process = start(tmp_path, dataset, program=(str(tmp_path / "impatient.py"),))
     assert wait_for(lambda: len(losses(tmp_path)) >= 12, 60)
     os.kill(beats(tmp_path)[1], signal.SIGSTOP)
     began = time.monotonic()
     assert wait_for(lambda: "WATCHDOG" in (tmp_path / "r" / "train.log").read_text(), 30)
-    record_property("seconds to the diagnosis", round(time.monotonic() - began, 1))
+    seconds = time.monotonic() - began
     log = (tmp_path / "r" / "train.log").read_text()
     assert "rank 1" in log and "phase train" in log and "its process is stopped" in log and "waits for others" in log
     finish(process, tmp_path)  # the agent starts both again
     assert losses(tmp_path) == pytest.approx(undisturbed, rel=1e-6)
+    tell("a rank stands still", 2, "diagnosis (after 3 s of silence here, 60 by default), both started again",
+         "nothing: steps since the checkpoint, again", seconds)  # fmt: skip
 
 
 @pytest.mark.slow

@@ -48,6 +48,19 @@ def test_a_new_checkpoint_never_makes_room_for_later_ones_it_did_not_follow(tmp_
     assert [step for _, step in checkpoints(tmp_path)] == [40, 30, 15, 10]
 
 
+def test_on_a_crowded_disk_the_older_checkpoints_make_room_and_one_stays(tmp_path, monkeypatch):
+    for step in (4, 6, 8):
+        save_checkpoint(tmp_path, step, {"step": step}, keep_every=4)
+    monkeypatch.setattr("data.run_folder.crowded", lambda folder, size: True)
+    save_checkpoint(tmp_path, 10, {"step": 10}, keep_every=4)
+    assert [step for _, step in checkpoints(tmp_path)] == [10, 8, 4]
+    monkeypatch.setattr("data.run_folder.write_whole", lambda path, content: (tmp_path / "no" / "room").open())
+    for step in (11, 12):
+        with pytest.raises(OSError):
+            save_checkpoint(tmp_path, step, {"step": step}, keep_every=0)
+    assert [step for _, step in checkpoints(tmp_path)] == [10]
+
+
 @pytest.mark.parametrize("damage", [
     lambda b: b[:-1], lambda b: b[:40], lambda b: b"x" + b[1:], lambda b: b"",
     lambda b: b[:200] + bytes([b[200] ^ 1]) + b[201:],

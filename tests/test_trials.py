@@ -1,6 +1,6 @@
 """Every fault of a run, for real, on two and four processes: what happened, what was lost, seconds to recover.
 
-    pytest tests/test_trials.py -m slow -rP | grep '^|'      # the table
+    pytest tests/test_launch.py tests/test_trials.py -m slow -rP | grep '^|'      # the table
 """
 
 import json
@@ -18,7 +18,7 @@ import sentencepiece
 
 from data.manifest import describe_files, write_manifest
 from data.run_folder import checkpoints
-from tests.test_launch import beats, holds
+from tests.test_launch import beats, holds, tell
 from tests.test_notify import KEY, service  # noqa: F401 (a fixture)
 from tests.test_publish import TOKEN, start_hub, stop_hub, wait_for
 from tests.toys import toy_dataset
@@ -95,11 +95,6 @@ def finish(process, folder: Path) -> None:
     assert json.loads((folder / "r" / "result.json").read_text())["status"] == "finished"
 
 
-def tell(fault: str, ranks: int, happened: str, lost: str, seconds: float) -> None:
-    """A row of the table."""
-    sys.stdout.write(f"| {fault} | {ranks} | {happened} | {lost} | {seconds:.1f} |\n")
-
-
 @pytest.fixture(scope="module")
 def undisturbed(dataset, tmp_path_factory):
     """Losses by number of ranks, each run once."""
@@ -157,11 +152,24 @@ def test_a_disk_that_fills_up_costs_nothing_once_there_is_room_again(dataset, sm
     assert losses(small_disk) == undisturbed(ranks)
     whats = [row["what"] for row in rows(small_disk, "alert")]
     assert {"disk", "no checkpoint"} <= set(whats) and "has all its lines again" in said(small_disk)
-    tell("disk full while checkpointing, then room", ranks, "told; trained on, lines waited in memory",
+    tell("disk full from the first checkpoint on, then room", ranks, "told; trained on, lines waited in memory",
          "nothing", seconds)  # fmt: skip
 
 
-def test_a_disk_that_stays_full_leaves_the_last_checkpoint_and_a_way_on(dataset, small_disk, undisturbed):
+def test_a_disk_that_stays_full_is_made_room_on_by_older_checkpoints(dataset, small_disk, undisturbed):
+    process = start(small_disk, dataset)
+    reached = reaches(small_disk, 2 * EVERY + 1)
+    fill(small_disk)
+    began = time.monotonic()
+    assert wait_for(lambda: max(losses(small_disk)) > reached + EVERY, PATIENCE), said(small_disk)[-3000:]
+    seconds = time.monotonic() - began
+    finish(process, small_disk)
+    assert losses(small_disk) == undisturbed(2) and (small_disk / "r" / "final_model.skc").exists()
+    assert [step for _, step in checkpoints(small_disk / "r")] == [STEPS]
+    tell("disk full from the second checkpoint on", 2, "the older checkpoint made room; finished", "nothing", seconds)
+
+
+def test_a_disk_without_room_for_the_artifact_leaves_the_checkpoint_and_a_way_on(dataset, small_disk, undisturbed):
     process = start(small_disk, dataset)
     reaches(small_disk, EVERY + 1)
     filler = fill(small_disk)
@@ -176,7 +184,7 @@ def test_a_disk_that_stays_full_leaves_the_last_checkpoint_and_a_way_on(dataset,
     seconds = time.monotonic() - began
     finish(again, small_disk)
     assert losses(small_disk) == undisturbed(2)
-    tell("disk full to the end", 2, "trained on, ended with exit 2 for want of a place for the artifact",
+    tell("disk full from the first checkpoint on", 2, "trained on; no place for the artifact, exit 2",
          f"steps after {EVERY}, trained again by the same command", seconds)  # fmt: skip
 
 
@@ -187,7 +195,9 @@ def test_a_corrupted_checkpoint_is_passed_over_aloud(dataset, tmp_path, undistur
     process = start(folder, dataset, ranks=ranks)
     reaches(folder, 2 * EVERY + 2)
     process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
     process.wait(PATIENCE)
+    ended = time.monotonic() - began
     (newest, reached), (_, good) = checkpoints(folder / "r")
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -201,6 +211,7 @@ def test_a_corrupted_checkpoint_is_passed_over_aloud(dataset, tmp_path, undistur
     assert f"ALERT: {newest}: damaged, its contents do not match its hash; using the one before it" in said(folder)
     finish(again, folder)
     assert losses(folder) == undisturbed(ranks)
+    tell("SIGTERM in mid-step", ranks, "a checkpoint, all ended; the same command went on", "nothing", ended)
     tell("corrupted newest checkpoint", ranks, "told; the one before it used",
          f"{reached - good} steps, trained again", seconds)  # fmt: skip
 
