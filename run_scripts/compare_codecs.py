@@ -1,4 +1,4 @@
-"""What rounding and coding cost a trained model: bits per byte, bytes, bits a weight, seconds, all on the same weights.
+"""What rounding and coding cost a trained model: bits per byte, bytes, bits a weight, CPU seconds, on the same weights.
 
     python train_gpt.py --profile local parts=reset,unet,smear,null,spectral checkpoint_every=1000000 run_id=plain
     python run_scripts/compare_codecs.py runs/plain/checkpoint_00000300.pt data=datasets/local
@@ -46,7 +46,7 @@ from train_gpt import (
 
 OPTIONS = {"data": "", "tokens": "65536", "calibration": "32768"}
 WIDTHS = ("int4", "int5", "int6", "int8")
-LOSSES = ["rounding", "bytes", "bpb", "gap", "seconds"]
+LOSSES = ["rounding", "bytes", "bpb", "gap", "CPU s"]
 SYMBOLS = ["weights", "family", "millions", "code", "bits a weight", "entropy", "ratio", "encode s", "decode s"]
 CPU = Runtime(0, 1, torch.device("cpu"), torch.float32, 1.0)
 
@@ -97,14 +97,14 @@ class Trained:
 
     def rounded(self, codec: str, curves: dict | None, turns: dict | None = None) -> tuple[bytes, float]:
         """The file with all free matrices in one codec, to the nearest (curves None), by clip search ({}), by GPTQ."""
-        began, by = time.perf_counter(), turns or {}
+        began, by = time.process_time(), turns or {}
         rows = [r if r.parts else r._replace(codec=codec, tensor=turned(r.tensor, by.get(r.name))) for r in self.rows]
         if curves is None:
             rows = [r if r.parts else r._replace(parts=row_parts(r, clips={}, **self.grid)) for r in rows]
         else:
             curves = {name: turned_curve(curve, by.get(name)) for name, curve in curves.items()}
             rows = gptq_rows(rows, curves, clips={}, **self.grid)
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
         return pack(rows, {}, **self.grid), seconds
 
 
@@ -200,10 +200,10 @@ def budget_table(t: Trained) -> str:
         uniform, seconds = t.rounded(codec, t.curves)
         rows.append([*t.line(f"{codec} for all, GPTQ", uniform, seconds), ""])
         for kind in ("int6", "trellis"):  # the solver finds the width of integers by itself
-            began, free = time.perf_counter(), [r if r.parts else r._replace(codec=kind) for r in t.rows]
+            began, free = time.process_time(), [r if r.parts else r._replace(codec=kind) for r in t.rows]
             blob, _ = solve_budget(free, {}, len(uniform), felts, quantise=gptq_rounding(t.curves), **t.grid)
             name = {"int6": "budget solver, GPTQ", "trellis": "budget solver, GPTQ on the trellis"}[kind]
-            found = t.line(name, blob, time.perf_counter() - began)
+            found = t.line(name, blob, time.process_time() - began)
             rows.append([*found, f"{len(blob) / len(uniform):.3%}"])
     return markdown("A budget in bytes", [*LOSSES, "filled"], rows)
 
