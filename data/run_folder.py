@@ -103,6 +103,8 @@ class Log:
         except BlockingIOError:
             self.lock.close()
             raise ValueError(OCCUPIED.format(folder)) from None
+        for draft in folder.glob(".*.[0-9]*"):  # of files that a kill kept from becoming whole
+            draft.unlink()
         keep = {"train.log": 0, "metrics.jsonl": 0} if resume_at is None else resume_at
         self.words = Lines(folder / "train.log", keep.get("train.log"), lambda line: None)  # the metrics tell
         self.metrics = Lines(folder / "metrics.jsonl", keep.get("metrics.jsonl"), self.disk)

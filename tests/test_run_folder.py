@@ -79,6 +79,8 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
     save_checkpoint(tmp_path, 1, {"step": 1}, 0)
     (tmp_path / ".checkpoint_00000002.pt.99").write_bytes(b"half")
     assert newest_checkpoint(tmp_path) == ({"step": 1}, [])
+    Log(tmp_path, True).__exit__(None, None, None)
+    assert not list(tmp_path.glob(".checkpoint*")) and newest_checkpoint(tmp_path) == ({"step": 1}, [])
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
