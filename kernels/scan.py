@@ -88,17 +88,18 @@ def _koopman_tiles(u, solve, buffers):
         yield slice(i, i + length), *plans[length]
 
 
-def _cut(carry, start, tile):
-    return carry if start is None else carry.masked_fill_(start[:, tile, None], 0)
+def _keeps(start, dtype):
+    """(B, T, 1): what decays are multiplied by, many times faster than filling in zeros."""
+    return 1.0 if start is None else (~start).to(dtype)[..., None]
 
 
 def koopman_forward_cpu(u, g, dt, start, h0):
     wide = _state_dtype(u)
-    h = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    h, keep = torch.empty(u.shape, dtype=u.dtype, device=u.device), _keeps(start, wide)
     state = torch.zeros_like(u[:, 0], dtype=wide) if h0 is None else h0.to(wide)
     for tile, (states, carry, value, gate), steps in _koopman_tiles(u, _scan_steps, 6):
         torch.sigmoid(dt[:, tile].to(wide), out=value)
-        _cut(torch.sub(1, value, out=carry), start, tile)
+        torch.sub(1, value, out=carry).mul_(keep if start is None else keep[:, tile])
         value.mul_(torch.sigmoid(g[:, tile].to(wide), out=gate)).mul_(u[:, tile])
         value[:, 0].addcmul_(carry[:, 0], state)
         for step in steps:
@@ -111,12 +112,11 @@ def koopman_forward_cpu(u, g, dt, start, h0):
 def koopman_backward_cpu(u, g, dt, start, h0, h, dh, dhT):
     wide = _state_dtype(u)
     du, dg, ddt = (torch.empty(u.shape, dtype=u.dtype, device=u.device) for _ in range(3))
-    first = torch.zeros_like(dhT) if h0 is None else h0.to(wide)
+    first, keep = torch.zeros_like(dhT) if h0 is None else h0.to(wide), _keeps(start, wide)
     flow = dhT  # what reaches the last step of a tile from its right
     for tile, (grad, later, above, lam, gate, carry), steps in reversed(list(_koopman_tiles(u, _scan_back_steps, 8))):
         logit, x = dt[:, tile].to(wide), u[:, tile].to(wide)
-        torch.neg(logit, out=lam).sigmoid_()
-        _cut(carry.copy_(lam), start, tile)
+        torch.mul(torch.neg(logit, out=lam).sigmoid_(), keep if start is None else keep[:, tile], out=carry)
         above.copy_(dh[:, tile])[:, -1] += flow
         # h_t takes carry_{t+1} from its right; the last entry meets nothing, only finite it must be
         later[:, :-1], later[:, -1] = carry[:, 1:], 0
@@ -129,9 +129,9 @@ def koopman_backward_cpu(u, g, dt, start, h0, h, dh, dhT):
         torch.sigmoid(g[:, tile].to(wide), out=gate)
         grad.mul_(torch.sigmoid(logit, out=weight))
         slope = lam.mul_(gate).mul_(x).addcmul_(carry, before, value=-1)
-        ddt[:, tile] = slope.mul_(grad)
+        torch.mul(slope, grad, out=ddt[:, tile])
         du[:, tile] = grad.mul_(gate)
-        dg[:, tile] = grad.mul_(x).mul_(gate.neg_().add_(1))
+        torch.addcmul(grad.mul_(x), grad, gate, value=-1, out=dg[:, tile])
     return du, dg, ddt, flow
 
 
