@@ -72,21 +72,23 @@ class Steps:
         if not abs(loss) < 1e9:
             self.bad = self.bad or line
             return
+        self.extend([step], [loss], line, milliseconds)
+
+    def extend(self, steps: list[int], losses: list[float], line: int, milliseconds: float) -> None:
+        """Lines of a run, from `line` on, with the longest of their times."""
         if self.count == 0:
-            self.first = loss
-        if step < self.last_step:
-            self.backwards = self.backwards or line
-        self.count += 1
-        self.last, self.last_step = loss, step
-        if loss < self.low:
-            self.low = loss
-        if loss > self.high:
-            self.high = loss
-        if milliseconds > self.milliseconds:
-            self.milliseconds = milliseconds
-        self.digest = hash((self.digest, step, loss))
-        if step in (1, 500):
-            self.by_step[step] = loss
+            self.first = losses[0]
+        if steps[0] < self.last_step or steps != sorted(steps):
+            before = [self.last_step, *steps]
+            self.backwards = self.backwards or next(line + i for i, s in enumerate(steps) if s < before[i])
+        self.count += len(steps)
+        self.last, self.last_step = losses[-1], steps[-1]
+        self.low, self.high = min(self.low, *losses), max(self.high, *losses)
+        self.milliseconds = max(self.milliseconds, milliseconds)
+        self.digest = (self.digest + sum(map(hash, zip(steps, losses)))) % 2**64
+        for step in (1, 500):
+            if step in steps:
+                self.by_step[step] = losses[steps.index(step)]
 
     @property
     def moved(self) -> bool:
@@ -134,17 +136,26 @@ class Log:
 
 
 NUM = r"[-+]?(?:\d{1,18}(?:\.\d{0,18})?(?:[eE][-+]?\d{1,3})?|nan|inf)"  # bounded: a hostile line must not cost seconds
+CLOCK = r"(?:\d{10}\.\d{3} |\[?(?:\d{4}-\d\d-\d\d[ T])?\d\d:\d\d:\d\d(?:[.,]\d{1,6})?\]? )?"  # before a line
+PLAIN = r"\d{1,9}(?:\.\d{1,18})?"  # a number that no conversion can make infinite
+STEP_ROWS = re.compile(rf"(?:{CLOCK}(?:step:)?\d{{1,9}}/\d+ (?:train_)?loss: ?{PLAIN}(?![\d.e])[^\n]*\n){{1,512}}")
+STEP_PAIR = re.compile(rf"\n{CLOCK}(?:step:)?(\d+)/\d+ (?:train_)?loss: ?([\d.]+)")
 STEP = re.compile(rf"(?:step:)?(\d{{1,9}})/\d+ (?:train_)?loss: ?({NUM})(?: (?:train_time|t): ?({NUM})(ms|m|s)\b)?")
 VAL = re.compile(rf"\b(?:val_)?loss[:=] ?({NUM})[ ,]+(?:val_)?bpb[:=] ?({NUM})")
-NOISE = ("ttp:", "ttpp:", "ttpr:", "tttg:", "ttt_progress:", "  ttt_chunk")  # running scores, thousands of lines
+NOISE = re.compile(  # running scores, thousands of lines
+    rf"(?:{CLOCK}(?:ttp:|ttpp:|ttpr:|tttg:|ttt_progress:|  ttt_chunk)[^\n]*\n)+"
+)
 EVAL_TIME = re.compile(rf"\b(?:eval_time|elapsed|time)[:=]({NUM})(ms|s)")
 PARAM = re.compile(r"  (\w{1,60}): (.*)")
 PAIR = re.compile(r"(\w{1,60})=(\S*)")
-STAMP = re.compile(r"(\d{10}\.\d{3}) ")
+STAMP = re.compile(CLOCK)
+RULER = "=" * 60
+END_OF_LISTING = re.compile(rf"^(?:{RULER}|(?:step:)?\d{{1,9}}/\d+ (?:train_)?loss: ?[\d.naif]+)", re.M)
 ESCAPE = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|[@-Z\\-_])")
 CODE_START = re.compile(r'(?:import \w|from [\w.]+ import |"""|\'\'\'|#!/|"\w.*"$)')
 GPU = re.compile(r"\|\s+(\d{1,3})\s+((?:NVIDIA|AMD|Tesla|GeForce)[\w /+-]{0,60}?(?:\d{1,4}GB[\w ]{0,30}?)?)\s{2,}")
 SCALE = {"ms": 0.001, "s": 1.0, "m": 60.0}
+MILLISECONDS = {unit: 1000 * seconds for unit, seconds in SCALE.items()}
 
 
 def _number(log: Log, m: re.Match, line: int, name: str) -> None:
@@ -268,53 +279,99 @@ class _Reader:
         self.json = log.name.endswith(".jsonl")
 
     def feed(self, block: bytes) -> None:
-        log = self.log
+        """Read a piece of whole lines: what comes in thousands by the run, the rest line by line."""
         text = block.decode("utf-8", errors="replace")
-        odd = "\0" in text or "\x1b" in text or "\r" in text
-        lines = text.split("\n")
-        if not lines[-1]:
-            lines.pop()
-        for line in lines:
-            log.lines += 1
-            if odd:
-                line = self._plain(line)
-            if line[10:11] == "." and (stamp := STAMP.match(line)):
-                seconds = float(stamp[1])
-                log.stamps = (log.stamps[0] if log.stamps else seconds, seconds)
-                line = line[stamp.end() :]
-            if self.json:
-                _read_event(log, line)
-            elif not line.startswith(NOISE) and not self._listing(line):
-                self._text(line if len(line) < MAX_LINE else line[:MAX_LINE])
+        if self.json:
+            for line in text.removesuffix("\n").split("\n"):
+                self.log.lines += 1
+                _read_event(self.log, self._plain(line, self.log.lines))
+            return
+        if "\0" in text or "\x1b" in text or "\r" in text:
+            text = "\n".join(self._plain(line, self.log.lines + i) for i, line in enumerate(text.split("\n"), 1))
+        at = 0
+        while at < len(text):
+            at = self._listed(text, at) or self._noise(text, at) or self._steps(text, at) or self._line(text, at)
 
-    def _plain(self, line: str) -> str:
+    def _listed(self, text: str, at: int) -> int:
+        """Skip to the end of an embedded source listing; it is full of text that looks like results."""
+        if not self.in_code:
+            return 0
+        end = END_OF_LISTING.search(text, at)
+        stop = end.start() if end else len(text)
+        if self.source_size < MAX_SOURCE:
+            self.source.append(text[at:stop])
+            self.source_size += stop - at
+        self.log.lines += text.count("\n", at, stop) + (stop == len(text) and text[-1] != "\n")
+        self.in_code = end is None
+        return stop if stop > at else 0
+
+    def _noise(self, text: str, at: int) -> int:
+        found = None if self.after_header else NOISE.match(text, at)
+        if found is None:
+            return 0
+        self.fresh = self.in_params = False
+        self._clock(text, at)
+        self._clock(text, text.rfind("\n", at, found.end() - 1) + 1 or at)
+        self.log.lines += text.count("\n", at, found.end())
+        return found.end()
+
+    def _steps(self, text: str, at: int) -> int:
+        """A run of lines of the training curve."""
+        found = None if self.after_header else STEP_ROWS.match(text, at)
+        if found is None:
+            return 0
+        steps, losses = zip(*STEP_PAIR.findall("\n" + found[0]))
+        first = self._clock(text, at)
+        end = STEP.match(text, self._clock(text, text.rfind("\n", at, found.end() - 1) + 1 or at))
+        if not self.log.family:
+            named = text.startswith("train_", text.index(" ", first) + 1)
+            self.log.family = "B" if text[first] != "s" else "A" if named else "D"
+        took = float(end[3]) * MILLISECONDS[end[4]] if end[3] else 0.0
+        self.log.steps.extend([*map(int, steps)], [*map(float, losses)], self.log.lines + 1, took)
+        self.log.lines += len(steps)
+        self.fresh = self.in_params = False
+        return found.end()
+
+    def _clock(self, text: str, at: int) -> int:
+        """Where a line begins after its clock; seconds since 1970 tell how long the run took."""
+        end = STAMP.match(text, at).end()
+        if text[at + 10 : at + 11] == "." and end > at:
+            seconds = float(text[at:end])
+            self.log.stamps = (self.log.stamps[0] if self.log.stamps else seconds, seconds)
+        return end
+
+    def _line(self, text: str, at: int) -> int:
+        stop = text.find("\n", at)
+        stop = len(text) if stop < 0 else stop
+        self.log.lines += 1
+        line = text[self._clock(text, at) : stop]
+        if line.startswith(RULER):
+            self._end_listing()
+            self.fresh = True
+        elif not self._begins_listing(line):
+            self._text(line if len(line) < MAX_LINE else line[:MAX_LINE])
+        return stop + 1
+
+    def _plain(self, line: str, number: int) -> str:
         """A line without colours and without what a progress bar overwrote; empty when it is no text."""
         if "\0" in line:
             self.log.nul += line.count("\0")
             return ""
         if "\x1b" in line:
-            self.log.escapes = self.log.escapes or self.log.lines
+            self.log.escapes = self.log.escapes or number
             line = ESCAPE.sub("", line)
         return line.rstrip("\r").rpartition("\r")[2]
 
-    def _listing(self, line: str) -> bool:
-        """Skip an embedded source listing; it is full of text that looks like results."""
-        if line.startswith("=" * 60):
-            self._end_listing()
-            self.in_code, self.fresh = False, True
-            return True
+    def _begins_listing(self, line: str) -> bool:
         if self.fresh and line.strip():
             self.fresh = False
             self.in_code = bool(CODE_START.match(line))
-        if self.in_code and STEP.match(line):
-            self.in_code = False
-        if self.in_code and self.source_size < MAX_SOURCE:
-            self.source.append(line)
-            self.source_size += len(line) + 1
+            if self.in_code:
+                self.source, self.source_size = [line + "\n"], len(line) + 1
         return self.in_code
 
     def _end_listing(self) -> None:
-        text = "\n".join(self.source)
+        text = "".join(self.source).removesuffix("\n")
         if self.source_size > len(self.log.source) and re.search(r"^(?:import|from|def|class) ", text, re.M):
             self.log.source = text
         self.source, self.source_size = [], 0

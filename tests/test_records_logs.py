@@ -189,3 +189,62 @@ def test_memory_does_not_grow_with_the_log():
     log = read("\n".join(lines))
     assert len(log.metrics) == logs.MAX_KEPT and len(log.notes) == 1
     assert len(read("x" * 1_000_000).notes) == 0  # one line without an end
+
+
+CLOCKS = ["", "1776142348.135 ", "[05:08:50] ", "2026-04-17 05:08:50,123 "]
+LINES = st.one_of(
+    st.builds(
+        "{}{}{}/20000 {}loss:{} {}".format,
+        st.sampled_from(CLOCKS),
+        st.sampled_from(["step:", ""]),
+        st.integers(0, 3000),
+        st.sampled_from(["train_", "", "val_"]),
+        st.sampled_from(["2.5", " 9.0001", " nan", "2.", "1e3", "7"]),
+        st.sampled_from(["", "train_time:42993ms step_avg:1ms", "train_time: 1.5m tok/s: 1", "t:5s", "val_bpb:1.25"]),
+    ),
+    st.builds("{}{}".format, st.sampled_from(CLOCKS), st.sampled_from(["ttp: b1/2 bl:2.3", "tttg: c1", "hello"])),
+    st.sampled_from(
+        [
+            "",
+            "=" * 100,
+            "import torch",
+            '    print("step:1/2 loss:0.1")',
+            "Hyperparameters:",
+            "  seed: 5",
+            "--- Hyperparameters ---",
+            "seed=7 lr=1",
+            "seed:9",
+            "quantized val_loss:2.50000000 val_bpb:1.25000000 eval_time:5ms",
+            "\x1b[31mstep:5/10 train_loss:1.0\x1b[0m",
+        ]
+    ),
+)
+
+
+def seen(log):
+    known = {name: getattr(log, name) for name in log.__slots__ if name != "steps"}
+    return known | {name: getattr(log.steps, name) for name in log.steps.__slots__ if name != "milliseconds"}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(LINES, min_size=1, max_size=30))
+def test_reading_by_the_run_and_line_by_line_see_the_same(lines):
+    whole, alone = logs.Log("a.log"), logs.Log("a.log")
+    reader = logs._Reader(whole)
+    reader.feed(("\n".join(lines) + "\n").encode())
+    reader.close()
+    reader = logs._Reader(alone)
+    for line in lines:
+        reader.feed(line.encode() or b"\n")  # a line without its end is no part of a run
+    reader.close()
+    whole.source, alone.source = (g.source.replace("\n", "") for g in (whole, alone))
+    assert seen(whole) == seen(alone)
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_a_clock_before_a_line_hides_nothing(clock):
+    log = read(
+        f"{clock}step:1/9 train_loss:2.5\n{clock}seed:7\n{clock}final_x val_loss:2.50000000 val_bpb:1.25000000\n"
+    )
+    assert (log.steps.count, log.seed, log.metrics[0].tag) == (1, 7, "final_x")
+    assert log.stamps == ((1776142348.135, 1776142348.135) if clock.startswith("17") else None)
