@@ -38,10 +38,8 @@ class Brief(ast.NodeTransformer):
     def first_words(node):
         pieces = node.values if isinstance(node, ast.JoinedStr) else [node]
         pieces = [p.value if isinstance(p, ast.Constant) else " " for p in pieces]
-        if not all(isinstance(p, str) for p in pieces) or not "".join(pieces).strip():
-            return node  # the text of another error
-        words = re.findall(r"[\w'/.-]*\w", "".join(pieces))
-        return like(ast.Constant(" ".join(words[:WORDS])), node)
+        words = re.findall(r"[\w'/.-]*\w", "".join(p for p in pieces if isinstance(p, str)))
+        return like(ast.Constant(" ".join(words[:WORDS])), node) if words else node  # the text of another error
 
 
 class Strip(ast.NodeTransformer):

@@ -18,14 +18,19 @@ s={module}.decompress("""{data}""".encode("l1")).decode()
 linecache.cache[n]=len(s),None,s.splitlines(True),n
 exec(compile(s,n,"exec"))
 '''
-ESCAPES = {0: "\\0", 13: "\\r", 92: "\\\\"}  # Python reads a carriage return as a line's end
+ESCAPES = {"\0": "\\0", "\r": "\\r", "\\": "\\\\"}  # Python reads a carriage return as a line's end
 LZMA = {"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0, "nice_len": 273}
+
+
+def escaped(char, following):
+    """A digit after an escaped zero would be read as part of it."""
+    return r"\000" if char == "\0" and following in tuple("01234567") else ESCAPES[char]
 
 
 def quote(data):
     """`data` as the inside of a triple-quoted literal in a Latin-1 source file."""
-    text = data.decode("latin-1").translate(ESCAPES)
-    text = re.sub(r"\\0(?=[0-7])", r"\\000", text)
+    text = data.decode("latin-1")
+    text = re.sub(r"[\0\r\\]", lambda m: escaped(m[0], text[m.end() : m.end() + 1]), text)
     text = text[:-1] + '\\"' if text.endswith('"') else text
     return text.replace('"""', '""\\"')
 

@@ -12,7 +12,18 @@ from collections import Counter, defaultdict
 from build.foreign import imported, root
 from build.scopes import Scoped, all_arguments, own_nodes
 from build.sweep import hooks
-from build.trees import FUNCTIONS, decorators, is_docstring, is_kernel, is_op, keeps_value, like, names_bound, pairs
+from build.trees import (
+    COMPREHENSIONS,
+    FUNCTIONS,
+    decorators,
+    is_docstring,
+    is_kernel,
+    is_op,
+    keeps_value,
+    like,
+    names_bound,
+    pairs,
+)
 
 TRANSPARENT = {"torch.no_grad", "contextmanager", "functools.lru_cache", "staticmethod"}  # they pass arguments on
 RECORDS = {"dataclass", "dataclasses.dataclass"}
@@ -386,9 +397,47 @@ def merge_forwarders(units):
     return count
 
 
+def inline_expressions(units):
+    """A function that only returns an expression, called once, with plain names: the call is the expression."""
+    uses, count = find_uses(units), 0
+    homes = {id(n): u for u in units for n in ast.walk(u.node) if isinstance(n, ast.Call)}
+    for unit in [u for u in units if isinstance(u.node, FUNCTIONS) and not u.node.decorator_list and u.guard is None]:
+        calls, names = uses.calls[unit.node.name], [a.arg for a in all_arguments(unit.node.args)]
+        match [s for s in unit.node.body if not is_docstring(s)]:
+            case [ast.Return(value=ast.expr() as value)] if len(calls) == 1 and unit.node.name not in uses.values:
+                given = passed(calls[0], unit.node, 0) or {}
+                nested = any(isinstance(n, (ast.Lambda, ast.Yield, *COMPREHENSIONS)) for n in ast.walk(value))
+                plain = all(isinstance(given.get(n), (ast.Name, ast.Constant)) for n in names)
+                if plain and not nested and not unit.node.args.vararg and not unit.node.args.kwarg:
+                    inner = Inline(calls[0], value, given, names)
+                    home = homes[id(calls[0])]
+                    home.node = home.node if home is unit else inner.visit(home.node)
+                    count += inner.count
+    return count
+
+
+class Inline(Scoped):
+    """Puts the expression where the call is, unless a local there hides a name that it reads."""
+
+    def __init__(self, call, value, given, names):
+        super().__init__()
+        self.call, self.value, self.given, self.names, self.count = call, value, given, names, 0
+
+    def visit_Call(self, node):
+        if node is not self.call:
+            return self.generic_visit(node)
+        read = {n.id for n in ast.walk(self.value) if isinstance(n, ast.Name)} - set(self.names)
+        if any(self.binding(name) for name in read):
+            return node
+        self.count = 1
+        value = Locals(self.given).visit(copy.deepcopy(self.value))
+        return like(value, node)
+
+
 def specialise(units, foreign, structural=()):
     """One round over all units; returns how much it settled. `structural` are the fields that folding has replaced."""
     uses = find_uses(units)
     count = sum(settle_parameters(*found) for found in callables(units, uses, foreign))
     count += settle_fields(units, find_uses(units), foreign, structural) + settle_attributes(units, foreign)
-    return count + settle_locals(units) + settle_returns(units) + merge_forwarders(units)
+    return count + settle_locals(units) + settle_returns(units) + merge_forwarders(units) + (
+        inline_expressions(units))

@@ -10,7 +10,7 @@ from build.config import bake, drop_fields, forget_registries, selected
 from build.fold import fold
 from build.foreign import foreign_names
 from build.minify import Brief, Strip, minify
-from build.pack import pack
+from build.pack import pack, unpack
 from build.rename import place_arguments, rename_attributes, rename_kernel_parameters
 from build.specialise import specialise
 from build.sweep import gone_keys, hooks, items_of, sweep
@@ -76,6 +76,8 @@ def build(files, profile, dce=True, entry="train_gpt", explaining=False):
     if missing := undefined_names(short):
         raise BuildError(f"undefined after minifying: {', '.join(missing)}")
     b.code = pack(short)
+    if unpack(b.code) != short:
+        raise BuildError("the packed file does not unpack to what was packed")
     b.sizes["packed"] = len(b.code)
     return b
 

@@ -238,10 +238,12 @@ def sweep(units, fields):
 
 
 def gone_keys(items, fields):
-    """Keys that every registry which knew them has lost: nothing can be equal to them any more."""
-    registries = {f.registry for f in fields.values()}
-    entries = [i for i in items if i.owner and isinstance(i.key, str) and i.owner.label in registries]
-    return {i.key for i in entries} - {i.key for i in entries if i.because}
+    """Keys of registries that the profile does not choose and no live code speaks: nothing can be equal to them."""
+    registries, kept = {f.registry for f in fields.values()} - {None}, set()
+    for f in (f for f in fields.values() if f.registry):
+        kept.update([f.value, *f.value])
+    kept.update(*(i.spoken for i in items if i.because))
+    return {i.key for i in items if i.owner and isinstance(i.key, str) and i.owner.label in registries} - kept
 
 
 def drop_parts(node, dead):

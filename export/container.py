@@ -170,19 +170,22 @@ def join_bytes(blob: bytes, shape: tuple[int, int]) -> np.ndarray:
 # ---- reading ----
 
 class Reader:
-    """Takes bytes from the front of a string and complains when there are too few or too many."""
+    """Takes bytes from the front of a string and complains when there are too few or too many.
+
+    Like all that is checked after the checksum, not under `python -O`: there, a file is its own writer's.
+    """
 
     def __init__(self, blob: bytes, what: str):
         self.blob, self.what, self.at = blob, what, 0
 
     def take(self, count: int) -> bytes:
-        if self.at + count > len(self.blob):
+        if __debug__ and self.at + count > len(self.blob):
             raise ValueError(f"damaged artifact: {self.what} ends at {len(self.blob)}, not {self.at + count} bytes")
         self.at += count
         return self.blob[self.at - count:self.at]
 
     def finish(self) -> None:
-        if self.at != len(self.blob):
+        if __debug__ and self.at != len(self.blob):
             raise ValueError(f"damaged artifact: {self.what} has {len(self.blob) - self.at} bytes too many")
 
 
@@ -244,7 +247,7 @@ class PlaneSlot(NamedTuple):
 def _slots_by_kind(manifest: Manifest) -> list[PlaneSlot]:
     slots = [PlaneSlot(i, j, *layout, words) for i, e in enumerate(manifest.entries)
              for j, (layout, words) in enumerate(zip(CODECS[e.codec].layout(e.shape, manifest.group), e.words))]
-    for slot in slots:
+    for slot in slots if __debug__ else ():
         if slot.words >= 0 and slot.kind not in manifest.books:
             raise ValueError(f"damaged artifact: {manifest.entries[slot.entry].name} needs a book for {slot.kind}")
     return sorted(slots, key=lambda slot: list(ALPHABETS).index(slot.kind))
@@ -260,28 +263,28 @@ def _inflate(blob: bytes, what: str) -> bytes:
 def _read_book(rest: Reader, kind: str, classes: list[int]) -> Book:
     tables = math.prod(classes)
     freq = join_bytes(rest.take(2 * tables * ALPHABETS[kind]), (tables, ALPHABETS[kind]))
-    if (freq.sum(1, dtype=np.int64) != SCALE).any():
+    if __debug__ and (freq.sum(1, dtype=np.int64) != SCALE).any():
         raise ValueError(f"damaged artifact: a table of {kind} does not add up to {SCALE}")
     return Book(freq, *classes)
 
 
 def _read_ids(rest: Reader, count: int, classes: int) -> np.ndarray:
     ids = np.frombuffer(rest.take(count), np.uint8) if classes > 1 else np.zeros(count, np.uint8)
-    if (ids >= classes).any():
+    if __debug__ and (ids >= classes).any():
         raise ValueError(f"damaged artifact: class {ids.max()} of {classes}")
     return ids
 
 
 def _read_plain(rest: Reader, slot: PlaneSlot) -> np.ndarray:
     plane = np.frombuffer(bytearray(rest.take(slot.rows * slot.columns)), np.uint8).reshape(slot.rows, slot.columns)
-    if (plane >= ALPHABETS[slot.kind]).any():
+    if __debug__ and (plane >= ALPHABETS[slot.kind]).any():
         raise ValueError(f"damaged artifact: symbol {plane.max()} of {ALPHABETS[slot.kind]} for {slot.kind}")
     return plane
 
 
 def _join(i: int, entry: Entry, planes: dict) -> Parts:
     parts = CODECS[entry.codec].decode([planes[i, j] for j in range(len(entry.words))], entry.shape)
-    if not torch.isfinite(parts[-1]).all():
+    if __debug__ and not torch.isfinite(parts[-1]).all():
         raise ValueError(f"damaged artifact: {entry.name} holds values that are not finite")
     return parts
 

@@ -55,7 +55,7 @@ def half_grid(w: torch.Tensor) -> torch.Tensor:
 
 def to_grid(w: torch.Tensor, codec: str, *, group: int = 128, rule: str = "absmean", clip: float = 0.0) -> Parts:
     """The integer parts of w under a codec; NaN, infinite, or out of the codec's reach is an error."""
-    if codec not in CODEC_NAMES:
+    if __debug__ and codec not in CODEC_NAMES:
         raise ValueError(f"codec {codec!r}: not one of {', '.join(CODEC_NAMES)}, which a weight alone decides")
     if not torch.isfinite(w).all():
         raise ValueError(f"{int((~torch.isfinite(w)).sum())} of {w.numel()} weights are NaN or infinite")

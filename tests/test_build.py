@@ -252,6 +252,34 @@ def test_a_registry_keeps_what_the_profile_selects_and_what_live_code_names():
     assert {"S", "only_of_s"} <= live
 
 
+CHOICE = """
+TABLE = {"A": 1, "K": 2}
+def A(): return "A"
+def K(): return only_k()
+def S(): return 0
+def only_k(): return 2
+def pick(name: K):
+    if name == "K":
+        return only_k()
+    return 1
+def main(c: Config): return pick(MIXERS[c.layers[0]]()), TABLE["A"]
+if __name__ == "__main__":
+    main(Config())
+"""
+
+
+def test_nothing_is_equal_to_a_key_that_its_registry_lost():
+    text = build({"train_gpt": CONFIG + CHOICE}, "plain").readable
+    assert "return 2" not in text and "def K" not in text  # not by comparison, table key, default or annotation
+    spoken = build({"train_gpt": CONFIG + CHOICE.replace('TABLE["A"]', 'pick("K")')}, "plain").readable
+    assert "return 2" in spoken and "pick('K')" in spoken
+
+
+def test_a_table_with_some_of_a_registry_s_keys_is_chosen_from_with_it():
+    text = build({"train_gpt": CONFIG + CHOICE.replace('TABLE["A"]', "TABLE[c.data]")}, "plain").readable
+    assert "TABLE = {'A': 1}" in text
+
+
 def test_methods_survive_when_mentioned_special_or_called_by_a_third_party_base():
     live, _ = swept("""
     from torch import nn
@@ -395,7 +423,9 @@ def test_pack_takes_the_smallest_form_and_unpacks_to_the_same_text():
     assert pack("print(1)\n") == b"print(1)\n" and unpack(b"print(1)\n") == "print(1)\n"
 
 
-@pytest.mark.parametrize("data", [b"\0" + b"7", b"a\0", b"\r\n\\", b'x""""""', b'"', bytes(range(256)) * 3], ids=repr)
+@pytest.mark.parametrize("data", [
+    b"\0" + b"7", b"a\0", b"\r\n\\", b'x""""""', b'"', bytes(range(256)) * 3, b"\\0" + b"5", b"\\" + b"\0" * 3 + b"1",
+], ids=repr)  # fmt: skip
 def test_any_bytes_survive_as_a_literal_of_a_latin_1_file(data):
     code, space = f'#coding:l1\nx="""{quote(data)}"""'.encode("latin-1"), {}
     exec(compile(code, "x", "exec"), space)
