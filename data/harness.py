@@ -219,8 +219,11 @@ class Harness(Log):
         """The same as a signal from outside: training writes a checkpoint first."""
         if not self.stopping:
             self.stopping = True
-            self.text(f"ALERT: {reason}; ending")
-            self.record("alert", step=self.step, what="stopping", where=reason, value=0.0)
+            if self.main:
+                self.text(f"ALERT: {reason}; ending")
+                self.record("alert", step=self.step, what="stopping", where=reason, value=0.0)
+            else:  # the first to see it ends all, and rank 0 may never learn why
+                self.watchdog.append("train.log", f"ALERT: rank {self.rank}: {reason}; ending")
             os.kill(os.getpid(), signal.SIGTERM)
 
     def end_now(self, *_) -> None:

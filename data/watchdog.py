@@ -193,8 +193,8 @@ class Watchdog:
                 os.kill(beat.pid, signal.SIGKILL)
 
     def append(self, name: str, line: str) -> None:
-        """Rank 0 may be the one that is stuck, so whoever writes this appends to its files."""
-        with (self.diagnosis.parent / name).open("a") as file:
+        """Rank 0 may be the one that is stuck, so whoever writes this appends to its files, if the disk takes it."""
+        with suppress(OSError), (self.diagnosis.parent / name).open("a") as file:
             file.write(line + "\n")
 
     def stacks(self) -> list[str]:

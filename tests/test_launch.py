@@ -164,6 +164,17 @@ def test_ranks_whose_agent_is_gone_end(tmp_path, monkeypatch):
     assert "is gone" in rows(log.folder, "alert")[0]["where"]
 
 
+def test_whichever_rank_sees_first_that_the_agent_is_gone_says_so(tmp_path, monkeypatch):
+    limits = {"training": 600.0, "evaluation": 600.0}
+    environment = {"TORCHELASTIC_RUN_ID": "x"}
+    with pytest.raises(SystemExit), Harness(
+        tmp_path, 1, 2, environment, resume_at=None, publish="", limits=limits, patience=600.0
+    ):  # fmt: skip
+        monkeypatch.setattr("data.harness.os.getppid", lambda: 1)
+        time.sleep(10)
+    assert "rank 1: the agent that started this rank" in (tmp_path / "train.log").read_text()
+
+
 def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path):
     save_checkpoint(tmp_path, 1, {"config": {"dim": 64, "seed": 1}}, 0)
     assert find_checkpoint(tmp_path, "auto", {"dim": 64})[0]["config"]["seed"] == 1

@@ -165,7 +165,8 @@ def test_a_disk_that_stays_full_is_made_room_on_by_older_checkpoints(dataset, sm
     seconds = time.monotonic() - began
     finish(process, small_disk)
     assert losses(small_disk) == undisturbed(2) and (small_disk / "r" / "final_model.skc").exists()
-    assert [step for _, step in checkpoints(small_disk / "r")] == [STEPS]
+    ((_, newest),) = checkpoints(small_disk / "r")
+    assert newest > 2 * EVERY
     tell("disk full from the second checkpoint on", 2, "the older checkpoint made room; finished", "nothing", seconds)
 
 
