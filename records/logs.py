@@ -118,7 +118,6 @@ class Log:
     gpus: dict[str, int] = field(default_factory=dict)  # how many of a kind, by the highest number listed
     notes: dict[str, int] = field(default_factory=dict)  # facts that are there or not, with their line
     source: str = ""
-    stamps: tuple[float, float] | None = None
 
     @property
     def seed(self) -> int | None:
@@ -143,7 +142,7 @@ STEP_PAIR = re.compile(rf"\n{CLOCK}(?:step:)?(\d+)/\d+ (?:train_)?loss: ?([\d.]+
 STEP = re.compile(rf"(?:step:)?(\d{{1,9}})/\d+ (?:train_)?loss: ?({NUM})(?: (?:train_time|t): ?({NUM})(ms|m|s)\b)?")
 VAL = re.compile(rf"\b(?:val_)?loss[:=] ?({NUM})[ ,]+(?:val_)?bpb[:=] ?({NUM})")
 NOISE = re.compile(  # running scores, thousands of lines
-    rf"(?:{CLOCK}(?:ttp:|ttpp:|ttpr:|tttg:|ttt_progress:|  ttt_chunk)[^\n]*\n)+"
+    rf"(?:{CLOCK}(?:ttp:|ttpp:|ttpr:|tttg:|ttt_progress:|  ttt_chunk \[)[^\n]*\n)+"
 )
 EVAL_TIME = re.compile(rf"\b(?:eval_time|elapsed|time)[:=]({NUM})(ms|s)")
 PARAM = re.compile(r"  (\w{1,60}): (.*)")
@@ -310,8 +309,6 @@ class _Reader:
         if found is None:
             return 0
         self.fresh = self.in_params = False
-        self._clock(text, at)
-        self._clock(text, text.rfind("\n", at, found.end() - 1) + 1 or at)
         self.log.lines += text.count("\n", at, found.end())
         return found.end()
 
@@ -321,8 +318,9 @@ class _Reader:
         if found is None:
             return 0
         steps, losses = zip(*STEP_PAIR.findall("\n" + found[0]))
-        first = self._clock(text, at)
-        end = STEP.match(text, self._clock(text, text.rfind("\n", at, found.end() - 1) + 1 or at))
+        first = STAMP.match(text, at).end()
+        last = STAMP.match(text, text.rfind("\n", at, found.end() - 1) + 1 or at).end()
+        end = STEP.match(text, last)
         if not self.log.family:
             named = text.startswith("train_", text.index(" ", first) + 1)
             self.log.family = "B" if text[first] != "s" else "A" if named else "D"
@@ -332,19 +330,11 @@ class _Reader:
         self.fresh = self.in_params = False
         return found.end()
 
-    def _clock(self, text: str, at: int) -> int:
-        """Where a line begins after its clock; seconds since 1970 tell how long the run took."""
-        end = STAMP.match(text, at).end()
-        if text[at + 10 : at + 11] == "." and end > at:
-            seconds = float(text[at:end])
-            self.log.stamps = (self.log.stamps[0] if self.log.stamps else seconds, seconds)
-        return end
-
     def _line(self, text: str, at: int) -> int:
         stop = text.find("\n", at)
         stop = len(text) if stop < 0 else stop
         self.log.lines += 1
-        line = text[self._clock(text, at) : stop]
+        line = text[STAMP.match(text, at).end() : stop]
         if line.startswith(RULER):
             self._end_listing()
             self.fresh = True

@@ -210,7 +210,6 @@ LINES = st.one_of(
             "import torch",
             '    print("step:1/2 loss:0.1")',
             "Hyperparameters:",
-            "  seed: 5",
             "--- Hyperparameters ---",
             "seed=7 lr=1",
             "seed:9",
@@ -247,4 +246,3 @@ def test_a_clock_before_a_line_hides_nothing(clock):
         f"{clock}step:1/9 train_loss:2.5\n{clock}seed:7\n{clock}final_x val_loss:2.50000000 val_bpb:1.25000000\n"
     )
     assert (log.steps.count, log.seed, log.metrics[0].tag) == (1, 7, "final_x")
-    assert log.stamps == ((1776142348.135, 1776142348.135) if clock.startswith("17") else None)
