@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 CAPSULE_BLOCK = 16  # steps solved among themselves; between blocks a state travels
+CAPSULE_TILE = 1 << 18  # values of a CPU tile
 CAPSULE_CHUNK = 64  # steps between the states a CUDA launch keeps
 CAPSULE_MOST = (64, 128)  # slots and slot width whose state fits a CUDA program's registers
 
@@ -33,7 +34,7 @@ def capsule_reference(r, p, u, loga, start=None, s0=None):
     return torch.stack(y, 1).to(u.dtype), S
 
 
-# ---- CPU: all blocks of the sequence at once (N = B * blocks * H). Inside a block, pairs (write s, read t > s) are
+# ---- CPU: all blocks of the sequence at once (N = blocks * B * H). Inside a block, pairs (write s, read t > s) are
 # sorted by the half-way border they cross: 1 | 1, 2 | 2, 4 | 4, 8 | 8. Across a border the decay splits into a product
 # up to it and a product from it, so each size of border is one small matmul.
 
@@ -42,13 +43,13 @@ def _blocked(x, dtype, fill=0.0):
     """(B, T, H, X) -> (N, block, X), padded to whole blocks."""
     pad = (0, 0, 0, 0, 0, -x.shape[1] % CAPSULE_BLOCK)
     x = F.pad(x.to(dtype), pad, value=fill) if pad[-1] else x.to(dtype)
-    return x.unflatten(1, (-1, CAPSULE_BLOCK)).transpose(2, 3).contiguous().flatten(0, 2)
+    return x.unflatten(1, (-1, CAPSULE_BLOCK)).permute(1, 0, 3, 2, 4).contiguous().flatten(0, 2)
 
 
 def _unblocked(x, like):
     """(N, block, X) -> (B, T, H, X) of like."""
     B, T, H, X = like.shape
-    return x.reshape(B, -1, H, CAPSULE_BLOCK, X).transpose(2, 3).flatten(1, 2)[:, :T].to(like.dtype).contiguous()
+    return x.view(-1, B, H, CAPSULE_BLOCK, X).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T].to(like.dtype).contiguous()
 
 
 def _halves(x, m):
@@ -74,21 +75,25 @@ def _crossings(x, m):
     return x.view(-1, runs, 2 * m, runs, 2 * m).diagonal(0, 1, 3)[:, m:, :m].permute(0, 3, 1, 2)
 
 
-def _capsule_pass(total, local, first, reverse=False):
-    """local (B, blocks, H, C, d), each block's end from zero, becomes the state that enters it; returns the last."""
-    state = first
-    for i in reversed(range(local.shape[1])) if reverse else range(local.shape[1]):
-        leaving = torch.addcmul(local[:, i], total[:, i, ..., None], state)
-        local[:, i] = state
-        state = leaving
-    return state
+def _capsule_pass(ends, keep, first, reverse=False):
+    """ends (N, C, d) of a bmm, each block's state from zero, and first (B, H, C, d) -> a row of states more: before the
+    first block, between any two, after the last. In reverse the gradients, from after the last."""
+    blocks = len(keep)
+    states = torch.empty(blocks + 1, *first.shape, dtype=first.dtype, device=first.device)
+    torch.bmm(*ends, out=(states[:-1] if reverse else states[1:]).view(-1, *first.shape[2:]))
+    rows, keeps = states.unbind(), keep.unbind()
+    rows[-1 if reverse else 0].copy_(first)
+    for i in reversed(range(blocks)) if reverse else range(blocks):
+        into, by = (rows[i], rows[i + 1]) if reverse else (rows[i + 1], rows[i])
+        into.addcmul_(keeps[i], by)
+    return states
 
 
 def _capsule_setup(r, p, u, loga, start, dtype):
     loga = loga.to(dtype)
     decay, weight = loga.exp(), torch.expm1(loga).neg_().mul_(r)
     if start is not None:
-        decay = decay.masked_fill_(start[..., None, None], 0)
+        decay.mul_((~start).to(dtype)[..., None, None])  # many times faster than filling in zeros
     # past the end the decay is 1: the state stands still
     return _blocked(decay, dtype, 1.0), _blocked(weight, dtype), _blocked(p, dtype), _blocked(u, dtype)
 
@@ -105,14 +110,30 @@ def _capsule_scores(decay, weight, reads):
     return score, before, after
 
 
+def _capsule_rows(u):
+    """As many sequences at a time as stay in the caches."""
+    size = max(1, CAPSULE_TILE // u[0].numel())
+    return [slice(i, i + size) for i in range(0, len(u), size)]
+
+
+def _some(rows, *tensors):
+    return [None if x is None else x[rows] for x in tensors]
+
+
 def capsule_forward_cpu(r, p, u, loga, start, s0):
-    B, _, H, C = r.shape
-    decay, weight, reads, values = _capsule_setup(r, p, u, loga, start, s0.dtype)
+    y, last = torch.empty(u.shape, dtype=u.dtype, device=u.device), torch.empty_like(s0)
+    for rows in _capsule_rows(u):
+        y[rows], last[rows] = _capsule_forward(*_some(rows, r, p, u, loga, start, s0))
+    return y, last
+
+
+def _capsule_forward(r, p, u, loga, start, s0):
+    (B, H, C, _), dtype = s0.shape, s0.dtype
+    decay, weight, reads, values = _capsule_setup(r, p, u, loga, start, dtype)
     score, before, after = _capsule_scores(decay, weight, reads)
-    states = ((weight * after).mT @ values).view(B, -1, H, C, u.shape[-1])
-    last = _capsule_pass(before[:, -1].view(B, -1, H, C), states, s0)
-    y = torch.bmm(score, values).baddbmm_(reads * before, states.flatten(0, 2))
-    return _unblocked(y, u), last
+    states = _capsule_pass(((weight * after).mT, values), before[:, -1].view(-1, B, H, C, 1), s0)
+    y = torch.bmm(score, values).baddbmm_(reads * before, states[:-1].flatten(0, 2))
+    return _unblocked(y, u), states[-1]
 
 
 def _add_crossing(into, reads, dreads, writes, dwrites):
@@ -124,17 +145,24 @@ def _add_crossing(into, reads, dreads, writes, dwrites):
 
 
 def capsule_backward_cpu(r, p, u, loga, start, s0, dy, dsT):
-    B, _, H, C = r.shape
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (r, p, u, loga, s0)]
+    for rows in _capsule_rows(u):
+        parts = _capsule_backward(*_some(rows, r, p, u, loga, start, s0, dy, dsT))
+        for grad, part in zip(grads, parts):
+            grad[rows] = part
+    return tuple(grads)
+
+
+def _capsule_backward(r, p, u, loga, start, s0, dy, dsT):
+    B, H, C, _ = s0.shape
     decay, weight, reads, values = _capsule_setup(r, p, u, loga, start, s0.dtype)
     grads = _blocked(dy, s0.dtype)
     score, before, after = _capsule_scores(decay, weight, reads)
     written, read = weight * after, reads * before
-    total = before[:, -1].view(B, -1, H, C)
-    states = (written.mT @ values).view(B, -1, H, C, u.shape[-1])
-    _capsule_pass(total, states, s0)
-    dstates = (read.mT @ grads).view(states.shape)
-    ds0 = _capsule_pass(total, dstates, dsT, reverse=True)
-    states, dstates, total = states.flatten(0, 2), dstates.flatten(0, 2), total.flatten(0, 2)
+    total, keep = before[:, -1], before[:, -1].view(-1, B, H, C, 1)
+    states = _capsule_pass((written.mT, values), keep, s0)[:-1].flatten(0, 2)
+    dstates = _capsule_pass((read.mT, grads), keep, dsT, reverse=True)
+    ds0, dstates = dstates[0], dstates[1:].flatten(0, 2)
 
     # a block's own borders: the state that enters it, the gradient that comes back from the next
     dp, dweight = before * (grads @ states.mT), after * (values @ dstates.mT)

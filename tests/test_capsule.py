@@ -51,6 +51,14 @@ def test_the_fast_path_is_the_definition_for_odd_lengths(T):
         assert close([*outputs, *grads], reference(args, w))
 
 
+def test_tiles_of_sequences_join(monkeypatch):
+    monkeypatch.setattr("kernels.capsule.CAPSULE_TILE", 2 * 20 * 2 * 6)  # three sequences are two tiles
+    args = inputs(3, 20, 2, 3, 6)
+    w = weights(args)
+    outputs, grads = gradients(capsule_scan, args, w)
+    assert close([*outputs, *grads], reference(args, w))
+
+
 @pytest.mark.unhurried  # a thousand steps of the float64 loop and its gradient
 def test_the_fast_path_is_the_definition_over_a_thousand_steps():
     args = inputs(1, 1000, 2, 16, 8)
