@@ -5,6 +5,7 @@ import torch
 from kernel_proofs import Guard, double, gradients, guarded, relative, widened
 
 from kernels.capsule import (
+    capsule_backward_op,
     capsule_backward_triton,
     capsule_forward_triton,
     capsule_op,
@@ -158,6 +159,16 @@ def test_triton_takes_slices_and_gives_the_same_bits_twice():
         assert torch.equal(a, b)
 
 
+def test_the_fast_path_takes_slices_and_gives_the_same_bits_twice_in_poisoned_memory(monkeypatch):
+    args = inputs(2, 37, 2, 3, 4)
+    w = weights(args)
+    sliced = [widened(x) for x in args[:4]] + list(args[4:])
+    Guard(monkeypatch)
+    once, twice, strided = ([*y, *grads] for y, grads in (gradients(capsule_scan, x, w) for x in (args, args, sliced)))
+    for a, b, c in zip(once, twice, strided, strict=True):
+        assert torch.equal(a, b) and relative(c, a) < 1e-6
+
+
 def test_sixteen_bit_error_is_that_of_eager_code():
     args = inputs(1, 33, 2, 4, 8, dtype=torch.float16)
     args[3].copy_(args[3].half().float())
@@ -183,6 +194,8 @@ def test_sixteen_bit_error_is_that_of_eager_code():
 def test_opcheck_finds_a_clean_operator():
     args = [x.requires_grad_() if x.is_floating_point() else x for x in inputs(1, 5, 2, 3, 4)]
     torch.library.opcheck(capsule_op, args)
+    states, (dy, dsT) = capsule_op(*args)[2], weights(args)
+    torch.library.opcheck(capsule_backward_op, [None if x is None else x.detach() for x in (*args, states, dy, dsT)])
 
 
 @pytest.mark.unhurried  # a compilation

@@ -6,6 +6,7 @@ from kernel_proofs import Guard, double, gradients, guarded, relative, widened
 
 from kernels.hadamard import (
     causal_haar,
+    causal_haar_backward_op,
     causal_haar_backward_triton,
     causal_haar_forward_triton,
     causal_haar_op,
@@ -82,7 +83,7 @@ def test_sequency_rows_change_sign_as_often_as_their_number():
     assert [(row[1:] != row[:-1]).sum().item() for row in window] == list(range(16))
 
 
-@pytest.mark.parametrize("T", [1, 2, 7, 33, 65])
+@pytest.mark.parametrize("T", [1, 2, 7, 63, 64, 65])
 def test_walsh_filters_are_the_sum_over_their_window(T):
     x, rows, pos = torch.randn(2, T, 6), torch.randint(16, (6,)), documents(2, T)
     assert relative(causal_walsh(x, walsh_signs(rows, 4), pos), brute_walsh(x, rows, 4, pos)) <= 1e-6
@@ -101,12 +102,22 @@ def test_the_walsh_kernel_agrees_forward_and_backward_inside_its_buffers(monkeyp
 
 
 @pytest.mark.slow
-def test_the_walsh_kernel_agrees_at_length_and_gives_the_same_bits_twice():
-    x, signs, pos = torch.randn(1, 200, 66), walsh_signs(torch.arange(66) % 32, 5), documents(1, 200)
+@pytest.mark.parametrize("T, D, m", [(200, 66, 5), (1000, 6, 4)])
+def test_the_walsh_kernel_agrees_at_length_and_gives_the_same_bits_twice(T, D, m):
+    x, signs, pos = torch.randn(1, T, D), walsh_signs(torch.arange(D) % 2**m, m), documents(1, T)
     for adjoint in (False, True):
         y = causal_walsh_triton(x, signs, pos, adjoint)
         assert relative(y, causal_walsh_reference(x.double(), signs, pos, adjoint)) <= 1e-6
         assert torch.equal(y, causal_walsh_triton(x, signs, pos, adjoint))
+
+
+def test_butterflies_take_slices_and_give_the_same_bits_twice():
+    x, signs, pos = torch.randn(2, 21, 6), walsh_signs(torch.arange(6), 3), documents(2, 21)
+    rows = torch.randn(7, 16)
+    for walsh in (causal_walsh, causal_walsh_triton):
+        assert torch.equal(walsh(x, signs, pos), walsh(widened(x), widened(signs), widened(pos)))
+    for transform in (wht, wht_triton):
+        assert torch.equal(transform(rows, 8), transform(widened(rows), 8))
 
 
 def test_the_adjoint_is_the_gradient():
@@ -257,6 +268,7 @@ def test_opcheck_finds_clean_operators_and_compile_one_graph():
     gates = torch.randn(1, 9, 2, 4)
     torch.library.opcheck(causal_walsh_op, (x.requires_grad_(), signs, pos, False))
     torch.library.opcheck(causal_haar_op, (x, gates.requires_grad_(), pos))
+    torch.library.opcheck(causal_haar_backward_op, (x.detach(), gates.detach(), pos, torch.randn(1, 9, 8)))
     torch.library.opcheck(wht_op, (x, 8))
 
     def every(x, gates):

@@ -5,6 +5,7 @@ import torch
 from kernel_proofs import Guard, double, gradients, guarded, relative, widened
 
 from kernels.scan import (
+    koopman_backward_op,
     koopman_backward_triton,
     koopman_forward_triton,
     koopman_op,
@@ -154,6 +155,16 @@ def test_triton_takes_slices_and_gives_the_same_bits_twice():
         assert torch.equal(a, b)
 
 
+def test_the_fast_path_takes_slices_and_gives_the_same_bits_twice_in_poisoned_memory(monkeypatch):
+    args = inputs(2, 37, 6)
+    w = weights(args[0])
+    sliced = [widened(x) for x in args[:3]] + list(args[3:])
+    Guard(monkeypatch)
+    once, twice, strided = ([*y, *grads] for y, grads in (gradients(koopman_scan, x, w) for x in (args, args, sliced)))
+    for a, b, c in zip(once, twice, strided, strict=True):
+        assert torch.equal(a, b) and relative(c, a) < 1e-6
+
+
 def test_bfloat16_error_is_that_of_eager_code():
     args = inputs(1, 33, 16, dtype=torch.bfloat16)
     w = weights(args[0])
@@ -178,6 +189,8 @@ def test_bfloat16_error_is_that_of_eager_code():
 def test_opcheck_finds_a_clean_operator():
     args = [x.requires_grad_() if x.is_floating_point() else x for x in inputs(2, 9, 4)]
     torch.library.opcheck(koopman_op, args)
+    h, (dh, dhT) = koopman_op(*args)[0], weights(args[0])
+    torch.library.opcheck(koopman_backward_op, [None if x is None else x.detach() for x in (*args, h, dh, dhT)])
 
 
 @pytest.mark.unhurried  # a compilation

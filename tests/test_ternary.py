@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_proofs import Guard, guarded, relative
+from kernel_proofs import Guard, guarded, relative, widened
 
 from kernels.ternary import (
     TERNARY_MIN_ROW,
@@ -96,6 +96,16 @@ def test_triton_gives_the_same_bits_inside_its_buffers(monkeypatch, rule, shape,
     guard = Guard(monkeypatch)
     assert torch.equal(ternary_project_triton(guarded(w), group, rule), wanted)
     assert guard.intact()
+
+
+def test_projections_and_products_take_slices_and_give_the_same_bits_twice():
+    w = torch.randn(3, 64)
+    for project in (ternary_project, ternary_project_triton):
+        assert torch.equal(project(w, 32, "ls"), project(widened(w), 32, "ls"))
+    parts = ternary_grid(torch.randn(5, 128), 128, "ls")
+    args = torch.randn(3, 128), ternary_pack(parts[0]), *parts[1:]
+    assert torch.equal(ternary_packed_triton(*args), ternary_packed_triton(*(widened(x) for x in args)))
+    assert relative(ternary_matmul_packed(*(widened(x) for x in args)), ternary_matmul_packed(*args)) < 1e-6
 
 
 def test_a_sum_in_another_order_would_be_noticed():
