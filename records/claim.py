@@ -178,7 +178,8 @@ def _take_number(claim: Claim, name: str) -> None:
             continue
         value = claim.raw[alias]
         number = as_number(value)
-        if number is None and isinstance(value, list) and value and all(as_number(v) is not None for v in value):
+        listed = name.endswith("seconds") and isinstance(value, list) and value  # one a seed
+        if number is None and listed and all(as_number(v) is not None for v in value):
             number = max(value)
         if number is None:
             claim.problems.append(f"{alias} should be a number, is {type(value).__name__} {value!r:.60}")

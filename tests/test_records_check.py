@@ -470,6 +470,7 @@ DEFECTS = [
     ("a key twice", "B", raw_claim(lambda t: t.replace('"track"', '"date"')), "F3", "warn"),
     ("endless nesting", "B", raw_claim(lambda t: "[" * 100_000), "F3", "fail"),
     ("a score as text", "B", claim(val_bpb="1.081"), "F3", "fail"),
+    ("a score as list", "B", claim(val_bpb=[1.081]), "F3", "fail"),
     ("a score as object", "B", claim(val_bpb={"mean": 1.081}), "F3", "fail"),
     ("no score", "B", lambda m: m["claim"].pop("val_bpb"), "F3", "fail"),
     ("an absurd score", "B", claim(val_bpb=-1.0), "F3", "fail"),
