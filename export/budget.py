@@ -169,7 +169,8 @@ def solve_budget(rows: list[Row], meta: dict, target: int, felt: dict[str, torch
     scales = 2 * sum(curve.rows.numel() for curve in curves)
     steps = balance(curves, 8 * (target - len(pack(fixed, meta, **grid)) - scales))
     weights, best = sum(row.tensor.numel() for row in free), (b"", [])
-    low, high, factor, sizes = 0.0, math.inf, 1.0, [0]
+    low, high, factor, before, sizes = 0.0, math.inf, 1.0, 1.0, [0]
+    slope = weights / 8                                      # bytes that steps twice as long save
     while len(sizes) <= ATTEMPTS and not 0.9995 * target <= len(best[0]):
         chosen = [_fitted(row, quantise(row, curve.rows * (step * factor)))
                   for row, curve, step in zip(free, curves, steps)]
@@ -178,9 +179,11 @@ def solve_budget(rows: list[Row], meta: dict, target: int, felt: dict[str, torch
             best = blob, chosen
         if len(blob) == sizes[-1]:
             break
+        if len(sizes) > 1:                                   # few bits a weight fall more slowly than one for each
+            slope = min(max((sizes[-1] - len(blob)) / math.log2(factor / before), 0.3 * weights / 8), weights / 8)
         sizes.append(len(blob))
         low, high = (factor, high) if sizes[-1] > target else (low, factor)
-        factor *= 2 ** (8 * (sizes[-1] - 0.9998 * target) / weights)
+        before, factor = factor, factor * 2 ** ((sizes[-1] - 0.9998 * target) / slope)
         if not low < factor < high:
             factor = (low + high) / 2 if high < math.inf else 2 * low
     if len(best[0]) < fill * target:
