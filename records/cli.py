@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from records.check import check_folder, find_folders
+from records.check import RANK, check_folder, find_folders
 from records.compare import compare, load_side
 from records.files import clean
 from records.folder import Folder
@@ -83,12 +83,12 @@ def text_of(report: dict, everything: bool) -> str:
 
 def html_of(reports: list[dict]) -> str:
     overview = table(
-        ["folder", "track", "verdict", "val_bpb", "bytes", "seeds", "fail", "warn"],
+        ["verdict", "folder", "track", "val_bpb", "bytes", "seeds", "fail", "warn"],
         [
             [
+                colour(r["verdict"]),
                 Path(r["folder"]).name,
                 r["track"],
-                colour(r["verdict"]),
                 r["claim"]["val_bpb"],
                 r["claim"]["bytes_total"],
                 " ".join(map(str, r["claim"]["seeds"])),
@@ -100,8 +100,11 @@ def html_of(reports: list[dict]) -> str:
     )
     parts = [section(f"{len(reports)} folders", overview)]
     for r in reports:
+        found = [(c, e) for c in r["checks"] for e in c["evidence"]]
+        found.sort(key=lambda pair: -RANK[pair[1]["status"]])  # what needs a reader first; stable within
         rows = [
-            [c["id"], colour(e["status"]), where(e), e["note"], c["rule"]] for c in r["checks"] for e in c["evidence"]
+            [c["id"], colour(e["status"]), where(e), e["note"], c["rule"] if RANK[e["status"]] > RANK["pass"] else ""]
+            for c, e in found
         ]
         name = Path(r["folder"]).name
         parts.append(
