@@ -25,7 +25,8 @@ svg{width:100%;height:auto;display:block}.t{font-size:11px;fill:var(--dim)}.g{st
 .band{fill:var(--a);opacity:.16}.mark{fill:var(--fail)}.spark{width:100px;height:24px}
 .scroll{overflow-x:auto;max-width:100%}table{border-collapse:collapse;font-size:.86rem;min-width:min(100%,340px)}
 th,td{text-align:left;padding:3px 8px;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:normal}
-details td:nth-child(n+4):not(.n){min-width:9rem}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}th{color:var(--dim);font-weight:600}
+details td:nth-child(n+4):not(.n){min-width:9rem}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}th{color:var(--dim);font-weight:600}
 details{margin:.5em 0}summary{cursor:pointer}
 pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px;
 overflow-x:auto;white-space:pre-wrap;font-size:.82rem}code{font-size:.85em}
