@@ -37,8 +37,8 @@ timeout 150 "$PY" -m kernels.bench --times --seconds 0.1 --limit 120 --json "$ou
 # a model of the profile; it is ended as soon as it has trained, for its speed and memory stand in the metrics
 measure() {
     local model=$1 seq_len=$2 seconds=$3 run=$1_$2
-    local fields=(data="$data" runs="$out/runs" run_id="$run" seq_len="$seq_len" window=1024 max_seconds=10 log_every=2
-        batch_tokens=65536 micro_tokens=65536 val_tokens=65536 eval_modes=chunked)
+    local fields=(data="$data" runs="$out/runs" run_id="$run" seq_len="$seq_len" window=1024 max_seconds=15 reserve_seconds=0
+        log_every=2 batch_tokens=65536 micro_tokens=65536 val_tokens=65536 eval_modes=chunked)
     [ "$model" = skc ] || fields+=(layers=AAAAAAAAAAA)
     [ "$seq_len" != 2048 ] || fields+=(profile_steps=3)
     rm -rf "${out:?}/runs/$run"
