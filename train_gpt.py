@@ -1128,7 +1128,7 @@ def export_model(c: Config, rt: Runtime, run: Run, log: Log) -> bytes:
 
 
 def grid_settings(c: Config) -> dict:
-    return {"group": c.group, "rule": c.rule, "clips": dict.fromkeys(STEP_CODECS, c.clip)}
+    return {"group": c.group, "rule": c.rule, "clips": dict.fromkeys(GRIDS, c.clip)}
 
 
 def shipping_rows(c: Config, run: Run) -> list[Row]:
@@ -1208,7 +1208,7 @@ def curvature(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
     modules = {f"blocks.{name}": m for name, m in run.model.linears().items()} | head
     run.model.eval()
     with log.phase("hessian"), CurvatureCollector(modules) as seen:
-        while time.perf_counter() - began < 0.5 * c.reserve_seconds or not seen.inputs:
+        while time.perf_counter() - began < 0.5 * min(c.reserve_seconds, c.max_seconds) or not seen.inputs:
             windows = torch.from_numpy(order.next(run.data.feed.rows)[0]).to(rt.device)
             run.model.loss(windows[:, :-1], windows[:, 1:])[0].backward()
     run.model.zero_grad(set_to_none=True)
@@ -1281,7 +1281,7 @@ def evaluate(c: Config, rt: Runtime, model: GPT, constants: dict, val: Validatio
                    tokens=score.tokens, spans=score.spans, mfu=busy, **{} if PACKED else score.detail)  # fmt: skip
         speed = f"{score.tokens_per_second:,.0f} tokens/s  {score.seconds:.1f} s  mfu {busy:.1%}"
         log.text(f"{mode:8} bpb {score.bpb:.5f}{' (partial)' * score.partial}  {speed}")
-    for flag in () if PACKED else red_flags(found):
+    for flag in red_flags(found) if __debug__ else ():
         log.text(f"RED FLAG: {flag}")
         log.record("alert", step=0, what="red flag", where=flag, value=0.0)
     return {f"val_bpb_{mode}": score.bpb for mode, score in found.items()}

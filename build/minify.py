@@ -106,4 +106,5 @@ def minify(tree):
     positional_only(tree)
     return shorten(
         ast.unparse(ast.fix_missing_locations(tree)), remove_annotations=False, hoist_literals=False,
-        rename_globals=True, preserve_globals=["tl", "triton", *dir(builtins)], preserve_locals=parameters)
+        remove_asserts=True, prefer_single_line=True, rename_globals=True, preserve_locals=parameters,
+        preserve_globals=["tl", "triton", *dir(builtins)])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from build.config import selected
 from build.foreign import resolve
-from build.scopes import Scoped, all_arguments
+from build.scopes import Scoped, all_arguments, scope_of
 from build.trees import FUNCTIONS, Unit, is_kernel, is_main_guard, is_op, like
 
 
@@ -46,8 +46,8 @@ class Mentions(Scoped):
         return node
 
     def visit_Attribute(self, node):
-        if isinstance(node.ctx, ast.Load) and self.root(node) not in self.imports and not self.is_field(node):
-            self.spoken.add(f".{node.attr}")
+        if isinstance(node.ctx, ast.Load) and self.root(node) not in self.imports:
+            self.spoken.add(f"{'Config' * self.is_config(node)}.{node.attr}")
         return self.generic_visit(node)
 
     def visit_Assign(self, node):
@@ -87,10 +87,10 @@ class Mentions(Scoped):
                 self.spoken.add(f".{name}")
         return self.generic_visit(node)
 
-    def is_field(self, node):
-        """`c.state` of a Config speaks of no method."""
+    def is_config(self, node):
+        """`c.state` of a Config speaks of no method but its own."""
         scope = self.binding(node.value.id) if isinstance(node.value, ast.Name) else None
-        return scope is not None and node.value.id in scope.configs and self.classes[-1:] != ["Config"]
+        return scope is not None and node.value.id in scope.configs
 
     @staticmethod
     def root(node):
@@ -119,6 +119,8 @@ def items_of(units, chosen):
         members = [Item(label, unit, node, owner, key, at) for label, node, key, at in parts(unit, chosen)]
         for item in (owner, *members):
             seen = Mentions(imports, {id(n) for m in members if m is not item for n in (m.node, m.name_node)})
+            if item.owner and isinstance(unit.node, ast.ClassDef):
+                seen.scopes, seen.classes = [scope_of(unit.node)], [unit.node.name]
             seen.visit(item.node)
             if unit.guard:
                 seen.visit(unit.guard)
@@ -178,15 +180,19 @@ class Marker:
         for item in self.items:
             if item.owner:
                 self.members[item.owner.label].append(item)
-                self.by_word[self.word(item)].append(item)
+                for word in self.words(item):
+                    self.by_word[word].append(item)
                 continue
             target = registration_target(item.unit)
             self.attached[ops.get(target, target)].append(item)
             for name in item.unit.names:
                 self.by_name[name].append(item)
 
-    def word(self, member):
-        return member.key if member.owner.label in self.chosen else f".{member.key}"
+    def words(self, member):
+        """What speaks of it; a Config may be known for one, or not."""
+        if member.owner.label in self.chosen:
+            return [member.key]
+        return [f".{member.key}", f"Config.{member.key}"][: 1 + (member.owner.label == "Config")]
 
     def live(self, item, because):
         if item.because is None:
@@ -200,7 +206,7 @@ class Marker:
             return "the profile"
         if owner not in self.chosen and (key in self.outside[owner] or (key.startswith("__") and key.endswith("__"))):
             return owner
-        return self.speaker.get(self.word(member))
+        return next((self.speaker[word] for word in self.words(member) if word in self.speaker), None)
 
     def run(self):
         for item in self.items:

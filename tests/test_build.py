@@ -268,6 +268,21 @@ if __name__ == "__main__":
 """
 
 
+def test_a_field_of_config_speaks_of_no_method_but_its_own():
+    code = """
+    class A:
+        def dim(self): return 1
+        def wide(self): return 2
+    class K(A): pass
+    class S(A): pass
+    def main(c: Config, x): return MIXERS[c.layers[0]], c.dim, c.head, x.wide
+    if __name__ == "__main__":
+        main(Config(), 1)
+    """
+    live, _ = swept(code)
+    assert {"A.wide", "Config.head"} <= live and "A.dim" not in live
+
+
 def test_nothing_is_equal_to_a_key_that_its_registry_lost():
     text = build({"train_gpt": CONFIG + CHOICE}, "plain").readable
     assert "return 2" not in text and "def K" not in text  # not by comparison, table key, default or annotation
