@@ -18,6 +18,7 @@ from export.trellis import trellis_grid
 SAMPLE = 1 << 16                              # weights that stand for a tensor on a rate-distortion curve
 ATTEMPTS = 6                                  # of meeting a budget; two or three are usual
 TRAINED = 0.99                                # trained weights take less than Gaussian ones, for their rows differ
+TRELLIS_LEAST = 2.5                           # bits a weight, from which on a trellis beats rounding
 LADDER = tuple(2.0 ** (i / 8) for i in range(-40, 17))      # steps of a rate curve, in units of the tensor's rms
 
 
@@ -157,7 +158,7 @@ def solve_budget(rows: list[Row], meta: dict, target: int, felt: dict[str, torch
 
     Rows of a codec with steps are free if they have no parts: each gets the step at which one more byte saves as much
     harm as anywhere else; harm is felt[name] times squared error. `quantise(row, step)` may be GPTQ. A last factor on
-    all steps meets the target.
+    all steps meets the target. Of the rows that ask for a trellis, those with few bits a weight are rounded instead.
     """
     quantise = quantise or _plain_rounding
     free, fixed = ([row for row in rows if _is_free(row) is wanted] for wanted in (True, False))
@@ -168,6 +169,8 @@ def solve_budget(rows: list[Row], meta: dict, target: int, felt: dict[str, torch
     curves = [RateCurve(row.tensor.detach().float(), felt[row.name]) for row in free]
     scales = 2 * sum(curve.rows.numel() for curve in curves)
     steps = balance(curves, 8 * (target - len(pack(fixed, meta, **grid)) - scales))
+    free = [row._replace(codec="int8") if row.codec == "trellis" and curve.rate(step) < TRELLIS_LEAST else row
+            for row, curve, step in zip(free, curves, steps)]
     weights, best = sum(row.tensor.numel() for row in free), (b"", [])
     low, high, factor, before, sizes = 0.0, math.inf, 1.0, 1.0, [0]
     slope = weights / 8                                      # bytes that steps twice as long save
@@ -217,6 +220,10 @@ class RateCurve:
     def best(self, price: float) -> int:
         """The rung with the least harm plus price * bits."""
         return int((self.harm + price * self.bits).argmin())
+
+    def rate(self, step: float) -> float:
+        """Bits a weight at a step of the ladder."""
+        return float(self.bits[np.abs(self.steps - step).argmin()])
 
     def line(self, row: Row) -> dict:
         value = from_grid(row.codec, row.parts).reshape(self.w.shape)

@@ -195,3 +195,14 @@ def test_the_command_exits_1_on_damage(tmp_path):
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 1
     assert "checksum" in found.stderr
+
+
+def test_a_trellis_is_walked_where_bits_are_many_and_does_less_harm_than_rounding():
+    rows, felt, harm = free_model(3)
+    felt["w2"] *= 1e-4
+    rounded, _ = solve_budget(rows, {}, 37_000, felt)
+    walked, lines = solve_budget([row._replace(codec="trellis") for row in rows], {}, 37_000, felt)
+    assert harm(walked) < 0.9 * harm(rounded)
+    assert [line["name"] for line in lines] == ["w0", "w1", "w2"]
+    codecs = {line["name"]: line["codec"] for line in describe(walked)["tensors"]}
+    assert codecs["w0"] == codecs["w1"] == "trellis" and codecs["w2"] in ("int4", "int5")
