@@ -9,7 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -306,7 +306,8 @@ def remembering(stack: ExitStack, reader: PlainReader, lanes: int, alpha: np.nda
 def learning(stack: ExitStack, reader: PlainReader, lanes: int, alpha: np.ndarray) -> tuple:
     """Weights learn from the stream."""
     stack.enter_context(frozen_tables(reader.model.scope("engram")))
-    learner = stack.enter_context(closing(LaneLearner(reader, lanes)))
+    learner = LaneLearner(reader, lanes)
+    stack.callback(learner.close)
     reader.aim, reader.learned_from = learner.aim, True
     return reader, learner, reader.s.ttt_chunk
 
