@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WALSH_STEPS = 32  # outputs a CUDA program makes; it reads 2^m - 1 inputs more
+WALSH_STEPS = 24  # outputs a CUDA program makes; it reads 2^m - 1 inputs more, and at 32 it would all but spill
 WALSH_WIDTH = 64  # channels a program: one warp, two 16-bit channels a lane
 WALSH_MOST = 5  # stages whose window fits a program's registers
 WHT_MOST = 128  # widest block of one matrix product
