@@ -260,7 +260,7 @@ def load_config(
         raise ValueError(f"no profile {profile!r}: {nearest(profile, PROFILES)}")
     source = "file" if stored else f"profile {profile}"
     values, origin = read_fields(dataclasses.fields(Config), argv, env, stored or PROFILES[profile], source)
-    values["run_id"] = values.get("run_id") or f"{profile}-s{values.get('seed', 42)}"
+    values["run_id"] = values.get("run_id") or f"{profile}-s{values.get('seed', 42)}{'-again' * bool(stored)}"
     c = Config(**values)
     if not PACKED:
         check_choices(c, {"MIXERS": MIXERS, "ACTIVATIONS": ACTIVATIONS, "GRIDS": GRIDS, "OPTIMIZERS": OPTIMIZERS,
@@ -1111,9 +1111,8 @@ def export_model(c: Config, rt: Runtime, run: Run, log: Log) -> bytes:
     """The artifact: what training ended with, packed, checked against the cap, and read back bit for bit."""
     with log.phase("quantise"):
         choose_weights(c, rt, run, log)
-        rows = shipping_rows(c, run)
     with log.phase("compress"):
-        blob = pack_rows(c, rt, run, rows, log)
+        blob = rt.of_rank_zero(pack_rows(c, rt, run, shipping_rows(c, run), log))
         left = check_budget(blob, CODE_BYTES)
         if not PACKED:
             held = trained_on_grid(c, run.model)
@@ -1150,7 +1149,7 @@ def trained_on_grid(c: Config, model: GPT) -> dict[str, nn.Parameter]:
 def export_proxy(c: Config, rt: Runtime, run: Run, log: Log) -> None:
     """What would ship now, as a file that --evaluate takes: its bytes, and its loss on training tokens."""
     meta = {"config": changed_fields(c, resumable=False), "eval": {"temperature": 1.0, "alpha": []}}
-    blob = pack(shipping_rows(c, run), meta, **grid_settings(c))
+    blob = pack(gptq_rows(shipping_rows(c, run), {}, **grid_settings(c)), meta, **grid_settings(c))
     live, own = training_loss(c, rt, run), dict(run.model.named_parameters())
     for name, tensor in unpack(blob)[0].items():
         own[name].copy_(tensor)
@@ -1272,7 +1271,7 @@ def evaluate(c: Config, rt: Runtime, model: GPT, constants: dict, val: Validatio
     alpha = np.array(constants["alpha"], np.float32).reshape(ENGRAM_ALPHA_SHAPE) / 16 if constants["alpha"] else None
     found = evaluate_modes(
         model, val.tokens, val.bytes, s, c.eval_modes, ranks=(rt.rank, rt.world), alpha=alpha,
-        resume=log.folder / "evaluation",
+        resume=log.folder / "evaluation" / f"{source_hash()}-{fields_hash(c)}-{rt.dtype}",
     )  # fmt: skip
     for mode, score in found.items():
         passes = 0.0 if PACKED else forward_passes(mode, s) / 3 * flops_per_token(c)

@@ -9,7 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -410,11 +410,12 @@ def kept_spans(spans: Iterator[Span], path: Path | None) -> list[Span]:
         return [Span(*row, part) for row, part in zip(rows.tolist(), np.split(each, cuts))]
     spans = list(spans)
     rows = np.array([(span.lane, span.start, span.stop, span.nats, span.nbytes) for span in spans], SPAN_ROW)
-    path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".half")
-    with half.open("wb") as file:
-        np.savez(file, rows=rows, each=np.concatenate([span.each for span in spans]))
-    half.replace(path)
+    with suppress(OSError):  # a full disk may cost the next evaluation its time, not this one its score
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with half.open("wb") as file:
+            np.savez(file, rows=rows, each=np.concatenate([span.each for span in spans]))
+        half.replace(path)
     return spans
 
 

@@ -234,7 +234,7 @@ class RateCurve:
 def _rate_and_harm(w: torch.Tensor, step: torch.Tensor, felt: torch.Tensor) -> tuple[float, float]:
     """Per weight: entropy of round(w / step), and felt squared error."""
     q, stored = int_round(w, step, 8)
-    counts = torch.bincount(q.flatten().int() + int_levels(8)).numpy()
+    counts = torch.bincount(q.flatten().int() + int_levels(8)).cpu().numpy()
     harm = felt[:, None] * (int_value(q, stored) - w).square()
     return float(row_entropy(counts[None])[0]), float(harm.mean())
 

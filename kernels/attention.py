@@ -5,6 +5,8 @@ positions are all a mask takes, with or without keys cached from earlier pieces.
 one. B batch, T queries, H heads, K kv heads, d head width.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -61,4 +63,11 @@ def attend(q, k, v, mask):
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if isinstance(mask, torch.Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
-    return flex_attention(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+    fused = fused_attention() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    return fused(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+@cache
+def fused_attention():
+    """For evaluation, which runs uncompiled: on its own, flex attention would write out all T x T scores."""
+    return torch.compile(flex_attention)

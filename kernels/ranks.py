@@ -22,6 +22,13 @@ class Runtime:
     ranks: object = None  # the CPU group of all ranks; None if there is one
     patience: float = 600.0  # seconds a rank waits for the others
 
+    def of_rank_zero(self, value):
+        """What rank 0 made, on every rank."""
+        box = [value]
+        if self.ranks is not None:
+            dist.broadcast_object_list(box, src=0, group=self.ranks)
+        return box[0]
+
 
 def detect_runtime(env: dict[str, str], dtype: str) -> Runtime:
     """The only reader of RANK, WORLD_SIZE and LOCAL_RANK."""

@@ -1,4 +1,5 @@
 # Sourced under SMOKE=1: data and sizes that take a script through all of its own steps on CPU processes.
+set -euo pipefail
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 mkdir -p datasets  # every paragraph of the sources is a document
 "$PY" -c 'import json, sys; from pathlib import Path
