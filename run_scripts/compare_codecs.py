@@ -201,7 +201,8 @@ def budget_table(t: Trained) -> str:
         rows.append([*t.line(f"{codec} for all, GPTQ", uniform, seconds), ""])
         for kind in ("int6", "trellis"):  # the solver finds the width of integers by itself
             began, free = time.process_time(), [r if r.parts else r._replace(codec=kind) for r in t.rows]
-            blob, _ = solve_budget(free, {}, len(uniform), felts, quantise=gptq_rounding(t.curves), **t.grid)
+            ways = {"quantise": gptq_rounding(t.curves), "fill": 0.98}
+            blob, _ = solve_budget(free, {}, len(uniform), felts, **ways, **t.grid)
             name = {"int6": "budget solver, GPTQ", "trellis": "budget solver, GPTQ on the trellis"}[kind]
             found = t.line(name, blob, time.process_time() - began)
             rows.append([*found, f"{len(blob) / len(uniform):.3%}"])
