@@ -323,19 +323,20 @@ def _check_manifest(manifest: Manifest) -> None:
     numbers += [size for entry in manifest.entries for size in entry.shape]
     if not all(type(n) is int and 0 <= n <= MAX_WEIGHTS for n in numbers) or 0 in numbers[:2]:
         raise ValueError("damaged artifact: a count or a shape is not a sensible integer")
-    if sum(math.prod(entry.shape) for entry in manifest.entries) > MAX_WEIGHTS:
+    if sum(math.prod(max(size, 1) for size in entry.shape) for entry in manifest.entries) > MAX_WEIGHTS:
         raise ValueError(f"damaged artifact: more than {MAX_WEIGHTS} weights")
-    sizes = tuple(range(1, MAX_CLASSES + 1))
-    if not all(kind in ALPHABETS and len(b) == 2 and set(b) <= set(sizes) for kind, b in manifest.books.items()):
+    classes = [n for book in manifest.books.values() for n in book]
+    known = manifest.books.keys() <= ALPHABETS.keys() and all(len(book) == 2 for book in manifest.books.values())
+    if not known or not all(type(n) is int and 1 <= n <= MAX_CLASSES for n in classes):
         raise ValueError(f"damaged artifact: books {manifest.books} are not all known")
-    names = [str(entry.name) for entry in manifest.entries]
-    if len(set(names)) != len(names):
-        raise ValueError("damaged artifact: a tensor name occurs twice")
+    names = [entry.name for entry in manifest.entries]
+    if not all(type(name) is str for name in names) or len(set(names)) != len(names):
+        raise ValueError("damaged artifact: a tensor name occurs twice, or is no text")
     for entry in manifest.entries:
-        _check_entry(entry)
+        _check_entry(entry, manifest.group)
 
 
-def _check_entry(entry: Entry) -> None:
+def _check_entry(entry: Entry, group: int) -> None:
     if str(entry.codec) not in CODECS:
         raise ValueError(f"{entry.name}: codec {entry.codec!r} is not one of {', '.join(CODECS)}")
     planes = len(CODECS[entry.codec].layout((1, 1), 1))
@@ -343,6 +344,10 @@ def _check_entry(entry: Entry) -> None:
         raise ValueError(f"damaged artifact: {entry.name} has planes {entry.words}, {entry.codec} has {planes}")
     if entry.codec != "fp16" and len(entry.shape) < 2:
         raise ValueError(f"damaged artifact: {entry.name} of shape {entry.shape} has no rows for {entry.codec}")
+    if entry.codec in ("ternary", "trellis") and not math.prod(entry.shape):
+        raise ValueError(f"damaged artifact: {entry.name} of shape {entry.shape} is empty, which {entry.codec} never is")
+    if entry.codec == "ternary" and entry.shape[-1] % group:
+        raise ValueError(f"damaged artifact: {entry.name} has {entry.shape[-1]} columns in groups of {group}")
 
 
 # ---- files ----
