@@ -345,7 +345,7 @@ def _check_entry(entry: Entry, group: int) -> None:
     if entry.codec != "fp16" and len(entry.shape) < 2:
         raise ValueError(f"damaged artifact: {entry.name} of shape {entry.shape} has no rows for {entry.codec}")
     if entry.codec in ("ternary", "trellis") and not math.prod(entry.shape):
-        raise ValueError(f"damaged artifact: {entry.name} of shape {entry.shape} is empty, which {entry.codec} never is")
+        raise ValueError(f"damaged artifact: {entry.name} of shape {entry.shape} is empty; {entry.codec} never is")
     if entry.codec == "ternary" and entry.shape[-1] % group:
         raise ValueError(f"damaged artifact: {entry.name} has {entry.shape[-1]} columns in groups of {group}")
 
