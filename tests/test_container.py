@@ -302,7 +302,7 @@ def test_what_is_no_artifact_is_said_to_be_none(blob, message):
     ("or is no text", lambda m: m["tensors"][0].__setitem__(0, ["a"])),
     ("more than", lambda m: m["tensors"][0].__setitem__(2, [1 << 28, 1 << 28, 0])),
     ("not all known", lambda m: m["books"].__setitem__("trits", [[1], 1])),
-    ("is empty, which ternary never is", lambda m: m["tensors"][0].__setitem__(2, [3, 0])),
+    ("is empty; ternary never is", lambda m: m["tensors"][0].__setitem__(2, [3, 0])),
     ("columns in groups of", lambda m: m["tensors"][0].__setitem__(2, [48, 65])),
     ("not a sensible integer", lambda m: m.__setitem__("group", 16.0)),
     ("more than", lambda m: m["tensors"][0].__setitem__(2, [1 << 20, 1 << 20])),
