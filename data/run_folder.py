@@ -165,17 +165,30 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep_every: int) -> di
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getvalue()
-    seal = hashlib.sha256(payload).hexdigest()
+    seal = seal_of(payload)
     path = folder / f"checkpoint_{step:08d}.pt"
     before = [row for row in checkpoints(folder) if row[1] < step]  # a later one is not of this run's making
     loose = [old for old, was in before if not (keep_every and was % keep_every == 0)]
-    spare = [old for old in loose if old != before[0][0]]
-    for old in spare if crowded(folder, len(payload)) else []:
+    tight = crowded(folder, len(payload))
+    last = next((old for old, _ in before if not tight or is_whole(old)), None)
+    spare = [old for old in loose if old != last]
+    for old in spare if tight else []:
         old.unlink()
-    write_whole(path, CHECKPOINT_MAGIC + seal.encode() + payload)
+    write_whole(path, CHECKPOINT_MAGIC + seal + payload)
     for old in loose if crowded(folder, len(payload)) else spare:
         old.unlink(missing_ok=True)
-    return {"path": str(path), "bytes": path.stat().st_size, "sha256": seal}
+    return {"path": str(path), "bytes": path.stat().st_size, "sha256": seal.decode()}
+
+
+def is_whole(path: Path) -> bool:
+    """It matches its hash."""
+    head = len(CHECKPOINT_MAGIC)
+    content = path.read_bytes()
+    return content[:head] == CHECKPOINT_MAGIC and seal_of(content[head + 64 :]) == content[head : head + 64]
+
+
+def seal_of(payload: bytes) -> bytes:
+    return hashlib.sha256(payload).hexdigest().encode()
 
 
 def crowded(folder: Path, size: int) -> bool:
@@ -198,7 +211,7 @@ def load_checkpoint(path: Path) -> dict:
     if content[:head] != CHECKPOINT_MAGIC:
         raise ValueError(f"{path}: not a checkpoint of this version")
     payload = content[head + 64 :]
-    if hashlib.sha256(payload).hexdigest().encode() != content[head : head + 64]:
+    if seal_of(payload) != content[head : head + 64]:
         raise ValueError(f"{path}: damaged, its contents do not match its hash")
     return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
 

@@ -135,7 +135,7 @@ class Watchdog:
                 self.warn(f"{beat.place()} has not moved for {now - self.changed:.0f} s; {beat.limit:.0f} end it")
             if self.diagnosis.exists():
                 self.leave()
-            elif now >= patient_until and (fault := find_fault(self.beats(), now, SILENCE)):
+            elif fault := find_fault(self.beats() if now >= patient_until else [beat], now, SILENCE):
                 self.end(fault)
 
     def beat(self) -> Beat:
@@ -170,14 +170,18 @@ class Watchdog:
         return sorted(found)
 
     def end(self, fault: str) -> None:
-        """The rank that is first here writes the diagnosis; all ranks end."""
+        """The rank that is first here writes the diagnosis, if the disk takes it; all ranks end."""
         try:
             with self.diagnosis.open("x") as file:
                 file.write(fault)
         except FileExistsError:
             return
+        except OSError as error:
+            sys.stderr.write(f"WATCHDOG: {fault}; no diagnosis could be written: {error}\n")
+            self.leave()
         text = "\n".join([f"WATCHDOG: {fault}", *self.stacks()])
-        self.diagnosis.write_text(text + "\n")
+        with suppress(OSError):
+            self.diagnosis.write_text(text + "\n")
         self.append("train.log", text)
         self.append("metrics.jsonl", json.dumps({"kind": "alert", "step": self.last[1], "what": "watchdog",
                                                  "where": fault, "value": 0.0}))  # fmt: skip
