@@ -139,11 +139,24 @@ def selected(units, fields):
             if pick not in keys:
                 fail(f.node, f"{f.name}={f.value!r}: {pick!r} is not in {f.registry}, which has {keys}")
         chosen[f.registry].update(picks)
-    for name, node in by_name.items():  # a table with some of a registry's keys is chosen from with it
-        keys = table_keys(node)
+    walked = iterated(units)
+    for name, node in by_name.items():  # a table with some of a registry's keys, only looked up, is chosen from with it
+        keys = table_keys(node) if name not in walked else set()
         for registry in [r for r in chosen if r != name and keys and keys <= table_keys(by_name[r])]:
             chosen[name] = chosen[name] | (chosen[registry] & keys) if name in chosen else chosen[registry] & keys
     return chosen
+
+
+def iterated(units):
+    """Names that are read in any way but looked up: `x[k]`, `k in x`, `x.get(k)`; their keys may become values."""
+    nodes, looked_up = [n for u in units for n in ast.walk(u.node)], set()
+    for node in nodes:
+        match node:
+            case ast.Subscript(value=ast.Name() as table) | ast.Attribute(value=ast.Name() as table, attr="get"):
+                looked_up.add(id(table))
+            case ast.Compare(ops=[ast.In() | ast.NotIn()], comparators=[ast.Name() as table]):
+                looked_up.add(id(table))
+    return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and id(n) not in looked_up}
 
 
 def table_keys(node):

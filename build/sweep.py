@@ -5,7 +5,7 @@ import builtins
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from build.config import selected
+from build.config import iterated, selected
 from build.foreign import resolve
 from build.scopes import Scoped, all_arguments, scope_of
 from build.trees import FUNCTIONS, Unit, is_kernel, is_main_guard, is_op, like
@@ -29,9 +29,9 @@ class Item:
 class Mentions(Scoped):
     """Collects the module-level names and the attributes a piece of code speaks of."""
 
-    def __init__(self, imports, skip):
+    def __init__(self, imports, walked, skip):
         super().__init__()
-        self.imports, self.skip, self.names, self.spoken = imports, skip, set(), set()
+        self.imports, self.walked, self.skip, self.names, self.spoken = imports, walked, skip, set(), set()
 
     def visit(self, node):
         return node if id(node) in self.skip else super().visit(node)
@@ -51,8 +51,9 @@ class Mentions(Scoped):
         return self.generic_visit(node)
 
     def visit_Assign(self, node):
-        """A table does not call what its keys name."""
-        if isinstance(node.value, ast.Dict) and not self.scopes:
+        """A table that is only looked up does not call what its keys name."""
+        names = {n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+        if isinstance(node.value, ast.Dict) and not self.scopes and not names & self.walked:
             self.skip = self.skip | {id(k) for k in node.value.keys}
         return self.generic_visit(node)
 
@@ -113,12 +114,12 @@ def parts(unit, chosen):
 def items_of(units, chosen):
     """Every item, with what it mentions; an owner does not speak for its parts."""
     imports = {n for u in units if isinstance(u.node, (ast.Import, ast.ImportFrom)) for n in u.names}
-    items = []
+    items, walked = [], iterated(units)
     for unit in units:
         owner = Item(unit.names[0] if unit.names else "<main>", unit, unit.node)
         members = [Item(label, unit, node, owner, key, at) for label, node, key, at in parts(unit, chosen)]
         for item in (owner, *members):
-            seen = Mentions(imports, {id(n) for m in members if m is not item for n in (m.node, m.name_node)})
+            seen = Mentions(imports, walked, {id(n) for m in members if m is not item for n in (m.node, m.name_node)})
             if item.owner and isinstance(unit.node, ast.ClassDef):
                 seen.scopes, seen.classes = [scope_of(unit.node)], [unit.node.name]
             seen.visit(item.node)

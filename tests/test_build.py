@@ -295,6 +295,12 @@ def test_a_table_with_some_of_a_registry_s_keys_is_chosen_from_with_it():
     assert "TABLE = {'A': 1}" in text
 
 
+def test_a_table_that_is_walked_through_keeps_its_keys_and_speaks_them():
+    code = CHOICE.replace('TABLE["A"]', "[pick(k) for k in TABLE]")
+    text = build({"train_gpt": CONFIG + code}, "plain").readable
+    assert "TABLE = {'A': 1, 'K': 2}" in text and "return 2" in text
+
+
 def test_methods_survive_when_mentioned_special_or_called_by_a_third_party_base():
     live, _ = swept("""
     from torch import nn
