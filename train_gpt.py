@@ -1196,7 +1196,7 @@ def pack_rows(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> by
     if any(row.codec in STEP_CODECS and row.parts is None and row.name not in curves for row in rows):
         return blob
     target, felts = min(len(blob), BYTE_CAP - CODE_BYTES), {name: felt(curve) for name, curve in curves.items()}
-    return solve_budget(rows, meta, target, felts, quantise=gptq_rounding(curves), fill=0.98, **grid)[0]
+    return solve_budget(rows, meta, target, felts, quantise=gptq_rounding(curves), fill=0.5, **grid)[0]
 
 
 def curvature(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
