@@ -34,6 +34,7 @@ class PlainLog:
                 file.write(line + "\n")
 
     def record(self, kind: str, **values) -> None:
+        """One write a line, so that a killed run loses at most one."""
         if self.main:
             self.metrics.write(json.dumps({"kind": kind} | values) + "\n")
 

@@ -10,12 +10,13 @@ import re
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from data.plain import PlainLog
 
 CHECKPOINT_MAGIC = b"SKC checkpoint 1\n"
 OCCUPIED = "{} belongs to a run that is still going: choose another run_id"
@@ -83,7 +84,7 @@ def require_unused(folder: Path) -> None:
             raise ValueError(OCCUPIED.format(folder)) from None
 
 
-class Log:
+class Log(PlainLog):
     """Text to train.log and the terminal, one JSON line a metric, and facts as whole files. Only rank 0 writes.
 
     `resume_at` is what stays of an earlier log, in bytes: what was written after the checkpoint will be written again.
@@ -127,11 +128,6 @@ class Log:
     def text(self, line: str) -> None:
         self.logger.info(line)
 
-    def record(self, kind: str, **values) -> None:
-        """One write a line, so that a killed run loses at most one."""
-        if self.main:
-            self.metrics.write(json.dumps({"kind": kind} | values) + "\n")
-
     def recall(self, kind: str) -> list[dict]:
         """What this run has recorded so far, also before it was resumed; nothing on the ranks that record nothing."""
         rows = map(json.loads, self.metrics.path.read_text().splitlines()) if self.main else []
@@ -141,13 +137,6 @@ class Log:
         """The disk is full, or no longer."""
         self.text(f"ALERT: {line}")
         self.record("alert", step=self.step, what="disk", where=line, value=0.0)
-
-    @contextmanager
-    def phase(self, name: str):
-        """Work that takes time of its own."""
-        began = time.perf_counter()
-        yield
-        self.record("phase", name=name, seconds=time.perf_counter() - began)
 
     def save(self, name: str, values: dict) -> None:
         if self.main:
@@ -181,10 +170,11 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep_every: int) -> di
 
 
 def is_whole(path: Path) -> bool:
-    """It matches its hash."""
-    head = len(CHECKPOINT_MAGIC)
-    content = path.read_bytes()
-    return content[:head] == CHECKPOINT_MAGIC and seal_of(content[head + 64 :]) == content[head : head + 64]
+    try:
+        sealed_payload(path)
+    except ValueError:
+        return False
+    return True
 
 
 def seal_of(payload: bytes) -> bytes:
@@ -202,7 +192,8 @@ def checkpoints(folder: Path) -> list[tuple[Path, int]]:
     return sorted(found, key=lambda row: -row[1])
 
 
-def load_checkpoint(path: Path) -> dict:
+def sealed_payload(path: Path) -> bytes:
+    """What a checkpoint holds, if it matches its hash."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -213,7 +204,11 @@ def load_checkpoint(path: Path) -> dict:
     payload = content[head + 64 :]
     if seal_of(payload) != content[head : head + 64]:
         raise ValueError(f"{path}: damaged, its contents do not match its hash")
-    return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    return payload
+
+
+def load_checkpoint(path: Path) -> dict:
+    return torch.load(io.BytesIO(sealed_payload(path)), map_location="cpu", weights_only=True)
 
 
 def newest_checkpoint(folder: Path) -> tuple[dict | None, list[str]]:

@@ -61,6 +61,23 @@ def test_on_a_crowded_disk_the_older_checkpoints_make_room_and_one_stays(tmp_pat
     assert [step for _, step in checkpoints(tmp_path)] == [10]
 
 
+def test_on_a_crowded_disk_the_last_whole_checkpoint_is_the_one_that_stays(tmp_path, monkeypatch):
+    """The newest one is damaged, and the next does not fit."""
+    save_checkpoint(tmp_path, 400, {"step": 400}, 0)
+    save_checkpoint(tmp_path, 437, {"step": 437}, 0)
+    damaged = tmp_path / "checkpoint_00000437.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("data.run_folder.crowded", lambda folder, size: True)
+    monkeypatch.setattr("data.run_folder.write_whole", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path, 500, {"step": 500}, 0)
+    assert newest_checkpoint(tmp_path)[0] == {"step": 400}
+
+
 @pytest.mark.parametrize("damage", [
     lambda b: b[:-1], lambda b: b[:40], lambda b: b"x" + b[1:], lambda b: b"",
     lambda b: b[:200] + bytes([b[200] ^ 1]) + b[201:],
