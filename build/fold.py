@@ -193,12 +193,18 @@ class Folder(Scoped):
             return self.simplify(node)
         return self.visit(node)
 
-    def visit_If(self, node):
+    def decided(self, node, words):
+        """The truth of a branch's test, once folded; UNKNOWN keeps both sides."""
         before = ast.unparse(node.test)
         node.test = self.visit_test(node.test)
         truth = self.truth(node.test)
         if truth is not UNKNOWN:
-            self.done.append((place(node), f"if {before}", truth))
+            self.done.append((place(node), words.format(before), truth))
+        return truth
+
+    def visit_If(self, node):
+        truth = self.decided(node, "if {}")
+        if truth is not UNKNOWN:
             return self.visit_block(node.body if truth else node.orelse)
         node.body = self.visit_block(node.body)
         node.orelse = self.visit_block(node.orelse)
@@ -209,11 +215,8 @@ class Folder(Scoped):
         return node
 
     def visit_IfExp(self, node):
-        before = ast.unparse(node.test)
-        node.test = self.visit_test(node.test)
-        truth = self.truth(node.test)
+        truth = self.decided(node, "... if {} else ...")
         if truth is not UNKNOWN:
-            self.done.append((place(node), f"... if {before} else ...", truth))
             return self.visit(node.body if truth else node.orelse)
         return self.generic_visit(node)
 

@@ -245,8 +245,8 @@ def settle_attributes(units, foreign):
 class Settled(ast.NodeTransformer):
     """Assignments of what is settled go; a statement that is left without a body passes."""
 
-    def is_stored(self, target):
-        raise NotImplementedError
+    def __init__(self, is_stored):
+        self.is_stored = is_stored
 
     def visit_Assign(self, node):
         match node:
@@ -271,6 +271,7 @@ class Constants(Settled):
     """Loads of the attributes become their values."""
 
     def __init__(self, values, imports):
+        super().__init__(lambda target: isinstance(target, ast.Attribute) and target.attr in values)
         self.values, self.imports = values, imports
 
     def visit_Attribute(self, node):
@@ -278,21 +279,16 @@ class Constants(Settled):
             return like(copy.deepcopy(self.values[node.attr]), node)
         return self.generic_visit(node)
 
-    def is_stored(self, target):
-        return isinstance(target, ast.Attribute) and target.attr in self.values
-
 
 class Locals(Settled):
     """Loads of the names become their values."""
 
     def __init__(self, values):
+        super().__init__(lambda target: isinstance(target, ast.Name) and target.id in values)
         self.values = values
 
     def visit_Name(self, node):
         return like(copy.deepcopy(self.values[node.id]), node) if node.id in self.values else node
-
-    def is_stored(self, target):
-        return isinstance(target, ast.Name) and target.id in self.values
 
 
 def only_read(function, name):
