@@ -29,7 +29,6 @@ SCORE_ORDER = (
     ("ttt", "stream", 0.001),
     ("all", "stream", 0.001),
 )
-RELOAD_LIMIT = 0.002
 BREAKDOWN_EDGES = (0, 16, 64, 256, 1024, 4096, 16384)  # tokens; the last bucket is open
 
 
@@ -355,9 +354,3 @@ def red_flags(scores: dict[str, Score]) -> list[str]:
         if excess > slack and worse.mean() > 2.33 * error:
             flags.append(f"{mode} is {excess:.4f} bits per byte worse than {plain} over {len(worse)} documents")
     return flags
-
-
-def check_reload(live: float, reloaded: float) -> None:
-    """The artifact must score as the model that was packed."""
-    if not abs(live - reloaded) <= RELOAD_LIMIT:
-        raise ValueError(f"the live model scores {live:.6f}, the reloaded artifact {reloaded:.6f} bits per byte")
