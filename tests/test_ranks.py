@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data.run_folder import checkpoints, load_checkpoint
-from kernels.ranks import stop_together
+from kernels.ranks import Runtime, stop_together
 from tests.toys import toy_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,6 +123,29 @@ def test_two_agents_on_one_machine_are_two_nodes(dataset, tmp_path):
     out = [agent.communicate(timeout=240)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], out[0][-2000:]
     assert json.loads((tmp_path / "r" / "result.json").read_text())["status"] == "finished"
+
+
+APART = """
+import sys
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from kernels.ranks import Runtime
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", f"file://{sys.argv[2]}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+rt = Runtime(rank, 2, torch.device("cpu"), torch.float32, 1.0, dist.new_group(backend="gloo"))
+print(rt.of_rank_zero(f"made by {rank}"))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.unhurried  # two processes import torch
+def test_what_rank_zero_made_is_what_all_have(tmp_path):
+    command = [sys.executable, "-c", APART]
+    pipes = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], **pipes) for rank in range(2)]
+    assert [process.communicate(timeout=90)[0].strip() for process in ranks] == ["made by 0"] * 2
+    assert Runtime(0, 1, torch.device("cpu"), torch.float32, 1.0).of_rank_zero("mine") == "mine"
 
 
 def test_what_ends_one_rank_ends_all_in_its_words():

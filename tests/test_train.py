@@ -369,6 +369,9 @@ def test_an_artifact_is_scored_and_loaded_on_its_own_a_proxy_too_and_damage_is_r
         words = [f"data={dataset}", f"runs={where}", "run_id=t", "eval_modes=chunked"]
         assert command_line(["--evaluate", str(run / name), *words]) == 0
         assert records(where / "t", "eval")[0]["bpb"] == pytest.approx(records(run, "eval")[0]["bpb"], rel=slack, abs=0)
+    assert command_line(["--evaluate", str(run / name), *words, "softcap=2"]) == 0  # kept scores are of other fields
+    plain, other = (row["bpb"] for row in records(where / "t", "eval"))
+    assert plain != other
     capsys.readouterr()
     assert command_line(["--load", str(run / "final_model.skc")]) == 0
     assert capsys.readouterr().out.startswith("loaded ")
@@ -376,6 +379,14 @@ def test_an_artifact_is_scored_and_loaded_on_its_own_a_proxy_too_and_damage_is_r
     for option in ("--load", "--evaluate"):
         assert command_line([option, str(tmp_path / "bad.skc"), "--data", str(dataset), f"runs={tmp_path}"]) == 2
     assert "damaged artifact" in capsys.readouterr().err
+
+
+@pytest.mark.unhurried  # a run that walks a trellis three times
+def test_a_proxy_of_a_trellis_is_walked_like_the_artifact(dataset, tmp_path):
+    words = ("layers=A", "parts=reset", "weight_codec=trellis", "reserve_seconds=0.01", "max_steps=2", "export_every=2")
+    _, run = run_tiny(tmp_path, dataset, *words, "eval_modes=chunked")
+    row = records(run, "proxy")[0]
+    assert row["bytes"] == (run / "proxy.skc").stat().st_size and row["loss"] != row["live_loss"]
 
 
 ROUNDED = ("layers=S", "parts=reset", "reserve_seconds=0.01", "max_steps=2", "eval_modes=chunked")

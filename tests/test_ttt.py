@@ -420,6 +420,9 @@ def test_an_interrupted_evaluation_resumes_and_gives_the_same_sum(mode, tmp_path
     other.gain.data += 1
     evaluate_modes(other, tokens, nbytes, settings(), [mode], alpha=ALPHA, resume=tmp_path)
     assert set(seen) == {0, 1, 2, 3}  # another model's spans are not taken
+    (tmp_path / "full").write_text("")  # a place that takes no spans
+    kept = evaluate_modes(Toy(), tokens, nbytes, settings(), [mode], alpha=ALPHA, resume=tmp_path / "full")[mode]
+    assert kept.nats == whole.nats
 
 
 def test_constants_are_fitted_on_training_tokens_before_scoring():

@@ -102,6 +102,31 @@ def test_ranks_that_cannot_leave_a_beat_are_not_taken_for_silent(tmp_path, monke
         assert uptime() - dog.beats()[0].seen < 0.1
 
 
+def test_a_full_disk_hides_no_hang(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.watchdog.INTERVAL", 0.01)
+    ended = []
+    monkeypatch.setattr(Watchdog, "end", lambda self, fault: (ended.append(fault), self.closing.set()))
+    with Watchdog(tmp_path, 0, lambda: ("evaluate", 1), lambda phase: 0.1, print, lambda line: None, print) as dog:
+        (tmp_path / "ranks" / "0.draft").symlink_to("/dev/full")
+        assert dog.closing.wait(5)
+    assert "nothing has moved" in ended[0]
+
+
+def test_a_diagnosis_that_cannot_be_written_ends_the_rank_all_the_same(tmp_path, monkeypatch, capsys):
+    class Left(Exception):
+        pass
+
+    def leave(self):
+        raise Left
+
+    monkeypatch.setattr(Watchdog, "leave", leave)
+    dog = Watchdog(tmp_path, 0, lambda: ("train", 1), lambda phase: 60.0, print, print, print)
+    dog.diagnosis = Path("/dev/full/diagnosis.txt")
+    with pytest.raises(Left):
+        dog.end("it hangs")
+    assert "it hangs; no diagnosis could be written" in capsys.readouterr().err
+
+
 def test_a_finished_rank_leaves_no_beat(tmp_path):
     with Watchdog(tmp_path, 0, lambda: ("train", 1), lambda phase: 60.0, print, print, print) as dog:
         assert [b.rank for b in dog.beats()] == [0]
