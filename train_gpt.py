@@ -32,11 +32,10 @@ from data.fields import (
     describe_fields,
     describe_profiles,
     field_values,
-    field_words,
     fields_hash,
     free,
     nearest,
-    parse_options,
+    parse_command,
     parse_pairs,
     read_fields,
     replay_line,
@@ -50,25 +49,26 @@ from data.run_folder import Log, StopSignals, deadline, load_checkpoint, save_ch
 from data.shards import LaneOrder, WindowOrder, dataset_hash, read_sidecar, read_tokens, shard_paths
 from data.watch import Watch, memory_in_use
 from eval.engram import ENGRAM_ALPHA_SHAPE
-from eval.generate import generate_ids, stream_text
+from eval.generate import generate_text, sample_texts
 from eval.score import EvalSettings, evaluating, red_flags
 from eval.tokens import byte_table, load_tokenizer, sidecar_bytes, stream_bytes
 from eval.ttt import EVAL_MODES, evaluate_modes, fit_engram, fit_temperature, forward_passes
-from export.budget import check_budget, describe, plan_bytes, solve_budget
-from export.container import BYTE_CAP, Row, check_model, check_shipped, pack, row_parts, unpack, write_artifact
+from export.budget import BYTE_CAP, check_budget, describe, plan_bytes, solve_budget
+from export.container import Row, check_model, check_shipped, pack, read_manifest, row_parts, unpack, write_artifact
 from export.gptq import CurvatureCollector, felt, gptq_rounding, gptq_rows
 from export.quantise import STEP_CODECS, int_grid, int_value
 from kernels.attention import attend, attention_mask, positions, rotary_tables, rotate_pairs
 from kernels.capsule import capsule_scan, routing_statistics
 from kernels.engram import Engram, EngramRead
+from kernels.gradients import GradientBuckets, GradientSum
 from kernels.hadamard import causal_haar, causal_walsh, walsh_signs
-from kernels.layers import Feedback, Gate, Linear, Matrix, Part, Site, Trip, convolution, detached, history, hold, rms
-from kernels.loss import softcap_ce
+from kernels.layers import Conv, Feedback, Gate, Linear, Matrix, Part, Site, Trip, detached, history, hold, rms
+from kernels.loss import softcap_ce, softcap_ce_reference
 from kernels.masters import MasterGroup, clip_gradients
 from kernels.memory import memory_scan
 from kernels.moe import moe_mix, route
 from kernels.optimizers import AdamW, Lion, Muon
-from kernels.ranks import GradientBuckets, Runtime, agree, detect_runtime, mean_over_ranks, require_same, stop_together
+from kernels.ranks import Runtime, agree, detect_runtime, mean_over_ranks, require_same, stop_together
 from kernels.scan import koopman_scan
 from kernels.ternary import ternary_project
 
@@ -91,6 +91,7 @@ PARTS = {  # optional parts of the model, switched on by naming them in `parts`
     "static": "capsules: decays that do not depend on the token (ablation)",
     "qat": "matrices and embeddings train on the grid of the codec they ship in",
     "untied": "the head has a matrix of its own",
+    "plain": "the least code: no fused loss, no buckets of gradients, no entropy coder but brotli's",
     "carry": "training follows lanes of consecutive windows and carries their detached state",
 }
 
@@ -106,7 +107,7 @@ class Config:
     heads: int = free(4, "attention and capsule heads H")
     kv_heads: int = free(2, "key and value heads K, a divisor of heads")
     vocab: int = free(1024, "vocabulary V of tokenizer and shards")
-    embed_rank: int = free(0, "rank E of the tied embedding; 0 is D, unfactorised")
+    embed_rank: int = structural(0, "rank E of the tied embedding; 0 is D, unfactorised")
     mlp_mult: float = free(4.0, "feed-forward width over D")
     activation: str = structural("lrelu2", "feed-forward non-linearity", "ACTIVATIONS")
     conv_taps: int = structural(4, "taps of each mixer's causal convolution; 0 is none")
@@ -154,7 +155,6 @@ class Config:
     lr_floor: float = free(0.0, "last rate over peak rate")
     clip_norm: float = free(1.0, "gradient norm limit; 0 is none")
     ema: float = structural(0.0, "memory of the weight average as a share of the run; 0 is none")
-    ema_start: float = free(0.6, "progress at which the average starts")
     # data and run
     data: str = free("datasets/local", "dataset folder, see data/prepare.py", resumable=True)
     seq_len: int = free(512, "tokens per training sequence T")
@@ -208,8 +208,8 @@ class Config:
         return self.state or self.dim
 
     @property
-    def looped(self) -> range:
-        return range(self.loop[0], self.loop[1] + 1) if self.loop else range(0)
+    def looped(self) -> tuple[int, ...]:
+        return tuple(range(self.loop[0], self.loop[1] + 1)) if self.loop else ()
 
     @property
     def blocks(self) -> int:
@@ -221,8 +221,7 @@ PROFILES = {
     "tiny": dict(
         layers="AKS", dim=64, heads=4, kv_heads=2, vocab=64, mlp_mult=2.0, rope_dims=8, slots=4, group=32, seq_len=32,
         batch_tokens=256, micro_tokens=256, max_steps=8, max_seconds=0.0, log_every=2, eval_lanes=2, eval_stride=8,
-        dtype="float32", eval_modes=("chunked", "stream"),
-        data="datasets/tiny",
+        dtype="float32", eval_modes=("chunked", "stream"), data="datasets/tiny",
     ),
     "local": dict(
         layers="AKSKAK", dim=256, heads=4, kv_heads=2, mlp_mult=3.0, seq_len=512, batch_tokens=2048,
@@ -230,9 +229,9 @@ PROFILES = {
         eval_modes=("chunked", "sliding", "stream", "engram"),
     ),
     "baseline": dict(
-        layers="A" * 9, parts=("unet",), dim=512, heads=8, kv_heads=4, vocab=1024, mlp_mult=2.0, activation="relu2",
-        conv_taps=0, rope_dims=64, weight_codec="int8", embed_codec="int8", matrix_lr=0.04, embed_lr=0.05,
-        scalar_lr=0.04, gate_lr=0.04, decay=0.1, seq_len=1024, batch_tokens=524_288, micro_tokens=65_536,
+        layers="A" * 9, parts=("unet", "plain"), dim=512, heads=8, kv_heads=4, vocab=1024, mlp_mult=2.0,
+        activation="relu2", conv_taps=0, rope_dims=64, weight_codec="int8", embed_codec="int8", matrix_lr=0.04,
+        embed_lr=0.05, scalar_lr=0.04, gate_lr=0.04, decay=0.1, seq_len=1024, batch_tokens=524_288, micro_tokens=65_536,
         max_seconds=600.0, eval_modes=("sliding",), data="datasets/sp1024",
     ),
     "skc_competition": dict(
@@ -309,7 +308,6 @@ def check_config(c: Config) -> None:
 # A module's parameters belong to one family (FAMILIES, below), which names their optimizer, rate and codec. There is
 # no quantiser in any forward: the optimizer owns fp32 masters, and parameters always hold the values that ship.
 
-
 ACTIVATIONS = {"lrelu2": lambda u: F.leaky_relu(u, 0.5).square(), "relu2": lambda u: F.relu(u).square()}
 
 
@@ -371,7 +369,7 @@ class Attention(Part):
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.c, self.d = c, c.dim // c.heads
-        self.conv = convolution(c.dim, c.conv_taps)
+        self.conv = Conv(c.dim, c.conv_taps) if c.conv_taps else None
         self.qkv = Linear(c.dim, c.dim + 2 * c.kv_heads * self.d)
         self.out = Linear(c.dim, c.dim, std=0.0)
         self.gain = nn.Parameter(torch.full((c.heads, 1), 5.0 if c.rope_dims < self.d else 1.5))
@@ -387,7 +385,7 @@ class Attention(Part):
         c, B, T = self.c, x.shape[0], x.shape[1]
         none = x.new_zeros(B, 0, c.kv_heads, self.d)
         old = state or {"conv": None, "k": none, "v": none}
-        n, tail = self.conv(x, ctx.pos, old["conv"])
+        n, tail = self.conv(x, ctx.pos, old["conv"]) if c.conv_taps else (x, None)
         q, k, v = self.qkv(n).split([c.dim, c.kv_heads * self.d, c.kv_heads * self.d], -1)
         q, k, v = (t.reshape(B, T, -1, self.d) for t in (q, k, v))
         q, k = rotate_pairs(rms(q), ctx.rope) * self.gain.to(x.dtype), rotate_pairs(rms(k), ctx.rope)
@@ -419,7 +417,7 @@ class Koopman(Part):
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.proj = Linear(c.dim, 3 * c.width)
-        self.conv = convolution(c.width, c.conv_taps)
+        self.c, self.conv = c, Conv(c.width, c.conv_taps) if c.conv_taps else None
         constants = torch.logspace(math.log10(2), math.log10(2048), c.width)
         self.decay = Gate(bias=-torch.logit(torch.exp(-1 / constants)))
         self.mix_in = nn.Parameter(torch.randn(c.width, c.mix_rank) * 0.02)
@@ -429,7 +427,7 @@ class Koopman(Part):
     def forward(self, x, ctx, state):
         old = state or {"conv": None, "h": None}
         u, g, dt = self.proj(x).chunk(3, -1)
-        u, tail = self.conv(u, ctx.pos, old["conv"])
+        u, tail = self.conv(u, ctx.pos, old["conv"]) if self.c.conv_taps else (u, None)
         dt = dt + self.decay.bias.to(x.dtype)
         h, last = koopman_scan(F.silu(u), g, dt, ctx.start, old["h"])
         h = h.to(x.dtype)
@@ -448,7 +446,7 @@ class Capsules(Part):
         self.c, self.d = c, c.dim // c.heads
         self.value = Linear(c.dim, 2 * c.dim)
         self.control = Linear(c.dim, c.heads * (2 * c.slots + ("static" not in c.parts)), "control")
-        self.conv = convolution(c.dim, c.conv_taps)
+        self.conv = Conv(c.dim, c.conv_taps) if c.conv_taps else None
         if "spectral" in c.parts:
             self.spectral = nn.Parameter(torch.full((c.dim,), 0.1))
             rows = torch.arange(self.d, device="cpu") * 2**self.ORDER // self.d  # each head has the whole range
@@ -468,7 +466,7 @@ class Capsules(Part):
         u, g = self.value(x).chunk(2, -1)
         control = self.control(x).reshape(B, T, c.heads, -1)
         write, read, dt = control[..., : c.slots], control[..., c.slots : 2 * c.slots], control[..., 2 * c.slots :]
-        filtered, tail = self.conv(u, ctx.pos, old["conv"])
+        filtered, tail = self.conv(u, ctx.pos, old["conv"]) if c.conv_taps else (u, None)
         walsh = None
         if "spectral" in c.parts:
             us, reach, walsh = history(u, ctx.pos, old["walsh"], 2**self.ORDER - 1)
@@ -491,7 +489,7 @@ class Wavefield(Part):
 
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.conv = convolution(c.dim, c.conv_taps)
+        self.c, self.conv = c, Conv(c.dim, c.conv_taps) if c.conv_taps else None
         self.value = Linear(c.dim, c.dim)
         self.scales = Linear(c.dim, c.heads * (self.LEVELS + 1), "control")
         self.heads = c.heads
@@ -499,7 +497,7 @@ class Wavefield(Part):
 
     def forward(self, x, ctx, state):
         old, back = state or {"conv": None, "haar": None}, 2**self.LEVELS - 1
-        n, tail = self.conv(x, ctx.pos, old["conv"])
+        n, tail = self.conv(x, ctx.pos, old["conv"]) if self.c.conv_taps else (x, None)
         v, reach, haar = history(self.value(n), ctx.pos, old["haar"], back)
         gates = torch.softmax(self.scales(x).unflatten(-1, (self.heads, -1)), -1)
         y = causal_haar(v, F.pad(gates, (0, 0, 0, 0, back, 0)), reach)[:, back:]
@@ -560,17 +558,17 @@ def halves(c: Config, looping: bool) -> tuple[list[Visit], list[Visit]]:
 
     A pair with an end inside the loop is dropped, so that both orders use the same skips.
     """
-    half, passes = c.depth // 2, c.loop[2] if c.loop and looping else 1
-    before, inside, behind = range(0, c.looped.start), c.looped, range(c.looped.stop, c.depth)
-    layers = [*before, *list(inside) * passes, *behind]
-    slots, seen = [], [0] * c.depth
-    for layer in layers:
-        site = layer if not seen[layer] else c.depth + (seen[layer] - 1) * len(inside) + layer - inside.start
+    half, inside, layers = c.depth // 2, c.looped, [*range(c.depth)]
+    if inside and looping:
+        layers[c.loop[1] + 1 : c.loop[1] + 1] = inside * (c.loop[2] - 1)
+    slots = []
+    for i, layer in enumerate(layers):
+        again = layers[:i].count(layer) if inside else 0
+        site = c.depth + (again - 1) * len(inside) + layer - inside[0] if again else layer
         mate = 2 * half - 1 - layer
         paired = "unet" in c.parts and half <= layer < 2 * half and layer not in inside and mate not in inside
         slots.append(Visit(layer, site, mate if paired else None))
-        seen[layer] += 1
-    cut = max([0] + [i + 1 for i, layer in enumerate(layers) if layer < half])
+    cut = max([0] + [i + 1 for i, layer in enumerate(layers) if layer < half]) if inside else half
     return slots[:cut], slots[cut:]
 
 
@@ -589,7 +587,7 @@ class GPT(Part):
         self.c, self.phase, self.dtype, self.carried = c, len(phases(c)) - 1, torch.float32, None
         slots = execution_order(c, looping=True)
         self.embed = Linear(c.rank, c.vocab, "embed", std=0.02 * c.rank**0.5)
-        if c.rank != c.dim:
+        if c.embed_rank:
             self.lift = Linear(c.rank, c.dim)
         if "smear" in c.parts:
             self.smear = Gate(weight=torch.zeros(12), scale=torch.zeros(1))
@@ -598,7 +596,8 @@ class GPT(Part):
         sites = sorted({(slot.site, slot.take is not None) for slot in slots})
         self.sites = nn.ModuleList(Site(c.dim, c.streams, skips, first=site == 0) for site, skips in sites)
         self.feedback = Feedback(c.feedback_passes, c.dim) if c.feedback_passes else None
-        self.ahead = nn.ModuleList(Linear(c.dim, c.dim, "train_only", std=0.0) for _ in range(c.mtp_heads))
+        if c.mtp_heads:
+            self.ahead = nn.ModuleList(Linear(c.dim, c.dim, "train_only", std=0.0) for _ in range(c.mtp_heads))
         if "untied" in c.parts:
             self.unembed = Linear(c.rank, c.vocab, "embed", std=0.02 * c.rank**0.5)
 
@@ -608,7 +607,7 @@ class GPT(Part):
 
     def nll(self, tokens, targets, state=None):
         x, state, _ = self.features(tokens, state)
-        nll, _, _, _ = softcap_ce(self.head(x).flatten(0, 1), targets.flatten(), self.c.softcap)
+        nll, *_ = self.charge(x, targets)
         return nll.reshape(targets.shape), state
 
     def loss(self, tokens, targets, state=None):
@@ -616,29 +615,36 @@ class GPT(Part):
         c, T = self.c, min(tokens.shape[1], phases(self.c)[self.phase].seq_len)
         tokens, targets = tokens.reshape(-1, T), targets.reshape(-1, T)
         x, state, aux = self.features(tokens, state)
-        nll, lse, mean, entropy = softcap_ce(self.head(x).flatten(0, 1), targets.flatten(), c.softcap)
-        plain, balance = nll.mean(), [value for name, value in aux.items() if name.endswith(".balance")]
-        terms = {  # weight and value
-            "z": (c.z_loss, lse.square().mean()),
-            "smooth": (c.label_smoothing, (lse - mean).mean() - plain),
-            "entropy": (-c.entropy_loss, entropy.mean()),
-            "balance": (0.01, sum(balance) / len(balance)) if balance else (0.0, plain * 0),
-            "mtp": (0.2, self.ahead_loss(x, targets)) if c.mtp_heads else (0.0, plain * 0),
-        }
-        total = plain + sum(weight * value for weight, value in terms.values() if weight)
+        nll, lse, *more = self.charge(x, targets)
+        plain, terms = nll.mean(), {"z": (c.z_loss, lse.square().mean())}  # weight and value
+        if c.label_smoothing or c.entropy_loss:
+            terms["smooth"] = c.label_smoothing, (lse - more[0]).mean() - plain
+            terms["entropy"] = -c.entropy_loss, more[1].mean()
+        if c.experts:
+            balance = [value for name, value in aux.items() if name.endswith(".balance")]
+            terms["balance"] = (0.01, sum(balance) / len(balance)) if balance else (0.0, plain * 0)
+        if c.mtp_heads:
+            terms["mtp"] = 0.2, self.ahead_loss(x, targets)
+        total = plain + sum(weight * value for weight, value in terms.values())
         logged = {"loss": plain} | {f"aux.{name}": value for name, (_, value) in terms.items()} | aux
         return total, detached(logged), detached(state) if "carry" in c.parts else None
+
+    def charge(self, x, targets):
+        """The soft-capped cross-entropy of features, as kernels/loss.py gives it; by its definition where it must."""
+        by_definition = "plain" in self.c.parts or self.c.label_smoothing or self.c.entropy_loss
+        rule = softcap_ce_reference if by_definition else softcap_ce
+        return rule(self.head(x).flatten(0, 1), targets.flatten(), self.c.softcap)
 
     def ahead_loss(self, x, targets):
         """Of the tokens after the next: one matrix for each before the common head."""
         nats = []
         for k, matrix in enumerate(self.ahead, 1):
             y = rms(x[:, :-k] + matrix(x[:, :-k]))
-            nats.append(softcap_ce(self.head(y).flatten(0, 1), targets[:, k:].flatten(), self.c.softcap)[0].mean())
+            nats.append(self.charge(y, targets[:, k:])[0].mean())
         return sum(nats) / len(nats)
 
     def head(self, x):
-        if self.c.rank != self.c.dim:
+        if self.c.embed_rank:
             x = x @ self.lift.weight.to(x.dtype)
         return (self.unembed if "untied" in self.c.parts else self.embed)(x)
 
@@ -662,7 +668,7 @@ class GPT(Part):
     def embedding(self, past, pos):
         """x0 (B, T, D) of the tokens after the three in `past` that came before them."""
         e = F.embedding(past[:, 2:], self.embed.weight).to(self.dtype)
-        if self.c.rank != self.c.dim:
+        if self.c.embed_rank:
             e = self.lift(e)
         if "smear" in self.c.parts:
             weight, scale = self.smear.weight.to(e.dtype), self.smear.scale.to(e.dtype)
@@ -690,7 +696,8 @@ class GPT(Part):
             damp = (slot.layer + 1) ** -0.5
             if c.feedback_passes and c.halt:
                 xs = trip.kept[slot.site] = hold(ctx.rest, trip.kept.get(slot.site, xs), xs)
-            reads = (0, 1) if 0 < c.parallel_from <= slot.layer else (slot.layer % c.streams,) * 2
+            own = slot.layer % 2 if c.streams == 2 else 0
+            reads = (0, 1) if c.parallel_from and c.parallel_from <= slot.layer else (own, own)
             if slot.take is not None:
                 xs = [x + site.skip.to(x.dtype) * stored[slot.take] for x in xs]
             xs = site.enter(xs, ctx.x0)
@@ -790,17 +797,17 @@ class Optimizer:
             rule, grid = OPTIMIZERS[FAMILIES[family].optimizer(c)], partial(GRIDS[trained_codec(c, family)], c)
             self.groups.append(MasterGroup(family, rows, rule, grid, FAMILIES[family].decay))
         self.params = [p for _, p, _ in family_rows(model)]
-        self.buckets = GradientBuckets(ranks, self.params)
+        self.buckets = (GradientSum if "plain" in c.parts else GradientBuckets)(ranks, self.params)
         self.project()
 
     def project(self, averaged: bool = False) -> None:
         self.averaged = averaged
         for g in self.groups:
-            g.project(averaged)
+            g.put_on_grid(averaged)
 
     def multiplier(self, progress: float, step: int) -> float:
         """Of all rates. A run that was extended comes to its new schedule over 150 steps, not in one."""
-        now = SCHEDULES[self.c.schedule](self.c, progress)
+        now = multiplier(self.c, progress)
         if self.ramp is None:
             return now
         began, was = self.ramp
@@ -813,10 +820,10 @@ class Optimizer:
         self.last_multiplier = self.multiplier(progress, step)
         for g in self.groups:
             rate = FAMILIES[g.family].rate(c) * self.last_multiplier
-            g.step(rate, c.weight_decay, 0.85 + 0.1 * min(1.0, progress / 0.05), self.ranks)
+            g.update(rate, c.weight_decay, 0.85 + 0.1 * min(1.0, progress / 0.05), self.ranks)
             if g.family == "engram" and c.engram_keep < 1 and progress >= 0.5 and g.keep is None:
                 g.keep = self.model.engram.keep_mask(self.c.engram_keep).unsqueeze(-1)
-            if c.ema > 0 and progress >= c.ema_start:
+            if c.ema > 0 and progress >= 1 - 8 * c.ema:  # what was before weighs less than e^-8
                 g.update_average(max(2.0, c.ema * step / max(progress, 1e-9)))  # a share of the run, in steps
         self.project()
         self.model.zero_grad(set_to_none=True)
@@ -871,18 +878,16 @@ def accumulation(c: Config, rt: Runtime) -> int:
 # ── Schedule ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def wsd(c: Config, progress: float) -> float:
-    """Warm up, stay, decay linearly: the multiplier of every rate."""
+SCHEDULES = {  # of progress, from 1 down to 0
+    "wsd": lambda c, progress: min(1.0, (1 - progress) / max(c.decay, 1e-9)),
+    "cosine": lambda c, progress: 0.5 * (1 + math.cos(math.pi * progress)),
+}
+
+
+def multiplier(c: Config, progress: float) -> float:
+    """Of every rate: warm up, then the schedule down to the floor."""
     warm = min(1.0, (progress + 1e-3) / max(c.warmup, 1e-3))
-    return warm * (c.lr_floor + (1 - c.lr_floor) * min(1.0, (1 - progress) / max(c.decay, 1e-9)))
-
-
-def cosine(c: Config, progress: float) -> float:
-    warm = min(1.0, (progress + 1e-3) / max(c.warmup, 1e-3))
-    return warm * (c.lr_floor + (1 - c.lr_floor) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-SCHEDULES = {"wsd": wsd, "cosine": cosine}
+    return warm * (c.lr_floor + (1 - c.lr_floor) * SCHEDULES[c.schedule](c, progress))
 
 
 class Phase(NamedTuple):
@@ -896,11 +901,13 @@ class Phase(NamedTuple):
 
 def phases(c: Config) -> list[Phase]:
     """The last one is what training ends with, and what evaluation runs."""
+    if not (c.loop or c.experts or c.seq_schedule):
+        return [Phase(0.0, looping=False, routing=False, seq_len=c.seq_len)]
     lengths = {0.0: c.seq_len} | sequence_lengths(c)
     late = [c.loop_start] * bool(c.loop) + [c.moe_start] * bool(c.experts)
     return [
-        Phase(at, bool(c.loop) and at >= c.loop_start, bool(c.experts) and at >= c.moe_start,
-              lengths[max(t for t in lengths if t <= at)])
+        Phase(at, looping=bool(c.loop) and at >= c.loop_start, routing=bool(c.experts) and at >= c.moe_start,
+              seq_len=lengths[max(t for t in lengths if t <= at)])
         for at in sorted({*lengths, *late})
     ]  # fmt: skip
 
@@ -951,10 +958,11 @@ class Run(NamedTuple):
 def open_log(c: Config, rt: Runtime, origin: dict[str, str], saved: dict | None, env: dict[str, str]) -> Log:
     """The log begins with all it takes to run this again."""
     folder, sizes = Path(c.runs) / c.run_id, saved and saved["log_sizes"]
-    limits = {"training": c.max_seconds, "evaluation": c.eval_seconds}
-    require_same(rt.ranks, "the run's name", "" if PACKED else enter_folder(folder))
+    if not PACKED:
+        require_same(rt.ranks, "the run's name", enter_folder(folder))
     log = PlainLog(folder, rt.rank == 0) if PACKED else Harness(
-        folder, rt.rank, rt.world, env, resume_at=sizes, publish=c.publish, limits=limits, patience=rt.patience
+        folder, rt.rank, rt.world, env, resume_at=sizes, publish=c.publish, patience=rt.patience,
+        limits={"training": c.max_seconds, "evaluation": c.eval_seconds},
     )  # fmt: skip
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     facts = {"hash": fields_hash(c), "source": source_hash(), "config": field_values(c), "origin": origin}
@@ -1004,13 +1012,9 @@ def train(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
     model.phase = len(phases(c)) - 1
     tokens = clock.step * c.batch_tokens
     return {
-        "status": log.status,
-        "train_loss": watch.loss,
-        "steps": clock.step,
-        "train_seconds": clock.seconds,
-        "tokens": tokens,
-        "tokens_per_second": tokens / max(clock.seconds, 1e-9),
-    }
+        "status": log.status, "train_loss": watch.loss, "steps": clock.step, "train_seconds": clock.seconds,
+        "tokens": tokens, "tokens_per_second": tokens / max(clock.seconds, 1e-9),
+    }  # fmt: skip
 
 
 def between_steps(c: Config, rt: Runtime, run: Run, log: Log) -> None:
@@ -1072,15 +1076,11 @@ def checkpoint(c: Config, rt: Runtime, run: Run, log: Log) -> None:
     if rt.rank != 0:
         return
     state = {
-        "config": field_values(c),
-        "clock": {"step": clock.step, "seconds": clock.seconds},
-        "multiplier": optimizer.last_multiplier,
-        "optimizer": optimizer.state(),
+        "config": field_values(c), "clock": {"step": clock.step, "seconds": clock.seconds},
+        "multiplier": optimizer.last_multiplier, "optimizer": optimizer.state(),
         "buffers": {name: b for name, b in model.named_buffers() if name in model.state_dict()},
-        "windows": data.feed.position * rt.world,
-        "rng": torch.get_rng_state(),
-        "log_sizes": log.sizes(),
-    }
+        "windows": data.feed.position * rt.world, "rng": torch.get_rng_state(), "log_sizes": log.sizes(),
+    }  # fmt: skip
     try:
         with deadline(rt.patience / 2, "writing a checkpoint"):
             facts = save_checkpoint(log.folder, clock.step, state, c.keep_every)
@@ -1109,8 +1109,9 @@ def restore(c: Config, rt: Runtime, run: Run, saved: dict, log: Log) -> None:
 
 def export_model(c: Config, rt: Runtime, run: Run, log: Log) -> bytes:
     """The artifact: what training ended with, packed, checked against the cap, and read back bit for bit."""
-    with log.phase("quantise"):
-        choose_weights(c, rt, run, log)
+    if c.ema:
+        with log.phase("quantise"):
+            choose_weights(c, rt, run, log)
     with log.phase("compress"):
         blob = rt.of_rank_zero(pack_rows(c, rt, run, shipping_rows(c, run), log))
         left = check_budget(blob, CODE_BYTES)
@@ -1120,14 +1121,13 @@ def export_model(c: Config, rt: Runtime, run: Run, log: Log) -> bytes:
     digest = hashlib.sha256(blob).hexdigest()
     if rt.rank == 0:
         write_artifact(log.folder / "final_model.skc", blob)
-    tensors = {} if PACKED else {"tensors": describe(blob)["tensors"]}
-    log.record("artifact", bytes=len(blob), sha256=digest, **tensors)
+    log.record("artifact", bytes=len(blob), sha256=digest, **{} if PACKED else {"tensors": describe(blob)["tensors"]})
     log.text(f"artifact: {len(blob):,} bytes, sha256 {digest}; with {CODE_BYTES:,} of code {left:,} under the cap")
     return blob
 
 
 def grid_settings(c: Config) -> dict:
-    return {"group": c.group, "rule": c.rule, "clips": dict.fromkeys(GRIDS, c.clip)}
+    return {"group": c.group, "rule": c.rule, "clips": dict.fromkeys(STEP_CODECS, c.clip)}
 
 
 def shipping_rows(c: Config, run: Run) -> list[Row]:
@@ -1163,7 +1163,7 @@ def export_proxy(c: Config, rt: Runtime, run: Run, log: Log) -> None:
 
 def choose_weights(c: Config, rt: Runtime, run: Run, log: Log) -> None:
     """Averaged or last weights, whichever has the lower loss on training tokens, through the quantiser."""
-    if run.optimizer.groups[0].average is None:
+    if run.optimizer.groups[0].average is None:  # a short run never began one
         return
     found = {}
     for averaged in (False, True):
@@ -1187,10 +1187,10 @@ def training_loss(c: Config, rt: Runtime, run: Run, batches: int = 4) -> float:
 def pack_rows(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> bytes:
     """On their grid already, or rounded by what the loss feels, in the bytes that plain steps of `clip` would take."""
     meta = {"config": changed_fields(c, resumable=False), "eval": eval_constants(c, rt, run, log)}
-    grid, trained = grid_settings(c), trained_on_grid(c, run.model)
     if "qat" in c.parts or not c.reserve_seconds:
-        return pack(rows, meta, **grid)
-    curves = curvature(c, rt, run, log)
+        clips = {row.codec: c.clip for row in rows}
+        return pack(rows, meta, group=c.group, rule=c.rule, clips=clips, coded="plain" not in c.parts)
+    grid, trained, curves = grid_settings(c), trained_on_grid(c, run.model), curvature(c, rt, run, log)
     rows = [row._replace(parts=row_parts(row, **grid)) if row.name in trained else row for row in rows]
     blob = pack(gptq_rows(rows, curves, **grid), meta, **grid)
     if any(row.codec in STEP_CODECS and row.parts is None and row.name not in curves for row in rows):
@@ -1218,7 +1218,7 @@ def curvature(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
 
 def load_model(c: Config, rt: Runtime, blob: bytes) -> tuple[GPT, dict]:
     """The model a file holds, exactly: nothing is quantised here; and the evaluation's constants."""
-    tensors, meta = unpack(blob)
+    tensors, meta = unpack(blob, "plain" not in c.parts)
     model = GPT(c).to(rt.device)
     own = {name: p for name, p, family in family_rows(model) if FAMILIES[family].ships}
     if not PACKED:
@@ -1241,11 +1241,14 @@ def eval_settings(c: Config) -> EvalSettings:
 
 def eval_constants(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
     """Fitted on training tokens and shipped in the file, because an evaluation may read no training data."""
+    remembering = "engram" in c.eval_modes or "all" in c.eval_modes
+    if not c.reserve_seconds and not remembering:  # reading training tokens takes training time
+        return {"temperature": 1.0, "alpha": []}
     run.clock.run()
     with log.phase("fit"):
         s, tokens = eval_settings(c), read_tokens(c.data, "train", c.vocab, 1 + 32 * c.seq_len)
         s = dataclasses.replace(s, temperature=fit_temperature(run.model, tokens, s))
-        alpha = fit_engram(run.model, tokens, s) * 16 if {"engram", "all"} & {*c.eval_modes} else np.zeros(0)
+        alpha = fit_engram(run.model, tokens, s) * 16 if remembering else np.zeros(0)
     run.clock.pause()
     return {"temperature": s.temperature, "alpha": alpha.astype(int).flatten().tolist()}
 
@@ -1271,14 +1274,15 @@ def evaluate(c: Config, rt: Runtime, model: GPT, constants: dict, val: Validatio
     alpha = np.array(constants["alpha"], np.float32).reshape(ENGRAM_ALPHA_SHAPE) / 16 if constants["alpha"] else None
     found = evaluate_modes(
         model, val.tokens, val.bytes, s, c.eval_modes, ranks=(rt.rank, rt.world), alpha=alpha,
-        resume=log.folder / "evaluation" / f"{source_hash()}-{fields_hash(c)}-{rt.dtype}",
+        resume=log.folder / "evaluation" / f"{source_hash()}-{fields_hash(c)}-{rt.dtype}" if __debug__ else None,
     )  # fmt: skip
+    share = 0.0 if PACKED else flops_per_token(c) / 3 / rt.all_flops  # a forward is a third of forward and backward
     for mode, score in found.items():
-        passes = 0.0 if PACKED else forward_passes(mode, s) / 3 * flops_per_token(c)
-        busy = score.tokens_per_second * passes / (rt.peak_flops * rt.world)
+        speed = f"{score.tokens_per_second:,.0f} tokens/s  {score.seconds:.1f} s"
+        busy = {} if PACKED else {"mfu": score.tokens_per_second * forward_passes(mode, s) * share}
+        speed += "".join(f"  {name} {share:.1%}" for name, share in busy.items())
         log.record("eval", mode=mode, bpb=score.bpb, nats=score.nats, nbytes=score.nbytes, seconds=score.seconds,
-                   tokens=score.tokens, spans=score.spans, mfu=busy, **{} if PACKED else score.detail)  # fmt: skip
-        speed = f"{score.tokens_per_second:,.0f} tokens/s  {score.seconds:.1f} s  mfu {busy:.1%}"
+                   tokens=score.tokens, spans=score.spans, **busy, **{} if PACKED else score.detail)  # fmt: skip
         log.text(f"{mode:8} bpb {score.bpb:.5f}{' (partial)' * score.partial}  {speed}")
     for flag in red_flags(found) if __debug__ else ():
         log.text(f"RED FLAG: {flag}")
@@ -1286,16 +1290,10 @@ def evaluate(c: Config, rt: Runtime, model: GPT, constants: dict, val: Validatio
     return {f"val_bpb_{mode}": score.bpb for mode, score in found.items()}
 
 
-PROMPTS = ("The ", "In the beginning", "def ")
-
-
 def sample(c: Config, model: GPT, log: Log, step: int) -> None:
-    """The same prompts throughout training, so that progress can be read."""
     tokenizer = load_tokenizer(Path(c.data) / "tokenizer.model")
     with evaluating(model):
-        for prompt in PROMPTS:
-            ids = generate_ids(model, [BOS, *tokenizer.encode(prompt)], 48, 0.8, 50, c.seed)
-            text = "".join(stream_text(tokenizer, ids))
+        for prompt, text in sample_texts(model, tokenizer, BOS, c.seed):
             log.record("sample", step=step, prompt=prompt, text=text)
             log.text(f"sample: {prompt}|{text!r}")
 
@@ -1321,7 +1319,7 @@ def flops_per_token(c: Config) -> float:
     per_block = [sum(m.weight.numel() for m in b.modules() if isinstance(m, Linear)) for b in weightless(c).blocks]
     routed = 2 * c.dim * c.hidden * c.experts[1] if c.experts else 0
     layers = [slot.layer for slot in execution_order(c, looping=True)]
-    head = (c.vocab * c.rank + 2 * c.rank * c.dim * (c.rank != c.dim)) * (1 + c.mtp_heads) + c.dim**2 * c.mtp_heads
+    head = (c.vocab * c.rank + 2 * c.rank * c.dim * bool(c.embed_rank)) * (1 + c.mtp_heads) + c.dim**2 * c.mtp_heads
     attention = sum(2 * c.dim * min(c.reach, c.seq_len) for layer in layers if c.layers[layer] in "AM")
     used = sum(per_block[layer % c.blocks] + routed * (layer >= 2 * c.depth // 3) for layer in layers)
     return 6.0 * (used + head) + 3.0 * attention
@@ -1349,7 +1347,7 @@ def report(c: Config, rt: Runtime, facts: dict, log: Log) -> None:
         flops, parameters = flops_per_token(c), sum(parameter_table(c).values())
         result |= {
             "device_name": torch.cuda.get_device_name() if rt.device.type == "cuda" else platform.machine(),
-            "flops_per_token": flops, "mfu": facts["tokens_per_second"] * flops / (rt.peak_flops * rt.world),
+            "flops_per_token": flops, "mfu": facts["tokens_per_second"] * flops / rt.all_flops,
             "parameters": parameters, "tokens_per_parameter": facts["tokens"] / parameters,
             "peak_memory_bytes": memory_in_use(), "data_hash": dataset_hash(c.data),
         }  # fmt: skip
@@ -1363,9 +1361,11 @@ def main(c: Config, rt: Runtime, origin: dict[str, str], env: dict[str, str]) ->
     """From data to a scored artifact."""
     accumulation(c, rt)  # an impossible batch is told before anything is made
     torch.manual_seed(c.seed)
-    folder, fields = Path(c.runs) / c.run_id, field_values(c, resumable=False)
-    saved, complaints = (None, []) if PACKED else find_checkpoint(folder, c.resume, fields)
-    require_same(rt.ranks, "config, source and clock", f"{fields_hash(c)} {source_hash()} {saved and saved['clock']}")
+    saved, complaints = None, []
+    if not PACKED:
+        saved, complaints = find_checkpoint(Path(c.runs) / c.run_id, c.resume, field_values(c, resumable=False))
+        same = f"{fields_hash(c)} {source_hash()} {saved and saved['clock']}"
+        require_same(rt.ranks, "config, source and clock", same)
     with open_log(c, rt, origin, saved, env) as log:
         for line in complaints:
             log.text(f"ALERT: {line}")
@@ -1402,10 +1402,9 @@ def run_generate(c: Config, rt: Runtime, options: dict) -> None:
     """--generate TEXT --checkpoint FILE: tokens as they come."""
     model = checkpoint_model(c, rt, options["--checkpoint"])
     tokenizer = load_tokenizer(Path(c.data) / "tokenizer.model")
-    prompt = [BOS, *tokenizer.encode(options["--generate"])]
-    settings = int(options["--tokens"]), float(options["--temperature"]), int(options["--top-k"])
+    settings = int(options["--tokens"]), float(options["--temperature"]), int(options["--top-k"]), c.seed
     sys.stdout.write(options["--generate"])
-    for piece in stream_text(tokenizer, generate_ids(model, prompt, *settings, c.seed)):
+    for piece in generate_text(model, tokenizer, BOS, options["--generate"], *settings):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
@@ -1434,7 +1433,7 @@ def run_export(c: Config, rt: Runtime, options: dict) -> None:
 
 def run_artifact(c: Config, rt: Runtime, options: dict) -> None:
     """--load FILE: an artifact read and checked, without data; --evaluate FILE: and scored."""
-    blob = Path(options.get("--load") or options["--evaluate"]).read_bytes()
+    blob = Path(options["--evaluate"] if PACKED else options.get("--load") or options["--evaluate"]).read_bytes()
     model, constants = load_model(c, rt, blob)
     loaded = f"loaded {len(blob):,} bytes, sha256 {hashlib.sha256(blob).hexdigest()}: {c.layers}, dim {c.dim}"
     if not PACKED and "--load" in options:
@@ -1448,25 +1447,27 @@ def run_artifact(c: Config, rt: Runtime, options: dict) -> None:
         log.status = "finished"
 
 
-OPTIONS = {"--profile": "", "--evaluate": ""} | ({} if PACKED else {
-    "--generate": "", "--checkpoint": "", "--load": "", "--tokens": "100", "--temperature": "0.8", "--top-k": "50",
-})  # fmt: skip
-SWITCHES = () if PACKED else ("--help", "-h", "--list-profiles", "--plan", "--export")
+OPTIONS = dict.fromkeys(("--profile", "--evaluate", "--generate", "--checkpoint", "--load"), "") | {
+    "--tokens": "100", "--temperature": "0.8", "--top-k": "50",
+}  # fmt: skip
+SWITCHES = "--help", "-h", "--list-profiles", "--plan", "--export"
 
 
 def stored_config(options: dict[str, str]) -> dict:
     """The fields a checkpoint or an artifact was made with, so that a file alone is enough."""
-    path = options.get("--load") or options.get("--evaluate") or options.get("--checkpoint") or ""
-    if path.endswith(".skc"):
-        fields = unpack(Path(path).read_bytes())[1]["config"]
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    return load_checkpoint(path)["config"] if not PACKED and path else {}
+    path = options.get("--evaluate", "")
+    if not PACKED:
+        path = options.get("--load") or path or options.get("--checkpoint", "")
+        if path and not path.endswith(".skc"):
+            return load_checkpoint(path)["config"]
+    return read_manifest(Path(path).read_bytes())[0].meta["config"] if path else {}
 
 
 def command_line(argv: list[str]) -> int:
     try:
-        argv = field_words(argv, [f.name for f in dataclasses.fields(Config)])
-        options = parse_options(argv, OPTIONS, SWITCHES)
+        options = dict(zip(argv, [*argv[1:], ""]))
+        if not PACKED:
+            argv, options = parse_command(argv, dataclasses.fields(Config), OPTIONS, SWITCHES)
         if not PACKED and ("--help" in options or "-h" in options):
             sys.stdout.write(f"{__doc__}\n{describe_fields(dataclasses.fields(Config), PARTS)}\n")
         elif not PACKED and "--list-profiles" in options:
@@ -1481,9 +1482,9 @@ def command_line(argv: list[str]) -> int:
 
 def run_command(options: dict[str, str], argv: list[str]) -> None:
     env = dict(os.environ)
-    c, origin = load_config(argv, env, options.get("--profile"), stored_config(options))
+    c, origin = load_config(argv, env, None if PACKED else options.get("--profile"), stored_config(options))
     rt = detect_runtime(env, c.dtype)
-    if "--load" in options or "--evaluate" in options:
+    if "--evaluate" in options or (not PACKED and "--load" in options):
         run_artifact(c, rt, options)
     elif not PACKED and "--plan" in options:
         sys.stdout.write(plan(c, rt).text() + "\n")

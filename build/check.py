@@ -24,8 +24,7 @@ def check_top_level(units):
 
 def check_calls(units):
     for unit in units:
-        locks = {id(n) for m in ast.walk(unit.node) if getattr(m, "is_lock", False) for n in ast.walk(m)}
-        for node in (n for n in ast.walk(unit.node) if id(n) not in locks):
+        for node in ast.walk(unit.node):
             check_node(node)
 
 

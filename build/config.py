@@ -5,7 +5,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from build.scopes import Scoped
-from build.trees import BuildError, fail, is_docstring, like, literal, pairs, place
+from build.trees import BuildError, fail, is_docstring, literal, pairs, place
 from build.values import UNKNOWN, is_literal, known, module_constants
 
 
@@ -17,6 +17,7 @@ class Field:
     registry: str | None
     node: ast.AnnAssign
     resumable: bool = False
+    default: object = None
 
 
 @dataclass
@@ -55,7 +56,7 @@ def config_fields(units, constants):
         if value is UNKNOWN or not is_literal(value):
             fail(node, f"Config.{name}: the default `{ast.unparse(default)}` is not a literal")
         resumable = any(k.arg == "resumable" and getattr(k.value, "value", False) for k in marks)
-        fields[name] = Field(name, kind, value, registry[0].value if registry else None, node, resumable)
+        fields[name] = Field(name, kind, value, registry[0].value if registry else None, node, resumable, value)
     return fields
 
 
@@ -91,32 +92,7 @@ def bake(units, profile):
     for name, value in (("PACKED", True), ("DEFAULT_PROFILE", profile)):
         node = assigned(units, name)
         node.value = literal(value, node)
-    lock_structure(find_config(units))
     return fields
-
-
-LOCK = """
-def __post_init__(self):
-    for name, f in self.__dataclass_fields__.items():
-        built, value = PROFILES[DEFAULT_PROFILE].get(name, f.default), getattr(self, name)
-        if f.metadata["kind"] == "structural" and value != built:
-            raise ValueError(f"{name}={value!r}: this file is built for {name}={built!r}; build another for it")
-"""
-
-
-def lock_structure(config):
-    """A structural field set to another value than the built one is an error that names it."""
-    lock = like(ast.parse(LOCK).body[0], config)
-    for statement in lock.body:
-        statement.is_lock = True
-    own = next((m for m in config.body if isinstance(m, ast.FunctionDef) and m.name == "__post_init__"), None)
-    if own is None:
-        config.body.append(lock)
-        return
-    for node in ast.walk(lock):
-        if isinstance(node, ast.Name) and node.id == "self":
-            node.id = own.args.args[0].arg
-    own.body[:0] = lock.body
 
 
 def forget_registries(units, fields):
@@ -167,17 +143,22 @@ def table_keys(node):
 
 
 def drop_fields(units, fields):
-    """Resumable fields that no code reads go: they are in no hash and in no artifact, and their name is an error."""
+    """Structural fields, and those that no code reads, are fields no more: what the profile says of them is BUILT."""
     read = {n.attr for u in units for n in ast.walk(u.node) if isinstance(n, ast.Attribute)}
-    for f in fields.values():  # the choice is made
+    for f in fields.values():
         f.node.value.args = f.node.value.args[:2]
-        f.node.value.keywords = [k for k in f.node.value.keywords if k.arg == "resumable" or f.kind == "free"]
-    config, table = find_config(units), assigned(units, "PROFILES")
-    gone = {f.name for f in fields.values() if f.resumable and f.name not in read}
+        f.node.value.keywords = [k for k in f.node.value.keywords if k.arg == "resumable"]
+    config, tables = find_config(units), {n: u.node for u in units for n in u.names if n in ("PROFILES", "BUILT")}
+    gone = {f.name: f for f in fields.values() if f.kind == "structural" or f.name not in read}
     config.body = [s for s in config.body if not (isinstance(s, ast.AnnAssign) and s.target.id in gone)]
-    for profile in table.value.values:
-        kept = [(k, v) for k, v in zip(profile.keys, profile.values, strict=True) if k.value not in gone]
-        profile.keys, profile.values = [k for k, _ in kept], [v for _, v in kept]
+    for f in gone.values():
+        f.kind = "structural"
+    kept = {f.name: f.value for f in gone.values() if f.value != f.default and not f.resumable}
+    if "BUILT" in tables:
+        tables["BUILT"].value = literal(kept, tables["BUILT"].value)
+    for profile in tables["PROFILES"].value.values if "PROFILES" in tables else ():
+        rest = [(k, v) for k, v in zip(profile.keys, profile.values, strict=True) if k.value not in gone]
+        profile.keys, profile.values = [k for k, _ in rest], [v for _, v in rest]
 
 
 def config_holders(units):

@@ -99,8 +99,9 @@ class Folder(Scoped):
         if stored or isinstance(node, (ast.Constant, ast.Starred, ast.Slice)):
             return node
         match node:
-            case ast.Compare(left=left, ops=[ast.In()], comparators=[ast.Tuple(elts=[])]) if keeps_value(left):
-                return literal(False, node)
+            case ast.Compare(left=left, ops=[ast.In() | ast.NotIn() as op], comparators=[ast.Tuple(elts=[])]):
+                if keeps_value(left):
+                    return literal(isinstance(op, ast.NotIn), node)
         value = self.value(node)
         if value is UNKNOWN or not is_literal(value):
             return node

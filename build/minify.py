@@ -13,12 +13,8 @@ WORDS = 3  # of an error's text that a packed file keeps
 class Brief(ast.NodeTransformer):
     """Errors keep their class and the first words of their text; what they say of values and ways out is for readers.
 
-    The lock of the structure keeps its text, for it must name the field.
+    A text of values alone, as the refusal of a built structure has, stays.
     """
-
-    def visit_FunctionDef(self, node):
-        node.body = [s if getattr(s, "is_lock", False) else self.visit(s) for s in node.body]
-        return node
 
     def visit_Raise(self, node):
         match node.exc:

@@ -9,6 +9,7 @@ from build.check import check_calls, check_text, check_top_level, undefined_name
 from build.config import bake, drop_fields, forget_registries, selected
 from build.fold import fold
 from build.foreign import foreign_names
+from build.guards import unguard
 from build.minify import Brief, Strip, minify
 from build.pack import pack, unpack
 from build.rename import place_arguments, rename_attributes, rename_kernel_parameters
@@ -48,6 +49,7 @@ def build(files, profile, dce=True, entry="train_gpt", explaining=False):
         unit.node = Brief().visit(unit.node)
     b.before = items_of(units, selected(units, fields)) if explaining else []
     if dce:
+        unguard(units, entry)
         folded = {}
         units = fold(units, fields, b.done, folded)
         b.sizes["folded"] = size_of(units)
@@ -61,6 +63,7 @@ def build(files, profile, dce=True, entry="train_gpt", explaining=False):
         while specialise(units, foreign, structural) or folded["gone"] - folded["facts"][2]:
             units, items = sweep(fold(units, fields, b.done, folded), fields)
             settle(b.items, items)
+            folded["gone"] |= gone_keys(items, fields)
         drop_fields(units, fields)
         place_arguments(units, foreign)
         b.sizes["specialised"] = size_of(units)

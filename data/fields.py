@@ -10,6 +10,12 @@ import difflib
 import hashlib
 import json
 
+BUILT: dict = {}  # in a built submission: what its profile says of the structure, in place of those fields
+
+
+class NoField(ValueError):
+    """What a built submission cannot be told."""
+
 
 def structural(default, text: str, registry: str | None = None, resumable: bool = False):
     """Decides which code runs; `registry` names the table it chooses from."""
@@ -49,38 +55,42 @@ def parse_pairs(name: str, words: tuple[str, ...], shape: str) -> dict[float, in
 
 def show_value(value) -> str:
     """A field's value as the command line takes it."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 def read_fields(fields, words: list[str], env: dict[str, str], base: dict, source: str) -> tuple[dict, dict[str, str]]:
     """Values that differ from the defaults, and where each came from."""
-    known, values, origin = {f.name: f for f in fields}, dict(base), dict.fromkeys(base, source)
-    if strange := base.keys() - known.keys():
+    known, values, origin = {f.name: f for f in fields}, {}, {}
+    if strange := base.keys() - known.keys() - BUILT.keys():
         raise ValueError(f"the {source} names {', '.join(sorted(strange))}, unknown here: it is of another version")
-    for name, f in known.items():
-        if name.upper() in env:
-            values[name], origin[name] = parse_value(f, env[name.upper()]), "environment"
-    for name, text in (word.split("=", 1) for word in words if "=" in word and not word.startswith("-")):
+    given = [(name, show_value(value), source) for name, value in base.items()]
+    given += [(name, env[name.upper()], "environment") for name in (*known, *BUILT) if name.upper() in env]
+    given += [(*word.split("=", 1), "command line") for word in words if "=" in word and not word.startswith("-")]
+    for name, text, place in given:
+        if name in BUILT:
+            if text != show_value(BUILT[name]):
+                raise NoField(f"{name}={text} != {show_value(BUILT[name])}")
+            continue
         if name not in known:
             raise ValueError(f"no field {name!r}: {nearest(name, known)}")
-        values[name], origin[name] = parse_value(known[name], text), "command line"
+        values[name], origin[name] = parse_value(known[name], text), place
     return values, origin
 
 
 def field_values(config, resumable: bool = True) -> dict:
     """All fields, or only those that make a run what it is."""
-    values = dataclasses.asdict(config)
-    return {f.name: values[f.name] for f in dataclasses.fields(config) if resumable or not f.metadata.get("resumable")}
+    left_out = {f.name for f in dataclasses.fields(config) if f.metadata["resumable"] and not resumable}
+    return BUILT | {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
 
 
 def changed_fields(config, resumable: bool = True) -> dict:
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
-    return {name: v for name, v in field_values(config, resumable).items() if v != defaults[name]}
+    return {name: v for name, v in field_values(config, resumable).items() if v != defaults.get(name)}
 
 
 def fields_hash(config) -> str:
-    """Equal hashes mean equal runs: limits, paths and logging are left out."""
-    text = json.dumps(field_values(config, resumable=False), sort_keys=True)
+    """Equal hashes mean equal runs: limits, paths and logging are left out, and so are defaults."""
+    text = json.dumps(changed_fields(config, resumable=False), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -110,6 +120,12 @@ def check_choices(config, registries: dict[str, dict]) -> None:
             for name in chosen if isinstance(chosen, tuple) or registry == "MIXERS" else [chosen]:
                 if name not in registries[registry]:
                     raise ValueError(f"{f.name}: no {name!r}, {nearest(name, registries[registry])}")
+
+
+def parse_command(words: list[str], fields, options: dict, switches: tuple) -> tuple[list[str], dict[str, str]]:
+    """The words with every field as field=value, and the options among them."""
+    words = field_words(words, [f.name for f in fields])
+    return words, parse_options(words, options, switches)
 
 
 def field_words(words: list[str], names: list[str]) -> list[str]:

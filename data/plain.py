@@ -13,6 +13,10 @@ from pathlib import Path
 import torch
 
 
+class Diverged(ValueError):
+    """A loss that is no number."""
+
+
 class PlainLog:
     """Text to train.log and the terminal, one JSON line a metric, and facts as files. Only rank 0 writes."""
 
@@ -86,10 +90,9 @@ class Progress:
         self.log.record("step", **facts, **{n: v for n, v in values.items() if not n.startswith("layers.")})
 
     def check(self, step: int, nats: float, norms: dict[str, float], origin: list) -> None:
-        """A loss that is no number ends the run."""
         norm = math.hypot(*norms.values())
         if not math.isfinite(nats + norm):
-            raise ValueError(
+            raise Diverged(
                 f"loss {nats}, gradient norm {norm} at step {step}: lower matrix_lr, embed_lr or scalar_lr, or resume "
                 f"from the last checkpoint; the batch began at {origin[:2]}"
             )

@@ -26,6 +26,20 @@ def generate_ids(model, prompt: list[int], count: int, temperature: float, top_k
                 logits, state = model(torch.tensor([[token]], device=device), state)
 
 
+PROMPTS = ("The ", "In the beginning", "def ")
+
+
+def sample_texts(model, tokenizer, bos: int, seed: int) -> Iterator[tuple[str, str]]:
+    """The same prompts, and what follows them: progress that can be read."""
+    for prompt in PROMPTS:
+        yield prompt, "".join(generate_text(model, tokenizer, bos, prompt, 48, 0.8, 50, seed))
+
+
+def generate_text(model, tokenizer, bos: int, prompt: str, *settings) -> Iterator[str]:
+    """Pieces of what follows the prompt; `settings` as `generate_ids` takes them."""
+    return stream_text(tokenizer, generate_ids(model, [bos, *tokenizer.encode(prompt)], *settings))
+
+
 def stream_text(tokenizer, ids: Iterator[int]) -> Iterator[str]:
     """Pieces of text as they become whole characters."""
     seen, shown = [], ""

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from export.bench import bench
-from export.budget import describe
-from export.container import BYTE_CAP, unpack
+from export.budget import BYTE_CAP, describe
+from export.container import unpack
 
 
 def load(path: str) -> bytes:

@@ -10,16 +10,21 @@ import numpy as np
 import torch
 
 from export.codecs import ALPHABETS, CODECS
-from export.container import BYTE_CAP, Planes, Row, pack, read_planes, row_parts
+from export.container import Planes, Row, pack, read_planes, row_parts
 from export.entropy import TABLE_BITS, choice_bits, learn_book, row_counts, row_entropy
 from export.quantise import INT_BITS, STEP_CODECS, Parts, from_grid, int_levels, int_round, int_value, to_grid
 from export.trellis import trellis_grid
 
+BYTE_CAP = 16_000_000
 SAMPLE = 1 << 16                              # weights that stand for a tensor on a rate-distortion curve
 ATTEMPTS = 6                                  # of meeting a budget; two or three are usual
 TRAINED = 0.99                                # trained weights take less than Gaussian ones, for their rows differ
 TRELLIS_LEAST = 2.5                           # bits a weight, from which on a trellis beats rounding
 LADDER = tuple(2.0 ** (i / 8) for i in range(-40, 17))      # steps of a rate curve, in units of the tensor's rms
+
+
+class OverCap(ValueError):
+    """The artifact does not fit."""
 
 
 # ---- where the bytes went ----
@@ -76,7 +81,7 @@ def check_budget(blob: bytes, code_bytes: int, cap: int = BYTE_CAP) -> int:
     if left < 0:
         lines = savings(describe(blob), -left)[:8] if __debug__ else ()
         ways = "; ".join(f"{what}: -{saved:,}" for what, saved in lines)
-        raise ValueError(f"{-left:,} bytes over the cap of {cap:,} (artifact {len(blob):,} + code {code_bytes:,}). "
+        raise OverCap(f"{-left:,} bytes over the cap of {cap:,} (artifact {len(blob):,} + code {code_bytes:,}). "
                          f"What would save, in bytes: {ways}")
     return left
 

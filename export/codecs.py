@@ -13,6 +13,7 @@ from export.quantise import int_levels
 
 ALPHABETS = {"trits": 3, "factor": 128, "int4": 15, "int5": 31, "int6": 63, "int7": 127, "int8": 255,
              "trellis": 255, "high": 256, "low": 256}
+KINDS = "trits factor int4 int5 int6 int7 int8 trellis high low"      # in the order of the side stream
 BASE3 = np.array([81, 27, 9, 3, 1], np.uint16)
 
 

@@ -12,16 +12,19 @@ import brotli
 import numpy as np
 import torch
 
-from export.codecs import ALPHABETS, CODECS, Plane
+from export.codecs import ALPHABETS, CODECS, KINDS, Plane
 from export.entropy import MAX_CLASSES, SCALE, Book, Classes, Rans, fresh_states, lanes_for, learn_book
 from export.quantise import Parts, from_grid, to_grid
 
 SKC_MAGIC, SKC_VERSION = b"SKC", 1
 SKC_HEAD = struct.Struct("<3sBII")           # magic, version, crc32 of all that follows it, bytes of the manifest
-BYTE_CAP = 16_000_000
 MAX_WEIGHTS = 1 << 28
 BROTLI_TRIAL = 1 << 12                       # planes up to this size also try brotli, which is slow
 LEFT_TO_BROTLI = ("low",)
+
+
+class Damaged(ValueError):
+    """A file that is not as it was written."""
 
 
 class Row(NamedTuple):
@@ -53,8 +56,14 @@ class Manifest(NamedTuple):
 
 # ---- writing ----
 
-def pack(rows: list[Row], meta: dict, *, group: int = 128, rule: str = "absmean", clips: dict | None = None) -> bytes:
-    """The artifact of a model. Same rows, same bytes; `clips` maps a codec to the clip of its grid."""
+def pack(
+    rows: list[Row], meta: dict, *, group: int = 128, rule: str = "absmean", clips: dict | None = None,
+    coded: bool = True,
+) -> bytes:
+    """The artifact of a model. Same rows, same bytes; `clips` maps a codec to the clip of its grid.
+
+    Unless it is `coded`, everything is left to brotli: no books, no coded stream, a few per cent more bytes.
+    """
     rows = list(rows)
     if __debug__:
         refuse_doubles(rows)
@@ -63,7 +72,7 @@ def pack(rows: list[Row], meta: dict, *, group: int = 128, rule: str = "absmean"
         parts = row_parts(row, group, rule, clips or {})
         planes.append(CODECS[row.codec].encode(tuple(p.detach().cpu().contiguous() for p in parts)))
         entries.append(Entry(row.name, row.codec, tuple(row.tensor.shape), [-1] * len(planes[-1])))
-    return _write(planes, entries, meta, group)
+    return _write(planes, entries, meta, group, coded)
 
 
 def row_parts(row: Row, group: int, rule: str, clips: dict) -> Parts:
@@ -95,7 +104,18 @@ def refuse_doubles(rows: list[Row]) -> None:
         homes[home] = row.name
 
 
-def _write(planes: list[list[Plane]], entries: list[Entry], meta: dict, group: int) -> bytes:
+def _write(planes: list[list[Plane]], entries: list[Entry], meta: dict, group: int, coded: bool) -> bytes:
+    books, facts, stream = _code(planes, entries) if coded else (b"", {"lanes": 0, "books": {}}, b"")
+    rest = _deflate(books + _left_over(planes, entries))
+    manifest = {"meta": meta, "group": group, "rest": len(rest), "tensors": [list(entry) for entry in entries]} | facts
+    text = json.dumps(manifest, separators=(",", ":"), sort_keys=True, allow_nan=False).encode()
+    head = _deflate(text)
+    body = struct.pack("<I", len(head)) + head + rest + stream
+    return SKC_MAGIC + bytes([SKC_VERSION]) + struct.pack("<I", zlib.crc32(body)) + body
+
+
+def _code(planes: list[list[Plane]], entries: list[Entry]) -> tuple[bytes, dict, bytes]:
+    """Books and classes, what the manifest says of them, and the coded stream; `entries` learn their words."""
     coded, books = _assign(planes)
     coder = Rans(fresh_states(lanes_for(sum(c.plane.symbols.size for c in coded))))
     words = []
@@ -103,15 +123,8 @@ def _write(planes: list[list[Plane]], entries: list[Entry], meta: dict, group: i
         book = books[plane.kind]
         words.append(coder.encode(plane.symbols, classes.tables(book.column_classes), book.freq))
         entries[i].words[j] = len(words[-1]) // 2
-    rest = _deflate(_rest(planes, entries, coded, books))
-    manifest = {
-        "meta": meta, "group": group, "lanes": len(coder.states), "rest": len(rest),
-        "books": {kind: book[1:] for kind, book in books.items()}, "tensors": [list(entry) for entry in entries],
-    }
-    text = json.dumps(manifest, separators=(",", ":"), sort_keys=True, allow_nan=False).encode()
-    head = _deflate(text)
-    body = struct.pack("<I", len(head)) + head + rest + coder.states.astype("<u4").tobytes() + b"".join(reversed(words))
-    return SKC_MAGIC + bytes([SKC_VERSION]) + struct.pack("<I", zlib.crc32(body)) + body
+    facts = {"lanes": len(coder.states), "books": {kind: book[1:] for kind, book in books.items()}}
+    return _book_bytes(coded, books), facts, coder.states.astype("<u4").tobytes() + b"".join(reversed(words))
 
 
 class Coded(NamedTuple):
@@ -126,7 +139,7 @@ class Coded(NamedTuple):
 def _assign(planes: list[list[Plane]]) -> tuple[list[Coded], dict[str, Book]]:
     """Learn one book for each kind of plane, and leave to brotli the small planes that it makes smaller."""
     coded, books = [], {}
-    for kind in ALPHABETS:
+    for kind in sorted({plane.kind for own in planes for plane in own}, key=KINDS.index):
         found = [(i, j, plane) for i, own in enumerate(planes) for j, plane in enumerate(own) if plane.kind == kind]
         if kind in LEFT_TO_BROTLI or not any(plane.symbols.size for _, _, plane in found):
             continue
@@ -146,16 +159,20 @@ def _deflate(blob: bytes) -> bytes:
     return brotli.compress(blob, quality=11, lgwin=24)
 
 
-def _rest(planes, entries, coded, books) -> bytes:
-    """What brotli packs, like beside like: books, classes of rows and columns, the planes left to it, kind by kind."""
+def _book_bytes(coded: list[Coded], books: dict[str, Book]) -> bytes:
+    """Like beside like: books, then classes of rows and columns."""
     parts = [split_bytes(book.freq) for book in books.values()]
     for kind, book in books.items():
         own = [c for c in coded if c.plane.kind == kind]
         parts += [c.classes.rows.tobytes() for c in own if book.row_classes > 1]
         parts += [c.classes.columns.tobytes() for c in own if book.column_classes > 1 and len(c.plane.symbols) > 1]
-    parts += [plane.symbols.tobytes() for kind in ALPHABETS for own, entry in zip(planes, entries)
-              for plane, words in zip(own, entry.words) if plane.kind == kind and words < 0]
     return b"".join(parts)
+
+
+def _left_over(planes: list[list[Plane]], entries: list[Entry]) -> bytes:
+    """The planes left to brotli, kind by kind."""
+    left = [plane for own, entry in zip(planes, entries) for plane, words in zip(own, entry.words) if words < 0]
+    return b"".join(plane.symbols.tobytes() for plane in sorted(left, key=lambda plane: KINDS.index(plane.kind)))
 
 
 def split_bytes(book: np.ndarray) -> bytes:
@@ -189,15 +206,18 @@ class Reader:
             raise ValueError(f"damaged artifact: {self.what} has {len(self.blob) - self.at} bytes too many")
 
 
-def unpack(blob: bytes) -> tuple[dict[str, torch.Tensor], dict]:
-    """Every tensor as float32, and the meta; anything wrong with the bytes is a ValueError that says what."""
-    manifest, parts = read_parts(blob)
+def unpack(blob: bytes, coded: bool = True) -> tuple[dict[str, torch.Tensor], dict]:
+    """Every tensor as float32, and the meta; anything wrong with the bytes is a ValueError that says what.
+
+    Who knows that nothing in the file is `coded` may say so, and needs no decoder.
+    """
+    manifest, parts = read_parts(blob, coded)
     return {entry.name: from_grid(entry.codec, own) for entry, own in zip(manifest.entries, parts)}, manifest.meta
 
 
-def read_parts(blob: bytes) -> tuple[Manifest, list[Parts]]:
+def read_parts(blob: bytes, coded: bool = True) -> tuple[Manifest, list[Parts]]:
     """The manifest and the integer parts of every tensor, all checked."""
-    file = read_planes(blob)
+    file = read_planes(blob, coded)
     return file.manifest, [_join(i, entry, file.planes) for i, entry in enumerate(file.manifest.entries)]
 
 
@@ -211,26 +231,40 @@ class Planes(NamedTuple):
     books: dict[str, Book]
 
 
-def read_planes(blob: bytes) -> Planes:
+def read_planes(blob: bytes, coded: bool = True) -> Planes:
     manifest, body = read_manifest(blob)
     slots = _slots_by_kind(manifest)
     rest = Reader(_inflate(body.take(manifest.rest), "the brotli stream"), "the brotli stream")
-    books = {kind: _read_book(rest, kind, manifest.books[kind]) for kind in ALPHABETS if kind in manifest.books}
+    if __debug__ and not coded and manifest.books:
+        raise ValueError("the file holds coded planes: read it as `coded`")
+    books, classes = _read_books(rest, manifest, slots) if coded else ({}, {})
+    planes = {slot[:2]: _read_plain(rest, slot) for slot in slots if slot.words < 0}
+    rest.finish()
+    if coded:
+        planes |= _read_coded(body, manifest.lanes, slots, books, classes)
+    body.finish()
+    return Planes(manifest, slots, planes, classes, books)
+
+
+def _read_books(rest: Reader, manifest: Manifest, slots: list["PlaneSlot"]) -> tuple[dict, dict]:
+    """Books by kind, and the classes of every coded plane."""
+    books = {kind: _read_book(rest, kind, manifest.books[kind]) for kind in sorted(manifest.books, key=KINDS.index)}
     classes = {}
     for kind, book in books.items():
         own = [slot for slot in slots if slot.kind == kind and slot.words >= 0]
         rows = [_read_ids(rest, slot.rows, book.row_classes) for slot in own]
         columns = [_read_ids(rest, slot.columns, book.column_classes if slot.rows > 1 else 1) for slot in own]
         classes |= {slot[:2]: Classes(r, c) for slot, r, c in zip(own, rows, columns)}
-    planes = {slot[:2]: _read_plain(rest, slot) for slot in slots if slot.words < 0}
-    rest.finish()
-    coder = Rans(np.frombuffer(body.take(4 * manifest.lanes), "<u4"))
+    return books, classes
+
+
+def _read_coded(body: Reader, lanes: int, slots: list["PlaneSlot"], books: dict, classes: dict) -> dict:
+    coder, planes = Rans(np.frombuffer(body.take(4 * lanes), "<u4")), {}
     for slot in sorted(slot for slot in slots if slot.words >= 0):
         tables = classes[slot[:2]].tables(books[slot.kind].column_classes)
         planes[slot[:2]] = coder.decode(body.take(2 * slot.words), tables, books[slot.kind].freq)
     coder.check_end()
-    body.finish()
-    return Planes(manifest, slots, planes, classes, books)
+    return planes
 
 
 class PlaneSlot(NamedTuple):
@@ -250,7 +284,7 @@ def _slots_by_kind(manifest: Manifest) -> list[PlaneSlot]:
     for slot in slots if __debug__ else ():
         if slot.words >= 0 and slot.kind not in manifest.books:
             raise ValueError(f"damaged artifact: {manifest.entries[slot.entry].name} needs a book for {slot.kind}")
-    return sorted(slots, key=lambda slot: list(ALPHABETS).index(slot.kind))
+    return sorted(slots, key=lambda slot: KINDS.index(slot.kind))
 
 
 def _inflate(blob: bytes, what: str) -> bytes:
@@ -299,7 +333,7 @@ def read_manifest(blob: bytes) -> tuple[Manifest, Reader]:
     if version != SKC_VERSION:
         raise ValueError(f"artifact version {version}, this reader knows {SKC_VERSION}")
     if zlib.crc32(blob[8:]) != crc:
-        raise ValueError("damaged artifact: the checksum does not fit; the file is truncated or altered")
+        raise Damaged("damaged artifact: the checksum does not fit; the file is truncated or altered")
     body = Reader(blob[SKC_HEAD.size:], "the file")
     text = _inflate(body.take(size), "the manifest")
     try:
@@ -321,10 +355,12 @@ def _parse_manifest(text: bytes) -> Manifest:
 def _check_manifest(manifest: Manifest) -> None:
     numbers = [manifest.group, manifest.lanes, manifest.rest]
     numbers += [size for entry in manifest.entries for size in entry.shape]
-    if not all(type(n) is int and 0 <= n <= MAX_WEIGHTS for n in numbers) or 0 in numbers[:2]:
+    if not all(type(n) is int and 0 <= n <= MAX_WEIGHTS for n in numbers) or not manifest.group:
         raise ValueError("damaged artifact: a count or a shape is not a sensible integer")
     if sum(math.prod(max(size, 1) for size in entry.shape) for entry in manifest.entries) > MAX_WEIGHTS:
         raise ValueError(f"damaged artifact: more than {MAX_WEIGHTS} weights")
+    if not manifest.lanes and any(words != -1 for entry in manifest.entries for words in entry.words):
+        raise ValueError("damaged artifact: coded planes, and no lanes to decode them")
     classes = [n for book in manifest.books.values() for n in book]
     known = manifest.books.keys() <= ALPHABETS.keys() and all(len(book) == 2 for book in manifest.books.values())
     if not known or not all(type(n) is int and 1 <= n <= MAX_CLASSES for n in classes):

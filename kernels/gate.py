@@ -77,7 +77,7 @@ def gate_launches():
             causal_haar_forward_triton(u, gates, pos),
             causal_haar_backward_triton(u, gates, pos, u),
         )
-        logits, tokens = _meta(B * T, V, dtype=dtype), [_meta(B * T, dtype=fp32) for _ in range(6)]
+        logits, tokens = _meta(B * T, V, dtype=dtype), [_meta(B * T, dtype=fp32) for _ in range(3)]
         targets = _meta(B * T, dtype=torch.int64)
         yield name, lambda logits=logits, tokens=tokens, targets=targets: (
             softcap_ce_forward_triton(logits, targets, 30.0),

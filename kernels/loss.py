@@ -1,6 +1,7 @@
 """Soft-capped cross-entropy without a float32 copy of the logits: u = cap tanh(logits / cap), then what a loss needs.
 
-N tokens, V vocabulary. nll = lse - u[target]; mean = mean_v u_v (label smoothing); entropy of softmax(u).
+N tokens, V vocabulary. nll = lse - u[target]; lse = logsumexp(u). What few losses need besides, the mean of u (label
+smoothing) and the entropy of softmax(u), only the definition gives.
 """
 
 from functools import partial
@@ -15,7 +16,7 @@ LOSS_BLOCK = 2048  # logits in flight per program on CUDA
 
 
 def softcap_ce_reference(logits, targets, cap):
-    """The definition."""
+    """The definition: nll, lse, mean, entropy."""
     u = cap * torch.tanh((logits.double() if logits.dtype == torch.float64 else logits.float()) / cap)
     lse = u.logsumexp(-1)
     entropy = lse - (u.softmax(-1) * u).sum(-1)
@@ -32,33 +33,23 @@ def _loss_chunks(logits):
 
 def softcap_ce_forward_cpu(logits, targets, cap):
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    nll, lse, mean, entropy = (torch.empty(len(logits), dtype=wide, device=logits.device) for _ in range(4))
+    nll, lse = (torch.empty(len(logits), dtype=wide, device=logits.device) for _ in range(2))
     for rows in _loss_chunks(logits):
         u = logits[rows].to(wide, copy=True).div_(cap).tanh_().mul_(cap)
         top = u.amax(-1, keepdim=True)
-        weight = (u - top).exp_()
-        total = weight.sum(-1)
-        lse[rows] = top[:, 0] + total.log()
-        mean[rows] = u.mean(-1)
-        nll[rows] = lse[rows] - u.gather(-1, targets[rows, None])[:, 0]
-        entropy[rows] = lse[rows] - weight.mul_(u).sum(-1) / total
-    return nll, lse, mean, entropy
+        at_target = u.gather(-1, targets[rows, None])[:, 0]
+        lse[rows] = top[:, 0] + u.sub_(top).exp_().sum(-1).log()
+        nll[rows] = lse[rows] - at_target
+    return nll, lse
 
 
-def softcap_ce_backward_cpu(logits, targets, cap, lse, entropy, dnll, dlse, dmean, dentropy):
+def softcap_ce_backward_cpu(logits, targets, cap, lse, dnll, dlse):
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     for rows in _loss_chunks(logits):
         slope = logits[rows].to(lse.dtype, copy=True).div_(cap).tanh_()
-        u = slope * cap
-        du = (u - lse[rows, None]).exp_()
-        share = sum((d[rows] for d in (dnll, dlse) if d is not None), torch.zeros_like(lse[rows]))[:, None]
-        if dentropy is not None:
-            share = share - dentropy[rows, None] * u.sub_((lse[rows] - entropy[rows])[:, None])
-        du.mul_(share)
-        if dmean is not None:
-            du.add_(dmean[rows, None] / logits.shape[1])
-        if dnll is not None:
-            du.scatter_add_(-1, targets[rows, None], -dnll[rows, None])
+        du = (slope * cap).sub_(lse[rows, None]).exp_()
+        du.mul_((dnll[rows] + dlse[rows])[:, None])
+        du.scatter_add_(-1, targets[rows, None], -dnll[rows, None])
         grad[rows] = du.mul_(slope.square_().neg_().add_(1))
     return grad
 
@@ -78,48 +69,38 @@ def _capped(logits, row, columns, V, cap):
 
 
 @triton.jit
-def _softcap_ce_forward_kernel(logits, targets, nll, lse, mean, entropy, V, stride, cap, BV: tl.constexpr):
+def _softcap_ce_forward_kernel(logits, targets, nll, lse, V, stride, cap, BV: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BV)
     target = tl.load(targets + n)
     # every running value stays a vector until the end, so a row costs one reduction of each
     top = tl.full([BV], -3.0e38, tl.float32)
-    total, weighted, plain, hit = top * 0.0, top * 0.0, top * 0.0, top * 0.0
+    total, hit = top * 0.0, top * 0.0
     first = tl.program_id(0) * 0
     while first < V:
         columns = first + lane
         u, _ = _capped(logits, n * stride, columns, V, cap)
         inside = columns < V
         high = tl.where(inside, tl.maximum(top, u), top)
-        scale = tl.exp(top - high)
-        weight = tl.exp(tl.where(inside, u - high, float("-inf")))
-        total = total * scale + weight
-        weighted = weighted * scale + weight * u
-        plain += u
+        total = total * tl.exp(top - high) + tl.exp(tl.where(inside, u - high, float("-inf")))
         hit += tl.where(columns == target, u, 0.0)
         top = high
         first += BV
     peak = tl.max(top, 0)
-    scale = tl.exp(top - peak)
-    total_all = tl.sum(total * scale, 0)
-    level = peak + tl.log(total_all)
+    level = peak + tl.log(tl.sum(total * tl.exp(top - peak), 0))
     known = (target >= 0) & (target < V)
     tl.store(lse + n, level)
     tl.store(nll + n, tl.where(known, level - tl.sum(hit, 0), float("nan")))
-    tl.store(mean + n, tl.sum(plain, 0) / V)
-    tl.store(entropy + n, level - tl.sum(weighted * scale, 0) / total_all)
 
 
 @triton.jit
-def _softcap_ce_backward_kernel(
-    logits, targets, lse, entropy, dnll, dlse, dmean, dentropy, grad, V, stride, cap, BV: tl.constexpr
-):
+def _softcap_ce_backward_kernel(logits, targets, lse, dnll, dlse, grad, V, stride, cap, BV: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BV + tl.arange(0, BV)
     u, slope = _capped(logits, n * stride, columns, V, cap)
-    level, back = tl.load(lse + n), tl.load(dnll + n)
-    share = back + tl.load(dlse + n) - tl.load(dentropy + n) * (u - level + tl.load(entropy + n))
-    du = tl.exp(u - level) * share + tl.load(dmean + n) / V - tl.where(columns == tl.load(targets + n), back, 0.0)
+    back = tl.load(dnll + n)
+    du = tl.exp(u - tl.load(lse + n)) * (back + tl.load(dlse + n))
+    du -= tl.where(columns == tl.load(targets + n), back, 0.0)
     tl.store(grad + n * V + columns, (du * slope).to(grad.dtype.element_ty), mask=columns < V)
 
 
@@ -131,21 +112,20 @@ def _loss_tile(V):
 def softcap_ce_forward_triton(logits, targets, cap):
     N, V = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    outputs = [torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(4)]
+    outputs = [torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2)]
     _softcap_ce_forward_kernel[(N,)](
         logits, targets.contiguous(), *outputs, V, logits.stride(0), cap, **_loss_tile(V)
     )
     return tuple(outputs)
 
 
-def softcap_ce_backward_triton(logits, targets, cap, lse, entropy, *back):
+def softcap_ce_backward_triton(logits, targets, cap, lse, dnll, dlse):
     N, V = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    back = [torch.zeros_like(lse) if d is None else d.contiguous() for d in back]
     grad = torch.empty(N, V, dtype=logits.dtype, device=logits.device)
     tile = _loss_tile(V)
     _softcap_ce_backward_kernel[(N, triton.cdiv(V, tile["BV"]))](
-        logits, targets.contiguous(), lse, entropy, *back, grad, V, logits.stride(0), cap, **tile
+        logits, targets.contiguous(), lse, dnll.contiguous(), dlse.contiguous(), grad, V, logits.stride(0), cap, **tile
     )
     return grad
 
@@ -154,7 +134,7 @@ def softcap_ce_backward_triton(logits, targets, cap, lse, entropy, *back):
 
 
 @torch.library.custom_op("skc::softcap_ce", mutates_args=())
-def softcap_ce_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def softcap_ce_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     if __debug__:
         return softcap_ce_forward_cpu(logits, targets, cap)
 
@@ -167,38 +147,36 @@ def softcap_ce_cuda(logits, targets, cap):
 @softcap_ce_op.register_fake
 def softcap_ce_fake(logits, targets, cap):
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return tuple(logits.new_empty(logits.shape[0], dtype=wide) for _ in range(4))
+    return tuple(logits.new_empty(logits.shape[0], dtype=wide) for _ in range(2))
 
 
 @torch.library.custom_op("skc::softcap_ce_backward", mutates_args=())
 def softcap_ce_backward_op(
-    logits: Tensor, targets: Tensor, cap: float, lse: Tensor, entropy: Tensor,
-    dnll: Tensor | None, dlse: Tensor | None, dmean: Tensor | None, dentropy: Tensor | None,
+    logits: Tensor, targets: Tensor, cap: float, lse: Tensor, dnll: Tensor, dlse: Tensor
 ) -> Tensor:
     if __debug__:
-        return softcap_ce_backward_cpu(logits, targets, cap, lse, entropy, dnll, dlse, dmean, dentropy)
+        return softcap_ce_backward_cpu(logits, targets, cap, lse, dnll, dlse)
 
 
 @softcap_ce_backward_op.register_kernel("cuda")
-def softcap_ce_backward_cuda(logits, targets, cap, lse, entropy, dnll, dlse, dmean, dentropy):
-    return softcap_ce_backward_triton(logits, targets, cap, lse, entropy, dnll, dlse, dmean, dentropy)
+def softcap_ce_backward_cuda(logits, targets, cap, lse, dnll, dlse):
+    return softcap_ce_backward_triton(logits, targets, cap, lse, dnll, dlse)
 
 
 @softcap_ce_backward_op.register_fake
-def softcap_ce_backward_fake(logits, targets, cap, lse, entropy, dnll, dlse, dmean, dentropy):
+def softcap_ce_backward_fake(logits, targets, cap, lse, dnll, dlse):
     return logits.new_empty(logits.shape)
 
 
 def softcap_ce_save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
     logits, targets, ctx.cap = inputs
-    ctx.save_for_backward(logits, targets, output[1], output[3])
+    ctx.save_for_backward(logits, targets, output[1])
 
 
 @partial(softcap_ce_op.register_autograd, setup_context=softcap_ce_save)
-def softcap_ce_autograd(ctx, dnll, dlse, dmean, dentropy):
-    logits, targets, lse, entropy = ctx.saved_tensors
-    return softcap_ce_backward_op(logits, targets, ctx.cap, lse, entropy, dnll, dlse, dmean, dentropy), None, None
+def softcap_ce_autograd(ctx, dnll, dlse):
+    logits, targets, lse = ctx.saved_tensors
+    return softcap_ce_backward_op(logits, targets, ctx.cap, lse, dnll, dlse), None, None
 
 
 def _check_loss(logits, targets, cap):
@@ -213,9 +191,9 @@ def _check_loss(logits, targets, cap):
 
 
 def softcap_ce(logits, targets, cap):
-    """logits (N, V) floating, targets (N,) int64 -> nll, lse, mean, entropy, each (N,) float32 and differentiable."""
+    """logits (N, V) floating, targets (N,) int64 -> nll, lse, each (N,) float32 and differentiable."""
     if __debug__:
         _check_loss(logits, targets, cap)
     elif not logits.is_cuda:  # `python -O`, and a packed file: the definition is all that a CPU needs
-        return softcap_ce_reference(logits, targets, cap)
+        return softcap_ce_reference(logits, targets, cap)[:2]
     return softcap_ce_op(logits, targets, float(cap))

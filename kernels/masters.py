@@ -22,7 +22,7 @@ class MasterGroup:
         self.slots = {name: torch.zeros_like(self.master) for name in rule.slots}
         self.average, self.keep = None, None  # `keep`: a mask over rows; the others ship as zero
 
-    def step(self, rate: float, decay: float, momentum: float, ranks=None) -> None:
+    def update(self, rate: float, decay: float, momentum: float, ranks=None) -> None:
         """A tensor without a gradient keeps its value: neither update nor decay."""
         self.steps += 1
         grad = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]).float()
@@ -40,7 +40,7 @@ class MasterGroup:
         return masters if self.keep is None else masters * self.keep
 
     @torch.no_grad()
-    def project(self, averaged: bool = False) -> None:
+    def put_on_grid(self, averaged: bool) -> None:
         """Parameters become the values that would ship."""
         torch._foreach_copy_(self.params, list(self.grid(self.chosen(averaged)).unbind()))
 

@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-BUCKET_BYTES = 25 << 20
-
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
@@ -21,6 +19,10 @@ class Runtime:
     peak_flops: float  # measured, in that dtype
     ranks: object = None  # the CPU group of all ranks; None if there is one
     patience: float = 600.0  # seconds a rank waits for the others
+
+    @property
+    def all_flops(self) -> float:
+        return self.peak_flops * self.world
 
     def of_rank_zero(self, value):
         """What rank 0 made, on every rank."""
@@ -79,7 +81,7 @@ def agree(group, values: list[float]) -> list[float]:
 
 def require_same(group, what: str, value: str) -> None:
     """Ranks that differ stop before the first step, all of them."""
-    if group is None or not __debug__:
+    if group is None:
         return
     values = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
@@ -117,53 +119,3 @@ def shared_out(group, rule, stack: torch.Tensor) -> torch.Tensor:
     parts = torch.empty_like(padded, dtype=mine.dtype)
     dist.all_gather_into_tensor(parts, mine)
     return parts[: len(stack)]
-
-
-class GradientBuckets:
-    """Averages gradients over ranks; a bucket is sent as soon as backward has filled it and all buckets before it.
-
-    The order of sending is fixed, whatever the order in which gradients arrive, so ranks cannot disagree about it. A
-    parameter without a gradient counts as zero.
-    """
-
-    def __init__(self, group, params: list[torch.nn.Parameter]):
-        self.group, self.armed, self.buckets = group, False, [[]]
-        if group is None:
-            return
-        size = 0
-        for p in reversed(params):  # backward reaches the last layers first
-            if size + p.numel() * 4 > BUCKET_BYTES and self.buckets[-1]:
-                self.buckets.append([])
-                size = 0
-            self.buckets[-1].append(p)
-            size += p.numel() * 4
-        self.home = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
-        for p in params:
-            p.register_post_accumulate_grad_hook(self.ready)
-
-    def arm(self) -> None:
-        """Before the last backward pass of a step."""
-        self.armed, self.sent, self.left = self.group is not None, [], [len(bucket) for bucket in self.buckets]
-
-    def ready(self, p) -> None:
-        if self.armed:
-            self.left[self.home[p]] -= 1
-            while len(self.sent) < len(self.buckets) and self.left[len(self.sent)] == 0:
-                self.send()
-
-    def send(self) -> None:
-        bucket = self.buckets[len(self.sent)]
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
-        self.sent.append((flat, dist.all_reduce(flat, async_op=True)))
-
-    def finish(self) -> None:
-        if self.group is None:
-            return
-        while len(self.sent) < len(self.buckets):
-            self.send()
-        for bucket, (flat, work) in zip(self.buckets, self.sent):
-            work.wait()
-            flat /= dist.get_world_size(self.group)
-            for p, grad in zip(bucket, flat.split([p.numel() for p in bucket])):
-                p.grad = grad.view_as(p)
-        self.armed = False

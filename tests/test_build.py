@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from build.bundle import bundle, read_tree
-from build.check import check_calls, undefined_names
-from build.config import bake
+from build.check import undefined_names
+from build.config import bake, drop_fields
 from build.fold import fold
 from build.minify import Strip, minify
 from build.pack import pack, quote, unpack
@@ -187,27 +187,13 @@ def test_baking_makes_the_profile_the_default_and_the_only_one():
     assert "layers: str = structural('AA', '', 'MIXERS')" in text and fields["layers"].value == "AK"
 
 
-def test_a_baked_config_is_locked_in_structure_and_free_in_sizes():
-    units, _ = units_of("def A(): pass\nK = S = A\n", "other")
-    space = {}
+def test_structure_becomes_what_the_file_is_built_for_and_sizes_that_are_read_stay_fields():
+    units, fields = units_of("BUILT = {}\nK = S = A\ndef main(c: Config): return c.dim", "other")
+    drop_fields(fold(units, fields, []), fields)
+    space = {"A": None}
     exec(ast.unparse(as_module([u for u in units if u.names != ["MIXERS"]])), space)
-    built = space["PROFILES"][space["DEFAULT_PROFILE"]]
-    assert space["Config"](**built).layers == "AK" and space["Config"](**built | {"dim": 99}).dim == 99
-    with pytest.raises(ValueError, match="layers='KK': this file is built for layers='AK'"):
-        space["Config"](**built | {"layers": "KK"})
-
-
-def test_the_lock_runs_before_a_check_of_the_config_s_own():
-    own = "def __post_init__(this):\n        if this.dim < 1: raise E(this.dim)\n\n    @property\n    def depth"
-    files = {"train_gpt": CONFIG.replace("@property\n    def depth", own)}
-    units = bundle(files, "train_gpt")
-    bake(units, "plain")
-    check_calls(units)
-    space = {"E": ValueError}
-    exec(ast.unparse(as_module([u for u in units if u.names != ["MIXERS"]])), space)
-    for bad, match in (({"dim": 0}, "^0$"), ({"moe": True}, "moe=True: this file is built for moe=False")):
-        with pytest.raises(ValueError, match=match):
-            space["Config"](**bad)
+    assert space["BUILT"] == {"layers": "AK", "moe": True} and space["PROFILES"] == {"other": {"dim": 64}}
+    assert list(space["Config"].__dataclass_fields__) == ["dim"] and space["Config"](dim=99).dim == 99
 
 
 # ---- sweep

@@ -10,6 +10,7 @@ from build.bundle import bundle
 from build.config import bake, drop_fields
 from build.fold import fold
 from build.foreign import foreign_names
+from build.guards import unguard
 from build.minify import Brief
 from build.rename import place_arguments, rename_attributes, rename_kernel_parameters
 from build.specialise import specialise
@@ -143,14 +144,49 @@ def test_errors_keep_their_class_and_first_words(before, after):
     assert briefed(before) == clean(after)
 
 
-def test_a_resumable_field_that_nobody_reads_goes():
+def test_what_a_profile_says_of_a_resumable_field_is_not_in_the_artifact():
+    """As in the source: such a field may differ when a run goes on."""
     code = CONFIG.replace('free(60.0, "seconds")', 'free(60.0, "seconds", resumable=True)')
-    units = units_of(code.replace("def free(default, text):", "def free(default, text, resumable=False):")
+    units = units_of(code.replace("def free(default, text):", "BUILT = {}\ndef free(default, text, resumable=False):")
                      .replace("dict(dim=16)", "dict(dim=16, max_seconds=1.0)"))  # fmt: skip
     fields = bake(units, "tiny")
     drop_fields(fold(units, fields, []), fields)
     text = ast.unparse(as_module(units))
-    assert "max_seconds" not in text and "log_every" in text and "'dim': 16" in text
+    assert "BUILT = {}" in text and "max_seconds" not in text and "PROFILES = {'tiny': {'dim': 16}}" in text
+
+
+UNGUARDED = [  # (name, a library's function, what a packed file keeps of it)
+    ("a check", "if x < 0: raise ValueError(f'{x}')\nreturn x", "return x"),
+    ("with what its text needs", "if x < 0:\n word = str(x)\n raise ValueError(word)\nreturn x", "return x"),
+    ("between two branches",
+     "if x: y = 1\nelif x < 0: raise ValueError('x')\nelse: y = 2\nreturn y", "if x: y = 1\nelse: y = 2\nreturn y"),
+    ("a list of them", "for bad, text in [(x, 'a')]:\n if bad: raise ValueError(text)\nreturn x", "return x"),
+    ("an error that becomes another", "try: y = int(x)\nexcept KeyError: raise ValueError('x')\nreturn y",
+     "y = int(x)\nreturn y"),
+    ("not what a run may come to", "if x > 9: raise OverCap(x)\nreturn x", "if x > 9: raise OverCap(x)\nreturn x"),
+    ("not a way round", "try: y = int(x)\nexcept KeyError: y = 0\nreturn y",
+     "try: y = int(x)\nexcept KeyError: y = 0\nreturn y"),
+    ("not what binds a name", "if (y := x) < 0: raise ValueError(x)\nreturn y",
+     "if (y := x) < 0: raise ValueError(x)\nreturn y"),
+    ("a body that empties", "with x:\n if x: raise ValueError(x)", "with x: pass"),
+]  # fmt: skip
+
+
+def function_units(body, module):
+    return bundle({module: f"def f(x):\n{textwrap.indent(body, '    ')}"}, module)
+
+
+@pytest.mark.parametrize(("body", "kept"), [row[1:] for row in UNGUARDED], ids=[row[0] for row in UNGUARDED])
+def test_a_library_s_guards_go(body, kept):
+    units, as_written = function_units(body, "export.x"), function_units(kept, "export.x")
+    unguard(units, "train_gpt")
+    assert ast.unparse(as_module(units)) == ast.unparse(as_module(as_written))
+
+
+def test_the_entry_module_keeps_its_guards():
+    units = function_units(UNGUARDED[0][1], "train_gpt")
+    unguard(units, "train_gpt")
+    assert "raise ValueError" in ast.unparse(as_module(units))
 
 
 RENAMED = """

@@ -104,6 +104,18 @@ def test_each_way_to_ship_something_else_is_noticed(what, fault):
         check_shipped(snapped(rows), unpack(fault(rows))[0])
 
 
+def test_a_file_left_to_brotli_holds_the_same_and_needs_no_decoder():
+    rows = masters()
+    plain, coded = pack(rows, META, group=16, rule="ls", clips=CLIPS, coded=False), packed(rows)
+    for tensors, meta in (unpack(plain), unpack(plain, coded=False)):
+        check_shipped(snapped(rows), tensors)
+        assert meta == META
+    manifest = read_manifest(plain)[0]
+    assert (manifest.lanes, manifest.books) == (0, {}) and {w for e in manifest.entries for w in e.words} == {-1}
+    with pytest.raises(ValueError, match="coded planes: read it as `coded`"):
+        unpack(coded, coded=False)
+
+
 def test_loading_does_not_quantise_again():
     rows = masters()
     held, (tensors, _) = snapped(rows), unpack(packed(rows))
@@ -298,7 +310,7 @@ def test_what_is_no_artifact_is_said_to_be_none(blob, message):
     ("a tensor name occurs twice", lambda m: m["tensors"][1].__setitem__(0, m["tensors"][0][0])),
     ("not a sensible integer", lambda m: m["tensors"][0].__setitem__(2, [-48, 64])),
     ("not a sensible integer", lambda m: m["tensors"][0].__setitem__(2, [1 << 40, 64])),
-    ("not a sensible integer", lambda m: m.__setitem__("lanes", 0)),
+    ("no lanes to decode", lambda m: m.__setitem__("lanes", 0)),
     ("or is no text", lambda m: m["tensors"][0].__setitem__(0, ["a"])),
     ("more than", lambda m: m["tensors"][0].__setitem__(2, [1 << 28, 1 << 28, 0])),
     ("not all known", lambda m: m["books"].__setitem__("trits", [[1], 1])),

@@ -26,15 +26,15 @@ def test_the_result_is_the_polar_factor():
 
 def test_each_step_is_minimax_on_what_the_step_before_leaves():
     low, high = 1e-3, 1.0
-    for a, b, c in POLAR_STEPS[:6]:
+    for a, b, c in POLAR_STEPS:
         x = torch.linspace(low, high, 200_001, dtype=torch.float64)
         error = a * x + b * x**3 + c * x**5 - 1
         inner = (error[1:-1] - error[:-2]) * (error[2:] - error[1:-1]) < 0
         peaks = torch.cat([error[:1], error[1:-1][inner], error[-1:]]).abs()
         assert len(peaks) == 4  # an odd quintic touches its bound four times
-        assert peaks.max() - peaks.sort().values[1] < 2e-4  # three equally; early steps hold one back as a cushion
+        assert peaks.max() - peaks.sort().values[1] < 4e-4  # three equally; early steps hold one back as a cushion
         low, high = (1 + error.min()).item(), (1 + error.max()).item()
-    assert low > 0.99 and high < 1.01
+    assert low > 0.87 and high < 1.13  # what POLAR_LAST finds, and brings to 1
 
 
 def test_a_planted_coefficient_is_seen():

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from data.run_folder import checkpoints, load_checkpoint
+from kernels.gradients import GradientBuckets, GradientSum
 from kernels.ranks import Runtime, stop_together
 from tests.toys import toy_dataset
 
@@ -130,6 +132,7 @@ import sys
 from datetime import timedelta
 import torch
 import torch.distributed as dist
+import torch.distributed as dist
 from kernels.ranks import Runtime
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", f"file://{sys.argv[2]}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
@@ -159,6 +162,20 @@ def test_a_matrix_too_many_for_the_ranks_is_padded():
 
     stack = torch.randn(3, 4, 5)
     assert torch.equal(shared_out(None, lambda x: x * 2, stack), stack * 2)
+
+
+@pytest.mark.parametrize("reducer", [GradientSum, GradientBuckets])
+def test_gradients_are_averaged_and_those_that_are_not_there_count_as_zero(reducer, tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        params = [torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(4))]
+        gradients = reducer(dist.group.WORLD, params)
+        gradients.arm()
+        (3 * params[0]).sum().backward()
+        gradients.finish()
+        assert torch.equal(params[0].grad, torch.full((2, 3), 3.0)) and torch.equal(params[1].grad, torch.zeros(4))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_checkpoint_is_sealed(tmp_path):

@@ -33,7 +33,7 @@ def steps(folder: Path) -> list[tuple]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if row["kind"] == "step"]
 
 
-VARIANT = ["layers=AKS", "engram_layers=1", "engram_rows=64", "engram_keep=0.5", "ema=0.2", "ema_start=0.3"]
+VARIANT = ["layers=AKS", "engram_layers=1", "engram_rows=64", "engram_keep=0.5", "ema=0.1"]
 
 
 @pytest.mark.unhurried  # three short runs

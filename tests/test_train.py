@@ -97,6 +97,15 @@ def test_a_file_of_another_version_is_refused_by_the_name_of_its_fields():
         load_config([], {}, "tiny", {"dim": 64, "width": 3})
 
 
+def test_a_built_structure_is_named_when_it_is_asked_for_otherwise(monkeypatch):
+    monkeypatch.setattr("data.fields.BUILT", {"layers": "AKS", "parts": ("reset", "unet")})
+    c, _ = load_config(["parts=reset,unet", "dim=128"], {"LAYERS": "AKS"}, "tiny", {"layers": "AKS", "vocab": 64})
+    assert c.dim == 128
+    for words, env, file in ((["layers=KKK"], {}, None), ([], {"LAYERS": "KKK"}, None), ([], {}, {"layers": "KKK"})):
+        with pytest.raises(ValueError, match="layers=KKK != AKS"):
+            load_config(words, env, "tiny", file)
+
+
 @pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda f: f.name)
 def test_every_field_is_read_outside_its_declaration(field):
     source = (ROOT / "train_gpt.py").read_text()
@@ -201,7 +210,7 @@ def test_a_matrix_without_a_gradient_is_untouched_by_update_and_decay():
 
 
 def test_an_average_starts_from_current_weights_and_training_goes_on_from_the_raw_ones():
-    c = tiny(ema=0.1, ema_start=0.0)
+    c = tiny(ema=0.125)
     optimizer, _ = gradient_step(c)
     for group in optimizer.groups:
         assert torch.equal(group.average, group.master)
@@ -221,7 +230,7 @@ def test_a_clip_norm_bounds_the_gradient():
     model.loss(tokens[:, :-1], tokens[:, 1:])[0].backward()
     optimizer, seen = Optimizer(c, model), {}
     for group in optimizer.groups:
-        group.step = lambda *_, g=group: seen.update({n: p.grad.norm() for n, p in zip(g.names, g.params)})
+        group.update = lambda *_, g=group: seen.update({n: p.grad.norm() for n, p in zip(g.names, g.params)})
     optimizer.step(0.1, 1)
     assert math.sqrt(sum(float(v) ** 2 for v in seen.values())) == pytest.approx(1e-3, rel=1e-3)
 
