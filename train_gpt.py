@@ -983,9 +983,9 @@ def train(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
     loss = torch.compile(model.loss, fullgraph=True, dynamic=False) if rt.device.type == "cuda" else model.loss
     with log.phase("warmup"):
         warm_up(c, rt, model, loss)
-    bits, names = 1 / math.log(2) / data.val.bytes_per_token, [name for name, _, _ in family_rows(model)]
-    seen = log, c.batch_tokens, bits, partial(mean_over_ranks, rt.ranks), names
-    watch = Progress(*seen) if PACKED else Watch(*seen, c.profile_steps)
+    bits, mean = 1 / math.log(2) / data.val.bytes_per_token, partial(mean_over_ranks, rt.ranks)
+    watch = Progress(log, c.batch_tokens, bits, mean) if PACKED else Watch(
+        log, c.batch_tokens, bits, mean, [name for name, _, _ in family_rows(model)], c.profile_steps)  # fmt: skip
     model.train()
     with log.phase("train"), StopSignals() as stop:
         clock.run()
@@ -997,7 +997,7 @@ def train(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
             parts, origin = accumulate(model, loss, data, optimizer.buckets)
             norms = optimizer.step(progress, clock.step)
             log.step = clock.step = clock.step + 1
-            watch.step(clock.step, progress, parts, norms, origin)
+            watch.add(clock.step, progress, origin, parts, norms)
             if clock.step % c.log_every == 0:
                 watch.report(clock.elapsed, optimizer.last_multiplier, {} if PACKED else trits(c, optimizer))
             if not PACKED:
@@ -1079,7 +1079,7 @@ def checkpoint(c: Config, rt: Runtime, run: Run, log: Log) -> None:
         "config": field_values(c), "clock": {"step": clock.step, "seconds": clock.seconds},
         "multiplier": optimizer.last_multiplier, "optimizer": optimizer.state(),
         "buffers": {name: b for name, b in model.named_buffers() if name in model.state_dict()},
-        "windows": data.feed.position * rt.world, "rng": torch.get_rng_state(), "log_sizes": log.sizes(),
+        "windows": data.feed.order.position * rt.world, "rng": torch.get_rng_state(), "log_sizes": log.sizes(),
     }  # fmt: skip
     try:
         with deadline(rt.patience / 2, "writing a checkpoint"):
@@ -1096,7 +1096,7 @@ def restore(c: Config, rt: Runtime, run: Run, saved: dict, log: Log) -> None:
     clock.step, clock.seconds = saved["clock"]["step"], saved["clock"]["seconds"]
     optimizer.restore(saved["optimizer"])
     model.load_state_dict(saved["buffers"], strict=False)
-    data.feed.go_to(saved["windows"] // rt.world)
+    data.feed.order.position = saved["windows"] // rt.world
     torch.set_rng_state(saved["rng"])
     was = saved["config"]
     if (was["max_steps"], was["max_seconds"]) != (c.max_steps, c.max_seconds):

@@ -55,44 +55,45 @@ class PlainLog:
 
 
 class Progress:
-    """`mean` averages over ranks, `bits` turns nats per token into bits per byte, `names` are of parameters."""
+    """`mean` averages over ranks, `bits` turns nats per token into bits per byte."""
 
-    def __init__(self, log, tokens_per_step: int, bits: float, mean, names: list[str]):
-        self.log, self.tokens_per_step, self.bits, self.mean, self.names = log, tokens_per_step, bits, mean, names
+    def __init__(self, log, tokens_per_step: int, bits: float, mean):
+        self.log, self.tokens_per_step, self.bits, self.mean = log, tokens_per_step, bits, mean
         self.pending, self.loss = [], math.nan
 
-    def step(self, step: int, progress: float, parts: dict, norms, origin: list) -> None:
-        """A finished step: losses and statistics, gradient norms before clipping, where its windows came from."""
-        self.pending.append((step, progress, parts, norms, origin))
+    def add(self, step: int, progress: float, origin: list, parts: dict, norms) -> None:
+        """A finished step: where its windows came from, losses and statistics, gradient norms before clipping."""
+        self.pending.append((step, progress, origin, parts, norms))
 
     def report(self, seconds: float, rate: float, weights: dict) -> None:
         """One line of text and one of metrics; `weights` are for those who look closer."""
         if not self.pending:
             return
-        names = list(self.pending[-1][2])
-        rows = [torch.cat([torch.stack([p[n].float() for n in names]), norms]) for _, _, p, norms, _ in self.pending]
+        names = list(self.pending[-1][3])
+        rows = [torch.cat([torch.stack([p[n].float() for n in names]), norms]) for *_, p, norms in self.pending]
         table = self.mean(torch.stack(rows).detach()).tolist()
-        for (step, _, _, _, origin), row in zip(self.pending, table):
-            self.check(step, row[names.index("loss")], dict(zip(self.names, row[len(names) :])), origin)
-        (step, progress), values = self.pending[-1][:2], dict(zip(names, table[-1]))
-        norm = math.hypot(*table[-1][len(names) :])
-        self.pending, self.loss, tokens = [], values["loss"], step * self.tokens_per_step
-        left = seconds * (1 - progress) / max(progress, 1e-9)
+        progress = self.pending[-1][1]
+        for (step, _, origin, *_), row in zip(self.pending, table):
+            values, norms = dict(zip(names, row)), row[len(names) :]
+            self.loss, norm = values["loss"], math.hypot(*norms)
+            self.verify(step, norm, norms, origin)
+        self.pending, tokens = [], step * self.tokens_per_step
+        speed, left = tokens / max(seconds, 1e-9), seconds * (1 - progress) / max(progress, 1e-9)
         self.log.text(
             f"step {step:6d}  loss {self.loss:.4f}  ~bpb {self.loss * self.bits:.4f}  lr x{rate:.3f}  |g| {norm:.2f}  "
-            f"{tokens / max(seconds, 1e-9):,.0f} tokens/s  {max(0.0, left):.0f} s left"
+            f"{speed:,.0f} tokens/s  {max(0.0, left):.0f} s left"
         )
         facts = {"step": step, "seconds": seconds, "progress": progress, "lr": rate, "grad_norm": norm,
-                 "tokens": tokens, "tokens_per_second": tokens / max(seconds, 1e-9)}  # fmt: skip
+                 "tokens": tokens, "tokens_per_second": speed}  # fmt: skip
         self.tell(facts, values, weights)
 
     def tell(self, facts: dict, values: dict, weights: dict) -> None:
         self.log.record("step", **facts, **{n: v for n, v in values.items() if not n.startswith("layers.")})
 
-    def check(self, step: int, nats: float, norms: dict[str, float], origin: list) -> None:
-        norm = math.hypot(*norms.values())
-        if not math.isfinite(nats + norm):
+    def verify(self, step: int, norm: float, norms: list[float], origin: list) -> None:
+        """Of every step, with the norms of all gradients."""
+        if not math.isfinite(self.loss + norm):
             raise Diverged(
-                f"loss {nats}, gradient norm {norm} at step {step}: lower matrix_lr, embed_lr or scalar_lr, or resume "
-                f"from the last checkpoint; the batch began at {origin[:2]}"
+                f"loss {self.loss}, gradient norm {norm} at step {step}: lower matrix_lr, embed_lr or scalar_lr, or "
+                f"resume from the last checkpoint; the batch began at {origin[:2]}"
             )

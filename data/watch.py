@@ -33,18 +33,18 @@ def collapses(stats: dict[str, float]) -> list[tuple[str, str, float]]:
 
 
 class Watch(Progress):
-    """Progress, and what should worry its owner; `profile_steps` are traced."""
+    """Progress, and what should worry its owner; `names` are of parameters, `profile_steps` are traced."""
 
     def __init__(self, log, tokens_per_step: int, bits: float, mean, names: list[str], profile_steps: int = 0):
-        super().__init__(log, tokens_per_step, bits, mean, names)
-        self.dead, self.trace = set(names), Trace(log, profile_steps)
+        super().__init__(log, tokens_per_step, bits, mean)
+        self.names, self.dead, self.trace = names, set(names), Trace(log, profile_steps)
         self.curve = [(row["progress"], row["step"], row["seconds"], row["loss"]) for row in log.recall("step")]
         self.loss = self.curve[-1][-1] if self.curve else math.nan
         self.told, self.signs, self.resumed = set(), {}, len(self.curve)
 
-    def step(self, step: int, progress: float, parts: dict, norms, origin: list) -> None:
+    def add(self, step: int, progress: float, origin: list, parts: dict, norms) -> None:
         self.trace.step(step)
-        super().step(step, progress, parts, norms, origin)
+        super().add(step, progress, origin, parts, norms)
 
     def tell(self, facts: dict, values: dict, weights: dict) -> None:
         """Statistics by layer, too, and what is wrong with them; `weights` are stacks of values on a ternary grid."""
@@ -56,13 +56,14 @@ class Watch(Progress):
         for what, where, value in collapses(stats):
             self.alert(step, what, where, value)
 
-    def check(self, step: int, nats: float, norms: dict[str, float], origin: list) -> None:
+    def verify(self, step: int, norm: float, norms: list[float], origin: list) -> None:
         """A spike is recorded with its batch and the largest gradients."""
-        self.dead -= {name for name, value in norms.items() if value > 0}
-        super().check(step, nats, norms, origin)
+        named, nats = dict(zip(self.names, norms)), self.loss
+        self.dead -= {name for name, value in named.items() if value > 0}
+        super().verify(step, norm, norms, origin)
         recent = [loss for _, _, _, loss in self.curve[-SPIKE_WINDOW:]]
         if len(recent) == SPIKE_WINDOW and nats > np.mean(recent) + 6 * np.std(recent) + 0.1:
-            norm, largest = math.hypot(*norms.values()), dict(sorted(norms.items(), key=lambda row: -row[1])[:8])
+            largest = dict(sorted(named.items(), key=lambda row: -row[1])[:8])
             self.log.record("spike", step=step, loss=nats, grad_norm=norm, largest=largest, provenance=origin)
             self.alert(step, "loss spike", str(origin[0]), nats)
 

@@ -310,7 +310,7 @@ def test_batches_come_as_int64_with_their_provenance(dataset):
     data = Data(c, CPU)
     windows, origin = data.feed.next()
     assert windows.dtype == torch.int64 and windows.shape == (8, 33) and len(origin) == 8
-    assert data.feed.position == 8
+    assert data.feed.order.position == 8
 
 
 def test_validation_counts_every_byte_of_the_text_once(dataset):

@@ -27,7 +27,7 @@ def watch_losses(losses, log=None, **stats):
     watch = Watch(log, 100, 1.0, lambda table: table, ["a", "b"])
     for step, loss in enumerate(losses, 1):
         parts = {name: torch.tensor(value) for name, value in ({"loss": loss, "aux.z": 0.5} | stats).items()}
-        watch.step(step, step / len(losses), parts, torch.tensor([0.0, 1.0]), [["shard", step]])
+        watch.add(step, step / len(losses), [["shard", step]], parts, torch.tensor([0.0, 1.0]))
         watch.report(float(step), 1.0, {})
     return log, watch
 
