@@ -1,11 +1,11 @@
 """Pass 5: what only readers need goes, names become short."""
 
 import ast
-import builtins
 import re
 
+from build.names import shorten_names
 from build.scopes import all_arguments
-from build.trees import FUNCTIONS, is_docstring, is_kernel, is_op, like
+from build.trees import is_docstring, is_kernel, is_op, like
 
 WORDS = 3  # of an error's text that a packed file keeps
 
@@ -76,31 +76,11 @@ class Strip(ast.NodeTransformer):
         return node
 
 
-def positional_only(tree):
-    """Marks leading parameters that nobody passes by name: the minifier may then rename them, and drops the mark.
-
-    A function that is decorated or handed over as a value keeps all its names: its caller may be a library.
-    """
-    spoken = {k.arg for k in ast.walk(tree) if isinstance(k, ast.keyword)}
-    spoken |= {c.value for c in ast.walk(tree) if isinstance(c, ast.Constant) and isinstance(c.value, str)}
-    called = {id(c.func) for c in ast.walk(tree) if isinstance(c, ast.Call)}
-    values = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in called}
-    for node in (n for n in ast.walk(tree) if isinstance(n, (*FUNCTIONS, ast.Lambda))):
-        if isinstance(node, FUNCTIONS) and (node.decorator_list or node.name in values):
-            continue
-        args = node.args
-        while args.args and args.args[0].arg not in spoken:
-            args.posonlyargs.append(args.args.pop(0))
-
-
-def minify(tree):
-    """Short names and little white space; kernels and ops keep their parameters and the globals they read."""
+def minify(tree, foreign=frozenset()):
+    """Short names and little white space."""
     from python_minifier import minify as shorten
 
-    fixed = [n for n in ast.walk(tree) if isinstance(n, FUNCTIONS) and (is_kernel(n) or is_op(n))]
-    parameters = sorted({a.arg for n in fixed for a in all_arguments(n.args)})
-    positional_only(tree)
+    shorten_names(tree, foreign)
     return shorten(
         ast.unparse(ast.fix_missing_locations(tree)), remove_annotations=False, hoist_literals=False,
-        remove_asserts=True, prefer_single_line=True, rename_globals=True, preserve_locals=parameters,
-        preserve_globals=["tl", "triton", *dir(builtins)])
+        rename_locals=False, remove_asserts=True, prefer_single_line=True)

@@ -1,4 +1,4 @@
-"""Pass 5b: short names for attributes, methods, record fields and kernel parameters that only our code speaks of.
+"""Pass 5b: short names for attributes, methods and record fields that only our code speaks of.
 
 An attribute keeps its name if a library knows it, if a module of torch holds it (it is in the artifact), if Config or a
 string has it: the look-ups that remain are spelled out, and the checks refuse computed ones.
@@ -12,7 +12,7 @@ from collections import Counter
 
 from build.foreign import root
 from build.specialise import callables, find_uses, is_record, passed
-from build.trees import FUNCTIONS, is_kernel, keeps_value, names_bound
+from build.trees import FUNCTIONS, keeps_value, names_bound
 
 
 def short_names(taken):
@@ -84,20 +84,6 @@ def rename_attributes(tree, outside, foreign):
     records = {c.name for c in tree.body if is_record(c)}
     imports = {n for s in tree.body if isinstance(s, (ast.Import, ast.ImportFrom)) for n in names_bound(s)}
     return Rename(names, records, imports).visit(tree)
-
-
-def rename_kernel_parameters(tree):
-    """Those that every launch gives by place."""
-    spoken = {k.arg for k in ast.walk(tree) if isinstance(k, ast.keyword)}
-    spoken |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    for kernel in (n for n in tree.body if isinstance(n, FUNCTIONS) and is_kernel(n)):
-        used = {n.id for n in ast.walk(kernel) if isinstance(n, ast.Name)} | {a.arg for a in kernel.args.args}
-        new = short_names(used | spoken)
-        names = {a.arg: next(new) for a in kernel.args.args if a.arg not in spoken and len(a.arg) > 1}
-        for a in kernel.args.args:
-            a.arg = names.get(a.arg, a.arg)
-        for n in (n for n in ast.walk(kernel) if isinstance(n, ast.Name)):
-            n.id = names.get(n.id, n.id)
 
 
 def place_arguments(units, foreign):

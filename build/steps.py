@@ -12,7 +12,7 @@ from build.foreign import foreign_names
 from build.guards import unguard
 from build.minify import Brief, Strip, minify
 from build.pack import pack, unpack
-from build.rename import place_arguments, rename_attributes, rename_kernel_parameters
+from build.rename import place_arguments, rename_attributes
 from build.specialise import specialise
 from build.sweep import gone_keys, hooks, items_of, sweep
 from build.trees import FUNCTIONS, BuildError, as_module, place
@@ -72,9 +72,9 @@ def build(files, profile, dce=True, entry="train_gpt", explaining=False):
     b.readable = ast.unparse(tree) + "\n"
     check_text(b.readable, tree)
     b.sizes["stripped"] = len(b.readable.encode())
-    rename_attributes(tree, hooks(units), foreign if dce else foreign_names(units))
-    rename_kernel_parameters(tree)
-    short = minify(tree)
+    foreign = foreign if dce else foreign_names(units)
+    rename_attributes(tree, hooks(units), foreign)
+    short = minify(tree, foreign)
     b.sizes["minified"] = len(short.encode())
     if missing := undefined_names(short):
         raise BuildError(f"undefined after minifying: {', '.join(missing)}")

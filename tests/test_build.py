@@ -13,7 +13,7 @@ from build.bundle import bundle, read_tree
 from build.check import undefined_names
 from build.config import bake, drop_fields
 from build.fold import fold
-from build.minify import Strip, minify
+from build.minify import Strip
 from build.pack import pack, quote, unpack
 from build.prove import TORCHRUN, compare_runs, finish, make_data, proof_lines, prove, start
 from build.steps import build, explain, table
@@ -395,32 +395,6 @@ def test_strip_keeps_annotations_only_where_they_are_read():
 
 def parsed(code):
     return as_module(bundle({"train_gpt": textwrap.dedent(code)}, "train_gpt"))
-
-
-def test_minify_renames_names_but_no_field_kernel_parameter_or_keyword():
-    code = """
-    @dataclass
-    class Config:
-        dimension: int = 1
-    @triton.jit
-    def kernel(source, BLOCK_SIZE: tl.constexpr):
-        offsets = tl.arange(0, BLOCK_SIZE) + range(3)[0]
-        tl.load(source + offsets)
-    def compute(configuration, keyword=2):
-        intermediate = configuration.dimension + keyword
-        return intermediate
-    def callback(context, inputs): return context
-    @contextmanager
-    def decorated(something): yield something
-    compute(Config(dimension=3), keyword=3)
-    register(callback)
-    """
-    short = minify(parsed(code))
-    assert "configuration" not in short and "intermediate" not in short and "compute" not in short
-    kept = ("dimension", "keyword", "source,BLOCK_SIZE:tl.constexpr", "range(3)", "tl.load(source", "(context,inputs)")
-    for name in (*kept, "(something)"):
-        assert name in short
-    assert short == minify(parsed(code))
 
 
 def test_pack_takes_the_smallest_form_and_unpacks_to_the_same_text():

@@ -12,7 +12,7 @@ from build.fold import fold
 from build.foreign import foreign_names
 from build.guards import unguard
 from build.minify import Brief
-from build.rename import place_arguments, rename_attributes, rename_kernel_parameters
+from build.rename import place_arguments, rename_attributes
 from build.specialise import specialise
 from build.sweep import hooks
 from build.trees import as_module, parse
@@ -225,19 +225,6 @@ def test_a_name_that_a_library_knows_is_foreign():
     names = foreign_names(units)
     assert {"record", "clamp_", "tofile", "append", "hexdigest"} <= names
     assert "helper_of_mine" not in names
-
-
-def test_kernel_parameters_given_by_place_get_short_names():
-    tree = as_module(units_of("""
-    @triton.jit
-    def kernel(source, stride, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-        tl.store(source + stride, BLOCK + WIDE)
-    def launch(x): kernel[1,](x, 2, BLOCK=3, **{"WIDE": 4})
-    """))
-    rename_kernel_parameters(tree)
-    text = ast.unparse(tree)
-    assert "source" not in text and "stride" not in text
-    assert "BLOCK: tl.constexpr, WIDE: tl.constexpr" in text and "BLOCK=3" in text
 
 
 def test_keywords_of_our_own_functions_become_places_without_changing_the_order_of_effects():
