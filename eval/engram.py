@@ -23,7 +23,7 @@ ENGRAM_COUNT_BUCKETS = 6  # log2 of how often the context was seen, the last ope
 ENGRAM_ENTROPY_EDGES = (0.25, 0.75, 1.5, 2.5, 4.0)  # nats of the model's own distribution
 ENGRAM_ALPHA_SHAPE = (MEMORY_ORDERS, ENGRAM_COUNT_BUCKETS, len(ENGRAM_ENTROPY_EDGES) + 1)
 ENGRAM_ALPHA_GRID = tuple(i / 16 for i in range(25))
-HASH_MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # odd, as int64
+HASH_MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # odd, as int64; a context's hash is a polynomial in it
 
 
 class EvalEngram:
@@ -36,41 +36,37 @@ class EvalEngram:
         self.alpha = torch.as_tensor(alpha, dtype=torch.float32, device=device)
         self.edges = torch.tensor(ENGRAM_ENTROPY_EDGES, device=device)
         self.orders = torch.arange(1, MEMORY_ORDERS + 1, device=device)
-        self.tail = torch.full((lanes, MEMORY_ORDERS - 1), -1, device=device)  # -1: before the lane began
+        self.powers = HASH_MULTIPLIER**self.orders
+        self.tail = self.history = torch.full((lanes, MEMORY_ORDERS - 1), -1, device=device)  # -1: before its lane
+        self.lanes = torch.arange(0, lanes * rows, rows, device=device).view(-1, 1, 1)  # the first row of each
         try:
             self.tag = torch.zeros(lanes * rows, dtype=torch.int64, device=device)  # hash of the row's context; 0: free
             self.total = torch.zeros(lanes * rows, dtype=torch.int32, device=device)  # times it was seen
-            self.nexts = torch.zeros(lanes * rows, ways, dtype=torch.int32, device=device)
-            self.counts = torch.zeros(lanes * rows, ways, dtype=torch.int32, device=device)
+            self.held = torch.zeros(lanes * rows, 2, ways, dtype=torch.int32, device=device)  # continuations, counts
         except RuntimeError as error:
             raise MemoryError(f"engram_rows={rows} in {lanes} lanes does not fit in memory; lower it") from error
 
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.tag, self.total, self.nexts, self.counts))
+        return sum(t.numel() * t.element_size() for t in (self.tag, self.total, self.held))
 
     def contexts(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tags and rows (B, T, O) of the contexts that end at each input; tag 0 where the lane is too young."""
-        B, T = x.shape
         history = torch.cat([self.tail, x], 1)
-        h, young, tags = torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool), []
-        for back in range(MEMORY_ORDERS):
-            token = history[:, MEMORY_ORDERS - 1 - back :][:, :T]
-            h = (h ^ (h >> 29) ^ (token + 1)) * HASH_MULTIPLIER
-            young = young | (token < 0)
-            tags.append(h.masked_fill(young, 0))
-        tags = torch.stack(tags, -1)
-        lane = torch.arange(B, device=x.device).view(B, 1, 1)
-        return tags, lane * self.rows + (tags ^ (tags >> 32)).remainder(self.rows)
+        if not torch.equal(history, self.history):  # else the last call's: what is looked up is then absorbed
+            tokens = (history + 1).unfold(1, MEMORY_ORDERS, 1).flip(-1)
+            tags = (tokens * self.powers).cumsum(-1) * (tokens > 0)
+            self.history, self.found = history, (tags, self.lanes + (tags ^ (tags >> 32)).remainder(self.rows))
+        return self.found
 
     def lookup(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """The longest usable context at each input: its order (0: none), times seen, continuations and their counts."""
         tags, rows = self.contexts(x)
-        seen = take_rows(self.total, rows) * ((take_rows(self.tag, rows) == tags) & (tags != 0))
+        seen = self.total.take(rows) * (self.tag.take(rows) == tags)
         order = ((seen >= self.min_count) * self.orders).amax(-1)
         pick = (order - 1).clamp(min=0).unsqueeze(-1)
-        row = rows.gather(-1, pick).squeeze(-1)
-        seen = seen.gather(-1, pick).squeeze(-1) * (order > 0)
-        return order, seen, take_rows(self.nexts, row).long(), take_rows(self.counts, row) * (order > 0).unsqueeze(-1)
+        seen, row = seen.gather(-1, pick).squeeze(-1), rows.gather(-1, pick).flatten()
+        nexts, counts = self.held.index_select(0, row).view(*x.shape, 2, -1).unbind(2)
+        return order, seen, nexts.long(), counts * (order > 0).unsqueeze(-1)
 
     def evidence(self, logits: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Own nats, cell of the alpha table, log counts of the seen and of the target, p of the seen."""
@@ -93,58 +89,51 @@ class EvalEngram:
     def absorb(self, x: torch.Tensor, y: torch.Tensor, charged: torch.Tensor) -> None:
         """Count the pairs of positions already charged, in order; x continues where the last call ended."""
         tags, rows = self.contexts(x)
-        self.tail = torch.cat([self.tail, x], 1)[:, -(MEMORY_ORDERS - 1) :]
+        self.tail = self.history[:, 1 - MEMORY_ORDERS :]
         pairs = (charged.unsqueeze(-1) & (tags != 0)).flatten().nonzero().squeeze(1)  # a lane's in order of arrival
-        rows, order = take_rows(rows.flatten(), pairs).sort(stable=True)
-        pairs = take_rows(pairs, order)
-        seated = self.seat(rows, take_rows(tags.flatten(), pairs)).nonzero().squeeze(1)
-        self.count(take_rows(rows, seated), take_rows(y.flatten(), take_rows(pairs, seated) // MEMORY_ORDERS))
+        rows, order = rows.take(pairs).sort(stable=True)
+        pairs = pairs.take(order)
+        seated = self.seat(rows, tags.take(pairs)).nonzero().squeeze(1)
+        self.count(rows.take(seated), y.take(pairs.take(seated) // MEMORY_ORDERS))
 
     def seat(self, rows: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
         """Decide which context owns each touched row, as if they came one by one; True where a pair is the owner's."""
         at = torch.arange(len(rows), device=rows.device)
         touched, part, size = rows.unique_consecutive(return_inverse=True, return_counts=True)
-        last = size.cumsum(0) - 1
-        first = last - size + 1
-        resident, settled = take_rows(self.tag, touched), take_rows(self.total, touched) > 1
-        before = torch.cat([tags[:1], tags[:-1]])
-        before[first] = resident
-        again = torch.where(tags == before, at, len(rows))  # an arrival that repeats the one before it settles the row
-        again = torch.full_like(first, len(rows)).scatter_reduce(0, part, again, "amin")
-        start = torch.where(settled, first, torch.where(again < len(rows), (again - 1).maximum(first), last))
-        owner = torch.where(settled, resident, take_rows(tags, torch.where(again < len(rows), again, last)))
-        evicted = touched[(owner != resident) | (start > first)]
-        self.tag[touched] = owner
-        self.total[evicted] = 0
-        self.counts[evicted] = 0
-        return (tags == take_rows(owner, part)) & (at >= take_rows(start, part))
+        end = size.cumsum(0)
+        first, resident = end - size, self.tag.take(touched)
+        before = torch.where(self.total.take(touched) > 1, tags.take(first), resident)
+        again = tags == tags.roll(1).scatter(0, first, before)  # an arrival that repeats the one before settles the row
+        settled = end.scatter_reduce(0, part, torch.where(again, at, len(rows)), "amin")
+        start = (settled - 1).maximum(first)
+        evicted = settled > first
+        owner = torch.where(evicted, tags.take(start), resident)
+        self.tag.scatter_(0, touched, owner)
+        touched = touched[evicted]
+        self.total.index_fill_(0, touched, 0)
+        self.held.index_fill_(0, touched, 0)
+        return (tags == owner.take(part)) & (at >= start.take(part))
 
     def count(self, rows: torch.Tensor, nexts: torch.Tensor) -> None:
         """Add pairs, sorted by row and arrival, to their rows; a row keeps its first `ways` continuations."""
-        ones = torch.ones_like(rows, dtype=torch.int32)
-        self.total.scatter_add_(0, rows, ones)
         key, order = (rows * 2**32 + nexts).sort(stable=True)
         key, size = key.unique_consecutive(return_counts=True)
-        by_arrival = take_rows(order, size.cumsum(0) - size).argsort()  # still row by row
-        key, size = take_rows(key, by_arrival), take_rows(size, by_arrival).int()
-        rows, nexts = key >> 32, (key & 0xFFFFFFFF).int()
-        used = take_rows(self.counts, rows) > 0
-        match = used & (take_rows(self.nexts, rows) == nexts.unsqueeze(-1))
-        known = match.any(-1)
-        new = (~known).long().cumsum(0)
-        _, part, in_row = rows.unique_consecutive(return_inverse=True, return_counts=True)
-        before_row = take_rows(torch.cat([new.new_zeros(1), new]), take_rows(in_row.cumsum(0) - in_row, part))
-        way = torch.where(known, match.int().argmax(-1), used.sum(-1) + new - before_row - 1)
-        ways = self.counts.shape[1]
+        lead = order.take(size.cumsum(0) - size)  # the first of equal pairs
+        row, token, size = key >> 32, nexts.take(lead).int(), size.int()
+        self.total.scatter_add_(0, row, size)
+        nexts, counts = self.held.index_select(0, row).unbind(1)
+        used = counts > 0
+        match = (used & (nexts == token.unsqueeze(-1))).int()
+        new = 1 - match.amax(-1)
+        fresh = torch.zeros_like(rows).scatter_(0, lead, new.long())
+        older = fresh.cumsum(0) - fresh
+        older = older - (older * (rows != rows.roll(1))).cummax(0).values  # in the same row
+        way = torch.where(new > 0, used.sum(-1) + older.take(lead), match.argmax(-1))
+        ways = self.held.shape[2]
         fits = (way < ways).nonzero().squeeze(1)
-        place = take_rows(rows * ways + way, fits)
-        self.nexts.view(-1).scatter_(0, place, take_rows(nexts, fits))
-        self.counts.view(-1).scatter_add_(0, place, take_rows(size, fits))
-
-
-def take_rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """table[index], by the kernel that is several times faster for one index."""
-    return table.index_select(0, index.flatten()).view(*index.shape, *table.shape[1:])
+        place = (row * 2 * ways + way).take(fits)
+        self.held.view(-1).scatter_(0, place, token.take(fits))
+        self.held.view(-1).scatter_add_(0, place + ways, size.take(fits))
 
 
 def engram_shift(alpha: torch.Tensor, gain: torch.Tensor, target_gain: torch.Tensor, p: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ def true_counts(tokens):
 @pytest.mark.parametrize("chunk", [1, 7, 64, 400])
 def test_counts_are_those_of_the_concatenated_stream_whatever_the_chunk(chunk):
     tokens = text(200)
-    m = absorb(memory(rows=(1 << 17) - 1), tokens, chunk)
+    m = absorb(memory(rows=1 << 20), tokens, chunk)
     expected = true_counts(tokens[0])
     for context in list(expected)[::5]:
         assert counts_at(m, list(context)) == dict(expected[context])
@@ -59,7 +59,7 @@ def test_counts_are_those_of_the_concatenated_stream_whatever_the_chunk(chunk):
 def test_a_seam_that_is_forgotten_would_show():
     """The planted fault: each chunk starts as if the stream did."""
     tokens = text(200)
-    forgetful = memory(rows=(1 << 17) - 1)
+    forgetful = memory(rows=1 << 20)
     for part in tokens.split(50, dim=1):
         absorb(forgetful, part, 50)
         forgetful.tail.fill_(-1)
@@ -70,7 +70,7 @@ def test_a_seam_that_is_forgotten_would_show():
 def by_the_rule(tokens, m):
     """The eviction rule, one pair at a time."""
     tags, rows = m.contexts(tokens[:, :-1])
-    ways, table = m.counts.shape[1], {}
+    ways, table = m.held.shape[2], {}
     for at in range(tokens.shape[1] - 1):
         for tag, row in zip(tags[0, at].tolist(), rows[0, at].tolist()):
             if not tag:
@@ -95,7 +95,7 @@ def test_eviction_follows_the_rule_and_depends_on_no_chunk(seed):
         m = absorb(memory(rows=61, ways=3), tokens, chunk)
         for row, (tag, total, nexts) in expected.items():
             assert (int(m.tag[row]), int(m.total[row])) == (tag, total)
-            held = {int(v): int(n) for v, n in zip(m.nexts[row], m.counts[row]) if n}
+            held = {int(v): int(n) for v, n in zip(*m.held[row]) if n}
             assert held == nexts
             assert list(held) == list(nexts)  # in order of arrival
 
@@ -132,7 +132,7 @@ def test_only_charged_positions_are_absorbed():
     m = memory()
     m.absorb(x, y, charged)
     short = absorb(memory(), tokens[:, :31], 30)
-    assert torch.equal(m.tag, short.tag) and torch.equal(m.counts, short.counts)
+    assert torch.equal(m.tag, short.tag) and torch.equal(m.held, short.held)
 
 
 def test_lanes_remember_only_themselves():
@@ -141,7 +141,7 @@ def test_lanes_remember_only_themselves():
     for lane in range(3):
         alone = absorb(memory(rows=97, ways=4), tokens[lane : lane + 1], 16)
         mine = slice(97 * lane, 97 * (lane + 1))
-        assert torch.equal(m.tag[mine], alone.tag) and torch.equal(m.counts[mine], alone.counts)
+        assert torch.equal(m.tag[mine], alone.tag) and torch.equal(m.held[mine], alone.held)
         logits, x = torch.randn(1, 9, V), text(9, seed=5)
         wide = m.nats(logits.expand(3, 9, V), x.expand(3, 9), x.expand(3, 9))[lane]
         alone.tail = m.tail[lane : lane + 1]

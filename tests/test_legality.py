@@ -416,7 +416,7 @@ def watch(monkeypatch, twin):
     class Reader(ttt.EngramReader):
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            twin.learners.append(lambda: (self.memory.tag, self.memory.total, self.memory.counts))
+            twin.learners.append(lambda: (self.memory.tag, self.memory.total, self.memory.held))
 
         def learn(self, done):
             super().learn(done)
