@@ -4,7 +4,7 @@ Every token after the first is charged exactly once, whatever the mode, the lane
 `bpb` refuses anything else. A stream is cut into lanes that run as rows of one batch; a rank owns whole batches of
 lanes, so the shape of a forward, and with it every bit of the result, is the same on one rank and on eight. `chunked`
 and `sliding` do not depend on the lanes: seams fall on whole windows, and a sliding window reaches back over one.
-`stream` starts each lane afresh, with the token before it as its first input, so that no token goes uncharged.
+`stream` reads, uncharged, the window before a lane, so that no lane begins without what came before it.
 """
 
 import hashlib
@@ -159,7 +159,8 @@ def score(
     with evaluating(model):
         for lanes in lane_groups(tokens, nbytes, s)[rank::world]:
             step = s.eval_stride if mode == "sliding" else s.eval_seq_len
-            windows = cut_windows(tokens, lanes, s.eval_seq_len, step, device_of(model))
+            back = s.eval_seq_len * (mode == "stream")
+            windows = cut_windows(tokens, lanes, s.eval_seq_len, step, device_of(model), back)
             for done in score_windows(PlainReader(model, s), windows, nbytes, carry=mode == "stream"):
                 yield from done.spans
 
@@ -181,23 +182,28 @@ def lane_groups(tokens: np.ndarray, nbytes: np.ndarray, s: EvalSettings) -> list
 
 
 def cut_windows(
-    tokens: np.ndarray, lanes: list[tuple[int, int, int]], width: int, step: int, device: torch.device
+    tokens: np.ndarray, lanes: list[tuple[int, int, int]], width: int, step: int, device: torch.device, back: int = 0
 ) -> Iterator[ScoreWindow]:
-    """Forwards of one shape that charge `step` new targets of each lane; the rest of the width is older context."""
-    steps = max(-(-(stop - start) // step) for _, start, stop in lanes)
+    """Forwards of one shape that charge `step` new targets of each lane; the rest of the width is older context.
+
+    A lane that charges anything first reads what whole steps the `back` targets before it hold, uncharged.
+    """
+    begins = [start - min(back * (start < stop), start - 1) // step * step for _, start, stop in lanes]
+    steps = max(-(-(stop - begin) // step) for begin, (_, _, stop) in zip(begins, lanes))
     for k in range(steps):
         xy = np.zeros((2, len(lanes), width), np.int64)
         charged = np.zeros((len(lanes), width), bool)
         places = []
-        for row, (lane, start, stop) in enumerate(lanes):
-            first, last = start + k * step, min(start + (k + 1) * step, stop)
+        for row, (begin, (lane, start, stop)) in enumerate(zip(begins, lanes)):
+            first, last = begin + k * step, min(begin + (k + 1) * step, stop)
             if first >= last:
                 continue
             low = max(1, first - (width - step))
             xy[0, row, : last - low] = tokens[low - 1 : last - 1]
             xy[1, row, : last - low] = tokens[low:last]
-            charged[row, first - low : last - low] = True
-            places.append((row, first - low, lane, first, last))
+            if first >= start:
+                charged[row, first - low : last - low] = True
+                places.append((row, first - low, lane, first, last))
         x, y = torch.from_numpy(xy).to(device)
         yield ScoreWindow(x, y, torch.from_numpy(charged).to(device), tuple(places), last=k == steps - 1)
 
@@ -214,7 +220,7 @@ def score_windows(
         with torch.set_grad_enabled(reader.learned_from), memory_named(size, "eval_batch"):
             ahead, state = reader.forward(window, before)
         state = without_graph(state)
-        end = max(column + stop - start for _, column, _, start, stop in window.places)
+        end = max((column + stop - start for _, column, _, start, stop in window.places), default=0)
         for low in range(0, end, reader.part):
             columns = slice(low, low + reader.part)
             with torch.no_grad():

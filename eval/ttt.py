@@ -347,8 +347,9 @@ def adapt_lanes(
             reader, learner, width = helper(stack, reader, len(lanes), alpha)
             learners.append(learner)
         step = s.eval_stride if reading == "sliding" else width
-        windows = cut_windows(tokens, lanes, width, step, device_of(model))
-        rounds = score_windows(reader, windows, nbytes, carry=reading == "stream")
+        carry = reading == "stream"
+        windows = cut_windows(tokens, lanes, width, step, device_of(model), carry * s.eval_seq_len)
+        rounds = score_windows(reader, windows, nbytes, carry)
         yield from legal_ttt(rounds, lambda done: [learner.learn(done) for learner in learners])
 
 

@@ -470,7 +470,7 @@ def test_lanes_side_by_side_read_no_future_unless_they_share_a_memory(monkeypatc
         return tags, rows % self.rows
 
     monkeypatch.setattr(EvalEngram, "contexts", shared)
-    probes = Probes(Twin(Toy(), "engram", s, 112), WIDE, stream(100), positions=2)
+    probes = Probes(Twin(Toy(), "engram", s, 144), WIDE, stream(130), positions=2)
     assert probes.future().status == "fail"
 
 
