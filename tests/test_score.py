@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from eval.bench import VOCAB, engram_speed, overhead, zipf_text
-from eval.score import EvalSettings, Score, Span, bpb, breakdown, red_flags, score
+from eval.score import EvalSettings, Score, Span, bpb, breakdown, cut_windows, red_flags, score
 
 V = 16
 MODES = ("chunked", "sliding", "stream")
@@ -99,6 +99,14 @@ def test_each_mode_sees_the_context_it_promises(mode):
             "stream": max(0, [b for b in (0, 32, 80, 112) if b < at][-1] - 16),  # ten windows over four lanes
         }[mode]
         assert nats[at - 1] == pytest.approx(alone(model, tokens, low, at), abs=1e-5)
+
+
+def test_whole_windows_before_a_lane_are_read_and_not_charged():
+    tokens, _ = stream(100)
+    first, second, *_ = cut_windows(tokens, [(0, 1, 33), (1, 33, 65), (2, 65, 65)], 12, 12, "cpu", back=16)
+    assert first.places == ((0, 0, 0, 1, 13),) and first.charged.sum(1).tolist() == [12, 0, 0]
+    assert torch.equal(first.x[1], torch.from_numpy(tokens[20:32])) and not first.x[2].any()
+    assert second.places == ((0, 0, 0, 13, 25), (1, 0, 1, 33, 45)) and second.charged[1].all()
 
 
 def test_chunked_and_sliding_do_not_depend_on_the_lanes():
