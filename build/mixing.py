@@ -2,9 +2,9 @@
 
 Each letter is seven binary decisions. Every context (the last letters, the word, the open bracket, ...) counts the
 zeros and ones it saw at each decision; the logits of these counts, weighted, sum up to the logit of the next bit. The
-weights are learnt on the way, with the letter's first bits and with the letter before it. A range coder turns chances
-into digits of base 253, which a Latin-1 file holds unescaped. All numbers that decide are integers, and the two tables
-come from + * / alone, so that every machine reads the same text.
+weights are learnt on the way: a set for the letter's first bits, and one for the letter before it. A range coder turns
+chances into digits of base 253, which a Latin-1 file holds unescaped. All numbers that decide are integers, and the
+two tables come from + * / alone, so that every machine reads the same text.
 """
 
 import bisect
@@ -21,7 +21,7 @@ def tables():
         odds *= 1.003914
     more, less = [min(n + 1, 15) for n in range(16)], [min(n, n // 5 + 2) for n in range(16)]  # the other bit's fades
     pairs = [divmod(state, 16) for state in range(256)]  # zeros, ones
-    logits = [bisect.bisect(chances, 65536 * (m + 0.2) / (n + m + 0.4)) - 2816 for n, m in pairs]
+    logits = [bisect.bisect(chances, 65536 * (m + 0.16) / (n + m + 0.32)) - 2816 for n, m in pairs]
     after = [more[n] * 16 + less[m] for n, m in pairs], [less[n] * 16 + more[m] for n, m in pairs]
     return chances, logits, after
 
@@ -32,8 +32,9 @@ def contexts(text):
     letter = match = length = past = word = word_before = word_earlier = shape = 0
     while True:
         bracket = brackets[-1]
-        yield (0, letter, past % 2**16, past % 2**24, past % 2**32, word, word_earlier * 3**99 + word * 256 + letter,
-               shape, bracket % 256 + shape % 2**32 * 256, bracket % 2**16 * 256 + letter, bracket * 256 + letter,
+        yield (len(brackets), letter, past % 2**16, past % 2**24, past % 2**32, word,
+               word_earlier * 3**99 + word * 256 + letter, shape, bracket % 256 + shape % 2**32 * 256,
+               bracket % 2**16 * 256 + letter, bracket * 256 + letter,
                length and text[match] * 16 + min(length, 16))
         kind = letter = text[-1]
         past = (past * 256 + letter) % 2**40
@@ -65,11 +66,12 @@ def spell(size, bit):
     """A text of `size` letters, whose bits `bit` knows, given the chance of a one in 65536."""
     chances, logits, after = tables()
     states, text = bytearray(1 << 25), bytearray()
-    by_node, by_letter = ([[26000] * 12 for _ in range(128)] for _ in range(2))
+    by_node, by_letter = ([[26000] * 12 for _ in range(256)] for _ in range(2))
     numbers = contexts(text)
     while len(text) < size:
-        rows = [(number * 16 + i) * 3**50 % 33554177 for i, number in enumerate(next(numbers))]
-        node, late = 1, by_letter[text[-1] if text else 0]
+        told = next(numbers)
+        rows = [(number * 16 + i) * 3**50 % 33554177 for i, number in enumerate(told)]
+        node, late = 1, by_letter[told[1] + 128 * (told[-1] > 0)]  # told[-1]: a letter is expected
         while node < 128:
             places = [row + node for row in rows]
             found = [states[place] for place in places]
@@ -81,7 +83,7 @@ def spell(size, bit):
             miss = one * 65536 - chance
             if miss * miss > 1e6:
                 for weights in early, late:
-                    weights[:] = [w + (h * miss >> 14) for w, h in zip(weights, hints)]
+                    weights[:] = [w + (h * miss * 3 >> 15) for w, h in zip(weights, hints)]
             for place, state in zip(places, found):
                 states[place] = after[one][state]
             node += node + one

@@ -32,7 +32,7 @@ MIXED_START = MIXED.partition("{data}")[0]
 DECODER = mixing.tables, mixing.contexts, mixing.spell, mixing.reader
 SPELLED = 'import bisect,operator\ns=spell({size},reader(d)).decode("punycode")'
 LONGEST_MIXED = 1 << 20  # letters; a minute
-WORTH_MIXING = 4096  # bytes; the gain on less does not pay for the decoder
+WORTH_MIXING = 1 << 14  # bytes; the gain on less does not pay for the decoder
 ESCAPES = {"\0": "\\0", "\r": "\\r", "\\": "\\\\"}  # Python reads a carriage return as a line's end
 LZMA = {"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0, "nice_len": 273}
 

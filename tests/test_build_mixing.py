@@ -71,7 +71,9 @@ def test_no_table_entry_hangs_on_the_last_digit_of_a_float():
         odds *= 1.003914
 
 
-def test_mixing_wins_where_its_decoder_pays():
-    text = "".join(f"{RANDOM.choice('abcdef')}.{RANDOM.choice(['one', 'two'])}({i}, 'z')\n" for i in range(700))
-    packed = pack(text)
-    assert unpack(packed) == text and packed.startswith(MIXED_START.encode())
+@pytest.mark.parametrize("digits", [9, 9999])
+def test_a_long_text_is_mixed_if_that_is_smallest(monkeypatch, digits):
+    monkeypatch.setattr("build.pack.WORTH_MIXING", 999)
+    monkeypatch.setattr("build.pack.mixed_form", lambda text: MIXED_START + "7" * digits)
+    assert pack(TEXTS["code"][:998]).startswith(MIXED_START.encode()) is False
+    assert pack(TEXTS["code"] * 2).startswith(MIXED_START.encode()) is (digits == 9)
