@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-from build.trees import Unit, fail, is_docstring, is_main_guard, like, parse, place
+from build.trees import Unit, fail, is_docstring, is_main_guard, like, parse, place, walk
 
 
 def read_tree(root):
@@ -21,7 +21,7 @@ def bundle(files, entry):
 
     def visit(name):
         trees[name] = tree = parse(name, files[name], name in packages)
-        for node in ast.walk(tree):
+        for node in walk(tree):
             if not is_first_party(node, own):
                 continue
             check_import(node, tree, files)

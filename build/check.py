@@ -4,7 +4,7 @@ import ast
 import builtins
 
 from build.sweep import registration_target
-from build.trees import FUNCTIONS, BuildError, fail, is_main_guard
+from build.trees import FUNCTIONS, BuildError, fail, is_main_guard, walk
 
 DYNAMIC = {"globals", "locals", "vars", "eval", "exec", "compile", "__import__", "import_module"}
 NETWORK = {"socket", "urllib", "http", "requests", "ftplib", "smtplib", "huggingface_hub", "apprise", "aiohttp", "ssl"}
@@ -24,7 +24,7 @@ def check_top_level(units):
 
 def check_calls(units):
     for unit in units:
-        for node in ast.walk(unit.node):
+        for node in walk(unit.node):
             check_node(node)
 
 

@@ -5,7 +5,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from build.scopes import Scoped
-from build.trees import BuildError, fail, is_docstring, literal, pairs, place
+from build.trees import BuildError, fail, is_docstring, literal, pairs, place, walk
 from build.values import UNKNOWN, is_literal, known, module_constants
 
 
@@ -125,7 +125,7 @@ def selected(units, fields):
 
 def iterated(units):
     """Names that are read in any way but looked up: `x[k]`, `k in x`, `x.get(k)`; their keys may become values."""
-    nodes, looked_up = [n for u in units for n in ast.walk(u.node)], set()
+    nodes, looked_up = [n for u in units for n in walk(u.node)], set()
     for node in nodes:
         match node:
             case ast.Subscript(value=ast.Name() as table) | ast.Attribute(value=ast.Name() as table, attr="get"):
@@ -144,7 +144,7 @@ def table_keys(node):
 
 def drop_fields(units, fields):
     """Structural fields, and those that no code reads, are fields no more: what the profile says of them is BUILT."""
-    read = {n.attr for u in units for n in ast.walk(u.node) if isinstance(n, ast.Attribute)}
+    read = {n.attr for u in units for n in walk(u.node) if isinstance(n, ast.Attribute)}
     for f in fields.values():
         f.node.value.args = f.node.value.args[:2]
         f.node.value.keywords = [k for k in f.node.value.keywords if k.arg == "resumable"]
@@ -197,7 +197,7 @@ def config_properties(units):
 
 def check_structural_replace(units, facts):
     structural = facts.structural()
-    for node in (n for u in units for n in ast.walk(u.node) if isinstance(n, ast.Call)):
+    for node in (n for u in units for n in walk(u.node) if isinstance(n, ast.Call)):
         if ast.unparse(node.func).split(".")[-1] == "replace":
             for k in node.keywords:
                 if k.arg in structural:

@@ -5,7 +5,7 @@ from collections import Counter
 
 from build.config import Facts, check_structural_replace, config_holders, config_properties
 from build.scopes import Scoped, all_arguments, is_config, own_nodes
-from build.trees import fail, is_kernel, keeps_value, like, literal, pairs, place
+from build.trees import fail, is_kernel, keeps_value, like, literal, pairs, parts_of, place, walk
 from build.values import UNKNOWN, fixed_tables, is_literal, known, module_constants
 
 
@@ -77,7 +77,8 @@ class Folder(Scoped):
         return new
 
     def generic_visit(self, node):
-        for name, old in ast.iter_fields(node):
+        for name in parts_of(type(node)):
+            old = getattr(node, name, None)
             if name in ("body", "orelse", "finalbody") and isinstance(old, list):
                 new = self.visit_block(old)
                 setattr(node, name, new or ([like(ast.Pass(), node)] if name == "body" and old else []))
@@ -91,7 +92,7 @@ class Folder(Scoped):
         if isinstance(node, ast.Constant):
             return node.value
         value = known(node, self.facts.constants)
-        free = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} if value is not UNKNOWN else ()
+        free = {n.id for n in walk(node) if isinstance(n, ast.Name)} if value is not UNKNOWN else ()
         return UNKNOWN if any(self.binding(name) for name in free) else value
 
     def simplify(self, node):
@@ -250,7 +251,8 @@ def fold(units, fields, done, folded=None):
     """Folds to a fixpoint; `done` collects (place, test, outcome), `folded` what need not be folded again."""
     folded = {} if folded is None else folded
     holders, known_before = config_holders(units), folded.get("facts")
-    changed = {id(u) for u in units if folded.get(id(u)) != ast.dump(u.node)}
+    dumps = {id(u): ast.dump(u.node) for u in units}
+    changed = {id(u) for u in units if folded.get(id(u)) != dumps[id(u)]}
     while changed:
         facts = Facts(fields, module_constants(units), config_properties(units), fixed_tables(units),
                       folded.get("gone", set()), holders)
@@ -258,11 +260,11 @@ def fold(units, fields, done, folded=None):
         todo = [u for u in units if id(u) in changed or told != known_before]
         known_before, changed = told, set()
         for unit in todo:
-            before = ast.dump(unit.node)
             unit.node = Folder(facts, done).visit(unit.node)
             folded[id(unit)] = ast.dump(unit.node)
-            if folded[id(unit)] != before:
+            if folded[id(unit)] != dumps[id(unit)]:
                 changed.add(id(unit))
+                dumps[id(unit)] = folded[id(unit)]
         folded["facts"] = known_before
         units = [u for u in units if settle_guard(u, facts)]
     check_structural_replace(units, facts)

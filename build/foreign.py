@@ -15,6 +15,8 @@ import re
 import types
 from functools import lru_cache
 
+from build.trees import walk
+
 PYTHONS = (io, os, re, types)  # whose objects a program holds without naming their module
 OBJECTS = (hashlib.sha256(), re.compile(""), re.match("", ""))
 
@@ -59,7 +61,7 @@ def foreign_names(units):
     """Every name that a class knows in a module the program speaks of, or one of Python's own types."""
     paths = imported(units)
     spoken = set(paths.values())
-    for node in (n for u in units for n in ast.walk(u.node) if isinstance(n, ast.Attribute) and root(n) in paths):
+    for node in (n for u in units for n in walk(u.node) if isinstance(n, ast.Attribute) and root(n) in paths):
         spoken.add(ast.unparse(node).replace(root(node), paths[root(node)], 1))
     modules = {m.__name__ for m in PYTHONS} | {"builtins"}
     for path in spoken:

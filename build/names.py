@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from build.scopes import all_arguments
 from build.specialise import TRANSPARENT, is_record
-from build.trees import COMPREHENSIONS, FUNCTIONS, decorators
+from build.trees import COMPREHENSIONS, FUNCTIONS, decorators, walk
 
 LOWER, UPPER = string.ascii_lowercase, string.ascii_uppercase
 KEPT = {"tl", "triton"}  # kernels are read as source by a compiler that knows them
@@ -174,7 +174,7 @@ class Callers:
     """
 
     def __init__(self, tree, bindings, foreign):
-        nodes = list(ast.walk(tree))
+        nodes = list(walk(tree))
         self.functions = [n for n in nodes if isinstance(n, (*FUNCTIONS, ast.Lambda))]
         self.calls = {id(n.func): n for n in nodes if isinstance(n, ast.Call)}
         self.texts = texts_of([tree])
@@ -242,7 +242,7 @@ class Callers:
 
 
 def texts_of(nodes):
-    return {n.value for node in nodes for n in ast.walk(node) if isinstance(n, ast.Constant) and type(n.value) is str}
+    return {n.value for node in nodes for n in walk(node) if isinstance(n, ast.Constant) and type(n.value) is str}
 
 
 def constructor(node):

@@ -12,7 +12,7 @@ from collections import Counter
 
 from build.foreign import root
 from build.specialise import callables, find_uses, is_record, passed
-from build.trees import FUNCTIONS, keeps_value, names_bound
+from build.trees import FUNCTIONS, keeps_value, names_bound, walk
 
 
 def short_names(taken):
@@ -35,10 +35,10 @@ def own_attributes(tree, outside):
                 case ast.AnnAssign(target=ast.Name(id=name)):
                     (fixed if c.name == "Config" else found).add(name)
                 case ast.Assign(targets=targets):
-                    fixed.update(n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
-        stored = {n.attr for n in ast.walk(c) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+                    fixed.update(n.id for t in targets for n in walk(t) if isinstance(n, ast.Name))
+        stored = {n.attr for n in walk(c) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
         (fixed if is_module else found).update(stored)
-    for node in ast.walk(tree):
+    for node in walk(tree):
         match node:
             case ast.Call(func=ast.Name(id="getattr" | "hasattr" | "setattr"), args=[_, ast.Constant(value=name), *_]):
                 fixed.add(name)
@@ -73,11 +73,11 @@ class Rename(ast.NodeTransformer):
 
 
 def rename_attributes(tree, outside, foreign):
-    spoken = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    spoken = {n.value for n in walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     fields = {s.target.id for c in tree.body if isinstance(c, ast.ClassDef)
               for s in c.body if isinstance(s, ast.AnnAssign)}
     own = own_attributes(tree, outside) - foreign - (fields & spoken)
-    count = Counter(n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute))
+    count = Counter(n.attr for n in walk(tree) if isinstance(n, ast.Attribute))
     new = short_names(foreign | count.keys() | fields)
     order = sorted(own, key=lambda name: (-count[name], name))
     names = {name: next(new) for name in order if len(name) > 1}

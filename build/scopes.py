@@ -3,7 +3,7 @@
 import ast
 from dataclasses import dataclass
 
-from build.trees import COMPREHENSIONS, FUNCTIONS, names_bound
+from build.trees import COMPREHENSIONS, FUNCTIONS, children, names_bound, parts_of
 
 
 @dataclass
@@ -15,14 +15,14 @@ class Scope:
 
 def own_nodes(node):
     """The nodes of a function, class or comprehension that belong to its own scope."""
-    todo = list(ast.iter_child_nodes(node))
+    todo = list(children(node))
     while todo:
         node = todo.pop()
         yield node
         if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
             todo.extend(node.decorator_list)
         elif not isinstance(node, (ast.Lambda, *COMPREHENSIONS)):
-            todo.extend(ast.iter_child_nodes(node))
+            todo.extend(children(node))
 
 
 def all_arguments(args):
@@ -100,6 +100,17 @@ class Scoped(ast.NodeTransformer):
             node.body = self.visit(node.body)
         else:
             node.body = self.visit_block(node.body)
+
+    def generic_visit(self, node):
+        """As a transformer's, of the parts that matter."""
+        for name in parts_of(type(node)):
+            part = getattr(node, name, None)
+            if type(part) is list:
+                found = [self.as_list(self.visit(n)) if isinstance(n, ast.AST) else [n] for n in part]
+                part[:] = [new for some in found for new in some]
+            elif isinstance(part, ast.AST):
+                setattr(node, name, self.visit(part))
+        return node
 
     def visit_block(self, body):
         return [new for s in body for new in self.as_list(self.visit(s))]

@@ -23,6 +23,7 @@ from build.trees import (
     like,
     names_bound,
     pairs,
+    walk,
 )
 
 TRANSPARENT = {"torch.no_grad", "contextmanager", "functools.lru_cache", "staticmethod"}  # they pass arguments on
@@ -117,8 +118,8 @@ def callables(units, uses, foreign):
 def is_plain(function, name):
     """The parameter is read and never written, nor shadowed further in."""
     stored = any(isinstance(n, ast.Name) and n.id == name and not isinstance(n.ctx, ast.Load) for n in
-                 ast.walk(function))  # fmt: skip
-    inner = [n for n in ast.walk(function) if isinstance(n, (*FUNCTIONS, ast.Lambda)) and n is not function]
+                 walk(function))  # fmt: skip
+    inner = [n for n in walk(function) if isinstance(n, (*FUNCTIONS, ast.Lambda)) and n is not function]
     return not stored and not any(a.arg == name for n in inner for a in all_arguments(n.args))
 
 
@@ -157,12 +158,12 @@ def settle_parameters(function, calls, skip):
     count, own = 0, [a.arg for a in all_arguments(function.args)][skip:]
     for name in own:
         values = [f.get(name) for f in found]
-        inside = {id(n) for n in ast.walk(function) if isinstance(n, ast.Call)}
+        inside = {id(n) for n in walk(function) if isinstance(n, ast.Call)}
         values = [v for v, call in zip(values, calls)
                   if not (isinstance(v, ast.Name) and v.id == name and id(call) in inside)]  # handed on by recursion
         if not values or None in values:
             continue
-        read = any(isinstance(n, ast.Name) and n.id == name for s in function.body for n in ast.walk(s))
+        read = any(isinstance(n, ast.Name) and n.id == name for s in function.body for n in walk(s))
         same = all(map(is_constant, values)) and len({ast.dump(v) for v in values}) == 1
         if (same and is_plain(function, name)) or (not read and all(map(keeps_value, values))):
             if read:
@@ -186,12 +187,12 @@ def settle_fields(units, uses, foreign, structural):
     fields = Counter(s.target.id for u in units if isinstance(u.node, ast.ClassDef)
                      for s in u.node.body if isinstance(s, ast.AnnAssign)
                      and not (u.node.name == "Config" and s.target.id in structural))
-    stored = {n.attr for u in units for n in ast.walk(u.node)
+    stored = {n.attr for u in units for n in walk(u.node)
               if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load)}
     classes = [u.node for u in units if isinstance(u.node, ast.ClassDef)]
     methods = {m.name for c in classes for m in c.body if isinstance(m, FUNCTIONS)}
     given = defaultdict(list)
-    for call in (n for u in units for n in ast.walk(u.node) if isinstance(n, ast.Call)):
+    for call in (n for u in units for n in walk(u.node) if isinstance(n, ast.Call)):
         for k in call.keywords:
             given[k.arg].append((ast.unparse(call.func), k.value))
     for unit in filter(lambda u: is_record(u.node), units):
@@ -222,12 +223,12 @@ def settle_attributes(units, foreign):
                for s in u.node.body if isinstance(s, ast.AnnAssign)}
     classes = [u.node for u in units if isinstance(u.node, ast.ClassDef)]
     named = {n for c in classes for s in c.body for n in (names_bound(s) or ())}
-    assigns = [n for u in units for n in ast.walk(u.node) if isinstance(n, ast.Assign)]
+    assigns = [n for u in units for n in walk(u.node) if isinstance(n, ast.Assign)]
     for target, value in (p for n in assigns for p in pairs(n)):
         if isinstance(target, ast.Attribute):
             stored[target.attr].add(ast.dump(value) if is_constant(value) else None)
             known.add(id(target))
-    for node in (n for u in units for n in ast.walk(u.node)):
+    for node in (n for u in units for n in walk(u.node)):
         match node:
             case ast.Attribute(attr=attr, ctx=ast.Store() | ast.Del()) if id(node) not in known:
                 stored[attr].add(None)
@@ -293,8 +294,8 @@ class Locals(Settled):
 
 def only_read(function, name):
     """An empty list or dict that is only unpacked and iterated stays empty."""
-    loads = sum(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) for n in ast.walk(function))
-    for node in ast.walk(function):
+    loads = sum(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) for n in walk(function))
+    for node in walk(function):
         match node:
             case (ast.keyword(arg=None, value=ast.Name(id=found)) | ast.For(iter=ast.Name(id=found)) |
                   ast.comprehension(iter=ast.Name(id=found)) | ast.Call(func=ast.Attribute(
@@ -306,13 +307,13 @@ def only_read(function, name):
 def settle_locals(units):
     """Locals that are bound once, to a constant, are that constant; what is bound and never read goes."""
     count = 0
-    for function in [n for u in units for n in ast.walk(u.node) if isinstance(n, FUNCTIONS) and not is_kernel(n)]:
-        names = [n for n in ast.walk(function) if isinstance(n, ast.Name)]
+    for function in [n for u in units for n in walk(u.node) if isinstance(n, FUNCTIONS) and not is_kernel(n)]:
+        names = [n for n in walk(function) if isinstance(n, ast.Name)]
         bound = Counter(n.id for n in names if not isinstance(n.ctx, ast.Load))
         read = {n.id for n in names if isinstance(n.ctx, ast.Load)}
-        taken = {a.arg for f in ast.walk(function) if isinstance(f, (*FUNCTIONS, ast.Lambda))
+        taken = {a.arg for f in walk(function) if isinstance(f, (*FUNCTIONS, ast.Lambda))
                  for a in all_arguments(f.args)}
-        taken |= {n for f in ast.walk(function) if isinstance(f, (ast.Global, ast.Nonlocal)) for n in f.names}
+        taken |= {n for f in walk(function) if isinstance(f, (ast.Global, ast.Nonlocal)) for n in f.names}
         own, values = defaultdict(list), {}
         for target, value in (p for n in own_nodes(function) if isinstance(n, ast.Assign) for p in pairs(n)):
             if isinstance(target, ast.Name) and target.id not in taken:
@@ -396,13 +397,13 @@ def merge_forwarders(units):
 def inline_expressions(units):
     """A function that only returns an expression, called once, with plain names: the call is the expression."""
     uses, count = find_uses(units), 0
-    homes = {id(n): u for u in units for n in ast.walk(u.node) if isinstance(n, ast.Call)}
+    homes = {id(n): u for u in units for n in walk(u.node) if isinstance(n, ast.Call)}
     for unit in [u for u in units if isinstance(u.node, FUNCTIONS) and not u.node.decorator_list and u.guard is None]:
         calls, names = uses.calls[unit.node.name], [a.arg for a in all_arguments(unit.node.args)]
         match [s for s in unit.node.body if not is_docstring(s)]:
             case [ast.Return(value=ast.expr() as value)] if len(calls) == 1 and unit.node.name not in uses.values:
                 given = passed(calls[0], unit.node, 0) or {}
-                nested = any(isinstance(n, (ast.Lambda, ast.Yield, *COMPREHENSIONS)) for n in ast.walk(value))
+                nested = any(isinstance(n, (ast.Lambda, ast.Yield, *COMPREHENSIONS)) for n in walk(value))
                 plain = all(isinstance(given.get(n), (ast.Name, ast.Constant)) for n in names)
                 if plain and not nested and not unit.node.args.vararg and not unit.node.args.kwarg:
                     inner = Inline(calls[0], value, given, names)
@@ -422,7 +423,7 @@ class Inline(Scoped):
     def visit_Call(self, node):
         if node is not self.call:
             return self.generic_visit(node)
-        read = {n.id for n in ast.walk(self.value) if isinstance(n, ast.Name)} - set(self.names)
+        read = {n.id for n in walk(self.value) if isinstance(n, ast.Name)} - set(self.names)
         if any(self.binding(name) for name in read):
             return node
         self.count = 1
@@ -434,6 +435,6 @@ def specialise(units, foreign, structural=()):
     """One round over all units; returns how much it settled. `structural` are the fields that folding has replaced."""
     uses = find_uses(units)
     count = sum(settle_parameters(*found) for found in callables(units, uses, foreign))
-    count += settle_fields(units, find_uses(units), foreign, structural) + settle_attributes(units, foreign)
+    count += settle_fields(units, uses, foreign, structural) + settle_attributes(units, foreign)
     return count + settle_locals(units) + settle_returns(units) + merge_forwarders(units) + (
         inline_expressions(units))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from build.config import iterated, selected
 from build.foreign import resolve
 from build.scopes import Scoped, all_arguments, scope_of
-from build.trees import FUNCTIONS, Unit, is_kernel, is_main_guard, is_op, like
+from build.trees import FUNCTIONS, Unit, is_kernel, is_main_guard, is_op, like, walk
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Mentions(Scoped):
 
     def visit_Assign(self, node):
         """A table that is only looked up does not call what its keys name."""
-        names = {n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+        names = {n.id for t in node.targets for n in walk(t) if isinstance(n, ast.Name)}
         if isinstance(node.value, ast.Dict) and not self.scopes and not names & self.walked:
             self.skip = self.skip | {id(k) for k in node.value.keys}
         return self.generic_visit(node)

@@ -2,7 +2,9 @@
 
 import ast
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
+WORDS = {"ctx", "op", "ops", "id", "attr", "kind", "level", "module", "asname", "conversion", "type_comment"}
 SCALARS = (type(None), bool, int, float, str, bytes)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -10,6 +12,32 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 class BuildError(ValueError):
     """What is wrong, and where: `file:line: text`."""
+
+
+@lru_cache(maxsize=512)
+def parts_of(kind):
+    """The fields of a kind of node that hold what passes work on; contexts, operators and words are none of it."""
+    return tuple(name for name in kind._fields if name not in WORDS)
+
+
+def children(node):
+    """Its child nodes, operators aside."""
+    found = []
+    for name in parts_of(type(node)):
+        part = getattr(node, name, None)
+        if type(part) is list:
+            found += [n for n in part if isinstance(n, ast.AST)]
+        elif isinstance(part, ast.AST):
+            found.append(part)
+    return found
+
+
+def walk(node):
+    """It and all nodes below it, in the order of `ast.walk`, which asks every node for everything."""
+    found = [node]
+    for node in found:
+        found += children(node)
+    return found
 
 
 def place(node):
@@ -22,7 +50,7 @@ def fail(node, text):
 
 def like(new, old):
     """`new` (and all below it) takes the place of `old` in the source."""
-    for node in ast.walk(new):
+    for node in walk(new):
         ast.copy_location(node, old)
         node.origin = old.origin
     return new
@@ -44,6 +72,11 @@ class Unit:
     def names(self):
         return names_bound(self.node)
 
+    @cached_property
+    def stolen(self):
+        """What its functions declared global before any pass."""
+        return {name for g in walk(self.node) if isinstance(g, ast.Global) for name in g.names}
+
 
 def names_bound(node):
     """The module-level names a top-level statement binds."""
@@ -53,7 +86,7 @@ def names_bound(node):
         case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
             return [name]
         case ast.Assign(targets=targets):
-            return [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+            return [n.id for t in targets for n in walk(t) if isinstance(n, ast.Name)]
         case ast.AnnAssign(target=ast.Name(id=name)):
             return [name]
     return []
@@ -62,7 +95,7 @@ def names_bound(node):
 def parse(name, text, is_package):
     path = name.replace(".", "/") + ("/__init__.py" if is_package else ".py")
     tree = ast.parse(text, path)
-    for node in ast.walk(tree):
+    for node in walk(tree):
         node.origin = path
     return tree
 
@@ -116,4 +149,4 @@ def is_op(node):
 def keeps_value(node):
     """Dropping this expression drops no effect."""
     effects = (ast.Call, ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)
-    return not any(isinstance(n, effects) for n in ast.walk(node))
+    return not any(isinstance(n, effects) for n in walk(node))

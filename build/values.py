@@ -5,7 +5,7 @@ import builtins
 import math
 from collections import Counter
 
-from build.trees import SCALARS
+from build.trees import SCALARS, children, walk
 
 UNKNOWN = object()
 PURE = {name: getattr(builtins, name) for name in (
@@ -22,7 +22,7 @@ def known(node, constants):
     """The value of an expression made of literals, constants and pure builtins; UNKNOWN for any other."""
     if not isinstance(node, (ast.Name, ast.Call, *PURE_NODES)):
         return UNKNOWN
-    inner = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    inner = {n.id for n in walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
     def is_pure(n):
         match n:
@@ -34,7 +34,7 @@ def known(node, constants):
                 return attr in PURE_METHODS and is_pure(value) and all(map(is_pure, args))
             case ast.BinOp(op=ast.Pow(), right=ast.Constant(value=float())):
                 return False  # libm's last digit may differ between machines
-        return isinstance(n, PURE_NODES) and all(map(is_pure, ast.iter_child_nodes(n)))
+        return isinstance(n, PURE_NODES) and all(map(is_pure, children(n)))
 
     if not is_pure(node):
         return UNKNOWN
@@ -54,7 +54,7 @@ def is_literal(value):
 def assigned_once(units):
     """Module-level `NAME = value`, bound once, unguarded and never declared global."""
     count = Counter(name for u in units for name in u.names)
-    stolen = {n for u in units for g in ast.walk(u.node) if isinstance(g, ast.Global) for n in g.names}
+    stolen = {name for u in units for name in u.stolen}
     for unit in units:
         match unit.node:
             case (ast.Assign(targets=[ast.Name(id=name)], value=value) |
@@ -78,7 +78,7 @@ CHANGES = {"clear", "pop", "popitem", "setdefault", "update"}
 def fixed_tables(units):
     """Dict literals with literal keys that no statement changes."""
     changed = set()
-    for node in (n for u in units for n in ast.walk(u.node)):
+    for node in (n for u in units for n in walk(u.node)):
         match node:
             case ast.Subscript(value=ast.Name(id=name), ctx=ast.Store() | ast.Del()):
                 changed.add(name)
