@@ -4,7 +4,8 @@ Every token after the first is charged exactly once, whatever the mode, the lane
 `bpb` refuses anything else. A stream is cut into lanes that run as rows of one batch; a rank owns whole batches of
 lanes, so the shape of a forward, and with it every bit of the result, is the same on one rank and on eight. `chunked`
 and `sliding` do not depend on the lanes: seams fall on whole windows, and a sliding window reaches back over one.
-`stream` reads, uncharged, the window before a lane, so that no lane begins without what came before it.
+`stream` reads, uncharged, the window before a lane, so that no lane begins without what came before it (except where
+weights learn: there a lane starts afresh, with the token before it as its first input).
 """
 
 import hashlib

@@ -348,7 +348,8 @@ def adapt_lanes(
             learners.append(learner)
         step = s.eval_stride if reading == "sliding" else width
         carry = reading == "stream"
-        windows = cut_windows(tokens, lanes, width, step, device_of(model), carry * s.eval_seq_len)
+        back = 0 if learning in helpers else carry * s.eval_seq_len  # an optimiser ages while a lane only reads
+        windows = cut_windows(tokens, lanes, width, step, device_of(model), back)
         rounds = score_windows(reader, windows, nbytes, carry)
         yield from legal_ttt(rounds, lambda done: [learner.learn(done) for learner in learners])
 
