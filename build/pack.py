@@ -10,6 +10,7 @@ import lzma
 import re
 
 from build import mixing
+from build.trees import BuildError
 
 # what tracebacks call the source; registered, so that inspect, Triton and (by the hook) tracebacks read it from memory
 PACKED_NAME = "train_gpt.packed"
@@ -70,8 +71,20 @@ def mixed_form(text):
     import brotli
 
     letters = text.encode("punycode")
-    loader = brotli.compress(mixed_loader(len(letters)).encode(), quality=11, lgwin=16)
-    return MIXED.format(data=quote(mixing.mixed(letters)), loader=quote(loader))
+    digits, loader = mixing.mixed(letters), mixed_loader(len(letters))
+    data = quote(brotli.compress(loader.encode(), quality=11, lgwin=16))
+    file = MIXED.format(data=quote(digits), loader=data)
+    if mixed_parts(file) != (digits.decode("latin-1"), loader):
+        raise BuildError("the mixed file does not hold what was mixed")
+    return file
+
+
+def mixed_parts(file):
+    """Digits and loader of a mixed file."""
+    import brotli
+
+    digits, loader = (node.value.value for node in ast.parse(file).body if isinstance(node, ast.Assign))
+    return digits, brotli.decompress(loader.encode("latin-1")).decode()
 
 
 def pack(text):
@@ -92,14 +105,16 @@ def unpack(code):
 
     if not code.startswith(CODING.encode()):
         return code.decode()
-    tree = ast.parse(code)
-    if code.startswith(MIXED_START.encode()):
-        digits, loader = (node.value.value for node in tree.body if isinstance(node, ast.Assign))
-        return unmixed(digits, brotli.decompress(loader.encode("latin-1")).decode())
-    calls = {ast.unparse(n.func): n for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    if is_mixed(code):
+        return unmixed(*mixed_parts(code.decode("latin-1")))
+    calls = {ast.unparse(n.func): n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call)}
     name = next(name for name in ("lzma.decompress", "brotli.decompress") if name in calls)
     data = calls[name].args[0].func.value.value.encode("latin-1")
     return (lzma.decompress if name.startswith("lzma") else brotli.decompress)(data).decode()
+
+
+def is_mixed(code):
+    return code.startswith(MIXED_START.encode())
 
 
 def unmixed(digits, loader):

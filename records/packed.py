@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import brotli
 
-from build import pack as packing
+from build.pack import MIXED_START, mixed_parts, unmixed
 
 MAX_UNPACKED = 8 << 20  # a train_gpt.py is 0.2 MB; more is a bomb
 MAX_LAYERS = 4
@@ -241,7 +241,7 @@ def unpack(text: str) -> Unpacked:
     for _ in range(MAX_LAYERS):
         if not CALL.search(text):
             return Unpacked(text, tuple(layers))
-        if text.startswith(packing.MIXED_START):
+        if text.startswith(MIXED_START):
             return _own(text, layers)
         try:
             tree = ast.parse(text)
@@ -266,8 +266,8 @@ def unpack(text: str) -> Unpacked:
 def _own(text: str, layers: list[str]) -> Unpacked:
     """A file of this project's mixer, whose decoder is a program: read by the builder's copy if it is the same."""
     try:
-        return Unpacked(packing.unpack(text.encode("latin-1")), (*layers, "brotli.decompress", "mixing.spell"))
-    except (*REFUSED, SyntaxError, StopIteration) as error:
+        return Unpacked(unmixed(*mixed_parts(text)), (*layers, "brotli.decompress", "mixing.spell"))
+    except (*REFUSED, SyntaxError, StopIteration, ImportError) as error:
         return Unpacked(text, tuple(layers), f"{type(error).__name__}: {error}")
 
 
