@@ -243,6 +243,9 @@ def tables(path: str, options: dict[str, str]):
 
 def main(argv: list[str]) -> int:
     paths, chosen = [w for w in argv if "=" not in w], dict(w.split("=", 1) for w in argv if "=" in w)
+    if paths in (["--help"], ["-h"]):
+        sys.stdout.write(__doc__)
+        return 0
     if len(paths) != 1 or chosen.keys() - OPTIONS.keys():
         sys.stderr.write(f"error: one checkpoint or artifact, and of {', '.join(OPTIONS)} what you like; not {argv}\n")
         return 2

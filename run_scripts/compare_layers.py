@@ -23,6 +23,7 @@ from eval.tokens import byte_table, stream_bytes
 from train_gpt import load_config, parameter_table
 
 PATTERNS = {"A only": "AAAAAA", "S in a third": "AASAAS", "K in a third": "AAKAAK"}
+OPTIONS = {"data": "datasets/local512", "steps": "400", "seconds": "120", "seeds": "42,43,44"}
 COMMON = ["dim=64", "heads=2", "kv_heads=1", "vocab=512", "seq_len=256", "batch_tokens=2048", "micro_tokens=2048",
           "group=16", "eval_modes=stream", "log_every=50"]  # fmt: skip
 
@@ -90,7 +91,14 @@ def table(options: dict) -> list[str]:
     return [*lines, "", f"bigram: {bigram_bpb(options['data'], 512):.4f} bpb"]
 
 
+def main(argv: list[str]) -> int:
+    chosen = dict(word.split("=", 1) for word in argv if "=" in word)
+    if len(chosen) < len(argv) or chosen.keys() - OPTIONS.keys():
+        sys.stderr.write(__doc__)
+        return 0 if argv in (["--help"], ["-h"]) else 2
+    sys.stdout.write("\n".join(table(OPTIONS | chosen)) + "\n")
+    return 0
+
+
 if __name__ == "__main__":
-    defaults = {"data": "datasets/local512", "steps": "400", "seconds": "120", "seeds": "42,43,44"}
-    chosen = defaults | dict(word.split("=", 1) for word in sys.argv[1:])
-    sys.stdout.write("\n".join(table(chosen)) + "\n")
+    sys.exit(main(sys.argv[1:]))

@@ -434,10 +434,10 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     write_artifact(path, blob)
 
     def fail(_):
-        raise OSError("no space left on device")
+        raise OSError(28, "no space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match="no space left on device: .*final_model.skc"):
         write_artifact(path, packed(masters()[:3]))
     assert path.read_bytes() == blob
     assert os.listdir(tmp_path) == ["final_model.skc"]
