@@ -53,13 +53,14 @@ finally:
 """
 
 
-def proof_values(fields, tiny):
+def proof_values(fields, tiny, data):
     """Small values of the free sizes; what the profile switches off stays off, rates and shares stay what they are."""
-    values = {}
-    for f in (f for f in fields.values() if f.kind == "free"):
-        if type(f.value) is int and f.value:
-            values[f.name] = min(f.value, tiny.get(f.name) or 32)
-    return values | {name: value for name, value in PROOF.items() if name in fields}
+    values, known = {}, {f.name: f.value for f in fields.values() if f.kind == "free"}
+    for name, value in known.items():
+        if type(value) is int and value:
+            values[name] = min(value, tiny.get(name) or 32)
+    given = PROOF | {"data": data, "runs": "."}
+    return values | {name: value for name, value in given.items() if name in known}
 
 
 def start(what, command, folder):
@@ -152,7 +153,7 @@ def prove(b, root):
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         make_data(work)
-        values = [f"{k}={v}" for k, v in proof_values(b.fields, tiny).items()] + [f"data={work / 'data'}", "runs=."]
+        values = [f"{k}={v}" for k, v in proof_values(b.fields, tiny, work / "data").items()]
         (work / "tracer.py").write_text(TRACER)
         for name, text in {"source": b"", "packed": b.code, "traced": b.readable.encode()}.items():
             (work / name).mkdir()  # each runs in a folder of its own, with the same arguments

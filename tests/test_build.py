@@ -650,7 +650,7 @@ def test_the_packed_toy_does_what_its_source_does(toy, profile):
     assert len(proof["steps"]) == 3 and proof["kernels"] == 1 and proof["artifact_bytes"] % 4 == 0
     assert proof["steps"][0]["loss"] != proof["steps"][2]["loss"] and "seconds" not in proof["steps"][0]
     silent = {reason: len(code) for reason, code in proof["unexecuted"].items()}
-    assert silent == {"kernels and what launches them, CUDA only": 5, "errors that did not happen": 3,
+    assert silent == {"kernels and what launches them, CUDA only": 5, "errors that did not happen": 1,
                       "shapes for torch.compile": 1}  # fmt: skip
     assert proof["shares"]["unexecuted_on_cpu"] < 0.15 and "1 kernels alike" in proof_lines(proof)
 
