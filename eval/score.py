@@ -50,9 +50,7 @@ class EvalSettings:
     engram_min_count: int = 1  # times a context must have been seen
     engram_chunk: int = 32  # tokens of a lane between two absorptions
     ttt_scope: str = "lora"  # lora, or a scope of the model: scales, all
-    ttt_rule: str = "adam"  # adam, sgd
     ttt_lr: float = 2e-3
-    ttt_momentum: float = 0.0
     ttt_rank: int = 64
     ttt_chunk: int = 32  # tokens of a lane between two updates
     ttt_reset: int = 1  # documents between two resets; 0 never resets
@@ -140,8 +138,16 @@ class PlainReader:
         self.learned_from = False  # whether forwards keep their graphs, for a learner
 
     def forward(self, window: ScoreWindow, state: object) -> tuple[torch.Tensor, object]:
+        """What `own` and `nats` read, by the model's fused loss where it offers one; and its state."""
         self.aim(window)
-        return token_nats(self.model, window, state, self.s.temperature)
+        if hasattr(self.model, "nll") and self.s.temperature == 1:
+            return self.model.nll(window.x, window.y, state)
+        logits, state = self.logits(window, state)
+        return token_nats(logits, window.y), state
+
+    def logits(self, window: ScoreWindow, state: object) -> tuple[torch.Tensor, object]:
+        logits, state = self.model(window.x, state)
+        return logits.float() / self.s.temperature, state
 
     def own(self, ahead: torch.Tensor, window: ScoreWindow) -> torch.Tensor:
         """The model's own nats (B, T), of what `forward` said."""
@@ -253,13 +259,9 @@ def score_charge(window: ScoreWindow, columns: slice, nats: torch.Tensor, nbytes
     return tuple(spans)
 
 
-def token_nats(model: nn.Module, window: ScoreWindow, state: object, temperature: float) -> tuple[torch.Tensor, object]:
-    """-log p(y) at every position (B, T), by the model's fused loss where it offers one."""
-    if hasattr(model, "nll") and temperature == 1:
-        return model.nll(window.x, window.y, state)
-    logits, state = model(window.x, state)
-    flat = logits.float().flatten(0, 1) / temperature
-    return F.cross_entropy(flat, window.y.flatten(), reduction="none").view(window.y.shape), state
+def token_nats(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """-log p(y) at every position (B, T)."""
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from eval.score import (
     lane_groups,
     memory_named,
     score_windows,
+    token_nats,
 )
 
 # B lanes, T positions, R rank, I inputs and U outputs of a linear
@@ -64,7 +65,7 @@ class LaneAdapters:
     def __init__(self, linears: dict[str, nn.Module], lanes: int, rank: int):
         if not linears:
             raise ValueError("ttt_scope='lora' matches nothing: the model offers no linears")
-        self.live, self.unused = None, set(linears)
+        self.live, self.unused = None, set(linears)  # (B, T): positions of what the lane learned from
         self.down, self.up, self.hooks = [], [], []
         draw = torch.Generator().manual_seed(0)
         for name, linear in linears.items():
@@ -73,7 +74,7 @@ class LaneAdapters:
             self.down.append(down.repeat(lanes, 1, 1).requires_grad_())  # A (B, R, I)
             self.up.append(torch.zeros(lanes, outputs, rank, device=down.device, requires_grad=True))  # B (B, U, R)
             self.hooks.append(linear.register_forward_hook(self.bypass(name, self.down[-1], self.up[-1])))
-        self.leaves = self.rows = self.down + self.up
+        self.leaves = self.down + self.up
 
     def bypass(self, name: str, down: torch.Tensor, up: torch.Tensor) -> Callable:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
@@ -84,19 +85,11 @@ class LaneAdapters:
 
         return hook
 
-    def aim(self, live: torch.Tensor) -> None:
-        """Where the adapters act: positions (B, T) that belong to what the lane learned from."""
-        self.live = live
-
-    def reset(self, lanes: torch.Tensor) -> list[bool]:
-        """Return B to zero in these lanes; which of the rows' tensors that concerns."""
+    def reset(self, lanes: torch.Tensor) -> int:
+        """Return B to zero in these lanes; how many of the leaves, the first ones, stay as they are."""
         for up in self.up:
             up.data[lanes] = 0
-        return [False] * len(self.down) + [True] * len(self.up)
-
-    def check(self) -> None:
-        if self.unused:
-            raise ValueError(f"the model offers the linear {min(self.unused)!r} but never calls it")
+        return len(self.down)
 
     def close(self) -> None:
         for hook in self.hooks:
@@ -104,85 +97,53 @@ class LaneAdapters:
 
 
 class SharedWeights:
-    """The model's own parameters, one lane at a time; `close` brings the trained values back bit by bit."""
+    """The model's own parameters, one lane at a time; `close` brings the trained values back bit by bit.
+
+    Weights know no positions, so nothing reads `live`: a reset inside a chunk takes effect after the chunk.
+    """
+
+    unused = ()  # parameters are adapted where they are
 
     def __init__(self, parameters: list[nn.Parameter]):
         self.leaves, self.trained = parameters, [p.detach().clone() for p in parameters]
-        self.rows = [p.data.unsqueeze(0) for p in parameters]
 
-    def aim(self, live: torch.Tensor) -> None:
-        """Weights know no positions: a reset inside a chunk takes effect after the chunk."""
+    def reset(self, lanes: torch.Tensor | None = None) -> int:
+        for p, trained in zip(self.leaves, self.trained):
+            p.data.copy_(trained)
+        return 0
 
-    def reset(self, lanes: torch.Tensor) -> list[bool]:
-        if lanes.any():
-            for row, trained in zip(self.rows, self.trained):
-                row[0] = trained
-        return [True] * len(self.rows)
-
-    def check(self) -> None:
-        """Nothing to find out: parameters are adapted where they are."""
-
-    def close(self) -> None:
-        for row, trained in zip(self.rows, self.trained):
-            row[0] = trained
+    close = reset
 
 
-class LaneSGD:
-    """Momentum whose memory can be wiped for single lanes; tensors have the lanes as their first axis."""
+class LaneAdam:
+    """Adam without momentum; a step count per lane and tensor, so that a wiped memory is corrected as a young one.
 
-    def __init__(self, rows: list[torch.Tensor], lr: float, momentum: float):
-        self.rows, self.lr, self.momentum = rows, lr, momentum
-        self.first = [torch.zeros_like(row) for row in rows]
+    A lane, the first axis of a leaf or all of it, is clipped by its own norm: its step depends on no other lane.
+    """
 
-    def forget(self, lanes: torch.Tensor, concerned: list[bool]) -> None:
-        for moment in self.moments(concerned):
-            moment[lanes] = 0
+    def __init__(self, leaves: list[torch.Tensor], lanes: int, lr: float):
+        self.rows, self.lr = [leaf.data.view(lanes, -1) for leaf in leaves], lr
+        self.second = [torch.zeros_like(row) for row in self.rows]
+        self.steps = [row.new_zeros(lanes, 1) for row in self.rows]
 
-    def moments(self, concerned: list[bool]) -> list[torch.Tensor]:
-        return [moment for moment, yes in zip(self.first, concerned) if yes]
+    def forget(self, lanes: torch.Tensor, warm: int) -> None:
+        """Wipe the memory of these lanes, but of the first `warm` tensors."""
+        for memory in self.second[warm:] + self.steps[warm:]:
+            memory[lanes] = 0
 
     @torch.no_grad()
-    def step(self, grads: list[torch.Tensor], share: torch.Tensor) -> None:
-        """One step, of each lane in proportion to its share; clipped by its own norm, it depends on no other lane."""
+    def step(self, grads: Iterable[torch.Tensor], share: torch.Tensor) -> None:
+        """One step, of each lane in proportion to its share."""
         grads = [grad.reshape(row.shape) for grad, row in zip(grads, self.rows)]
-        norm = torch.stack([torch.linalg.vector_norm(grad.reshape(len(grad), -1), dim=1) for grad in grads]).norm(dim=0)
-        factor = TTT_CLIP / norm.clamp(min=TTT_CLIP)
-        for i, (row, grad) in enumerate(zip(self.rows, grads)):
-            self.move(i, row.data, grad * by_lane(factor, row), self.lr * share)
-
-    def move(self, i: int, row: torch.Tensor, grad: torch.Tensor, rate: torch.Tensor) -> None:
-        self.first[i].mul_(self.momentum).add_(grad)
-        row.addcmul_(self.first[i], by_lane(rate, row), value=-1)
-
-
-class LaneAdam(LaneSGD):
-    """Adam with a step count per lane and tensor, so that a wiped memory is corrected as a young one."""
-
-    def __init__(self, rows: list[torch.Tensor], lr: float, momentum: float):
-        super().__init__(rows, lr, momentum)
-        self.second = [torch.zeros_like(row) for row in rows]
-        self.steps = [row.new_zeros(len(row)) for row in rows]
-
-    def moments(self, concerned: list[bool]) -> list[torch.Tensor]:
-        kinds = (self.first, self.second, self.steps)
-        return [moment for kind in kinds for moment, yes in zip(kind, concerned) if yes]
-
-    def move(self, i: int, row: torch.Tensor, grad: torch.Tensor, rate: torch.Tensor) -> None:
-        self.steps[i] += 1
-        self.first[i].lerp_(grad, 1 - self.momentum)
-        self.second[i].mul_(TTT_BETA2).addcmul_(grad, grad, value=1 - TTT_BETA2)
-        young = (1 - TTT_BETA2 ** self.steps[i]).sqrt()
-        size = self.second[i].sqrt().add_(by_lane(TTT_EPS * young, row))
-        rate = rate * young / (1 - self.momentum ** self.steps[i])
-        row.addcdiv_(self.first[i] * by_lane(rate, row), size, value=-1)
-
-
-TTT_RULES = {"sgd": LaneSGD, "adam": LaneAdam}
-
-
-def by_lane(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(B,) shaped to scale the lanes of `like`."""
-    return values.view(-1, *[1] * (like.ndim - 1))
+        norm = torch.stack([torch.linalg.vector_norm(grad, dim=1) for grad in grads]).norm(dim=0)
+        factor = (TTT_CLIP / norm.clamp(min=TTT_CLIP)).unsqueeze(1)
+        rate = (self.lr * share).unsqueeze(1)
+        for row, grad, second, steps in zip(self.rows, grads, self.second, self.steps):
+            grad = grad * factor
+            steps += 1
+            second.mul_(TTT_BETA2).addcmul_(grad, grad, value=1 - TTT_BETA2)
+            young = (1 - TTT_BETA2**steps).sqrt()
+            row.addcdiv_(grad * (rate * young), second.sqrt().add_(TTT_EPS * young), value=-1)
 
 
 class LaneLearner:
@@ -190,12 +151,10 @@ class LaneLearner:
 
     def __init__(self, reader: PlainReader, lanes: int):
         model, s = reader.model, reader.s
-        self.model, self.s, self.own = model, s, reader.own
-        if s.ttt_rule not in TTT_RULES:
-            raise ValueError(f"unknown ttt_rule={s.ttt_rule!r}; one of {', '.join(TTT_RULES)}")
+        self.s, self.own = s, reader.own
         lora = s.ttt_scope == "lora"
         self.adapters = LaneAdapters(model.linears(), lanes, s.ttt_rank) if lora else SharedWeights(scope_of(model, s))
-        self.steps = TTT_RULES[s.ttt_rule](self.adapters.rows, s.ttt_lr, s.ttt_momentum)
+        self.steps = LaneAdam(self.adapters.leaves, lanes, s.ttt_lr)
         self.required = {p: p.requires_grad for p in model.parameters()}
         leaves = {id(leaf) for leaf in self.adapters.leaves}
         for p in self.required:
@@ -210,7 +169,7 @@ class LaneLearner:
         return starts // self.s.ttt_reset if self.s.ttt_reset else torch.zeros_like(starts)
 
     def aim(self, window: ScoreWindow) -> None:
-        self.adapters.aim(self.blocks(window) == self.block.unsqueeze(1))
+        self.adapters.live = self.blocks(window) == self.block.unsqueeze(1)
 
     def learn(self, done: ScoreRound) -> None:
         """Learn from the charged tokens of the block each lane was in; then reset the lanes that came to a new one.
@@ -221,10 +180,10 @@ class LaneLearner:
         if not done.closes:
             return
         window = done.window
-        self.adapters.check()
-        blocks, active = self.blocks(window), window.charged.any(1)
-        last = (window.charged.sum(1) - 1).clamp(min=0).unsqueeze(1)
-        block = torch.where(active, blocks.gather(1, last).squeeze(1), self.block)
+        if self.adapters.unused:
+            raise ValueError(f"the model offers the linear {min(self.adapters.unused)!r} but never calls it")
+        blocks = self.blocks(window)
+        block = (blocks * window.charged).amax(1).maximum(self.block)
         stale = block != self.block
         self.block = block
         self.starts = self.starts + ((window.x == self.s.bos) & window.charged).sum(1)
@@ -233,7 +192,7 @@ class LaneLearner:
             nats = self.own(done.ahead, window)
             loss = ((nats * mine).sum(1) / mine.sum(1).clamp(min=1)).sum()  # a mean per lane: lanes stay apart
             grads = torch.autograd.grad(loss, self.adapters.leaves, allow_unused=True, materialize_grads=True)
-        self.steps.step(list(grads), mine.float().mean(1))  # few tokens make a small step, no tokens none
+        self.steps.step(grads, mine.float().mean(1))  # few tokens make a small step, no tokens none
         if stale.any():
             self.steps.forget(stale, self.adapters.reset(stale))
 
@@ -259,14 +218,12 @@ def scope_of(model: nn.Module, s: EvalSettings) -> list[nn.Parameter]:
 def frozen_tables(tables: list[torch.Tensor]) -> Iterator[None]:
     """Packed tables ship as they are: a change during evaluation is undone, and an error."""
     before = [table.detach().clone() for table in tables]
-    changed = []
     try:
         yield
     finally:
-        for i, (table, kept) in enumerate(zip(tables, before)):
-            if not torch.equal(table, kept):
-                changed.append(i)
-                table.data.copy_(kept)
+        changed = [i for i, (table, kept) in enumerate(zip(tables, before)) if not torch.equal(table, kept)]
+        for i in changed:
+            tables[i].data.copy_(before[i])
     if changed:
         raise RuntimeError(f"evaluation changed packed tables {changed} (restored): the score is not the artifact's")
 
@@ -282,12 +239,10 @@ class EngramReader(PlainReader):
 
     def forward(self, window: ScoreWindow, state: object) -> tuple[torch.Tensor, object]:
         self.aim(window)
-        logits, state = self.model(window.x, state)
-        return logits.float() / self.s.temperature, state
+        return self.logits(window, state)
 
     def own(self, ahead: torch.Tensor, window: ScoreWindow) -> torch.Tensor:
-        nats = F.cross_entropy(ahead.flatten(0, 1), window.y.flatten(), reduction="none")
-        return nats.view(window.y.shape)
+        return token_nats(ahead, window.y)
 
     def nats(self, ahead: torch.Tensor, window: ScoreWindow, columns: slice) -> torch.Tensor:
         return self.memory.nats(ahead[:, columns], window.x[:, columns], window.y[:, columns])

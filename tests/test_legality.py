@@ -425,7 +425,7 @@ def watch(monkeypatch, twin):
     class Learner(ttt.LaneLearner):
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            twin.learners.append(lambda: [row.detach() for row in self.adapters.rows])
+            twin.learners.append(lambda: [row.detach() for row in self.steps.rows])
 
         def learn(self, done):
             super().learn(done)
