@@ -43,6 +43,7 @@ from eval.score import (
 TTT_CLIP = 1.0  # largest gradient norm of a lane
 TTT_BETA2 = 0.99
 TTT_EPS = 1e-8
+TTT_AHEAD = 4  # steps taken to be behind a leaf that starts at zero: it has far to go, its first steps are longer
 
 SPAN_ROW = np.dtype([("lane", "i8"), ("start", "i8"), ("stop", "i8"), ("nats", "f8"), ("nbytes", "i8")])
 TEMPERATURES = tuple(0.8 + 0.025 * i for i in range(17))
@@ -125,6 +126,7 @@ class LaneAdam:
         self.rows, self.lr = [leaf.data.view(lanes, -1) for leaf in leaves], lr
         self.second = [torch.zeros_like(row) for row in self.rows]
         self.steps = [row.new_zeros(lanes, 1) for row in self.rows]
+        self.ahead = [0 if row.any() else TTT_AHEAD for row in self.rows]
 
     def forget(self, lanes: torch.Tensor, warm: int) -> None:
         """Wipe the memory of these lanes, but of the first `warm` tensors."""
@@ -138,11 +140,11 @@ class LaneAdam:
         norm = torch.stack([torch.linalg.vector_norm(grad, dim=1) for grad in grads]).norm(dim=0)
         factor = (TTT_CLIP / norm.clamp(min=TTT_CLIP)).unsqueeze(1)
         rate = (self.lr * share).unsqueeze(1)
-        for row, grad, second, steps in zip(self.rows, grads, self.second, self.steps):
+        for row, grad, second, steps, ahead in zip(self.rows, grads, self.second, self.steps, self.ahead):
             grad = grad * factor
             steps += 1
             second.mul_(TTT_BETA2).addcmul_(grad, grad, value=1 - TTT_BETA2)
-            young = (1 - TTT_BETA2**steps).sqrt()
+            young = (1 - TTT_BETA2 ** (steps + ahead)).sqrt()
             row.addcdiv_(grad * (rate * young), second.sqrt().add_(TTT_EPS * young), value=-1)
 
 

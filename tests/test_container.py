@@ -437,7 +437,7 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "no space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="no space left on device: .*final_model.skc"):
+    with pytest.raises(OSError, match=r"no space left on device: .*final_model\.skc"):
         write_artifact(path, packed(masters()[:3]))
     assert path.read_bytes() == blob
     assert os.listdir(tmp_path) == ["final_model.skc"]
