@@ -274,8 +274,8 @@ EVAL_MODES = {  # how the stream is read, and who makes something of it
     "sliding": ("sliding", ()),
     "stream": ("stream", ()),
     "engram": ("stream", (remembering,)),
-    "ttt": ("stream", (learning,)),
-    "all": ("stream", (remembering, learning)),
+    "ttt": ("cold stream", (learning,)),  # an optimiser ages while a lane only reads
+    "all": ("cold stream", (remembering, learning)),
 }
 
 
@@ -304,10 +304,9 @@ def adapt_lanes(
             reader, learner, width = helper(stack, reader, len(lanes), alpha)
             learners.append(learner)
         step = s.eval_stride if reading == "sliding" else width
-        carry = reading == "stream"
-        back = 0 if learning in helpers else carry * s.eval_seq_len  # an optimiser ages while a lane only reads
+        back = s.eval_seq_len if reading == "stream" else 0
         windows = cut_windows(tokens, lanes, width, step, device_of(model), back)
-        rounds = score_windows(reader, windows, nbytes, carry)
+        rounds = score_windows(reader, windows, nbytes, carry="stream" in reading)
         yield from legal_ttt(rounds, lambda done: [learner.learn(done) for learner in learners])
 
 

@@ -21,6 +21,7 @@ from build.sweep import sweep
 from build.trees import BuildError, as_module
 from records.packed import source_text
 from records.packed import unpack as inspect_packed
+from train_gpt import CODE_BYTES
 
 CONFIG = '''
 from dataclasses import dataclass, field
@@ -696,6 +697,7 @@ def real():
 @pytest.mark.parametrize("profile", ["tiny", "skc_competition"])
 def test_the_real_submission_does_what_its_source_does(real, profile):
     proof, modes = prove(real(profile), ROOT), real(profile).fields["eval_modes"].value
+    assert real(profile).sizes["packed"] <= CODE_BYTES
     assert proof["kernels"] > 0 and len(proof["steps"]) == 3
     assert [(r["mode"], len(r["spans"])) for r in proof["evaluations"]] == [(mode, 64) for mode in modes]
     assert proof["shares"]["unexecuted_on_cpu"] < 0.15, proof_lines(proof)
@@ -708,6 +710,7 @@ def test_every_profile_builds_and_keeps_only_its_mixers(real, profile):
     mixers = {i.key for i in b.items if i.owner and i.owner.label == "MIXERS" and i.because}
     assert mixers == set(b.fields["layers"].value)
     assert b.sizes["packed"] < b.sizes["minified"] < b.sizes["swept"] < b.sizes["folded"]
+    assert b.sizes["packed"] <= (12_000 if profile == "baseline" else CODE_BYTES)
     assert not {"socket", "subprocess", "pickle"} & {a.name for n in ast.walk(ast.parse(b.readable))
                                                      if isinstance(n, ast.Import) for a in n.names}  # fmt: skip
 
