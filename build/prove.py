@@ -33,6 +33,30 @@ import json, train_gpt
 kernels = [v for v in vars(train_gpt).values() if type(v).__name__ == "JITFunction"]
 print(json.dumps({k.fn.__name__: k.src for k in kernels}))
 """
+# before TRACER: each kernel runs once, interpreted, and each line that asks for CUDA takes that way the first time
+AS_ON_CUDA = """
+import collections, os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+import torch.nn.attention.flex_attention as flex
+from torch._library.custom_ops import CustomOpDef
+register, asked = CustomOpDef.register_kernel, collections.Counter()
+def first(key):
+    asked[key] += 1
+    return asked[key] == 1
+def register_here(op, device, function=None):
+    if device != "cuda":
+        return register(op, device, function)
+    def keep(kernel):
+        register(op, "cpu")(lambda *args: kernel(*args) if first(op) else op._init_fn(*args))
+        return kernel
+    return keep
+def attend(q, k, v, block_mask, enable_gqa):
+    places = torch.meshgrid(*map(torch.arange, (len(q), 1, q.shape[2], k.shape[2])), indexing="ij")
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, block_mask.mask_mod(*places), enable_gqa=True)
+CustomOpDef.register_kernel, torch.compile, flex.flex_attention = register_here, lambda f: f, attend
+torch.Tensor.is_cuda = property(lambda tensor: first(sys._getframe(1).f_code))
+"""
 TRACER = """
 import json, os, runpy, sys, threading
 name, target, *sys.argv = sys.argv[1:]
@@ -134,6 +158,14 @@ def compare_scores(rows, evaluated):
     same_records(*([r for r in some if r["kind"] == "eval"] for some in (rows, own)))
 
 
+def compare_kernels(rows, run):
+    """The loss of the first step, most of it by interpreted kernels, is the one of their definitions."""
+    ours, theirs = (next(r["loss"] for r in some if r["kind"] == "step")
+                    for some in (rows, read_records(run / "metrics.jsonl")))
+    if abs(ours - theirs) > 1e-4 * abs(ours):
+        raise BuildError(f"with interpreted kernels the first loss is {theirs}, by their definitions {ours}")
+
+
 def check_kernels(code, captured):
     """What Triton will compile is the kernel of that name, whole; returns how many there are."""
     kernels = {n.name: n for n in ast.parse(unpack(code)).body if is_kernel(n)}
@@ -155,6 +187,7 @@ def prove(b, root):
         make_data(work)
         values = [f"{k}={v}" for k, v in proof_values(b.fields, tiny, work / "data").items()]
         (work / "tracer.py").write_text(TRACER)
+        (work / "as_on_cuda.py").write_text(AS_ON_CUDA + TRACER)
         for name, text in {"source": b"", "packed": b.code, "traced": b.readable.encode()}.items():
             (work / name).mkdir()  # each runs in a folder of its own, with the same arguments
             (work / name / "train_gpt.py").write_bytes(text)
@@ -177,7 +210,8 @@ def prove(b, root):
 
 
 def trace_all(work, values, rows):
-    """The packed file evaluates its artifact and is imported; the readable twin trains, evaluates, trains on two ranks.
+    """The packed file evaluates its artifact and is imported; the readable twin trains, evaluates, trains on two ranks,
+    and takes one step with interpreted kernels.
 
     Returns the twin's lines that ran, and the sources of the packed file's kernels.
     """
@@ -185,6 +219,8 @@ def trace_all(work, values, rows):
     ranks = [*again[:-1], "run_id=ranks"]
     score = ["train_gpt.py", "--evaluate", ARTIFACT, *again]
     trace = [work / "tracer.py", "train_gpt.py"]
+    as_on_cuda = [work / "as_on_cuda.py", "train_gpt.py", "cuda.json", *again[:-1], "run_id=cuda", "max_steps=1"]
+    on_cuda = start("the twin as on CUDA", as_on_cuda, work / "traced")  # beside all the others
     finish(start("the readable twin", [*trace, "trained.json", *values], work / "traced"),
            start("the packed file's --evaluate", score, work / "packed"))
     compare_runs(work / "source", work / "traced")
@@ -192,7 +228,8 @@ def trace_all(work, values, rows):
     _, captured = finish(
         start("the twin's --evaluate", [*trace, "evaluated.json", *score[1:]], work / "traced"),
         start("the import of the packed file", ["-c", KERNELS], work / "packed"))
-    finish(start("the twin on two ranks", [*TORCHRUN, *trace, "ranks.json", *ranks], work / "traced"))
+    finish(start("the twin on two ranks", [*TORCHRUN, *trace, "ranks.json", *ranks], work / "traced"), on_cuda)
+    compare_kernels(rows, work / "traced" / "cuda")
     lines = {n for path in (work / "traced").glob("*.json*") for n in json.loads(path.read_text())}
     return lines, json.loads(captured)
 
