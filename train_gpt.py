@@ -62,7 +62,7 @@ from kernels.capsule import capsule_scan, routing_statistics
 from kernels.engram import Engram, EngramRead
 from kernels.gradients import GradientBuckets, GradientSum
 from kernels.hadamard import causal_haar, causal_walsh, walsh_signs
-from kernels.layers import Conv, Feedback, Gate, Linear, Matrix, Part, Site, Trip, detached, history, hold, rms
+from kernels.layers import Feedback, Gate, Linear, Matrix, Part, Site, Trip, convolution, detached, history, hold, rms
 from kernels.loss import softcap_ce, softcap_ce_reference
 from kernels.masters import MasterGroup, clip_gradients
 from kernels.memory import memory_scan
@@ -298,6 +298,7 @@ def check_config(c: Config) -> None:
         (not c.max_steps and not c.max_seconds, "no limit: set max_steps or max_seconds"),
         ("trellis" in [trained_codec(c, f) if c.reserve_seconds else row.codec(c) for f, row in FAMILIES.items()],
          "codec trellis is a path found after training: set reserve_seconds, leave qat out of parts, engrams in int6"),
+        ("plain" in c.parts and c.reserve_seconds and "qat" not in c.parts, "plain, reserve_seconds: choose one"),
         (0 < c.max_seconds <= c.reserve_seconds, f"reserve_seconds {c.reserve_seconds} leaves nothing of max_seconds"),
     ]:  # fmt: skip
         if bad:
@@ -369,7 +370,7 @@ class Attention(Part):
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.c, self.d = c, c.dim // c.heads
-        self.conv = Conv(c.dim, c.conv_taps) if c.conv_taps else None
+        self.conv = convolution(c.dim, c.conv_taps)
         self.qkv = Linear(c.dim, c.dim + 2 * c.kv_heads * self.d)
         self.out = Linear(c.dim, c.dim, std=0.0)
         self.gain = nn.Parameter(torch.full((c.heads, 1), 5.0 if c.rope_dims < self.d else 1.5))
@@ -385,7 +386,7 @@ class Attention(Part):
         c, B, T = self.c, x.shape[0], x.shape[1]
         none = x.new_zeros(B, 0, c.kv_heads, self.d)
         old = state or {"conv": None, "k": none, "v": none}
-        n, tail = self.conv(x, ctx.pos, old["conv"]) if c.conv_taps else (x, None)
+        n, tail = self.conv(x, ctx.pos, old["conv"])
         q, k, v = self.qkv(n).split([c.dim, c.kv_heads * self.d, c.kv_heads * self.d], -1)
         q, k, v = (t.reshape(B, T, -1, self.d) for t in (q, k, v))
         q, k = rotate_pairs(rms(q), ctx.rope) * self.gain.to(x.dtype), rotate_pairs(rms(k), ctx.rope)
@@ -417,7 +418,7 @@ class Koopman(Part):
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.proj = Linear(c.dim, 3 * c.width)
-        self.c, self.conv = c, Conv(c.width, c.conv_taps) if c.conv_taps else None
+        self.conv = convolution(c.width, c.conv_taps)
         constants = torch.logspace(math.log10(2), math.log10(2048), c.width)
         self.decay = Gate(bias=-torch.logit(torch.exp(-1 / constants)))
         self.mix_in = nn.Parameter(torch.randn(c.width, c.mix_rank) * 0.02)
@@ -427,7 +428,7 @@ class Koopman(Part):
     def forward(self, x, ctx, state):
         old = state or {"conv": None, "h": None}
         u, g, dt = self.proj(x).chunk(3, -1)
-        u, tail = self.conv(u, ctx.pos, old["conv"]) if self.c.conv_taps else (u, None)
+        u, tail = self.conv(u, ctx.pos, old["conv"])
         dt = dt + self.decay.bias.to(x.dtype)
         h, last = koopman_scan(F.silu(u), g, dt, ctx.start, old["h"])
         h = h.to(x.dtype)
@@ -446,7 +447,7 @@ class Capsules(Part):
         self.c, self.d = c, c.dim // c.heads
         self.value = Linear(c.dim, 2 * c.dim)
         self.control = Linear(c.dim, c.heads * (2 * c.slots + ("static" not in c.parts)), "control")
-        self.conv = Conv(c.dim, c.conv_taps) if c.conv_taps else None
+        self.conv = convolution(c.dim, c.conv_taps)
         if "spectral" in c.parts:
             self.spectral = nn.Parameter(torch.full((c.dim,), 0.1))
             rows = torch.arange(self.d, device="cpu") * 2**self.ORDER // self.d  # each head has the whole range
@@ -466,7 +467,7 @@ class Capsules(Part):
         u, g = self.value(x).chunk(2, -1)
         control = self.control(x).reshape(B, T, c.heads, -1)
         write, read, dt = control[..., : c.slots], control[..., c.slots : 2 * c.slots], control[..., 2 * c.slots :]
-        filtered, tail = self.conv(u, ctx.pos, old["conv"]) if c.conv_taps else (u, None)
+        filtered, tail = self.conv(u, ctx.pos, old["conv"])
         walsh = None
         if "spectral" in c.parts:
             us, reach, walsh = history(u, ctx.pos, old["walsh"], 2**self.ORDER - 1)
@@ -489,7 +490,7 @@ class Wavefield(Part):
 
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.c, self.conv = c, Conv(c.dim, c.conv_taps) if c.conv_taps else None
+        self.conv = convolution(c.dim, c.conv_taps)
         self.value = Linear(c.dim, c.dim)
         self.scales = Linear(c.dim, c.heads * (self.LEVELS + 1), "control")
         self.heads = c.heads
@@ -497,7 +498,7 @@ class Wavefield(Part):
 
     def forward(self, x, ctx, state):
         old, back = state or {"conv": None, "haar": None}, 2**self.LEVELS - 1
-        n, tail = self.conv(x, ctx.pos, old["conv"]) if self.c.conv_taps else (x, None)
+        n, tail = self.conv(x, ctx.pos, old["conv"])
         v, reach, haar = history(self.value(n), ctx.pos, old["haar"], back)
         gates = torch.softmax(self.scales(x).unflatten(-1, (self.heads, -1)), -1)
         y = causal_haar(v, F.pad(gates, (0, 0, 0, 0, back, 0)), reach)[:, back:]
@@ -625,7 +626,7 @@ class GPT(Part):
             terms["balance"] = (0.01, sum(balance) / len(balance)) if balance else (0.0, plain * 0)
         if c.mtp_heads:
             terms["mtp"] = 0.2, self.ahead_loss(x, targets)
-        total = plain + sum(weight * value for weight, value in terms.values())
+        total = plain + sum(weight * value for weight, value in terms.values() if weight)
         logged = {"loss": plain} | {f"aux.{name}": value for name, (_, value) in terms.items()} | aux
         return total, detached(logged), detached(state) if "carry" in c.parts else None
 
@@ -696,8 +697,7 @@ class GPT(Part):
             damp = (slot.layer + 1) ** -0.5
             if c.feedback_passes and c.halt:
                 xs = trip.kept[slot.site] = hold(ctx.rest, trip.kept.get(slot.site, xs), xs)
-            own = slot.layer % 2 if c.streams == 2 else 0
-            reads = (0, 1) if c.parallel_from and c.parallel_from <= slot.layer else (own, own)
+            reads = (0, 1) if 0 < c.parallel_from <= slot.layer else (slot.layer % c.streams,) * 2
             if slot.take is not None:
                 xs = [x + site.skip.to(x.dtype) * stored[slot.take] for x in xs]
             xs = site.enter(xs, ctx.x0)
@@ -807,7 +807,7 @@ class Optimizer:
 
     def multiplier(self, progress: float, step: int) -> float:
         """Of all rates. A run that was extended comes to its new schedule over 150 steps, not in one."""
-        now = multiplier(self.c, progress)
+        now = scheduled(self.c, progress)
         if self.ramp is None:
             return now
         began, was = self.ramp
@@ -884,8 +884,8 @@ SCHEDULES = {  # of progress, from 1 down to 0
 }
 
 
-def multiplier(c: Config, progress: float) -> float:
-    """Of every rate: warm up, then the schedule down to the floor."""
+def scheduled(c: Config, progress: float) -> float:
+    """The multiplier of every rate: warm up, then the schedule down to the floor."""
     warm = min(1.0, (progress + 1e-3) / max(c.warmup, 1e-3))
     return warm * (c.lr_floor + (1 - c.lr_floor) * SCHEDULES[c.schedule](c, progress))
 
@@ -901,7 +901,7 @@ class Phase(NamedTuple):
 
 def phases(c: Config) -> list[Phase]:
     """The last one is what training ends with, and what evaluation runs."""
-    if not (c.loop or c.experts or c.seq_schedule):
+    if not (c.loop or c.experts or c.seq_schedule):  # what follows would say the same, but need not ship
         return [Phase(0.0, looping=False, routing=False, seq_len=c.seq_len)]
     lengths = {0.0: c.seq_len} | sequence_lengths(c)
     late = [c.loop_start] * bool(c.loop) + [c.moe_start] * bool(c.experts)
@@ -1218,7 +1218,7 @@ def curvature(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
 
 def load_model(c: Config, rt: Runtime, blob: bytes) -> tuple[GPT, dict]:
     """The model a file holds, exactly: nothing is quantised here; and the evaluation's constants."""
-    tensors, meta = unpack(blob, "plain" not in c.parts)
+    tensors, meta = unpack(blob, coded=not PACKED or "plain" not in c.parts)
     model = GPT(c).to(rt.device)
     own = {name: p for name, p, family in family_rows(model) if FAMILIES[family].ships}
     if not PACKED:
@@ -1278,11 +1278,11 @@ def evaluate(c: Config, rt: Runtime, model: GPT, constants: dict, val: Validatio
     )  # fmt: skip
     share = 0.0 if PACKED else flops_per_token(c) / 3 / rt.all_flops  # a forward is a third of forward and backward
     for mode, score in found.items():
-        speed = f"{score.tokens_per_second:,.0f} tokens/s  {score.seconds:.1f} s"
         busy = {} if PACKED else {"mfu": score.tokens_per_second * forward_passes(mode, s) * share}
-        speed += "".join(f"  {name} {share:.1%}" for name, share in busy.items())
+        more = "".join(f"  {name} {value:.1%}" for name, value in busy.items())
         log.record("eval", mode=mode, bpb=score.bpb, nats=score.nats, nbytes=score.nbytes, seconds=score.seconds,
                    tokens=score.tokens, spans=score.spans, **busy, **{} if PACKED else score.detail)  # fmt: skip
+        speed = f"{score.tokens_per_second:,.0f} tokens/s  {score.seconds:.1f} s{more}"
         log.text(f"{mode:8} bpb {score.bpb:.5f}{' (partial)' * score.partial}  {speed}")
     for flag in red_flags(found) if __debug__ else ():
         log.text(f"RED FLAG: {flag}")

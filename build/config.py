@@ -152,7 +152,7 @@ def drop_fields(units, fields):
     gone = {f.name: f for f in fields.values() if f.kind == "structural" or f.name not in read}
     config.body = [s for s in config.body if not (isinstance(s, ast.AnnAssign) and s.target.id in gone)]
     for f in gone.values():
-        f.kind = "structural"
+        f.kind = "structural"  # for what comes later, a size that nobody reads is as fixed
     kept = {f.name: f.value for f in gone.values() if f.value != f.default and not f.resumable}
     if "BUILT" in tables:
         tables["BUILT"].value = literal(kept, tables["BUILT"].value)

@@ -7,7 +7,7 @@ another class, be it a subclass of ValueError, and stays.
 
 import ast
 
-from build.trees import like
+from build.trees import like, walk
 
 
 def is_refusal(body):
@@ -19,7 +19,7 @@ def is_refusal(body):
 
 
 def names_in(node):
-    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]
+    return [n.id for n in walk(node) if isinstance(n, ast.Name)]
 
 
 class Unguard(ast.NodeTransformer):
@@ -35,7 +35,7 @@ class Unguard(ast.NodeTransformer):
 
     def is_needed(self, node):
         """A test binds what is used further on."""
-        bound = {n.target.id for n in ast.walk(node.test) if isinstance(n, ast.NamedExpr)}
+        bound = {n.target.id for n in walk(node.test) if isinstance(n, ast.NamedExpr)}
         inside = names_in(node.test) + [name for s in node.body for name in names_in(s)]
         return any(self.read.count(name) > inside.count(name) for name in bound)
 

@@ -210,10 +210,10 @@ def prove(b, root):
 
 
 def trace_all(work, values, rows):
-    """The packed file evaluates its artifact and is imported; the readable twin trains, evaluates, trains on two ranks,
-    and takes one step with interpreted kernels.
+    """All other runs: the twin's lines that ran, and the sources of the packed file's kernels.
 
-    Returns the twin's lines that ran, and the sources of the packed file's kernels.
+    The packed file evaluates its artifact and is imported; the readable twin trains, evaluates, trains on two ranks,
+    and takes one step with interpreted kernels.
     """
     again = [*(v for v in values if not v.startswith("run_id=")), "run_id=again"]
     ranks = [*again[:-1], "run_id=ranks"]

@@ -73,6 +73,15 @@ class Conv(Part):
         return y, tail
 
 
+class NoConv(nn.Module):
+    def forward(self, x, pos, tail):
+        return x, tail
+
+
+def convolution(width: int, taps: int) -> nn.Module:
+    return Conv(width, taps) if taps > 0 else NoConv()
+
+
 class Site(Part):
     """What a block does not share between its places in the network: input mix, output scales, skip, stream weights."""
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.layers import Conv, Feedback, Site, after, detached, history, hold
+from kernels.layers import Feedback, Site, after, convolution, detached, history, hold
 
 B, T, D = 2, 12, 8
 
@@ -16,7 +16,7 @@ def positions_with_a_start(at: int):
 
 
 def stirred_convolution(taps: int):
-    conv = Conv(D, taps)
+    conv = convolution(D, taps)
     with torch.no_grad():
         for p in conv.parameters():
             p.add_(torch.randn_like(p))
@@ -34,9 +34,9 @@ def test_a_convolution_is_its_sum_and_stops_at_a_start(taps):
     assert torch.equal(tail, x[:, T - taps + 1 :])
 
 
-@pytest.mark.parametrize("taps", [1, 4])
+@pytest.mark.parametrize("taps", [0, 1, 4])
 def test_a_convolution_begins_as_the_identity_and_goes_on_in_pieces(taps):
-    x, pos, conv = torch.randn(B, T, D), positions_with_a_start(5), Conv(D, taps)
+    x, pos, conv = torch.randn(B, T, D), positions_with_a_start(5), convolution(D, taps)
     assert torch.equal(conv(x, pos, None)[0], x)
     conv, tail, parts = stirred_convolution(taps), None, []
     for piece, where in zip(x.split((1, 4, 7), 1), pos.split((1, 4, 7), 1)):

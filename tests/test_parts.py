@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import train_gpt
 from data.shards import LaneOrder, WindowOrder
-from export.container import pack, unpack
+from export.container import pack, read_manifest, unpack
 from tests.toys import documents, stirred, tiny, toy_dataset
 from train_gpt import (
     GPT,
@@ -357,10 +357,11 @@ def test_a_phase_once_compiled_is_not_compiled_again(part, counts):
     ("experts=2", "how many of them a token uses"),
     ("experts=2,3", "how many of them a token uses"),
     ("shared_blocks=2", "do not repeat after shared_blocks 2"),
+    ("parts=reset,plain weight_codec=int8 max_seconds=9 reserve_seconds=2", "plain, reserve_seconds: choose one"),
 ])
 def test_what_cannot_be_is_one_line(words, text):
     with pytest.raises(ValueError, match=text):
-        tiny(words)
+        tiny(*words.split())
 
 
 # ---- carried lanes
@@ -422,6 +423,21 @@ def test_parts_train_export_and_score_together(dataset, tmp_path):
     result = json.loads((tmp_path / "t/result.json").read_text())
     assert result["status"] == "finished" and result["tokens"] == 6 * 256
     assert result["val_bpb_chunked"] == pytest.approx(result["val_bpb"], abs=0.01)  # but for a fitted temperature
+
+
+@pytest.mark.unhurried  # a whole run
+def test_the_plain_part_trains_the_same_model_into_a_file_that_nothing_codes(dataset, tmp_path):
+    words = ["--profile", "tiny", f"data={dataset}", f"runs={tmp_path}", "max_steps=2", "export_every=2"]
+    losses = {}
+    for parts in ("reset,unet", "reset,unet,plain"):
+        assert command_line([*words, f"parts={parts}", f"run_id={parts}"]) == 0
+        rows = [json.loads(line) for line in (tmp_path / parts / "metrics.jsonl").read_text().splitlines()]
+        losses[parts] = [row["loss"] for row in rows if row["kind"] == "step"]
+    assert losses["reset,unet"] == pytest.approx(losses["reset,unet,plain"], rel=1e-5)
+    books = [read_manifest((tmp_path / p / "final_model.skc").read_bytes())[0].books for p in losses]
+    assert books[0] and books[1] == {}
+    proxy = [str(tmp_path / "reset,unet,plain" / "proxy.skc"), f"data={dataset}", f"runs={tmp_path}"]
+    assert command_line(["--evaluate", *proxy, "eval_modes=chunked"]) == 0  # coded, and read all the same
 
 
 ONE_SIDED = """
