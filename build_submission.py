@@ -9,11 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from build.bundle import read_tree
-from build.deliver import deliver
-from build.prove import proof_lines, prove
-from build.steps import build, explain, table
-from build.trees import BuildError
+from packer.bundle import read_tree
+from packer.deliver import deliver
+from packer.prove import proof_lines, prove
+from packer.steps import build, explain, table
+from packer.trees import BuildError
 
 
 def parse_arguments(argv):

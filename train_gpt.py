@@ -26,7 +26,33 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.feed import Feed
-from data.fields import (
+from data.shards import LaneOrder, WindowOrder, dataset_hash, read_sidecar, read_tokens, shard_paths
+from eval.engram import ENGRAM_ALPHA_SHAPE
+from eval.generate import generate_text, sample_texts
+from eval.modes import EVAL_MODES, evaluate_modes, fit_engram, fit_temperature, forward_passes
+from eval.score import EvalSettings, evaluating, red_flags
+from eval.tokens import byte_table, load_tokenizer, sidecar_bytes, stream_bytes
+from export.budget import BYTE_CAP, check_budget, describe, plan_bytes, solve_budget
+from export.container import Row, check_model, check_shipped, pack, read_manifest, row_parts, unpack, write_artifact
+from export.gptq import CurvatureCollector, felt, gptq_rounding, gptq_rows
+from export.quantise import STEP_CODECS, int_grid, int_value
+from harness.preflight import Plan
+from harness.run_log import Harness, enter_folder, find_checkpoint
+from harness.watch import Watch, memory_in_use
+from kernels.attention import attend, attention_mask, positions, rotary_tables, rotate_pairs
+from kernels.capsule import capsule_scan, routing_statistics
+from kernels.engram import Engram, EngramRead
+from kernels.hadamard import causal_haar, causal_walsh, walsh_signs
+from kernels.layers import Feedback, Gate, Linear, Matrix, Part, Site, Trip, convolution, detached, history, hold, rms
+from kernels.loss import softcap_ce, softcap_ce_reference
+from kernels.memory import memory_scan
+from kernels.moe import moe_mix, route
+from kernels.scan import koopman_scan
+from kernels.ternary import ternary_project
+from optim.gradients import GradientBuckets, GradientSum
+from optim.masters import MasterGroup, clip_gradients
+from optim.rules import AdamW, Lion, Muon
+from runtime.fields import (
     changed_fields,
     check_choices,
     describe_fields,
@@ -42,35 +68,9 @@ from data.fields import (
     show_value,
     structural,
 )
-from data.harness import Harness, enter_folder, find_checkpoint
-from data.plain import PlainLog, Progress
-from data.preflight import Plan
-from data.run_folder import Log, StopSignals, deadline, load_checkpoint, save_checkpoint
-from data.shards import LaneOrder, WindowOrder, dataset_hash, read_sidecar, read_tokens, shard_paths
-from data.watch import Watch, memory_in_use
-from eval.engram import ENGRAM_ALPHA_SHAPE
-from eval.generate import generate_text, sample_texts
-from eval.score import EvalSettings, evaluating, red_flags
-from eval.tokens import byte_table, load_tokenizer, sidecar_bytes, stream_bytes
-from eval.ttt import EVAL_MODES, evaluate_modes, fit_engram, fit_temperature, forward_passes
-from export.budget import BYTE_CAP, check_budget, describe, plan_bytes, solve_budget
-from export.container import Row, check_model, check_shipped, pack, read_manifest, row_parts, unpack, write_artifact
-from export.gptq import CurvatureCollector, felt, gptq_rounding, gptq_rows
-from export.quantise import STEP_CODECS, int_grid, int_value
-from kernels.attention import attend, attention_mask, positions, rotary_tables, rotate_pairs
-from kernels.capsule import capsule_scan, routing_statistics
-from kernels.engram import Engram, EngramRead
-from kernels.gradients import GradientBuckets, GradientSum
-from kernels.hadamard import causal_haar, causal_walsh, walsh_signs
-from kernels.layers import Feedback, Gate, Linear, Matrix, Part, Site, Trip, convolution, detached, history, hold, rms
-from kernels.loss import softcap_ce, softcap_ce_reference
-from kernels.masters import MasterGroup, clip_gradients
-from kernels.memory import memory_scan
-from kernels.moe import moe_mix, route
-from kernels.optimizers import AdamW, Lion, Muon
-from kernels.ranks import Runtime, agree, detect_runtime, mean_over_ranks, require_same, stop_together
-from kernels.scan import koopman_scan
-from kernels.ternary import ternary_project
+from runtime.plain import PlainLog, Progress
+from runtime.ranks import Runtime, agree, detect_runtime, mean_over_ranks, require_same, stop_together
+from runtime.run_folder import Log, StopSignals, deadline, load_checkpoint, save_checkpoint
 
 # ── Config ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 

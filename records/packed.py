@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import brotli
 
-from build.pack import MIXED_START, mixed_parts, unmixed
+from packer.pack import MIXED_START, mixed_parts, unmixed
 
 MAX_UNPACKED = 8 << 20  # a train_gpt.py is 0.2 MB; more is a bomb
 MAX_LAYERS = 4

@@ -18,15 +18,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from eval.modes import evaluate_modes
 from eval.score import evaluating
-from eval.ttt import evaluate_modes
 from export.bench import bench_artifact
 from export.budget import describe, solve_budget
 from export.container import pack, row_parts, unpack
 from export.gptq import Curvature, CurvatureCollector, felt, gptq_rounding, gptq_rows
 from export.quantise import STEP_CODECS
 from export.rotate import rotate, turn, values_and_output
-from kernels.ranks import Runtime
+from runtime.ranks import Runtime
 from train_gpt import (
     GPT,
     Clock,

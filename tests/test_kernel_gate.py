@@ -16,8 +16,8 @@ from kernels.capsule import capsule_scan
 from kernels.gate import GATE_SHARED, gate_faults, gate_table
 from kernels.hadamard import causal_walsh, walsh_signs, wht
 from kernels.loss import softcap_ce
-from kernels.ranks import Runtime
 from kernels.scan import koopman_scan
+from runtime.ranks import Runtime
 from tests.toys import stirred, tiny
 from train_gpt import warm_up
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from data.harness import Harness, find_checkpoint
-from data.run_folder import checkpoints, save_checkpoint
+from harness.run_log import Harness, find_checkpoint
+from runtime.run_folder import checkpoints, save_checkpoint
 from tests.test_notify import KEY, service  # noqa: F401 (a fixture)
 from tests.test_publish import TOKEN, start_hub, stop_hub, wait_for
 from tests.toys import toy_dataset
@@ -160,7 +160,7 @@ def test_a_price_that_is_no_number_is_named(tmp_path):
 
 def test_ranks_whose_agent_is_gone_end(tmp_path, monkeypatch):
     with pytest.raises(SystemExit), harness(tmp_path, TORCHELASTIC_RUN_ID="x") as log:
-        monkeypatch.setattr("data.harness.os.getppid", lambda: 1)
+        monkeypatch.setattr("harness.run_log.os.getppid", lambda: 1)
         time.sleep(10)
     assert "is gone" in rows(log.folder, "alert")[0]["where"]
 
@@ -171,7 +171,7 @@ def test_whichever_rank_sees_first_that_the_agent_is_gone_says_so(tmp_path, monk
     with pytest.raises(SystemExit), Harness(
         tmp_path, 1, 2, environment, resume_at=None, publish="", limits=limits, patience=600.0
     ):  # fmt: skip
-        monkeypatch.setattr("data.harness.os.getppid", lambda: 1)
+        monkeypatch.setattr("harness.run_log.os.getppid", lambda: 1)
         time.sleep(10)
     assert "rank 1: the agent that started this rank" in (tmp_path / "train.log").read_text()
 
@@ -300,8 +300,8 @@ def test_sigterm_leads_to_a_checkpoint_and_the_same_command_goes_on(dataset, tmp
 
 IMPATIENT = """
 import sys
-import data.watchdog
-data.watchdog.SILENCE = 3.0
+import harness.watchdog
+harness.watchdog.SILENCE = 3.0
 from train_gpt import command_line
 sys.exit(command_line(sys.argv[1:]))
 """

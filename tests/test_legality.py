@@ -15,8 +15,8 @@ from eval import ttt
 from eval.__main__ import main
 from eval.engram import ENGRAM_ALPHA_SHAPE, EvalEngram
 from eval.legality import Probes
+from eval.modes import EVAL_MODES
 from eval.score import EvalSettings
-from eval.ttt import EVAL_MODES
 from tests.toys import stirred, tiny
 
 V, N = 16, 60

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from data.notify import HIDDEN, Notifier, Secrets, deliver, fact_lines
+from harness.notify import HIDDEN, Notifier, Secrets, deliver, fact_lines
 
 KEY = "planted-secret-key"
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # apprise imports a module about to be removed
@@ -26,7 +26,7 @@ class Service(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def service(monkeypatch):
-    monkeypatch.setattr("data.notify.PAUSE", 0.01)
+    monkeypatch.setattr("harness.notify.PAUSE", 0.01)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Service)
     server.taken, server.status = [], 200
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -72,7 +72,7 @@ def test_a_service_that_wakes_up_gets_the_message(service):
 
 
 def test_sending_never_waits_for_the_service(monkeypatch):
-    monkeypatch.setattr("data.notify.deliver", lambda *_: time.sleep(60))
+    monkeypatch.setattr("harness.notify.deliver", lambda *_: time.sleep(60))
     said = []
     notifier = Notifier("json://nowhere", said.append)
     began = time.monotonic()
@@ -84,7 +84,7 @@ def test_sending_never_waits_for_the_service(monkeypatch):
 
 
 def test_without_an_address_nothing_is_sent(monkeypatch):
-    monkeypatch.setattr("data.notify.deliver", lambda *_: pytest.fail("sent"))
+    monkeypatch.setattr("harness.notify.deliver", lambda *_: pytest.fail("sent"))
     notifier = Notifier("", pytest.fail)
     notifier.send("a", "b")
     notifier.close()

@@ -1,9 +1,9 @@
-"""kernels/orthogonal.py: the polar factor by Polar Express."""
+"""optim/orthogonal.py: the polar factor by Polar Express."""
 
 import pytest
 import torch
 
-from kernels.orthogonal import POLAR_SAFETY, POLAR_STEPS, orthogonalise
+from optim.orthogonal import POLAR_SAFETY, POLAR_STEPS, orthogonalise
 
 
 def singular(x):

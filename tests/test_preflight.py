@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.manifest import describe_files, write_manifest
-from data.preflight import (
+from harness.preflight import (
     Finding,
     Plan,
     check_artifact,

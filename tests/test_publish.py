@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from data.publish import FolderTarget, HubTarget, Publisher, Receipt, Refused, Unreached, parse_target, snapshot
+from harness.publish import FolderTarget, HubTarget, Publisher, Receipt, Refused, Unreached, parse_target, snapshot
 
 TOKEN = "hf_planted_secret_token"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # inside the hub's client
@@ -120,8 +120,8 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr("data.publish.FIRST_DELAY", 0.01)
-    monkeypatch.setattr("data.publish.LAST_DELAY", 0.05)
+    monkeypatch.setattr("harness.publish.FIRST_DELAY", 0.01)
+    monkeypatch.setattr("harness.publish.LAST_DELAY", 0.05)
 
 
 def publisher(target):
@@ -152,7 +152,7 @@ def test_a_folder_holds_the_same_bytes(tmp_path):
 
 def test_what_arrived_damaged_is_not_taken_for_published(tmp_path, monkeypatch):
     (tmp_path / "x.skc").write_bytes(b"good")
-    monkeypatch.setattr("data.publish.shutil.copyfileobj", lambda a, b, n: b.write(b"baad"))
+    monkeypatch.setattr("harness.publish.shutil.copyfileobj", lambda a, b, n: b.write(b"baad"))
     with pytest.raises(Unreached, match="was sent"), snapshot(tmp_path / "x.skc") as file:
         FolderTarget(tmp_path / "there").put(file, "x.skc")
     assert not (tmp_path / "there" / "x.skc").exists()

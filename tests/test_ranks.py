@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data.run_folder import checkpoints, load_checkpoint
-from kernels.gradients import GradientBuckets, GradientSum
-from kernels.ranks import Runtime, stop_together
+from optim.gradients import GradientBuckets, GradientSum
+from runtime.ranks import Runtime, stop_together
+from runtime.run_folder import checkpoints, load_checkpoint
 from tests.toys import toy_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,7 +133,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.distributed as dist
-from kernels.ranks import Runtime
+from runtime.ranks import Runtime
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", f"file://{sys.argv[2]}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
 rt = Runtime(rank, 2, torch.device("cpu"), torch.float32, 1.0, dist.new_group(backend="gloo"))
@@ -158,7 +158,7 @@ def test_what_ends_one_rank_ends_all_in_its_words():
 
 
 def test_a_matrix_too_many_for_the_ranks_is_padded():
-    from kernels.ranks import shared_out
+    from runtime.ranks import shared_out
 
     stack = torch.randn(3, 4, 5)
     assert torch.equal(shared_out(None, lambda x: x * 2, stack), stack * 2)
@@ -179,7 +179,7 @@ def test_gradients_are_averaged_and_those_that_are_not_there_count_as_zero(reduc
 
 
 def test_a_checkpoint_is_sealed(tmp_path):
-    from data.run_folder import save_checkpoint
+    from runtime.run_folder import save_checkpoint
 
     facts = save_checkpoint(tmp_path, 7, {"x": torch.ones(3)}, 0)
     assert torch.equal(load_checkpoint(facts["path"])["x"], torch.ones(3))

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from data.run_folder import (
+from runtime.run_folder import (
     Lines,
     Log,
     StopSignals,
@@ -51,10 +51,10 @@ def test_a_new_checkpoint_never_makes_room_for_later_ones_it_did_not_follow(tmp_
 def test_on_a_crowded_disk_the_older_checkpoints_make_room_and_one_stays(tmp_path, monkeypatch):
     for step in (4, 6, 8):
         save_checkpoint(tmp_path, step, {"step": step}, keep_every=4)
-    monkeypatch.setattr("data.run_folder.crowded", lambda folder, size: True)
+    monkeypatch.setattr("runtime.run_folder.crowded", lambda folder, size: True)
     save_checkpoint(tmp_path, 10, {"step": 10}, keep_every=4)
     assert [step for _, step in checkpoints(tmp_path)] == [10, 8, 4]
-    monkeypatch.setattr("data.run_folder.write_whole", lambda path, content: (tmp_path / "no" / "room").open())
+    monkeypatch.setattr("runtime.run_folder.write_whole", lambda path, content: (tmp_path / "no" / "room").open())
     for step in (11, 12):
         with pytest.raises(OSError):
             save_checkpoint(tmp_path, step, {"step": step}, keep_every=0)
@@ -71,8 +71,8 @@ def test_on_a_crowded_disk_the_last_whole_checkpoint_is_the_one_that_stays(tmp_p
     def full(path, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("data.run_folder.crowded", lambda folder, size: True)
-    monkeypatch.setattr("data.run_folder.write_whole", full)
+    monkeypatch.setattr("runtime.run_folder.crowded", lambda folder, size: True)
+    monkeypatch.setattr("runtime.run_folder.write_whole", full)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(tmp_path, 500, {"step": 500}, 0)
     assert newest_checkpoint(tmp_path)[0] == {"step": 400}

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from data.timers import OVERSHOOT, Timers, process_stat, uptime
+from runtime.timers import OVERSHOOT, Timers, process_stat, uptime
 
 
 class Hands:
@@ -86,7 +86,7 @@ def test_no_limit_is_never_over():
 
 
 def test_a_process_is_timed_from_its_start():
-    code = "import time; time.sleep(0.3); from data.timers import Timers; print(Timers({}).total)"
+    code = "import time; time.sleep(0.3); from runtime.timers import Timers; print(Timers({}).total)"
     began = time.perf_counter()
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0.25 < float(out.stdout) <= time.perf_counter() - began + 0.02  # /proc counts in hundredths

@@ -13,9 +13,9 @@ import pytest
 import sentencepiece
 import torch
 
-from data.fields import fields_hash, replay_line
 from export.container import row_parts
-from kernels.ranks import Runtime
+from runtime.fields import fields_hash, replay_line
+from runtime.ranks import Runtime
 from tests.toys import stirred, tiny, toy_dataset
 from train_gpt import (
     FAMILIES,
@@ -98,7 +98,7 @@ def test_a_file_of_another_version_is_refused_by_the_name_of_its_fields():
 
 
 def test_a_built_structure_is_named_when_it_is_asked_for_otherwise(monkeypatch):
-    monkeypatch.setattr("data.fields.BUILT", {"layers": "AKS", "parts": ("reset", "unet")})
+    monkeypatch.setattr("runtime.fields.BUILT", {"layers": "AKS", "parts": ("reset", "unet")})
     c, _ = load_config(["parts=reset,unet", "dim=128"], {"LAYERS": "AKS"}, "tiny", {"layers": "AKS", "vocab": 64})
     assert c.dim == 128
     for words, env, file in ((["layers=KKK"], {}, None), ([], {"LAYERS": "KKK"}, None), ([], {}, {"layers": "KKK"})):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data.watch import Watch, collapses
+from harness.watch import Watch, collapses
 
 
 class Notebook:

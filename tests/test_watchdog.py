@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data.timers import process_stat, uptime
-from data.watchdog import EXIT_CODE, Beat, Watchdog, clear_traces, find_fault, waits_for_others
+from harness.watchdog import EXIT_CODE, Beat, Watchdog, clear_traces, find_fault, waits_for_others
+from runtime.timers import process_stat, uptime
 
 ROOT = Path(__file__).resolve().parent.parent
 ME = os.getpid(), process_stat(os.getpid())[1]
@@ -55,7 +55,7 @@ def test_another_process_with_the_same_number_is_not_the_rank():
 def test_only_a_stack_that_ends_in_a_collective_waits_for_others():
     head, ours = "Thread 0x1 (most recent call first):\n", '  File "/x/train_gpt.py", line 3 in train\n'
     collective = '  File "/x/torch/distributed/distributed_c10d.py", line 3 in all_reduce\n'
-    waiting = '  File "/x/kernels/ranks.py", line 9 in finish\n'
+    waiting = '  File "/x/runtime/ranks.py", line 9 in finish\n'
     assert waits_for_others(head + collective + ours) and waits_for_others(head + waiting + ours)
     assert not waits_for_others(head + ours + waiting) and not waits_for_others("")
 
@@ -91,8 +91,8 @@ def test_what_an_earlier_run_left_does_not_count_whatever_its_date(tmp_path):
 
 
 def test_ranks_that_cannot_leave_a_beat_are_not_taken_for_silent(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.watchdog.INTERVAL", 0.01)
-    monkeypatch.setattr("data.watchdog.SILENCE", 0.1)
+    monkeypatch.setattr("harness.watchdog.INTERVAL", 0.01)
+    monkeypatch.setattr("harness.watchdog.SILENCE", 0.1)
     with Watchdog(tmp_path, 0, lambda: ("train", 1), lambda phase: 60.0, print, print, pytest.fail) as dog:
         (tmp_path / "ranks" / "0.draft").symlink_to("/dev/full")  # fails like a disk without space
         time.sleep(0.3)
@@ -103,7 +103,7 @@ def test_ranks_that_cannot_leave_a_beat_are_not_taken_for_silent(tmp_path, monke
 
 
 def test_a_full_disk_hides_no_hang(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.watchdog.INTERVAL", 0.01)
+    monkeypatch.setattr("harness.watchdog.INTERVAL", 0.01)
     ended = []
     monkeypatch.setattr(Watchdog, "end", lambda self, fault: (ended.append(fault), self.closing.set()))
     with Watchdog(tmp_path, 0, lambda: ("evaluate", 1), lambda phase: 0.1, print, lambda line: None, print) as dog:
@@ -136,9 +136,9 @@ def test_a_finished_rank_leaves_no_beat(tmp_path):
 # A rank of a job without torch: it steps ten times a second and goes wrong at step 5 in the way it is told.
 RANK = """
 import ctypes, os, signal, sys, time
-import data.watchdog
+from harness import watchdog
 from pathlib import Path
-data.watchdog.SILENCE, data.watchdog.STEP_FLOOR, data.watchdog.INTERVAL, data.watchdog.GRACE = 2.0, 2.0, 0.2, 1.0
+watchdog.SILENCE, watchdog.STEP_FLOOR, watchdog.INTERVAL, watchdog.GRACE = 2.0, 2.0, 0.2, 1.0
 folder, rank, fault = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 step = 0
 
@@ -157,7 +157,7 @@ def die():
 def say(word):
     return lambda text="": (folder / f"{word}{rank}").write_text(text)
 
-with data.watchdog.Watchdog(folder, rank, lambda: ("train", step), lambda phase: 4.0, say("warn"), say("tell"),
+with harness.watchdog.Watchdog(folder, rank, lambda: ("train", step), lambda phase: 4.0, say("warn"), say("tell"),
                             say("last_words")):
     while step < 1000:
         if step == 5 and fault:

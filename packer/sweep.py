@@ -1,0 +1,261 @@
+"""Pass 4: what the entry point can reach."""
+
+import ast
+import builtins
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from packer.config import iterated, selected
+from packer.foreign import resolve
+from packer.scopes import Scoped, all_arguments, scope_of
+from packer.trees import FUNCTIONS, Unit, is_kernel, is_main_guard, is_op, like, walk
+
+
+@dataclass
+class Item:
+    """A function, class, method, registry entry, constant or import: live once something live mentions it."""
+
+    label: str
+    unit: Unit
+    node: ast.AST
+    owner: "Item | None" = None  # the class of a method, the table of an entry
+    key: object = None  # the name of a method, the key of an entry
+    name_node: ast.AST | None = None  # the key's own node: a table does not call its entries by listing them
+    names: set = field(default_factory=set)  # module-level names it mentions
+    spoken: set = field(default_factory=set)  # attributes (".name") and string literals it mentions
+    because: str | None = None  # label of the first live item that needs it, None while dead
+
+
+class Mentions(Scoped):
+    """Collects the module-level names and the attributes a piece of code speaks of."""
+
+    def __init__(self, imports, walked, skip):
+        super().__init__()
+        self.imports, self.walked, self.skip, self.names, self.spoken = imports, walked, skip, set(), set()
+
+    def visit(self, node):
+        return node if id(node) in self.skip else super().visit(node)
+
+    def visit_Name(self, node):
+        if self.binding(node.id) is None:
+            self.names.add(node.id)
+        return node
+
+    def visit_Global(self, node):
+        self.names.update(node.names)
+        return node
+
+    def visit_Attribute(self, node):
+        if isinstance(node.ctx, ast.Load) and self.root(node) not in self.imports:
+            self.spoken.add(f"{'Config' * self.is_config(node)}.{node.attr}")
+        return self.generic_visit(node)
+
+    def visit_Assign(self, node):
+        """A table that is only looked up does not call what its keys name."""
+        names = {n.id for t in node.targets for n in walk(t) if isinstance(n, ast.Name)}
+        if isinstance(node.value, ast.Dict) and not self.scopes and not names & self.walked:
+            self.skip = self.skip | {id(k) for k in node.value.keys}
+        return self.generic_visit(node)
+
+    def visit_outside(self, node):
+        """Annotations that nobody reads call nothing."""
+        if not isinstance(node, ast.Lambda) and not is_kernel(node) and not is_op(node):
+            self.skip = self.skip | {id(a) for a in (node.returns, *(a.annotation for a in all_arguments(node.args)))}
+        super().visit_outside(node)
+
+    def visit_AnnAssign(self, node):
+        """Nor does a field of Config call what its default names: the profile chooses."""
+        if self.classes[-1:] == ["Config"] and isinstance(node.value, ast.Call):
+            self.skip = self.skip | set(map(id, node.value.args))
+        if self.scopes and not self.scopes[-1].is_class:
+            self.skip = self.skip | {id(node.annotation)}
+        return self.generic_visit(node)
+
+    def visit_Compare(self, node):
+        """A comparison makes no value, so it calls nothing by name."""
+        if all(isinstance(op, (ast.Eq, ast.NotEq)) for op in node.ops):
+            self.skip = self.skip | {id(n) for n in (node.left, *node.comparators) if isinstance(n, ast.Constant)}
+        return self.generic_visit(node)
+
+    def visit_Constant(self, node):
+        if isinstance(node.value, str):
+            self.spoken.add(node.value)
+        return node
+
+    def visit_Call(self, node):
+        match node:
+            case ast.Call(func=ast.Name(id="getattr" | "hasattr"), args=[_, ast.Constant(value=str(name)), *_]):
+                self.spoken.add(f".{name}")
+        return self.generic_visit(node)
+
+    def is_config(self, node):
+        """`c.state` of a Config speaks of no method but its own."""
+        scope = self.binding(node.value.id) if isinstance(node.value, ast.Name) else None
+        return scope is not None and node.value.id in scope.configs
+
+    @staticmethod
+    def root(node):
+        while isinstance(node, ast.Attribute):
+            node = node.value
+        return node.id if isinstance(node, ast.Name) else None
+
+
+def parts(unit, chosen):
+    """(label, node, key, key's node) of what a unit holds and the sweep may drop alone: methods, registry entries."""
+    if isinstance(unit.node, ast.ClassDef):
+        return [(f"{unit.node.name}.{m.name}", m, m.name, None) for m in unit.node.body if isinstance(m, FUNCTIONS)]
+    if unit.names and unit.names[0] in chosen:
+        table = unit.node.value
+        entries = zip(table.keys, table.values, strict=True)
+        return [(f"{unit.names[0]}[{k.value!r}]", v, k.value, k) for k, v in entries]
+    return []
+
+
+def items_of(units, chosen):
+    """Every item, with what it mentions; an owner does not speak for its parts."""
+    imports = {n for u in units if isinstance(u.node, (ast.Import, ast.ImportFrom)) for n in u.names}
+    items, walked = [], iterated(units)
+    for unit in units:
+        owner = Item(unit.names[0] if unit.names else "<main>", unit, unit.node)
+        members = [Item(label, unit, node, owner, key, at) for label, node, key, at in parts(unit, chosen)]
+        for item in (owner, *members):
+            seen = Mentions(imports, walked, {id(n) for m in members if m is not item for n in (m.node, m.name_node)})
+            if item.owner and isinstance(unit.node, ast.ClassDef):
+                seen.scopes, seen.classes = [scope_of(unit.node)], [unit.node.name]
+            seen.visit(item.node)
+            if unit.guard:
+                seen.visit(unit.guard)
+            item.names, item.spoken = seen.names - {item.label}, seen.spoken
+        items += [owner, *members]
+    return items
+
+
+def registration_target(unit):
+    """`@op.register_fake`, `op.register_autograd(...)`: what is registered lives with what it is registered on."""
+    calls = [unit.node.value] if isinstance(unit.node, ast.Expr) else getattr(unit.node, "decorator_list", ())
+    for call in calls:
+        function = call.func if isinstance(call, ast.Call) else call
+        first = call.args[0] if isinstance(call, ast.Call) and call.args else None
+        for register in (function, first):  # first: `@partial(op.register_autograd, setup_context=save)`
+            if isinstance(register, ast.Attribute) and register.attr.startswith("register_"):
+                if isinstance(first, ast.Constant) and "::" in str(first.value):
+                    return first.value
+                return Mentions.root(register)
+    return None
+
+
+def op_names(units):
+    """Name in the op registry ("space::scan") -> the function that defines it."""
+    return {d.args[0].value: u.names[0] for u in units for d in getattr(u.node, "decorator_list", ())
+            if isinstance(d, ast.Call) and d.args and isinstance(d.args[0], ast.Constant)
+            and ast.unparse(d.func).endswith("custom_op")}
+
+
+def hooks(units):
+    """Class -> names its third-party bases know: a method that overrides one is called from outside."""
+    imports = {n: u.node for u in units if isinstance(u.node, (ast.Import, ast.ImportFrom)) for n in u.names}
+    classes = {u.node.name: u.node for u in units if isinstance(u.node, ast.ClassDef)}
+
+    def known_to(base):
+        text = ast.unparse(base)
+        if text in classes:
+            return {n for b in classes[text].bases for n in known_to(b)}
+        root, *rest = text.split("[")[0].split(".")
+        if root not in imports:
+            return set(dir(getattr(builtins, root, object)))
+        node, alias = imports[root], imports[root].names[0]
+        path = [node.module, alias.name] if isinstance(node, ast.ImportFrom) else [alias.name if alias.asname else root]
+        return set(dir(resolve(".".join([*path, *rest]))))
+
+    return {name: {n for b in node.bases for n in known_to(b)} for name, node in classes.items()}
+
+
+class Marker:
+    """Marks items live, from the entry point on, each with the label of what first needed it."""
+
+    def __init__(self, units, fields):
+        self.chosen, self.outside, ops = selected(units, fields), hooks(units), op_names(units)
+        self.items = items_of(units, self.chosen)
+        self.by_name, self.by_word, self.attached, self.members = (defaultdict(list) for _ in range(4))
+        self.speaker, self.todo = {}, []  # speaker: word -> label of the live item that mentioned it first
+        for item in self.items:
+            if item.owner:
+                self.members[item.owner.label].append(item)
+                for word in self.words(item):
+                    self.by_word[word].append(item)
+                continue
+            target = registration_target(item.unit)
+            self.attached[ops.get(target, target)].append(item)
+            for name in item.unit.names:
+                self.by_name[name].append(item)
+
+    def words(self, member):
+        """What speaks of it; a Config may be known for one, or not."""
+        if member.owner.label in self.chosen:
+            return [member.key]
+        return [f".{member.key}", f"Config.{member.key}"][: 1 + (member.owner.label == "Config")]
+
+    def live(self, item, because):
+        if item.because is None:
+            item.because = because
+            self.todo.append(item)
+
+    def reason(self, member):
+        """What needs a method or entry, given that its owner lives; None if nothing does."""
+        owner, key = member.owner.label, member.key
+        if owner in self.chosen and key in self.chosen[owner]:
+            return "the profile"
+        if owner not in self.chosen and (key in self.outside[owner] or (key.startswith("__") and key.endswith("__"))):
+            return owner
+        return next((self.speaker[word] for word in self.words(member) if word in self.speaker), None)
+
+    def run(self):
+        for item in self.items:
+            if is_main_guard(item.node):
+                self.live(item, "the entry point")
+        while self.todo:
+            self.follow(self.todo.pop())
+        return self.items
+
+    def follow(self, item):
+        new = sorted(item.spoken - self.speaker.keys())
+        self.speaker |= dict.fromkeys(new, item.label)
+        own = [] if item.owner else item.unit.names
+        mentioned = [other for name in sorted(item.names) for other in self.by_name[name]]
+        for other in mentioned + [registered for name in own for registered in self.attached[name]]:
+            self.live(other, item.label)
+        members = [] if item.owner else self.members[item.label]
+        for member in members + [m for word in new for m in self.by_word[word] if m.owner.because]:
+            if because := self.reason(member):
+                self.live(member, because)
+
+
+def mark(units, fields):
+    return Marker(units, fields).run()
+
+
+def sweep(units, fields):
+    """The live units, their dead parts gone; and all items, for whoever asks why."""
+    items = mark(units, fields)
+    dead = {id(i.node) for i in items if i.owner and i.because is None}
+    live = [i.unit for i in items if i.because and not i.owner]
+    for unit in live:
+        drop_parts(unit.node, dead)
+    return live, items
+
+
+def gone_keys(items, fields):
+    """Keys of registries that the profile does not choose and no live code speaks: nothing can be equal to them."""
+    registries, kept = {f.registry for f in fields.values()} - {None}, set()
+    for f in (f for f in fields.values() if f.registry):
+        kept.update([f.value, *f.value])
+    kept.update(*(i.spoken for i in items if i.because))
+    return {i.key for i in items if i.owner and isinstance(i.key, str) and i.owner.label in registries} - kept
+
+
+def drop_parts(node, dead):
+    if isinstance(node, ast.ClassDef):
+        node.body = [s for s in node.body if id(s) not in dead] or [like(ast.Pass(), node)]
+    elif isinstance(getattr(node, "value", None), ast.Dict):
+        kept = [(k, v) for k, v in zip(node.value.keys, node.value.values, strict=True) if id(v) not in dead]
+        node.value.keys, node.value.values = [k for k, _ in kept], [v for _, v in kept]
