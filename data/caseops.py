@@ -56,7 +56,7 @@ def original_bytes(pieces):
     encoded = b"".join(pieces)
     counts = np.ones(len(encoded), np.int64)
     for m in OPERATOR.finditer(encoded):
-        counts[m.start():m.start() + 3] = 0
+        counts[m.start() : m.start() + 3] = 0
     upto = np.concatenate([[0], np.cumsum(counts)])
     ends = np.cumsum([0] + [len(p) for p in pieces])
     return np.diff(upto[ends])

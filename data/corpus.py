@@ -9,8 +9,15 @@ from pathlib import Path
 
 from data.tokenise import SPACE
 
-SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__",
-           "encodings"}  # generated tables of code points, hardly text
+SKIPPED = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "encodings",
+}  # generated tables of code points, hardly text
 SAMPLE_BYTES, SAMPLE_PIECE = 8_000_000, 5_000  # a tokenizer trains on about so much, drawn in pieces
 
 
@@ -85,16 +92,21 @@ class Corpus:
         self.cut = {} if val_documents else choose_validation(rows, val_bytes)
         self.validation, self.copies = self._validation()
         if not self.validation or not self.bytes:
-            raise ValueError(f"no text: {self.bytes} bytes to train, {len(self.validation)} documents to validate on; "
-                             "give files that hold some")
+            raise ValueError(
+                f"no text: {self.bytes} bytes to train, {len(self.validation)} documents to validate on; "
+                "give files that hold some"
+            )
         for text in self.validation:
             digest.update(sha256(text))
         self.hash = digest.hexdigest()[:12]
 
     def _validation(self):
         """The texts, and the hashes of the whole documents that they are or are cut from."""
-        whole = {key: text for key, text in usable((self.val_documents or self.documents)())
-                 if self.val_documents or key in self.cut}
+        whole = {
+            key: text
+            for key, text in usable((self.val_documents or self.documents)())
+            if self.val_documents or key in self.cut
+        }
         texts = [cut_at_line(whole[key], size) for key, size in self.cut.items()] or list(whole.values())
         return [text for text in texts if text], {sha256(text) for text in whole.values()}
 
@@ -108,7 +120,7 @@ class Corpus:
         share = min(1.0, SAMPLE_BYTES / self.bytes)
         for text in self.train():
             for at in range(0, len(text), SAMPLE_PIECE):
-                piece = text[at:at + SAMPLE_PIECE]
+                piece = text[at : at + SAMPLE_PIECE]
                 if int.from_bytes(sha256(piece)[:4], "big") < share * 2**32:
                     yield piece
 
@@ -117,8 +129,10 @@ def choose_validation(rows, val_bytes):
     """{key: bytes to keep} from (hash, size, key) rows: short documents in the order of hashes, the last one cut."""
     total, longest = sum(size for _, size, _ in rows), max(val_bytes // 10, 1)
     if total < 4 * val_bytes:
-        raise ValueError(f"a corpus of {total:,} bytes is too small for {val_bytes:,} bytes of validation; lower "
-                         "--val-bytes, give more text, or validate on other text with --val-files")
+        raise ValueError(
+            f"a corpus of {total:,} bytes is too small for {val_bytes:,} bytes of validation; lower "
+            "--val-bytes, give more text, or validate on other text with --val-files"
+        )
     chosen, left = {}, val_bytes
     for _, size, key in sorted(row for row in rows if row[1] <= longest):
         if left <= 0:
@@ -126,11 +140,13 @@ def choose_validation(rows, val_bytes):
         chosen[key] = min(size, left)
         left -= size
     if left > val_bytes // 2:
-        raise ValueError(f"only {val_bytes - left:,} of {val_bytes:,} validation bytes: too few documents are at most "
-                         f"{longest:,} bytes long; raise --val-bytes or validate on other text with --val-files")
+        raise ValueError(
+            f"only {val_bytes - left:,} of {val_bytes:,} validation bytes: too few documents are at most "
+            f"{longest:,} bytes long; raise --val-bytes or validate on other text with --val-files"
+        )
     return chosen
 
 
 def cut_at_line(text, size):
     kept = text.encode()[:size].decode("utf-8", "ignore")
-    return kept if kept == text else kept[:kept.rfind("\n") + 1] or kept
+    return kept if kept == text else kept[: kept.rfind("\n") + 1] or kept

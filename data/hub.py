@@ -35,8 +35,14 @@ EXPORTS = {
     "sp1024": Export("willdepueoai/parameter-golf", "fineweb10B_sp1024", 1024, 62_021_632, 1024),
     "sp4096": Export("kevclark/parameter-golf", "fineweb10B_sp4096", 4096, 45_508_608, 2048),
     "sp8192": Export("kevclark/parameter-golf", "fineweb10B_sp8192", 8192, 40_540_160, 2048),
-    "caseops": Export("romeerp/parameter-golf-caseops-v1", "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
-                      8192, 47_851_520, 2560, sidecar=True),
+    "caseops": Export(
+        "romeerp/parameter-golf-caseops-v1",
+        "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
+        8192,
+        47_851_520,
+        2560,
+        sidecar=True,
+    ),
 }
 
 
@@ -55,8 +61,14 @@ def fetch(variant, out, train_shards, force, say):
         shutil.rmtree(out / ".hub", ignore_errors=True)
     published = json.loads(_get(export, "manifest.json", out).read_text())
     stats, model_path = _entry(published, export, train_shards)
-    wanted = {kind: [f"fineweb_{kind}_{i:06d}.bin" for i in range(count)] for kind, count in (
-        ("val", stats["files_val"]), ("val_bytes", export.sidecar and stats["files_val"]), ("train", train_shards))}
+    wanted = {
+        kind: [f"fineweb_{kind}_{i:06d}.bin" for i in range(count)]
+        for kind, count in (
+            ("val", stats["files_val"]),
+            ("val_bytes", export.sidecar and stats["files_val"]),
+            ("train", train_shards),
+        )
+    }
     for path in out.glob("*.bin"):
         if path.name not in chain(*wanted.values()) or not (path.name in have or force):
             raise ValueError(f"{path}: not a shard that this command brought or wants; give another --out or remove it")
@@ -70,9 +82,13 @@ def fetch(variant, out, train_shards, force, say):
     _verify(export, model, paths)
     model.replace(out / "tokenizer.model")
     files = [path.replace(out / path.name) for path in chain(*paths.values())]
-    manifest = {"recipe": recipe, "vocab": export.vocab, "variant": variant,
-                "transform": "caseops" if export.sidecar else "none",
-                "files": describe_files([out / "tokenizer.model", *files])}
+    manifest = {
+        "recipe": recipe,
+        "vocab": export.vocab,
+        "variant": variant,
+        "transform": "caseops" if export.sidecar else "none",
+        "files": describe_files([out / "tokenizer.model", *files]),
+    }
     write_manifest(out, manifest)
     shutil.rmtree(out / ".hub")
     return "fetched", manifest
@@ -90,8 +106,10 @@ def _entry(published, export, train_shards):
         stats = {"docs_val": VALIDATION_DOCUMENTS} | dataset["stats"]
         files_train, _ = stats["files_train"], stats["files_val"]
     except (KeyError, StopIteration) as e:
-        raise ValueError(f"{export.repository}: its manifest does not describe {export.dataset} ({e!r}); the "
-                         "repository has changed since this was written, use another --variant") from e
+        raise ValueError(
+            f"{export.repository}: its manifest does not describe {export.dataset} ({e!r}); the "
+            "repository has changed since this was written, use another --variant"
+        ) from e
     if not 1 <= train_shards <= files_train:
         raise ValueError(f"--train-shards {train_shards}: {export.repository} has 1 to {files_train} of them")
     if stats["docs_val"] != VALIDATION_DOCUMENTS:
@@ -100,9 +118,11 @@ def _entry(published, export, train_shards):
 
 
 def _leak(finding):
-    return (f"{finding}, but the competition validates on the first {VALIDATION_DOCUMENTS:,}: after another split the "
-            "rest of them is in the training shards and every score is void (issue 2127 of openai/parameter-golf); "
-            "delete these shards and fetch the canonical export")
+    return (
+        f"{finding}, but the competition validates on the first {VALIDATION_DOCUMENTS:,}: after another split the "
+        "rest of them is in the training shards and every score is void (issue 2127 of openai/parameter-golf); "
+        "delete these shards and fetch the canonical export"
+    )
 
 
 def _get(export, path, out):
@@ -116,8 +136,10 @@ def _get(export, path, out):
         return Path(hf_hub_download(export.repository, f"datasets/{path}", repo_type="dataset", local_dir=out / ".hub"))
     except (OSError, HTTPError) as e:
         reason = str(e).strip().split("\n")[0]
-        raise ValueError(f"{export.repository}: cannot fetch {path} ({type(e).__name__}: {reason}); check the network "
-                         "and repeat the command, it keeps what has arrived; without a network use `local`") from e
+        raise ValueError(
+            f"{export.repository}: cannot fetch {path} ({type(e).__name__}: {reason}); check the network "
+            "and repeat the command, it keeps what has arrived; without a network use `local`"
+        ) from e
 
 
 def _verify(export, model, paths):
@@ -125,8 +147,12 @@ def _verify(export, model, paths):
     tokens = sum(len(v) for v in validation)
     documents = sum(int(np.count_nonzero(v == BOS)) for v in validation)
     if (tokens - 1) // export.window * export.window != export.scored or documents != VALIDATION_DOCUMENTS:
-        raise ValueError(_leak(f"{tokens:,} validation tokens in {documents:,} documents where the records score "
-                               f"{export.scored:,} of {export.dataset}"))
+        raise ValueError(
+            _leak(
+                f"{tokens:,} validation tokens in {documents:,} documents where the records score "
+                f"{export.scored:,} of {export.dataset}"
+            )
+        )
     repeated, _ = overlap(paths["val"], paths["train"])
     if repeated > TOLERATED_OVERLAP * documents:
         raise ValueError(_leak(f"{repeated:,} of {documents:,} validation documents are in the training shards"))
@@ -142,5 +168,7 @@ def _verify_sidecar(paths, tokens):
         raise ValueError(f"{paths[0]}: byte sidecars of {lengths} entries for {tokens} tokens; repeat with --force")
     total, (low, high) = sum(int(s.sum(dtype=np.int64)) for s in sidecars), VALIDATION_BYTES
     if not low <= total <= high:
-        raise ValueError(f"{paths[0]}: the byte sidecar adds up to {total:,}, the validation text has {low:,} to "
-                         f"{high:,} bytes: every score would be off by that; repeat with --force")
+        raise ValueError(
+            f"{paths[0]}: the byte sidecar adds up to {total:,}, the validation text has {low:,} to "
+            f"{high:,} bytes: every score would be off by that; repeat with --force"
+        )

@@ -41,8 +41,13 @@ def describe_files(paths):
 def intact(folder, files):
     """Are these files in the folder, byte for byte as described?"""
     paths = [Path(folder) / name for name in files]
-    return bool(files) and all(p.is_file() for p in paths) and all(
-        p.stat().st_size == files[p.name]["bytes"] and shard_sha256(p) == files[p.name]["sha256"] for p in paths)
+    return (
+        bool(files)
+        and all(p.is_file() for p in paths)
+        and all(
+            p.stat().st_size == files[p.name]["bytes"] and shard_sha256(p) == files[p.name]["sha256"] for p in paths
+        )
+    )
 
 
 def overlap(val_paths, train_paths):
@@ -58,8 +63,8 @@ def overlap(val_paths, train_paths):
         marks = _fingerprints(tokens, begins, ends)
         first, last = (np.searchsorted(heads, marks, side, sorter=order) for side in ("left", "right"))
         for i in np.flatnonzero(first < last):
-            for j in order[first[i]:last[i]]:
-                found[j] |= np.array_equal(tokens[begins[i]:ends[i]], validation[starts[j]:stops[j]])
+            for j in order[first[i] : last[i]]:
+                found[j] |= np.array_equal(tokens[begins[i] : ends[i]], validation[starts[j] : stops[j]])
     return int(found.sum()), len(found)
 
 

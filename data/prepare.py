@@ -36,16 +36,16 @@ class ShardWriter:
 
     def add(self, tokens):
         while len(tokens):
-            part = tokens[:len(self.buffer) - self.fill]
-            self.buffer[self.fill:self.fill + len(part)] = part
+            part = tokens[: len(self.buffer) - self.fill]
+            self.buffer[self.fill : self.fill + len(part)] = part
             self.fill += len(part)
-            tokens = tokens[len(part):]
+            tokens = tokens[len(part) :]
             if self.fill == len(self.buffer):
                 self.flush()
 
     def flush(self):
         if self.fill:
-            write_shard(self.folder / f"{self.name}_{self.written:06d}.bin", self.buffer[:self.fill])
+            write_shard(self.folder / f"{self.name}_{self.written:06d}.bin", self.buffer[: self.fill])
             self.written, self.fill = self.written + 1, 0
 
 
@@ -78,8 +78,10 @@ def tokenise(texts, tokenizer, folder, split, a):
             counts["lost_bytes"] += abs(len(given.encode()) - int(tokenizer.lengths[tokens].sum()))
         if counts["lost_bytes"] and not a.allow_lossy:
             lost = f"{counts['lost_bytes']:,} of {counts['bytes']:,} bytes"
-            raise ValueError(f"{a.tokenizer or 'the tokenizer'}: normalises away {lost}, so a score would count its "
-                             "text and not yours; use a tokenizer that loses nothing, or accept it with --allow-lossy")
+            raise ValueError(
+                f"{a.tokenizer or 'the tokenizer'}: normalises away {lost}, so a score would count its "
+                "text and not yours; use a tokenizer that loses nothing, or accept it with --allow-lossy"
+            )
     shards.flush()
     if sidecar:
         sidecar.flush()
@@ -110,8 +112,13 @@ def prepare(a, corpus):
     """Makes everything in a folder aside and moves it when all is right. Returns what was done, and the manifest."""
     if a.tokenizer:
         a.vocab = Tokenizer(a.tokenizer).vocab
-    of_tokenizer = {"corpus": corpus.hash, "vocab": a.vocab, "case": a.case, "sentencepiece": sentencepiece.__version__,
-                    "given": a.tokenizer and hashlib.sha256(Path(a.tokenizer).read_bytes()).hexdigest()}
+    of_tokenizer = {
+        "corpus": corpus.hash,
+        "vocab": a.vocab,
+        "case": a.case,
+        "sentencepiece": sentencepiece.__version__,
+        "given": a.tokenizer and hashlib.sha256(Path(a.tokenizer).read_bytes()).hexdigest(),
+    }
     recipe = {"command": a.command, "shard_tokens": a.shard_tokens, "allow_lossy": a.allow_lossy, **of_tokenizer}
     old, making = read_manifest(a.out), a.out / ".making"
     if old.get("recipe") == recipe and not a.force and intact(a.out, old["files"]):
@@ -127,12 +134,22 @@ def prepare(a, corpus):
     train = tokenise(corpus.train(), tokenizer, making, "train", a)
     repeated, _ = overlap(shard_paths(making, "val"), shard_paths(making, "train"))
     if repeated:
-        raise ValueError(f"{a.out}: {repeated} validation documents stand in the training shards, by the split or "
-                         "because the tokenizer makes them equal; take them out of the text")
+        raise ValueError(
+            f"{a.out}: {repeated} validation documents stand in the training shards, by the split or "
+            "because the tokenizer makes them equal; take them out of the text"
+        )
     files = describe_files([making / "tokenizer.model", *making.glob("*.bin")])
-    manifest = {"recipe": recipe, "tokenizer": of_tokenizer, "train": train, "val": val, "corpus_hash": corpus.hash,
-                "vocab": tokenizer.vocab, "variant": a.command, "transform": "caseops" if a.case else "none",
-                "files": files}
+    manifest = {
+        "recipe": recipe,
+        "tokenizer": of_tokenizer,
+        "train": train,
+        "val": val,
+        "corpus_hash": corpus.hash,
+        "vocab": tokenizer.vocab,
+        "variant": a.command,
+        "transform": "caseops" if a.case else "none",
+        "files": files,
+    }
     for path in present:
         path.unlink()
     for name in files:
@@ -149,8 +166,9 @@ def positive(text):
 
 
 def parser():
-    p = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = p.add_subparsers(dest="command", required=True)
     local = commands.add_parser("local", help="the Python standard library of this machine (the default)")
     files = commands.add_parser("files", help="text files, folders, .jsonl (.gz, .xz)")

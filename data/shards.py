@@ -61,8 +61,10 @@ def open_shard(path, vocab=None):
 
 def require_ids_below(vocab, tokens, where):
     if (top := int(tokens.max())) >= vocab:
-        raise ValueError(f"{where}: token id {top} is past the vocabulary of {vocab}: the shards belong to another "
-                         "tokenizer; set vocab to theirs, or tokenise the text again")
+        raise ValueError(
+            f"{where}: token id {top} is past the vocabulary of {vocab}: the shards belong to another "
+            "tokenizer; set vocab to theirs, or tokenise the text again"
+        )
 
 
 def _shard_files(folder, split):
@@ -73,8 +75,10 @@ def shard_paths(folder, split):
     """The shards of 'train' or 'val' in order; byte sidecars are not among them."""
     if paths := _shard_files(folder, split):
         return paths
-    raise ValueError(f"{folder}: no *_{split}_000000.bin in this folder; make the data with: "
-                     f"python -m data.prepare local --out {folder}")
+    raise ValueError(
+        f"{folder}: no *_{split}_000000.bin in this folder; make the data with: "
+        f"python -m data.prepare local --out {folder}"
+    )
 
 
 def sidecar_paths(folder):
@@ -94,8 +98,10 @@ def read_sidecar(folder, limit=0):
         return None
     sizes = [open_shard(p).size for p in paths]
     if sizes != (tokens := [open_shard(p).size for p in shard_paths(folder, "val")]):
-        raise ValueError(f"{folder}: byte sidecars hold {sizes} entries, the validation shards {tokens} tokens; "
-                         "they must agree one to one: prepare the data again with --force")
+        raise ValueError(
+            f"{folder}: byte sidecars hold {sizes} entries, the validation shards {tokens} tokens; "
+            "they must agree one to one: prepare the data again with --force"
+        )
     return _read_stream(paths, limit)
 
 
@@ -105,7 +111,7 @@ def _read_stream(paths, limit, vocab=None):
         if left <= 0:
             break
         tokens = open_shard(path)
-        part = np.array(tokens[:min(left, tokens.size)])
+        part = np.array(tokens[: min(left, tokens.size)])
         if vocab is not None:
             require_ids_below(vocab, part, path)
         parts.append(part)
@@ -128,13 +134,15 @@ class _ShardWindows:
         """(n, length + 1) int64 tokens and, for each row, where it came from: (shard name, offset in tokens)."""
         if self.total < n * self.world:
             tokens = sum(s.size for s in self.shards)
-            raise ValueError(f"{tokens:,} tokens make {self.total} windows of {self.length}, but a batch takes {n} on "
-                             f"each of {self.world} ranks; lower micro_tokens or seq_len, or prepare more text")
+            raise ValueError(
+                f"{tokens:,} tokens make {self.total} windows of {self.length}, but a batch takes {n} on "
+                f"each of {self.world} ranks; lower micro_tokens or seq_len, or prepare more text"
+            )
         rows, provenance = np.empty((n, self.length + 1), np.int64), []
         for row, number in zip(rows, self.numbers(n)):
             shard = int(np.searchsorted(self.first, number, "right")) - 1
             offset = (number - int(self.first[shard])) * self.length
-            row[:] = self.shards[shard][offset:offset + self.length + 1]
+            row[:] = self.shards[shard][offset : offset + self.length + 1]
             require_ids_below(self.vocab, row, f"{self.names[shard]} at token {offset}")
             provenance.append((self.names[shard], offset))
         self.position += n
@@ -178,8 +186,10 @@ class LaneOrder(_ShardWindows):
     def numbers(self, n):
         step, rest = divmod(self.position, n)
         if rest:
-            raise ValueError(f"{self.position} windows consumed are no whole number of steps of {n} lanes: carried "
-                             "training must resume with the batch size it began with")
+            raise ValueError(
+                f"{self.position} windows consumed are no whole number of steps of {n} lanes: carried "
+                "training must resume with the batch size it began with"
+            )
         lanes, start = n * self.world, int(np.random.default_rng(self.seed).integers(self.total))
         stretch = self.total // lanes
         return [(start + (i * self.world + self.rank) * stretch + step) % self.total for i in range(n)]

@@ -16,11 +16,26 @@ def train_tokenizer(texts, vocab, symbols=()):
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab,
-            pad_id=0, bos_id=BOS, eos_id=2, unk_id=3, user_defined_symbols=list(symbols),
-            byte_fallback=True, character_coverage=0.999, split_digits=True, allow_whitespace_only_pieces=True,
-            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-            max_sentence_length=1 << 20, num_threads=2, minloglevel=2)
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab,
+            pad_id=0,
+            bos_id=BOS,
+            eos_id=2,
+            unk_id=3,
+            user_defined_symbols=list(symbols),
+            byte_fallback=True,
+            character_coverage=0.999,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            max_sentence_length=1 << 20,
+            num_threads=2,
+            minloglevel=2,
+        )
     except RuntimeError as e:
         way_out = "choose another --vocab or give more text"
         raise ValueError(f"no tokenizer of {vocab} pieces from this text: {e}; {way_out}") from e
@@ -43,8 +58,10 @@ class Tokenizer:
         if self.sp.bos_id() != BOS:
             raise ValueError(f"{path}: its BOS has id {self.sp.bos_id()}, documents begin with {BOS}; use such a model")
         if self.sp.is_unknown(self.sp.piece_to_id(SPACE)):
-            raise ValueError(f"{path}: no piece for a lone space ({SPACE}): a space would be three byte tokens and "
-                             "count thrice; use a model without this fault, or leave --tokenizer out to train one")
+            raise ValueError(
+                f"{path}: no piece for a lone space ({SPACE}): a space would be three byte tokens and "
+                "count thrice; use a model without this fault, or leave --tokenizer out to train one"
+            )
         self.surface = [self._bytes_of(i) for i in range(self.vocab)]
         self.lengths = np.array([len(s) for s in self.surface])
 

@@ -27,21 +27,32 @@ def verify_file(path: str) -> dict:
     """Decode everything; what unpack accepts is whole."""
     blob = load(path)
     tensors, meta = unpack(blob)
-    return {"file": path, "total_bytes": len(blob), "cap_bytes": BYTE_CAP, "sha256": hashlib.sha256(blob).hexdigest(),
-            "tensors": len(tensors), "weights": sum(t.numel() for t in tensors.values()), "meta": meta}
+    return {
+        "file": path,
+        "total_bytes": len(blob),
+        "cap_bytes": BYTE_CAP,
+        "sha256": hashlib.sha256(blob).hexdigest(),
+        "tensors": len(tensors),
+        "weights": sum(t.numel() for t in tensors.values()),
+        "meta": meta,
+    }
 
 
 def print_inspect(found: dict) -> None:
     print(f"{found['total_bytes']:,} bytes of {found['cap_bytes']:,}   sha256 {found['sha256'][:16]}")
     print("meta " + json.dumps(found["meta"]))
     width = max([len(line["name"]) for line in found["tensors"]] + [len("header_and_manifest")])
-    print(f"{'tensor':{width}} {'shape':>16} {'codec':>8} {'bytes':>11} {'symbols':>11} {'scales':>9} "
-          f"{'bits/w':>7} {'entropy':>7} {'share':>6}")
+    print(
+        f"{'tensor':{width}} {'shape':>16} {'codec':>8} {'bytes':>11} {'symbols':>11} {'scales':>9} "
+        f"{'bits/w':>7} {'entropy':>7} {'share':>6}"
+    )
     for line in found["tensors"]:
         shape = "x".join(map(str, line["shape"])) or "1"
-        print(f"{line['name']:{width}} {shape:>16} {line['codec']:>8} {line['bytes']:>11,} {line['symbol_bytes']:>11,} "
-              f"{line['scale_bytes']:>9,} {line['bits_per_weight']:>7.3f} {line['entropy_bits']:>7.3f} "
-              f"{line['bytes'] / found['total_bytes']:>6.1%}")
+        print(
+            f"{line['name']:{width}} {shape:>16} {line['codec']:>8} {line['bytes']:>11,} {line['symbol_bytes']:>11,} "
+            f"{line['scale_bytes']:>9,} {line['bits_per_weight']:>7.3f} {line['entropy_bits']:>7.3f} "
+            f"{line['bytes'] / found['total_bytes']:>6.1%}"
+        )
     for name, size in found["overhead"].items():
         print(f"{name:{width}} {'':>16} {'':>8} {size:>11,} {'':>37} {size / found['total_bytes']:>6.1%}")
     left = found["cap_bytes"] - found["total_bytes"]
@@ -49,18 +60,24 @@ def print_inspect(found: dict) -> None:
 
 
 def print_verify(found: dict) -> None:
-    print(f"ok: {found['tensors']} tensors, {found['weights']:,} weights, {found['total_bytes']:,} bytes, "
-          f"sha256 {found['sha256']}")
+    print(
+        f"ok: {found['tensors']} tensors, {found['weights']:,} weights, {found['total_bytes']:,} bytes, "
+        f"sha256 {found['sha256']}"
+    )
 
 
 def print_bench(found: list[dict]) -> None:
-    print(f"{'weights':9} {'family':8} {'millions':>8} {'codec':32} {'bits/w':>8} {'entropy':>8} {'ratio':>7} "
-          f"{'encode s':>9} {'decode s':>9}")
+    print(
+        f"{'weights':9} {'family':8} {'millions':>8} {'codec':32} {'bits/w':>8} {'entropy':>8} {'ratio':>7} "
+        f"{'encode s':>9} {'decode s':>9}"
+    )
     for line in found:
         ratio = line["bits"] / line["entropy"]
-        print(f"{line['weights']:9} {line['family']:8} {line['millions']:>8.2f} {line['codec']:32} "
-              f"{line['bits']:>8.4f} {line['entropy']:>8.4f} {ratio:>7.4f} "
-              f"{line['encode_seconds']:>9.2f} {line['decode_seconds']:>9.2f}")
+        print(
+            f"{line['weights']:9} {line['family']:8} {line['millions']:>8.2f} {line['codec']:32} "
+            f"{line['bits']:>8.4f} {line['entropy']:>8.4f} {ratio:>7.4f} "
+            f"{line['encode_seconds']:>9.2f} {line['decode_seconds']:>9.2f}"
+        )
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

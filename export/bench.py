@@ -13,7 +13,7 @@ from export.entropy import Rans, fresh_states, lanes_for, learn_book, row_entrop
 from export.quantise import STEP_CODECS, to_grid
 
 BENCH_ROWS, BENCH_COLUMNS = 1536, 768
-BROTLI_SAMPLE = 1 << 20                      # brotli 11 packs half a megabyte a second, so it is shown this much
+BROTLI_SAMPLE = 1 << 20  # brotli 11 packs half a megabyte a second, so it is shown this much
 
 
 def bench(millions: float, blob: bytes | None = None) -> list[dict]:
@@ -46,16 +46,20 @@ class RansSymbols:
     def encode(self, planes: list) -> tuple:
         book, classes, _ = learn_book([plane.symbols for plane in planes], ALPHABETS[planes[0].kind])
         coder = Rans(fresh_states(lanes_for(sum(plane.symbols.size for plane in planes))))
-        words = [coder.encode(plane.symbols, c.tables(book.column_classes), book.freq)
-                 for plane, c in zip(planes[::-1], classes[::-1])][::-1]
+        words = [
+            coder.encode(plane.symbols, c.tables(book.column_classes), book.freq)
+            for plane, c in zip(planes[::-1], classes[::-1])
+        ][::-1]
         side = brotli.compress(b"".join([book.freq.tobytes(), *(ids.tobytes() for c in classes for ids in c)]))
         return coder.states.tobytes(), b"".join(words), side, list(map(len, words)), classes, book
 
     def decode(self, coded: tuple) -> list[np.ndarray]:
         states, words, _, sizes, classes, book = coded
         coder, ends = Rans(np.frombuffer(states, np.uint32)), np.cumsum(sizes)
-        return [coder.decode(words[end - size:end], c.tables(book.column_classes), book.freq)
-                for size, end, c in zip(sizes, ends, classes)]
+        return [
+            coder.decode(words[end - size : end], c.tables(book.column_classes), book.freq)
+            for size, end, c in zip(sizes, ends, classes)
+        ]
 
 
 def _measure(weights: str, rows: list[Row], group: int) -> list[dict]:
@@ -87,7 +91,7 @@ def _same_symbols(found: list[np.ndarray], planes: list) -> bool:
 
 def _brotli(blob: bytes, weights_per_byte: float) -> dict:
     piece = BROTLI_SAMPLE // 16
-    part = b"".join(blob[at:at + piece] for at in range(0, len(blob), max(piece, len(blob) // 16)))
+    part = b"".join(blob[at : at + piece] for at in range(0, len(blob), max(piece, len(blob) // 16)))
     packed, line = _timed(lambda b: brotli.compress(b, quality=11, lgwin=24), part, brotli.decompress, bytes.__eq__)
     bits, scale = 8 * len(packed) / (len(part) * weights_per_byte), len(blob) / len(part)
     return {"bits": bits} | {key: scale * seconds for key, seconds in line.items()}

@@ -16,11 +16,11 @@ from export.quantise import INT_BITS, STEP_CODECS, Parts, from_grid, int_levels,
 from export.trellis import trellis_grid
 
 BYTE_CAP = 16_000_000
-SAMPLE = 1 << 16                              # weights that stand for a tensor on a rate-distortion curve
-ATTEMPTS = 6                                  # of meeting a budget; two or three are usual
-TRAINED = 0.99                                # trained weights take less than Gaussian ones, for their rows differ
-TRELLIS_LEAST = 2.5                           # bits a weight, from which on a trellis beats rounding
-LADDER = tuple(2.0 ** (i / 8) for i in range(-40, 17))      # steps of a rate curve, in units of the tensor's rms
+SAMPLE = 1 << 16  # weights that stand for a tensor on a rate-distortion curve
+ATTEMPTS = 6  # of meeting a budget; two or three are usual
+TRAINED = 0.99  # trained weights take less than Gaussian ones, for their rows differ
+TRELLIS_LEAST = 2.5  # bits a weight, from which on a trellis beats rounding
+LADDER = tuple(2.0 ** (i / 8) for i in range(-40, 17))  # steps of a rate curve, in units of the tensor's rms
 
 
 class OverCap(ValueError):
@@ -28,6 +28,7 @@ class OverCap(ValueError):
 
 
 # ---- where the bytes went ----
+
 
 def describe(blob: bytes) -> dict:
     """Every byte of an artifact by tensor; the tensors and the overhead add up to the file."""
@@ -37,10 +38,17 @@ def describe(blob: bytes) -> dict:
     for slot in file.slots:
         spent[slot[:2]] = spent.get(slot[:2], 0.0) + 2 * max(slot.words, 0)
     tensors = [_tensor_line(i, entry, file, spent) for i, entry in enumerate(file.manifest.entries)]
-    return {"total_bytes": len(blob), "cap_bytes": BYTE_CAP, "meta": file.manifest.meta,
-            "overhead": {"tables": tables, "lanes": 4 * file.manifest.lanes, "header_and_manifest":
-                         len(blob) - tables - 4 * file.manifest.lanes - sum(t["bytes"] for t in tensors)},
-            "tensors": tensors}
+    return {
+        "total_bytes": len(blob),
+        "cap_bytes": BYTE_CAP,
+        "meta": file.manifest.meta,
+        "overhead": {
+            "tables": tables,
+            "lanes": 4 * file.manifest.lanes,
+            "header_and_manifest": len(blob) - tables - 4 * file.manifest.lanes - sum(t["bytes"] for t in tensors),
+        },
+        "tensors": tensors,
+    }
 
 
 def _brotli_shares(file: Planes) -> dict:
@@ -60,9 +68,16 @@ def _tensor_line(i: int, entry, file, spent: dict) -> dict:
     own = [spent.get((i, j), 0.0) for j in range(len(entry.words))]
     symbols = sum(own) if entry.codec == "fp16" else own[0]
     weights = max(math.prod(entry.shape), 1)
-    return {"name": entry.name, "shape": list(entry.shape), "codec": entry.codec, "bytes": round(sum(own)),
-            "symbol_bytes": round(symbols), "scale_bytes": round(sum(own)) - round(symbols),
-            "bits_per_weight": round(8 * sum(own) / weights, 4), "entropy_bits": round(_entropy(i, entry, file), 4)}
+    return {
+        "name": entry.name,
+        "shape": list(entry.shape),
+        "codec": entry.codec,
+        "bytes": round(sum(own)),
+        "symbol_bytes": round(symbols),
+        "scale_bytes": round(sum(own)) - round(symbols),
+        "bits_per_weight": round(8 * sum(own) / weights, 4),
+        "entropy_bits": round(_entropy(i, entry, file), 4),
+    }
 
 
 def _entropy(i: int, entry, file) -> float:
@@ -75,14 +90,17 @@ def _entropy(i: int, entry, file) -> float:
 
 # ---- the cap ----
 
+
 def check_budget(blob: bytes, code_bytes: int, cap: int = BYTE_CAP) -> int:
     """Bytes left under the cap; over it, an error that says what would bring the file back and by how much."""
     left = cap - len(blob) - code_bytes
     if left < 0:
         lines = savings(describe(blob), -left)[:8] if __debug__ else ()
         ways = "; ".join(f"{what}: -{saved:,}" for what, saved in lines)
-        raise OverCap(f"{-left:,} bytes over the cap of {cap:,} (artifact {len(blob):,} + code {code_bytes:,}). "
-                         f"What would save, in bytes: {ways}")
+        raise OverCap(
+            f"{-left:,} bytes over the cap of {cap:,} (artifact {len(blob):,} + code {code_bytes:,}). "
+            f"What would save, in bytes: {ways}"
+        )
     return left
 
 
@@ -120,6 +138,7 @@ def _tensor_savings(line: dict) -> list[tuple[str, int]]:
 
 # ---- where the bytes will go ----
 
+
 def predict_bytes(rows: list[Row], *, group: int = 128, rule: str = "absmean", clips: dict | None = None) -> list[dict]:
     """A dry run: the bytes of each row from the entropy of its planes, nothing coded. The sum is the artifact."""
     return [_predicted(row.name, row.tensor.shape, row.codec, row_parts(row, group, rule, clips or {})) for row in rows]
@@ -138,7 +157,7 @@ def plan_bytes(shapes: list, *, group: int = 128, rule: str = "absmean", clips: 
 
 
 def _gaussian_line(codec: str, columns: int, group: int, rule: str, clips: dict) -> dict:
-    rows, codec = max(16, SAMPLE // columns), "int6" if codec == "trellis" else codec    # at equal steps, equal bits
+    rows, codec = max(16, SAMPLE // columns), "int6" if codec == "trellis" else codec  # at equal steps, equal bits
     w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02
     parts = to_grid(w, codec, group=group, rule=rule, clip=clips.get(codec, 0.0))
     line = _predicted("", w.shape, codec, parts)
@@ -149,16 +168,29 @@ def _predicted(name: str, shape: tuple, codec: str, parts: Parts) -> dict:
     bits = []
     for plane in CODECS[codec].encode(tuple(p.detach().cpu() for p in parts)):
         bits += learn_book([plane.symbols], ALPHABETS[plane.kind])[2]
-    total, weights = sum(bits) / 8 + 12, max(math.prod(shape), 1)       # a line of the manifest has some 12 bytes
-    return {"name": name, "shape": list(shape), "codec": codec, "bytes": round(total),
-            "bits_per_weight": round(float(8 * total / weights), 4)}
+    total, weights = sum(bits) / 8 + 12, max(math.prod(shape), 1)  # a line of the manifest has some 12 bytes
+    return {
+        "name": name,
+        "shape": list(shape),
+        "codec": codec,
+        "bytes": round(total),
+        "bits_per_weight": round(float(8 * total / weights), 4),
+    }
 
 
 # ---- spending a budget ----
 
-def solve_budget(rows: list[Row], meta: dict, target: int, felt: dict[str, torch.Tensor], *,
-                 quantise: Callable[[Row, torch.Tensor], Parts] | None = None, fill: float = 0.998,
-                 **grid) -> tuple[bytes, list[dict]]:
+
+def solve_budget(
+    rows: list[Row],
+    meta: dict,
+    target: int,
+    felt: dict[str, torch.Tensor],
+    *,
+    quantise: Callable[[Row, torch.Tensor], Parts] | None = None,
+    fill: float = 0.998,
+    **grid,
+) -> tuple[bytes, list[dict]]:
     """The artifact that fills `target` bytes to [fill, 100 %] with the least harm, and a line for each free tensor.
 
     Rows of a codec with steps are free if they have no parts: each gets the step at which one more byte saves as much
@@ -174,20 +206,23 @@ def solve_budget(rows: list[Row], meta: dict, target: int, felt: dict[str, torch
     curves = [RateCurve(row.tensor.detach().float(), felt[row.name]) for row in free]
     scales = 2 * sum(curve.rows.numel() for curve in curves)
     steps = balance(curves, 8 * (target - len(pack(fixed, meta, **grid)) - scales))
-    free = [row._replace(codec="int8") if row.codec == "trellis" and curve.rate(step) < TRELLIS_LEAST else row
-            for row, curve, step in zip(free, curves, steps)]
+    free = [
+        row._replace(codec="int8") if row.codec == "trellis" and curve.rate(step) < TRELLIS_LEAST else row
+        for row, curve, step in zip(free, curves, steps)
+    ]
     weights, best = sum(row.tensor.numel() for row in free), (b"", [])
     low, high, factor, before, sizes = 0.0, math.inf, 1.0, 1.0, [0]
-    slope = weights / 8                                      # bytes that steps twice as long save
+    slope = weights / 8  # bytes that steps twice as long save
     while len(sizes) <= ATTEMPTS and not 0.9995 * target <= len(best[0]):
-        chosen = [_fitted(row, quantise(row, curve.rows * (step * factor)))
-                  for row, curve, step in zip(free, curves, steps)]
+        chosen = [
+            _fitted(row, quantise(row, curve.rows * (step * factor))) for row, curve, step in zip(free, curves, steps)
+        ]
         blob = pack([*chosen, *fixed], meta, **grid)
         if len(best[0]) < len(blob) <= target:
             best = blob, chosen
         if len(blob) == sizes[-1]:
             break
-        if len(sizes) > 1:                                   # few bits a weight fall more slowly than one for each
+        if len(sizes) > 1:  # few bits a weight fall more slowly than one for each
             slope = min(max((sizes[-1] - len(blob)) / math.log2(factor / before), 0.3 * weights / 8), weights / 8)
         sizes.append(len(blob))
         low, high = (factor, high) if sizes[-1] > target else (low, factor)
@@ -195,8 +230,10 @@ def solve_budget(rows: list[Row], meta: dict, target: int, felt: dict[str, torch
         if not low < factor < high:
             factor = (low + high) / 2 if high < math.inf else 2 * low
     if len(best[0]) < fill * target:
-        raise ValueError(f"budget {target:,} cannot be met: the last artifact has {sizes[-1]:,} bytes; "
-                         f"{weights:,} free weights take some 0.5 to 7 bits each")
+        raise ValueError(
+            f"budget {target:,} cannot be met: the last artifact has {sizes[-1]:,} bytes; "
+            f"{weights:,} free weights take some 0.5 to 7 bits each"
+        )
     return best[0], [curve.line(row) for row, curve in zip(best[1], curves)]
 
 

@@ -11,15 +11,25 @@ import torch
 
 from export.quantise import int_levels
 
-ALPHABETS = {"trits": 3, "factor": 128, "int4": 15, "int5": 31, "int6": 63, "int7": 127, "int8": 255,
-             "trellis": 255, "high": 256, "low": 256}
-KINDS = "trits factor int4 int5 int6 int7 int8 trellis high low"      # in the order of the side stream
+ALPHABETS = {
+    "trits": 3,
+    "factor": 128,
+    "int4": 15,
+    "int5": 31,
+    "int6": 63,
+    "int7": 127,
+    "int8": 255,
+    "trellis": 255,
+    "high": 256,
+    "low": 256,
+}
+KINDS = "trits factor int4 int5 int6 int7 int8 trellis high low"  # in the order of the side stream
 BASE3 = np.array([81, 27, 9, 3, 1], np.uint16)
 
 
 class Plane(NamedTuple):
-    kind: str                # names the alphabet
-    symbols: np.ndarray      # (R, C) uint8
+    kind: str  # names the alphabet
+    symbols: np.ndarray  # (R, C) uint8
 
 
 class TernaryCodec:
@@ -75,8 +85,16 @@ class HalfCodec:
         return half_layout(math.prod(shape))
 
 
-CODECS = {"ternary": TernaryCodec(), "int4": IntCodec(4), "int5": IntCodec(5), "int6": IntCodec(6), "int7": IntCodec(7),
-          "int8": IntCodec(8), "trellis": IntCodec(8, "trellis"), "fp16": HalfCodec()}
+CODECS = {
+    "ternary": TernaryCodec(),
+    "int4": IntCodec(4),
+    "int5": IntCodec(5),
+    "int6": IntCodec(6),
+    "int7": IntCodec(7),
+    "int8": IntCodec(8),
+    "trellis": IntCodec(8, "trellis"),
+    "fp16": HalfCodec(),
+}
 
 
 def half_planes(half: torch.Tensor) -> list[Plane]:
@@ -99,7 +117,7 @@ class Base3Codec:
     def encode(self, trits: np.ndarray) -> bytes:
         digits = np.pad(trits.ravel().view(np.uint8) + np.uint8(1), (0, -trits.size % 5)).reshape(-1, 5)
         states = (digits * BASE3).sum(1, dtype=np.uint32)
-        return ((states * 256 + 242) // 243).astype(np.uint8).tobytes()      # the fraction state / 243, rounded up
+        return ((states * 256 + 242) // 243).astype(np.uint8).tobytes()  # the fraction state / 243, rounded up
 
     def decode(self, blob: bytes, count: int) -> np.ndarray:
         fraction, out = np.frombuffer(blob, np.uint8).astype(np.uint16), np.empty((len(blob), 5), np.int8)

@@ -17,9 +17,9 @@ from export.entropy import MAX_CLASSES, SCALE, Book, Classes, Rans, fresh_states
 from export.quantise import Parts, from_grid, to_grid
 
 SKC_MAGIC, SKC_VERSION = b"SKC", 1
-SKC_HEAD = struct.Struct("<3sBII")           # magic, version, crc32 of all that follows it, bytes of the manifest
+SKC_HEAD = struct.Struct("<3sBII")  # magic, version, crc32 of all that follows it, bytes of the manifest
 MAX_WEIGHTS = 1 << 28
-BROTLI_TRIAL = 1 << 12                       # planes up to this size also try brotli, which is slow
+BROTLI_TRIAL = 1 << 12  # planes up to this size also try brotli, which is slow
 LEFT_TO_BROTLI = ("low",)
 
 
@@ -49,15 +49,21 @@ class Manifest(NamedTuple):
     meta: dict
     group: int
     lanes: int
-    rest: int                     # bytes of the brotli stream: books, table of each row, planes left to brotli
-    books: dict[str, list[int]]   # kind of plane -> its row classes and column classes
+    rest: int  # bytes of the brotli stream: books, table of each row, planes left to brotli
+    books: dict[str, list[int]]  # kind of plane -> its row classes and column classes
     entries: list[Entry]
 
 
 # ---- writing ----
 
+
 def pack(
-    rows: list[Row], meta: dict, *, group: int = 128, rule: str = "absmean", clips: dict | None = None,
+    rows: list[Row],
+    meta: dict,
+    *,
+    group: int = 128,
+    rule: str = "absmean",
+    clips: dict | None = None,
     coded: bool = True,
 ) -> bytes:
     """The artifact of a model. Same rows, same bytes; `clips` maps a codec to the clip of its grid.
@@ -186,6 +192,7 @@ def join_bytes(blob: bytes, shape: tuple[int, int]) -> np.ndarray:
 
 # ---- reading ----
 
+
 class Reader:
     """Takes bytes from the front of a string and complains when there are too few or too many.
 
@@ -199,7 +206,7 @@ class Reader:
         if __debug__ and self.at + count > len(self.blob):
             raise ValueError(f"damaged artifact: {self.what} ends at {len(self.blob)}, not {self.at + count} bytes")
         self.at += count
-        return self.blob[self.at - count:self.at]
+        return self.blob[self.at - count : self.at]
 
     def finish(self) -> None:
         if __debug__ and self.at != len(self.blob):
@@ -279,8 +286,11 @@ class PlaneSlot(NamedTuple):
 
 
 def _slots_by_kind(manifest: Manifest) -> list[PlaneSlot]:
-    slots = [PlaneSlot(i, j, *layout, words) for i, e in enumerate(manifest.entries)
-             for j, (layout, words) in enumerate(zip(CODECS[e.codec].layout(e.shape, manifest.group), e.words))]
+    slots = [
+        PlaneSlot(i, j, *layout, words)
+        for i, e in enumerate(manifest.entries)
+        for j, (layout, words) in enumerate(zip(CODECS[e.codec].layout(e.shape, manifest.group), e.words))
+    ]
     for slot in slots if __debug__ else ():
         if slot.words >= 0 and slot.kind not in manifest.books:
             raise ValueError(f"damaged artifact: {manifest.entries[slot.entry].name} needs a book for {slot.kind}")
@@ -334,7 +344,7 @@ def read_manifest(blob: bytes) -> tuple[Manifest, Reader]:
         raise ValueError(f"artifact version {version}, this reader knows {SKC_VERSION}")
     if zlib.crc32(blob[8:]) != crc:
         raise Damaged("damaged artifact: the checksum does not fit; the file is truncated or altered")
-    body = Reader(blob[SKC_HEAD.size:], "the file")
+    body = Reader(blob[SKC_HEAD.size :], "the file")
     text = _inflate(body.take(size), "the manifest")
     try:
         manifest = _parse_manifest(text)
@@ -348,8 +358,14 @@ def read_manifest(blob: bytes) -> tuple[Manifest, Reader]:
 def _parse_manifest(text: bytes) -> Manifest:
     raw = json.loads(text)
     entries = [Entry(name, codec, tuple(shape), list(words)) for name, codec, shape, words in raw["tensors"]]
-    return Manifest(dict(raw["meta"]), raw["group"], raw["lanes"], raw["rest"],
-                    {kind: list(classes) for kind, classes in raw["books"].items()}, entries)
+    return Manifest(
+        dict(raw["meta"]),
+        raw["group"],
+        raw["lanes"],
+        raw["rest"],
+        {kind: list(classes) for kind, classes in raw["books"].items()},
+        entries,
+    )
 
 
 def _check_manifest(manifest: Manifest) -> None:
@@ -388,6 +404,7 @@ def _check_entry(entry: Entry, group: int) -> None:
 
 # ---- files ----
 
+
 def check_model(tensors: dict[str, torch.Tensor], meta: dict, shapes: dict[str, tuple], wanted: dict) -> None:
     """The artifact must be of this very model: the same architecture, the same names, the same shapes."""
     there, here = meta, json.loads(json.dumps(wanted))
@@ -395,8 +412,10 @@ def check_model(tensors: dict[str, torch.Tensor], meta: dict, shapes: dict[str, 
         there, here = ({name: list(x) for name, x in d.items()} for d in (_shapes(tensors), shapes))
     for key in sorted(there.keys() | here.keys()):
         if there.get(key, "absent") != here.get(key, "absent"):
-            raise ValueError(f"artifact of another architecture: {key} is {there.get(key, 'absent')} in the file, "
-                             f"{here.get(key, 'absent')} in the model")
+            raise ValueError(
+                f"artifact of another architecture: {key} is {there.get(key, 'absent')} in the file, "
+                f"{here.get(key, 'absent')} in the model"
+            )
 
 
 def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-PRECISION = 14                         # a table's frequencies add up to 2 ** 14
+PRECISION = 14  # a table's frequencies add up to 2 ** 14
 SCALE = 1 << PRECISION
-STATE_LOW = 1 << 16                    # states live in [2 ** 16, 2 ** 32) and move 16-bit words
+STATE_LOW = 1 << 16  # states live in [2 ** 16, 2 ** 32) and move 16-bit words
 MIN_LANES, MAX_LANES = 32, 1024
-MAX_CLASSES = 8                        # of rows, and of columns: at most 64 tables, which fit in a cache
-TABLE_BITS = 12                        # what brotli takes for one entry of a table
+MAX_CLASSES = 8  # of rows, and of columns: at most 64 tables, which fit in a cache
+TABLE_BITS = 12  # what brotli takes for one entry of a table
 
 
 def lanes_for(symbols: int) -> int:
@@ -37,12 +37,12 @@ class Rans:
         jump = (SCALE - freq).astype(np.uint32)
         words, lanes = [], len(self.states)
         for at in range((len(index) - 1) // lanes * lanes, -1, -lanes):
-            pick = index[at:at + lanes]
-            x = self.states[:len(pick)]
+            pick = index[at : at + lanes]
+            x = self.states[: len(pick)]
             full = np.flatnonzero(x > last_fit.take(pick))
             words.append(x[full].astype(np.uint16))
             x[full] >>= 16
-            x += x // freq.take(pick) * jump.take(pick)     # (x // f) * SCALE + x % f, in place
+            x += x // freq.take(pick) * jump.take(pick)  # (x // f) * SCALE + x % f, in place
             x += start.take(pick)
         return np.concatenate(words[::-1] or [np.empty(0, np.uint16)]).astype("<u2").tobytes()
 
@@ -53,18 +53,18 @@ class Rans:
         source = np.frombuffer(words, "<u2").astype(np.uint32)
         out, used, lanes = np.empty(tables.size, np.uint8), 0, len(self.states)
         for at in range(0, len(out), lanes):
-            x = self.states[:len(out) - at]
+            x = self.states[: len(out) - at]
             slot = x & (SCALE - 1)
             if offset is not None:
-                slot += offset[at:at + len(x)]
-            symbol.take(slot, out=out[at:at + len(x)])
+                slot += offset[at : at + len(x)]
+            symbol.take(slot, out=out[at : at + len(x)])
             x >>= PRECISION
             x *= freq.take(slot)
             x += bias.take(slot)
             low = np.flatnonzero(x < STATE_LOW)
             if __debug__ and used + len(low) > len(source):
                 raise ValueError("damaged artifact: coded words run out")
-            x[low] = (x[low] << 16) | source[used:used + len(low)]
+            x[low] = (x[low] << 16) | source[used : used + len(low)]
             used += len(low)
         if __debug__ and used != len(source):
             raise ValueError(f"damaged artifact: {used} of {len(source)} coded words used")
@@ -86,7 +86,7 @@ def _starts(book: np.ndarray) -> np.ndarray:
 
 def table_index(symbols: np.ndarray, tables: np.ndarray, alphabet: int) -> np.ndarray:
     """Where each symbol's frequency lies in a flattened book."""
-    index = tables.astype(np.uint16) * np.uint16(alphabet)     # 64 tables of 256 symbols at most
+    index = tables.astype(np.uint16) * np.uint16(alphabet)  # 64 tables of 256 symbols at most
     index += symbols
     return index.ravel()
 
@@ -110,7 +110,7 @@ def quantise_counts(counts: np.ndarray) -> np.ndarray:
     freq = np.where(seen, np.maximum(1, np.floor(exact)), 0).astype(np.int64)
     while (gap := SCALE - int(freq.sum())) != 0:
         need = exact / np.maximum(freq, 1) if gap > 0 else np.where(freq > 1, freq / exact.clip(1e-9), 0)
-        best = np.argsort(-need, kind="stable")[:min(abs(gap), int((need > 0).sum()))]
+        best = np.argsort(-need, kind="stable")[: min(abs(gap), int((need > 0).sum()))]
         freq[best] += np.sign(gap)
     return freq.astype(np.uint16)
 
@@ -121,9 +121,9 @@ def row_counts(symbols: np.ndarray, alphabet: int) -> np.ndarray:
     out = np.empty((rows, alphabet), np.int32)
     chunk = max(1, (1 << 20) // max(columns, 1))
     for at in range(0, rows, chunk):
-        part = symbols[at:at + chunk]
+        part = symbols[at : at + chunk]
         index = part + np.arange(len(part))[:, None] * alphabet
-        out[at:at + chunk] = np.bincount(index.ravel(), minlength=len(part) * alphabet).reshape(len(part), alphabet)
+        out[at : at + chunk] = np.bincount(index.ravel(), minlength=len(part) * alphabet).reshape(len(part), alphabet)
     return out
 
 
@@ -160,8 +160,12 @@ def learn_book(planes: list[np.ndarray], alphabet: int) -> tuple[Book, list[Clas
     columns = _classes([row_counts(p.T, alphabet) for p in planes if len(p) > 1])
     columns = iter(columns)
     full = [Classes(r, next(columns) if len(r) > 1 else b.columns) for r, b in zip(rows, blank)]
-    tries = [blank, [f._replace(columns=b.columns) for f, b in zip(full, blank)],
-             [f._replace(rows=b.rows) for f, b in zip(full, blank)], full]
+    tries = [
+        blank,
+        [f._replace(columns=b.columns) for f, b in zip(full, blank)],
+        [f._replace(rows=b.rows) for f, b in zip(full, blank)],
+        full,
+    ]
     return min((_fill_book(planes, classes, alphabet) for classes in tries), key=lambda found: found[3])[:3]
 
 
@@ -204,8 +208,12 @@ def _fill_book(planes: list[np.ndarray], classes: list[Classes], alphabet: int) 
     """Book, classes, bits of each plane, and the bits of all with their side costs."""
     row_classes, column_classes = (1 + max(int(ids[i].max(initial=0)) for ids in classes) for i in range(2))
     size = row_classes * column_classes * alphabet
-    counts = np.stack([np.bincount(table_index(p, c.tables(column_classes), alphabet), minlength=size)
-                       for p, c in zip(planes, classes)])
+    counts = np.stack(
+        [
+            np.bincount(table_index(p, c.tables(column_classes), alphabet), minlength=size)
+            for p, c in zip(planes, classes)
+        ]
+    )
     freq = np.stack([quantise_counts(total) for total in counts.sum(0).reshape(-1, alphabet)])
     book = Book(freq, row_classes, column_classes)
     bits = [float(own @ book.bits.ravel()) + sum(map(choice_bits, c)) for own, c in zip(counts, classes)]

@@ -14,7 +14,7 @@ from export.quantise import INT_BITS, Parts, from_grid, int_levels, int_round, r
 from export.trellis import trellis_grid, trellis_levels
 from kernels.ternary import ternary_grid
 
-TRELLIS_BITS = 6                        # of the integer grid whose steps a trellis takes when only a clip is given
+TRELLIS_BITS = 6  # of the integer grid whose steps a trellis takes when only a clip is given
 CLIP_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
 CLIP_SIGMAS = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.5, 5.0)
 
@@ -38,8 +38,10 @@ class CurvatureCollector:
         self.tokens = dict.fromkeys(modules, 0)
 
     def __enter__(self) -> "CurvatureCollector":
-        self.hooks = [module.register_forward_hook(lambda _, args, y, name=name: self._forward(name, args[0], y))
-                      for name, module in self.modules.items()]
+        self.hooks = [
+            module.register_forward_hook(lambda _, args, y, name=name: self._forward(name, args[0], y))
+            for name, module in self.modules.items()
+        ]
         return self
 
     def __exit__(self, *_) -> None:
@@ -216,6 +218,7 @@ def _gptq_row(row: Row, curve: Curvature | None, group: int, rule: str, clip: fl
         better = plain if curve is None else gptq_at_steps(w, curve.inputs, row.codec, step, **solve)
     if curve is None:
         return row._replace(parts=plain)
-    ours, theirs = (float((output_error(w, from_grid(row.codec, p), curve.inputs) * curve.outputs).sum())
-                    for p in (better, plain))
+    ours, theirs = (
+        float((output_error(w, from_grid(row.codec, p), curve.inputs) * curve.outputs).sum()) for p in (better, plain)
+    )
     return row._replace(parts=better if ours <= theirs else plain)

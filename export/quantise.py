@@ -11,8 +11,8 @@ from export.trellis import trellis_value
 from kernels.ternary import ternary_grid, ternary_value
 
 INT_BITS = {"int4": 4, "int5": 5, "int6": 6, "int7": 7, "int8": 8}
-STEP_CODECS = (*INT_BITS, "trellis")                # a step a row sets their rate
-CODEC_NAMES = ("ternary", *INT_BITS, "fp16")        # what a weight alone decides; a trellis is walked by gptq.py
+STEP_CODECS = (*INT_BITS, "trellis")  # a step a row sets their rate
+CODEC_NAMES = ("ternary", *INT_BITS, "fp16")  # what a weight alone decides; a trellis is walked by gptq.py
 Parts = tuple[torch.Tensor, ...]
 
 
@@ -45,7 +45,7 @@ def row_rms(w: torch.Tensor) -> torch.Tensor:
     """Root mean square of each row, summed by halves: the same number on every device."""
     x = F.pad(w * w, (0, (1 << (w.shape[-1] - 1).bit_length()) - w.shape[-1]))
     while x.shape[-1] > 1:
-        x = x[..., :x.shape[-1] // 2] + x[..., x.shape[-1] // 2:]
+        x = x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]
     return (x[..., 0] / w.shape[-1]).sqrt()
 
 

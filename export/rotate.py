@@ -41,8 +41,10 @@ def rotation_signs(block: int, device: torch.device) -> torch.Tensor:
 def rotate(tensors: dict[str, torch.Tensor], folds: list[Fold], *, qat: bool) -> dict[str, torch.Tensor]:
     """All tensors, those of the folds turned. A model trained on its grid is refused."""
     if qat:
-        raise ValueError("rotation of a QAT model: its weights lie on a grid that a rotation destroys "
-                         "(+0.5 to +10 BPB); train with the rotation inside, or leave it off")
+        raise ValueError(
+            "rotation of a QAT model: its weights lie on a grid that a rotation destroys "
+            "(+0.5 to +10 BPB); train with the rotation inside, or leave it off"
+        )
     out = dict(tensors)
     for fold in folds:
         for name, axis in ((fold.name, fold.axis), (fold.other, fold.other_axis)):

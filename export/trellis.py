@@ -12,9 +12,9 @@ import torch
 
 TRELLIS_ROWS = 64
 TRELLIS_STATES = 8
-TRELLIS_TAPS = 5, 2            # what a level's parity and the last bit of q add to the state: polynomials 13, 04 octal
-TRELLIS_MOST = 127             # the largest q
-TRELLIS_PATHS = 4096           # walked at a time: they stay in the caches
+TRELLIS_TAPS = 5, 2  # what a level's parity and the last bit of q add to the state: polynomials 13, 04 octal
+TRELLIS_MOST = 127  # the largest q
+TRELLIS_PATHS = 4096  # walked at a time: they stay in the caches
 
 
 def trellis_next(state, odd, q):
@@ -49,7 +49,7 @@ def trellis_levels(x: torch.Tensor) -> torch.Tensor:
 
 def _side_by_side(x: torch.Tensor) -> torch.Tensor:
     """Whole blocks of TRELLIS_ROWS rows, or a last block that is shorter."""
-    blocks = x.unflatten(0, (-1, min(TRELLIS_ROWS, len(x)))).transpose(0, 1)                            # (T, blocks, K)
+    blocks = x.unflatten(0, (-1, min(TRELLIS_ROWS, len(x)))).transpose(0, 1)  # (T, blocks, K)
     paths = blocks.reshape(len(blocks), -1).cpu().numpy()
     found = [trellis_path(paths[:, at : at + TRELLIS_PATHS]) for at in range(0, paths.shape[1], TRELLIS_PATHS)]
     return torch.from_numpy(np.concatenate(found, 1)).to(x.device).reshape(blocks.shape).transpose(0, 1).flatten(0, 1)
@@ -59,7 +59,7 @@ def trellis_path(x: np.ndarray) -> np.ndarray:
     """x (T, P) in steps -> the allowed levels, in steps, that are nearest to each column as a whole."""
     source, rest = trellis_ways()
     r = np.arange(4, dtype=np.float32)[:, None]
-    levels = r + 4 * np.rint((2 * x[:, None] - r) / 4).clip(-(TRELLIS_MOST // 2), TRELLIS_MOST // 2)    # (T, 4, P)
+    levels = r + 4 * np.rint((2 * x[:, None] - r) / 4).clip(-(TRELLIS_MOST // 2), TRELLIS_MOST // 2)  # (T, 4, P)
     away = np.square(levels - 2 * x[:, None])
     cost = np.where(np.arange(TRELLIS_STATES) > 0, np.inf, 0).astype(np.float32)[:, None].repeat(x.shape[1], 1)
     second = np.empty((len(x), TRELLIS_STATES, x.shape[1]), bool)
@@ -67,7 +67,7 @@ def trellis_path(x: np.ndarray) -> np.ndarray:
         one, other = cost[source[0]] + one, cost[source[1]] + other
         np.less(other, one, out=second[t])
         cost = np.minimum(one, other)
-    came = np.where(second, source[1, :, None], source[0, :, None])                                     # (T, S, P)
+    came = np.where(second, source[1, :, None], source[0, :, None])  # (T, S, P)
     taken = np.where(second, levels[:, rest[1]], levels[:, rest[0]]) / 2
     state, path, out = cost.argmin(0), np.arange(x.shape[1]), np.empty_like(x)
     for t in reversed(range(len(x))):

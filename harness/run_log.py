@@ -48,8 +48,10 @@ def enter_folder(folder: Path) -> str:
 def require_no_later(folder: Path, step: int) -> None:
     """The checkpoints of an abandoned run would pass for this one's newest."""
     if later := [was for _, was in checkpoints(folder) if was > step]:
-        raise ValueError(f"{folder} holds checkpoints up to step {later[0]} of an earlier run: resume=auto goes on from"
-                         " there; to begin elsewhere remove them, or give another run_id")
+        raise ValueError(
+            f"{folder} holds checkpoints up to step {later[0]} of an earlier run: resume=auto goes on from"
+            " there; to begin elsewhere remove them, or give another run_id"
+        )
 
 
 def find_checkpoint(folder: Path, resume: str, fields: dict) -> tuple[dict | None, list[str]]:

@@ -134,13 +134,15 @@ def check_cases(dtype, device):
         args = capsule_inputs(2, T, 3, 5, 20, dtype, device)
         yield f"capsule T={T}", capsule_scan, capsule_reference, args, True
         x, signs, pos = walsh_inputs(2, T, 70, dtype, device)
-        yield f"walsh T={T}", partial(causal_walsh, signs=signs, pos=pos), partial(
-            causal_walsh_reference, signs=signs, pos=pos
-        ), (x,), True
+        yield (
+            f"walsh T={T}",
+            partial(causal_walsh, signs=signs, pos=pos),
+            partial(causal_walsh_reference, signs=signs, pos=pos),
+            (x,),
+            True,
+        )
         gates = torch.randn(2, T, 2, 7, device=device).softmax(-1).to(dtype)
-        yield f"haar T={T}", partial(causal_haar, pos=pos), partial(
-            causal_haar_reference, pos=pos
-        ), (x, gates), True
+        yield f"haar T={T}", partial(causal_haar, pos=pos), partial(causal_haar_reference, pos=pos), (x, gates), True
     for block in (2, 16, 64, 128):
         x = torch.randn(37, 256, device=device, dtype=dtype)
         yield f"wht {block}", partial(wht, block=block), partial(wht_reference, block=block), (x,), True
@@ -157,10 +159,15 @@ def run_checks(device, dtypes):
         limit = 5e-6 if dtype == torch.float32 else 2e-2 if dtype == torch.bfloat16 else 3e-3
         for name, operation, definition, args, learns in check_cases(dtype, device):
             weights = [torch.randn(o.shape, device=device) for o in results(operation, args)] if learns else None
-            truth = results(
-                definition, [_double(x).cpu() if torch.is_tensor(x) else x for x in args],
-                weights and [w.double().cpu() for w in weights],
-            ) if not isinstance(definition, partial) else results(definition, [_double(x) for x in args], weights)
+            truth = (
+                results(
+                    definition,
+                    [_double(x).cpu() if torch.is_tensor(x) else x for x in args],
+                    weights and [w.double().cpu() for w in weights],
+                )
+                if not isinstance(definition, partial)
+                else results(definition, [_double(x) for x in args], weights)
+            )
             with poisoned():
                 once, again = results(operation, args, weights), results(operation, args, weights)
             error = worst_error([x.cpu() for x in once], [x.cpu().double() for x in truth])
@@ -214,26 +221,31 @@ def capsule_indexed(r, p, u, loga, start, s0):
 
 def fla_fused(value, log_decay):
     from fla.ops.hgrn import fused_recurrent_hgrn
+
     return fused_recurrent_hgrn(value, log_decay)
 
 
 def fla_chunk(value, log_decay):
     from fla.ops.hgrn import chunk_hgrn
+
     return chunk_hgrn(value, log_decay)
 
 
 def fla_gla(q, k, v, log_decay):
     from fla.ops.gla import chunk_gla
+
     return chunk_gla(q, k, v, log_decay)
 
 
 def fla_simple(q, k, v, log_decay):
     from fla.ops.simple_gla import chunk_simple_gla
+
     return chunk_simple_gla(q, k, v, log_decay)
 
 
 def accelerated_scan(decay, value):
     from accelerated_scan.scalar import scan
+
     return scan(decay, value)
 
 
@@ -441,12 +453,22 @@ def run_bench(device, names, seconds, limit):
         times = time_sides(runnable(sides(inputs(), backward), left_out), device, seconds)
         for side, (median, low, high) in times.items():
             row = {
-                "operation": operation, "shape": shape, "pass": part, "side": side, "ms": median * 1e3,
-                "p20": low * 1e3, "p80": high * 1e3, "ratio": median / times["ours"][0], "floor": size / copy / median,
+                "operation": operation,
+                "shape": shape,
+                "pass": part,
+                "side": side,
+                "ms": median * 1e3,
+                "p20": low * 1e3,
+                "p80": high * 1e3,
+                "ratio": median / times["ours"][0],
+                "floor": size / copy / median,
             }
             rows.append(row)
-            print(f"{operation:9} {shape:22} {part:8} {side:20} {row['ms']:9.3f} {row['p20']:9.3f} "
-                  f"{row['p80']:9.3f} {row['ratio']:7.2f} {row['floor']:6.0%}", flush=True)
+            print(
+                f"{operation:9} {shape:22} {part:8} {side:20} {row['ms']:9.3f} {row['p20']:9.3f} "
+                f"{row['p80']:9.3f} {row['ratio']:7.2f} {row['floor']:6.0%}",
+                flush=True,
+            )
     print(*(f"left out: {name} ({why})" for name, why in left_out.items()), sep="\n", end="\n" * bool(left_out))
     return {"copy": copy, "matmul": matmul, "rows": rows, "left_out": left_out}
 

@@ -201,8 +201,24 @@ def _capsule_gain(a):
 
 @triton.jit
 def _capsule_flow(
-    x, v, loga, start, b, h, first, end, T, H, C, D, HAS_START: tl.constexpr, REVERSE: tl.constexpr, CT: tl.constexpr,
-    BC: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    x,
+    v,
+    loga,
+    start,
+    b,
+    h,
+    first,
+    end,
+    T,
+    H,
+    C,
+    D,
+    HAS_START: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CT: tl.constexpr,
+    BC: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """The decay over the steps from first to before end, at most CT, and the state that x = r, v = u add in them.
     REVERSE: x = p, v = dy, and the gradient they add to the state before first."""
@@ -229,8 +245,23 @@ def _capsule_flow(
 
 @triton.jit
 def _capsule_end_kernel(
-    x, v, loga, start, total, local, T, H, C, D, CHUNKS, HAS_START: tl.constexpr, REVERSE: tl.constexpr,
-    CT: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    x,
+    v,
+    loga,
+    start,
+    total,
+    local,
+    T,
+    H,
+    C,
+    D,
+    CHUNKS,
+    HAS_START: tl.constexpr,
+    REVERSE: tl.constexpr,
+    CT: tl.constexpr,
+    BC: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     h, c = tl.program_id(0) % H, tl.program_id(0) // H % CHUNKS
     b = (tl.program_id(0) // H // CHUNKS).to(tl.int64)
@@ -272,8 +303,7 @@ def _capsule_pass_kernel(
 
 
 @triton.jit
-def _capsule_block(r, loga, u, start, b, h, t, T, H, C, D, HAS_START: tl.constexpr, BC: tl.constexpr,
-                   BD: tl.constexpr):
+def _capsule_block(r, loga, u, start, b, h, t, T, H, C, D, HAS_START: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr):
     """Steps t of a block: the logarithms of its decays, write weights, the gain inside them, and values. Rows past the
     end write nothing and decay nothing."""
     n, k = tl.arange(0, BC), tl.arange(0, BD)
@@ -301,8 +331,25 @@ def _capsule_runs(level: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def _capsule_forward_kernel(
-    r, p, u, loga, start, states, y, T, H, C, D, CHUNKS, HAS_START: tl.constexpr, CT: tl.constexpr, R: tl.constexpr,
-    LOG: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    r,
+    p,
+    u,
+    loga,
+    start,
+    states,
+    y,
+    T,
+    H,
+    C,
+    D,
+    CHUNKS,
+    HAS_START: tl.constexpr,
+    CT: tl.constexpr,
+    R: tl.constexpr,
+    LOG: tl.constexpr,
+    BC: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One block of R = 2^LOG steps: from the state that meets its chunk, over the chunk's steps before it."""
     h, c = tl.program_id(0) % H, tl.program_id(0) // H % CHUNKS
@@ -339,8 +386,29 @@ def _capsule_forward_kernel(
 
 @triton.jit
 def _capsule_backward_kernel(
-    r, p, u, loga, start, states, dy, dstates, dr, dp, du, dloga, T, H, C, D, CHUNKS, HAS_START: tl.constexpr,
-    CT: tl.constexpr, R: tl.constexpr, LOG: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    r,
+    p,
+    u,
+    loga,
+    start,
+    states,
+    dy,
+    dstates,
+    dr,
+    dp,
+    du,
+    dloga,
+    T,
+    H,
+    C,
+    D,
+    CHUNKS,
+    HAS_START: tl.constexpr,
+    CT: tl.constexpr,
+    R: tl.constexpr,
+    LOG: tl.constexpr,
+    BC: tl.constexpr,
+    BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One block: its state from the left as in the forward, the gradient of the state it leaves from the right."""
@@ -355,9 +423,9 @@ def _capsule_backward_kernel(
         r, u, loga, start, b, h, c * CT, tl.minimum(first, T), T, H, C, D, HAS_START, False, CT, BC, BD, PRECISION
     )
     state = keep[:, None] * tl.load(states + at, mask=held, other=0.0) + added
+    end = tl.minimum((c + 1) * CT, T)
     keep, added = _capsule_flow(
-        p, dy, loga, start, b, h, first + R, tl.minimum((c + 1) * CT, T), T, H, C, D, HAS_START, True, CT, BC, BD,
-        PRECISION,
+        p, dy, loga, start, b, h, first + R, end, T, H, C, D, HAS_START, True, CT, BC, BD, PRECISION
     )
     dstate = keep[:, None] * tl.load(dstates + at, mask=held, other=0.0) + added
     a, weight, gain, value = _capsule_block(r, loga, u, start, b, h, t, T, H, C, D, HAS_START, BC, BD)
@@ -415,8 +483,11 @@ def _capsule_tiles(r, u, chunk):
         raise ValueError("capsule scan on CUDA: {} slots of width {}, at most {} of {}".format(C, d, *CAPSULE_MOST))
     chunks = triton.cdiv(T, chunk)
     tile = {
-        "CT": chunk, "BC": max(16, triton.next_power_of_2(C)), "BD": max(16, triton.next_power_of_2(d)),
-        "PRECISION": "ieee" if u.dtype == torch.float32 else "tf32", "enable_fp_fusion": True,
+        "CT": chunk,
+        "BC": max(16, triton.next_power_of_2(C)),
+        "BD": max(16, triton.next_power_of_2(d)),
+        "PRECISION": "ieee" if u.dtype == torch.float32 else "tf32",
+        "enable_fp_fusion": True,
         "num_warps": 8 if u.dtype == torch.float32 else 4,
     }
     return (T, H, C, d, chunks), (B * chunks * H,), tile
@@ -428,15 +499,28 @@ def _capsule_join(ends, first, reverse):
     B, chunks, H, C, d = local.shape
     last = torch.empty(B, H, C, d, dtype=torch.float32, device=local.device)
     _capsule_pass_kernel[(B * H, triton.cdiv(C * d, 256))](
-        total, local, first.contiguous(), last, H, C, d, chunks, REVERSE=reverse, BE=256, U=8, num_warps=4,
+        total,
+        local,
+        first.contiguous(),
+        last,
+        H,
+        C,
+        d,
+        chunks,
+        REVERSE=reverse,
+        BE=256,
+        U=8,
+        num_warps=4,
         enable_fp_fusion=True,
     )
     return last
 
 
 def _capsule_ends(B, chunks, H, C, d, device):
-    return (torch.empty(B, chunks, H, C, dtype=torch.float32, device=device),
-            torch.empty(B, chunks, H, C, d, dtype=torch.float32, device=device))
+    return (
+        torch.empty(B, chunks, H, C, dtype=torch.float32, device=device),
+        torch.empty(B, chunks, H, C, d, dtype=torch.float32, device=device),
+    )
 
 
 def capsule_forward_triton(r, p, u, loga, start, s0, chunk=CAPSULE_CHUNK):
@@ -449,8 +533,22 @@ def capsule_forward_triton(r, p, u, loga, start, s0, chunk=CAPSULE_CHUNK):
     )
     last, y = _capsule_join(ends, s0, reverse=False), torch.empty(u.shape, dtype=u.dtype, device=u.device)
     _capsule_forward_kernel[*grid, chunk // CAPSULE_BLOCK](
-        r, p, u, loga, start, ends[1], y, T, H, C, d, chunks, HAS_START=start is not None, R=CAPSULE_BLOCK,
-        LOG=CAPSULE_BLOCK.bit_length() - 1, **tile,
+        r,
+        p,
+        u,
+        loga,
+        start,
+        ends[1],
+        y,
+        T,
+        H,
+        C,
+        d,
+        chunks,
+        HAS_START=start is not None,
+        R=CAPSULE_BLOCK,
+        LOG=CAPSULE_BLOCK.bit_length() - 1,
+        **tile,
     )
     return y, last, ends[1]
 
@@ -466,8 +564,24 @@ def capsule_backward_triton(r, p, u, loga, start, s0, states, dy, dsT, chunk=CAP
     ds0 = _capsule_join(ends, dsT, reverse=True)
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (r, p, u, loga)]
     _capsule_backward_kernel[*grid, chunk // CAPSULE_BLOCK](
-        r, p, u, loga, start, states, dy, ends[1], *grads, T, H, C, d, chunks,
-        HAS_START=start is not None, R=CAPSULE_BLOCK, LOG=CAPSULE_BLOCK.bit_length() - 1, **tile,
+        r,
+        p,
+        u,
+        loga,
+        start,
+        states,
+        dy,
+        ends[1],
+        *grads,
+        T,
+        H,
+        C,
+        d,
+        chunks,
+        HAS_START=start is not None,
+        R=CAPSULE_BLOCK,
+        LOG=CAPSULE_BLOCK.bit_length() - 1,
+        **tile,
     )
     return *grads, ds0
 
@@ -499,7 +613,14 @@ def capsule_fake(r, p, u, loga, start, s0):
 
 @torch.library.custom_op("skc::capsule_scan_backward", mutates_args=())
 def capsule_backward_op(
-    r: Tensor, p: Tensor, u: Tensor, loga: Tensor, start: Tensor | None, s0: Tensor, states: Tensor, dy: Tensor,
+    r: Tensor,
+    p: Tensor,
+    u: Tensor,
+    loga: Tensor,
+    start: Tensor | None,
+    s0: Tensor,
+    states: Tensor,
+    dy: Tensor,
     dsT: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if __debug__:

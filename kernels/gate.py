@@ -60,28 +60,40 @@ def gate_launches():
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", fp32)):
         u, h0 = _meta(B, T, D, dtype=dtype), _meta(B, D, dtype=fp32)
         for chunk in (T, 64):
-            yield f"{name} chunk={chunk}", lambda u=u, h0=h0, chunk=chunk: (
-                koopman_forward_triton(u, u, u, start, h0, chunk),
-                koopman_backward_triton(u, u, u, start, h0, u, u, h0, chunk),
+            yield (
+                f"{name} chunk={chunk}",
+                lambda u=u, h0=h0, chunk=chunk: (
+                    koopman_forward_triton(u, u, u, start, h0, chunk),
+                    koopman_backward_triton(u, u, u, start, h0, u, u, h0, chunk),
+                ),
             )
         r, v, a = (_meta(B, T, H, n, dtype=t) for n, t in ((C, dtype), (d, dtype), (C, fp32)))
         s0, states = _meta(B, H, C, d, dtype=fp32), _meta(B, T // 64, H, C, d, dtype=fp32)
-        yield name, lambda r=r, v=v, a=a, s0=s0, states=states: (
-            capsule_forward_triton(r, r, v, a, start, s0),
-            capsule_backward_triton(r, r, v, a, start, s0, states, v, s0),
+        yield (
+            name,
+            lambda r=r, v=v, a=a, s0=s0, states=states: (
+                capsule_forward_triton(r, r, v, a, start, s0),
+                capsule_backward_triton(r, r, v, a, start, s0, states, v, s0),
+            ),
         )
         yield name, lambda u=u: [causal_walsh_triton(u, _meta(4, D, dtype=fp32), pos, adjoint) for adjoint in (0, 1)]
         yield name, lambda u=u: [wht_triton(u, block) for block in (64, 128)]
         gates = _meta(B, T, H, 7, dtype=dtype)
-        yield name, lambda u=u, gates=gates: (
-            causal_haar_forward_triton(u, gates, pos),
-            causal_haar_backward_triton(u, gates, pos, u),
+        yield (
+            name,
+            lambda u=u, gates=gates: (
+                causal_haar_forward_triton(u, gates, pos),
+                causal_haar_backward_triton(u, gates, pos, u),
+            ),
         )
         logits, tokens = _meta(B * T, V, dtype=dtype), [_meta(B * T, dtype=fp32) for _ in range(3)]
         targets = _meta(B * T, dtype=torch.int64)
-        yield name, lambda logits=logits, tokens=tokens, targets=targets: (
-            softcap_ce_forward_triton(logits, targets, 30.0),
-            softcap_ce_backward_triton(logits, targets, 30.0, *tokens),
+        yield (
+            name,
+            lambda logits=logits, tokens=tokens, targets=targets: (
+                softcap_ce_forward_triton(logits, targets, 30.0),
+                softcap_ce_backward_triton(logits, targets, 30.0, *tokens),
+            ),
         )
         x, planes = _meta(16, D, dtype=dtype), _meta(4 * D, D // 4, dtype=torch.uint8)
         factor, row = _meta(4 * D, D // 128, dtype=torch.uint8), _meta(4 * D, dtype=torch.float16)

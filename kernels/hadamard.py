@@ -72,9 +72,16 @@ def wht_triton(x, block):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, at_once = x.numel() // block, 16 if x.dtype == torch.float32 else 64
     _wht_kernel[(triton.cdiv(x.numel(), at_once * N),)](
-        x, y, rows, block**-0.5, BLOCK=block, N=N, BM=at_once,
+        x,
+        y,
+        rows,
+        block**-0.5,
+        BLOCK=block,
+        N=N,
+        BM=at_once,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",  # +-1 times 16 bits is exact in tf32
-        num_warps=4 if N <= 64 else 8, enable_fp_fusion=True,
+        num_warps=4 if N <= 64 else 8,
+        enable_fp_fusion=True,
     )
     return y
 
@@ -193,8 +200,19 @@ def causal_walsh_triton(x, signs, pos, adjoint=False):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(T, WALSH_STEPS), triton.cdiv(D, WALSH_WIDTH), B)
     _causal_walsh_kernel[grid](
-        x.contiguous(), signs.contiguous(), pos.clamp(-1, 2**M).to(torch.int32).contiguous(), y, T, D, 2.0 ** (-M / 2),
-        M=M, STEPS=WALSH_STEPS, BD=WALSH_WIDTH, ADJOINT=adjoint, num_warps=1, enable_fp_fusion=True,
+        x.contiguous(),
+        signs.contiguous(),
+        pos.clamp(-1, 2**M).to(torch.int32).contiguous(),
+        y,
+        T,
+        D,
+        2.0 ** (-M / 2),
+        M=M,
+        STEPS=WALSH_STEPS,
+        BD=WALSH_WIDTH,
+        ADJOINT=adjoint,
+        num_warps=1,
+        enable_fp_fusion=True,
     )
     return y
 
@@ -349,7 +367,17 @@ def _haar_band(numbers, reach, t, s, M: tl.constexpr):
 
 @triton.jit
 def _causal_haar_forward_kernel(
-    v, gates, pos, y, T, H, D, M: tl.constexpr, BLOCKS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    v,
+    gates,
+    pos,
+    y,
+    T,
+    H,
+    D,
+    M: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     blocks = tl.cdiv(T, BT)
@@ -368,8 +396,20 @@ def _causal_haar_forward_kernel(
 
 @triton.jit
 def _causal_haar_backward_kernel(
-    v, gates, pos, dy, dv, dgates, T, H, D, M: tl.constexpr, BLOCKS: tl.constexpr, BT: tl.constexpr,
-    BD: tl.constexpr, PRECISION: tl.constexpr,
+    v,
+    gates,
+    pos,
+    dy,
+    dv,
+    dgates,
+    T,
+    H,
+    D,
+    M: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Of a block of steps: dv from the outputs at and after it, dgates from the inputs at and before it."""
     blocks = tl.cdiv(T, BT)
@@ -418,9 +458,14 @@ def _haar_launch(v, gates, pos):
         most = f"at most {HAAR_LEVELS} and {HAAR_WIDTH}"
         raise ValueError(f"causal Haar averages on CUDA: {levels} levels, heads of width {width}; {most}")
     tile = {
-        "M": levels, "BLOCKS": 1 + triton.cdiv(2**levels - 1, HAAR_STEPS), "BT": HAAR_STEPS,
-        "BD": max(16, triton.next_power_of_2(width)), "PRECISION": "ieee" if v.dtype == torch.float32 else "tf32",
-        "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True,
+        "M": levels,
+        "BLOCKS": 1 + triton.cdiv(2**levels - 1, HAAR_STEPS),
+        "BT": HAAR_STEPS,
+        "BD": max(16, triton.next_power_of_2(width)),
+        "PRECISION": "ieee" if v.dtype == torch.float32 else "tf32",
+        "num_warps": 4,
+        "num_stages": 1,
+        "enable_fp_fusion": True,
     }
     inputs = v.contiguous(), gates.contiguous(), pos.clamp(0, 2**levels).to(torch.int32).contiguous()
     return (triton.cdiv(T, HAAR_STEPS) * H * B,), (T, H, width), tile, inputs

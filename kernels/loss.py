@@ -113,9 +113,7 @@ def softcap_ce_forward_triton(logits, targets, cap):
     N, V = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     outputs = [torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2)]
-    _softcap_ce_forward_kernel[(N,)](
-        logits, targets.contiguous(), *outputs, V, logits.stride(0), cap, **_loss_tile(V)
-    )
+    _softcap_ce_forward_kernel[(N,)](logits, targets.contiguous(), *outputs, V, logits.stride(0), cap, **_loss_tile(V))
     return tuple(outputs)
 
 

@@ -140,8 +140,25 @@ def koopman_backward_cpu(u, g, dt, start, h0, h, dh, dhT):
 
 @triton.jit
 def _koopman_forward_kernel(
-    u, g, dt, start, state, h, hT, T, S, u_row, g_row, dt_row, CHUNK, CHUNKS,
-    HAS_START: tl.constexpr, HAS_STATE: tl.constexpr, WRITE_H: tl.constexpr, BS: tl.constexpr, U: tl.constexpr,
+    u,
+    g,
+    dt,
+    start,
+    state,
+    h,
+    hT,
+    T,
+    S,
+    u_row,
+    g_row,
+    dt_row,
+    CHUNK,
+    CHUNKS,
+    HAS_START: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    WRITE_H: tl.constexpr,
+    BS: tl.constexpr,
+    U: tl.constexpr,
 ):
     """WRITE_H: h and the last state, from state (B, CHUNKS, S). Else each chunk's decay and end state, from zero."""
     c = tl.program_id(0) % CHUNKS
@@ -189,7 +206,15 @@ def _koopman_forward_kernel(
 
 @triton.jit
 def _koopman_pass_kernel(
-    decay, state, first, last, S, CHUNKS, HAS_FIRST: tl.constexpr, REVERSE: tl.constexpr, BS: tl.constexpr,
+    decay,
+    state,
+    first,
+    last,
+    S,
+    CHUNKS,
+    HAS_FIRST: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BS: tl.constexpr,
     U: tl.constexpr,
 ):
     """state (B, CHUNKS, S): each chunk's end from zero becomes the state that enters it; what leaves goes to last."""
@@ -219,8 +244,30 @@ def _koopman_pass_kernel(
 
 @triton.jit
 def _koopman_backward_kernel(
-    u, g, dt, start, h0, h, dh, state, du, dg, ddt, dh0, T, S, u_row, g_row, dt_row, CHUNK, CHUNKS,
-    HAS_START: tl.constexpr, HAS_H0: tl.constexpr, WRITE_H: tl.constexpr, BS: tl.constexpr, U: tl.constexpr,
+    u,
+    g,
+    dt,
+    start,
+    h0,
+    h,
+    dh,
+    state,
+    du,
+    dg,
+    ddt,
+    dh0,
+    T,
+    S,
+    u_row,
+    g_row,
+    dt_row,
+    CHUNK,
+    CHUNKS,
+    HAS_START: tl.constexpr,
+    HAS_H0: tl.constexpr,
+    WRITE_H: tl.constexpr,
+    BS: tl.constexpr,
+    U: tl.constexpr,
 ):
     """Right to left over what flows out of a step to the left, carry_t (dh_t + flow); WRITE_H as in the forward."""
     c = tl.program_id(0) % CHUNKS
@@ -311,15 +358,35 @@ def koopman_forward_triton(u, g, dt, start, h0, chunk=None):
     if chunks > 1:
         decay, state = (torch.empty(B, chunks, S, dtype=torch.float32, device=u.device) for _ in range(2))
         _koopman_forward_kernel[grid](
-            u, g, dt, start, state, decay, state, *sizes,
-            HAS_START=start is not None, HAS_STATE=False, WRITE_H=False, **tile,
+            u,
+            g,
+            dt,
+            start,
+            state,
+            decay,
+            state,
+            *sizes,
+            HAS_START=start is not None,
+            HAS_STATE=False,
+            WRITE_H=False,
+            **tile,
         )
         _koopman_pass_kernel[(B, grid[1])](
             decay, state, h0, hT, S, chunks, HAS_FIRST=h0 is not None, REVERSE=False, **tile
         )
     _koopman_forward_kernel[grid](
-        u, g, dt, start, state, h, hT, *sizes,
-        HAS_START=start is not None, HAS_STATE=state is not None, WRITE_H=True, **tile,
+        u,
+        g,
+        dt,
+        start,
+        state,
+        h,
+        hT,
+        *sizes,
+        HAS_START=start is not None,
+        HAS_STATE=state is not None,
+        WRITE_H=True,
+        **tile,
     )
     return h, hT
 
@@ -339,15 +406,45 @@ def koopman_backward_triton(u, g, dt, start, h0, h, dh, dhT, chunk=None):
     if chunks > 1:
         decay, state = (torch.empty(B, chunks, S, dtype=torch.float32, device=u.device) for _ in range(2))
         _koopman_backward_kernel[grid](
-            u, g, dt, start, h0, h, dh, state, decay, decay, decay, state, *sizes,
-            HAS_START=start is not None, HAS_H0=False, WRITE_H=False, **tile,
+            u,
+            g,
+            dt,
+            start,
+            h0,
+            h,
+            dh,
+            state,
+            decay,
+            decay,
+            decay,
+            state,
+            *sizes,
+            HAS_START=start is not None,
+            HAS_H0=False,
+            WRITE_H=False,
+            **tile,
         )
         _koopman_pass_kernel[(B, grid[1])](
             decay, state, dhT.contiguous(), dh0, S, chunks, HAS_FIRST=True, REVERSE=True, **tile
         )
     _koopman_backward_kernel[grid](
-        u, g, dt, start, h0, h, dh, state, du, dg, ddt, dh0, *sizes,
-        HAS_START=start is not None, HAS_H0=h0 is not None, WRITE_H=True, **tile,
+        u,
+        g,
+        dt,
+        start,
+        h0,
+        h,
+        dh,
+        state,
+        du,
+        dg,
+        ddt,
+        dh0,
+        *sizes,
+        HAS_START=start is not None,
+        HAS_H0=h0 is not None,
+        WRITE_H=True,
+        **tile,
     )
     return du, dg, ddt, dh0
 

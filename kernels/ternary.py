@@ -80,7 +80,14 @@ def _tree_sum_of(x, NG: tl.constexpr, G: tl.constexpr, LOG: tl.constexpr):
 
 @triton.jit
 def _ternary_project_kernel(
-    w, out, K, NG: tl.constexpr, G: tl.constexpr, LOG: tl.constexpr, RULE: tl.constexpr, LEAST: tl.constexpr,
+    w,
+    out,
+    K,
+    NG: tl.constexpr,
+    G: tl.constexpr,
+    LOG: tl.constexpr,
+    RULE: tl.constexpr,
+    LEAST: tl.constexpr,
     MOST: tl.constexpr,
 ):
     """As _ternary_grid and ternary_value, row by row; RULE is an index into TERNARY_RULES."""
@@ -112,8 +119,16 @@ def ternary_project_triton(w, group, rule):
     out = torch.empty(w.shape, dtype=torch.float32, device=w.device)
     groups = triton.next_power_of_2(K // group)
     _ternary_project_kernel[(w.numel() // K,)](
-        w, out, K, NG=groups, G=group, LOG=group.bit_length() - 1, RULE=TERNARY_RULES.index(rule),
-        LEAST=TERNARY_MIN_ROW, MOST=TERNARY_MAX_FACTOR, num_warps=4 if groups * group <= 4096 else 8,
+        w,
+        out,
+        K,
+        NG=groups,
+        G=group,
+        LOG=group.bit_length() - 1,
+        RULE=TERNARY_RULES.index(rule),
+        LEAST=TERNARY_MIN_ROW,
+        MOST=TERNARY_MAX_FACTOR,
+        num_warps=4 if groups * group <= 4096 else 8,
         enable_fp_fusion=False,  # a fused multiply-add would round once where the definition rounds twice
     )
     return out
@@ -164,8 +179,20 @@ def ternary_unpack(planes):
 
 @triton.jit
 def _ternary_packed_kernel(
-    x, planes, factor, row, y, M, N, K, G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, P: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    x,
+    planes,
+    factor,
+    row,
+    y,
+    M,
+    N,
+    K,
+    G: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    P: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     m, n, j = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, P)
     out = tl.zeros([BM, BN], tl.float32)
@@ -191,10 +218,22 @@ def ternary_packed_triton(x, planes, factor, row):
     # the interpreter knows no bfloat16 product
     exact = x.dtype == torch.float32 or x.device.type == "cpu"
     _ternary_packed_kernel[(triton.cdiv(N, 16),)](
-        x.contiguous(), planes.contiguous(), factor.contiguous(), row.contiguous(), y, M, N, K,
-        G=K // factor.shape[1], BM=max(16, triton.next_power_of_2(M)), BN=16, P=TERNARY_PLANE,
+        x.contiguous(),
+        planes.contiguous(),
+        factor.contiguous(),
+        row.contiguous(),
+        y,
+        M,
+        N,
+        K,
+        G=K // factor.shape[1],
+        BM=max(16, triton.next_power_of_2(M)),
+        BN=16,
+        P=TERNARY_PLANE,
         DOT=tl.float32 if exact else tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16,
-        PRECISION="ieee", num_warps=4, enable_fp_fusion=True,
+        PRECISION="ieee",
+        num_warps=4,
+        enable_fp_fusion=True,
     )
     return y
 

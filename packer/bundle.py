@@ -57,8 +57,10 @@ def check_import(node, tree, files):
 
 
 def check_names_exist(trees, own):
-    bound = {name: {n for s in tree.body for u in open_statement(s, name, True) for n in u.names}
-             for name, tree in trees.items()}
+    bound = {
+        name: {n for s in tree.body for u in open_statement(s, name, True) for n in u.names}
+        for name, tree in trees.items()
+    }
     for tree in trees.values():
         for node in (n for n in tree.body if isinstance(n, ast.ImportFrom) and is_first_party(n, own)):
             for alias in node.names:
@@ -71,13 +73,19 @@ def open_statement(node, module, is_entry):
     if is_docstring(node) or (is_main_guard(node) and not is_entry):
         return []
     if isinstance(node, (ast.Import, ast.ImportFrom)):
-        split = [ast.Import([a]) if isinstance(node, ast.Import) else ast.ImportFrom(node.module, [a], node.level)
-                 for a in node.names]
+        split = [
+            ast.Import([a]) if isinstance(node, ast.Import) else ast.ImportFrom(node.module, [a], node.level)
+            for a in node.names
+        ]
         return [Unit(like(s, node), module) for s in split]
     if isinstance(node, ast.If) and not is_main_guard(node):
         otherwise = like(ast.UnaryOp(ast.Not(), node.test), node.test)
-        return [Unit(u.node, module, guard) for body, guard in ((node.body, node.test), (node.orelse, otherwise))
-                for s in body for u in open_statement(s, module, is_entry)]
+        return [
+            Unit(u.node, module, guard)
+            for body, guard in ((node.body, node.test), (node.orelse, otherwise))
+            for s in body
+            for u in open_statement(s, module, is_entry)
+        ]
     return [Unit(node, module)]
 
 

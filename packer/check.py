@@ -41,9 +41,11 @@ def check_node(node):
             check_modules(node, [module])
         case ast.Constant(value=str(text)) if text.startswith(("/", "~/")) and len(text) > 2 and " " not in text:
             fail(node, f"absolute path {text!r}")
-        case (ast.Call(func=ast.Attribute(attr="getenv"), args=[key, *_]) |
-              ast.Call(func=ast.Attribute(value=ast.Attribute(attr="environ")), args=[key, *_]) |
-              ast.Subscript(value=ast.Attribute(attr="environ"), slice=key)):
+        case (
+            ast.Call(func=ast.Attribute(attr="getenv"), args=[key, *_])
+            | ast.Call(func=ast.Attribute(value=ast.Attribute(attr="environ")), args=[key, *_])
+            | ast.Subscript(value=ast.Attribute(attr="environ"), slice=key)
+        ):
             if not (isinstance(key, ast.Constant) and key.value in ENVIRONMENT):
                 fail(node, f"environment variable {ast.unparse(key)} is not declared: make it a Config field")
 
@@ -65,8 +67,11 @@ def undefined_names(text):
     while tables:
         table = tables.pop()
         tables.extend(table.get_children())
-        missing |= {s.get_name() for s in table.get_symbols()
-                    if s.is_referenced() and (s.is_global() or table is top) and s.get_name() not in defined}
+        missing |= {
+            s.get_name()
+            for s in table.get_symbols()
+            if s.is_referenced() and (s.is_global() or table is top) and s.get_name() not in defined
+        }
     return sorted(missing)
 
 

@@ -47,8 +47,12 @@ def config_fields(units, constants):
     fields = {}
     for node in (n for n in find_config(units).body if isinstance(n, ast.AnnAssign)):
         match node:
-            case ast.AnnAssign(target=ast.Name(id=name), value=ast.Call(
-                    func=ast.Name(id="structural" | "free" as kind), args=[default, _, *more], keywords=marks)):
+            case ast.AnnAssign(
+                target=ast.Name(id=name),
+                value=ast.Call(
+                    func=ast.Name(id="structural" | "free" as kind), args=[default, _, *more], keywords=marks
+                ),
+            ):
                 value = known(default, constants)
                 registry = [k.value for k in marks if k.arg == "registry"] or (more if kind == "structural" else [])
             case _:

@@ -237,8 +237,12 @@ class Folder(Scoped):
     def drop_rows(self, node):
         """`for bad, text in [(False, ...), ...]: if bad: ...`: rows that cannot matter go."""
         match node:
-            case ast.For(target=ast.Tuple(elts=[ast.Name(id=name), *_]), iter=ast.List(elts=rows), orelse=[],
-                         body=[ast.If(test=ast.Name(id=tested), orelse=[])]) if name == tested:
+            case ast.For(
+                target=ast.Tuple(elts=[ast.Name(id=name), *_]),
+                iter=ast.List(elts=rows),
+                orelse=[],
+                body=[ast.If(test=ast.Name(id=tested), orelse=[])],
+            ) if name == tested:
                 node.iter.elts = [r for r in rows if not (isinstance(r, ast.Tuple) and self.truth(r.elts[0]) is False)]
         return node
 
@@ -254,8 +258,14 @@ def fold(units, fields, done, folded=None):
     dumps = {id(u): ast.dump(u.node) for u in units}
     changed = {id(u) for u in units if folded.get(id(u)) != dumps[id(u)]}
     while changed:
-        facts = Facts(fields, module_constants(units), config_properties(units), fixed_tables(units),
-                      folded.get("gone", set()), holders)
+        facts = Facts(
+            fields,
+            module_constants(units),
+            config_properties(units),
+            fixed_tables(units),
+            folded.get("gone", set()),
+            holders,
+        )
         told = (facts.constants, facts.properties, facts.gone, {name: ast.dump(t) for name, t in facts.tables.items()})
         todo = [u for u in units if id(u) in changed or told != known_before]
         known_before, changed = told, set()

@@ -82,5 +82,10 @@ def minify(tree, foreign=frozenset()):
 
     shorten_names(tree, foreign)
     return shorten(
-        ast.unparse(ast.fix_missing_locations(tree)), remove_annotations=False, hoist_literals=False,
-        rename_locals=False, remove_asserts=True, prefer_single_line=True)
+        ast.unparse(ast.fix_missing_locations(tree)),
+        remove_annotations=False,
+        hoist_literals=False,
+        rename_locals=False,
+        remove_asserts=True,
+        prefer_single_line=True,
+    )

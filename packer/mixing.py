@@ -32,10 +32,20 @@ def contexts(text):
     letter = match = length = past = word = word_before = word_earlier = shape = 0
     while True:
         bracket = brackets[-1]
-        yield (len(brackets), letter, past % 2**16, past % 2**24, past % 2**32, word,
-               word_earlier * 3**99 + word * 256 + letter, shape, bracket % 256 + shape % 2**32 * 256,
-               bracket % 2**16 * 256 + letter, bracket * 256 + letter,
-               length and text[match] * 16 + min(length, 16))
+        yield (
+            len(brackets),
+            letter,
+            past % 2**16,
+            past % 2**24,
+            past % 2**32,
+            word,
+            word_earlier * 3**99 + word * 256 + letter,
+            shape,
+            bracket % 256 + shape % 2**32 * 256,
+            bracket % 2**16 * 256 + letter,
+            bracket * 256 + letter,
+            length and text[match] * 16 + min(length, 16),
+        )
         kind = letter = text[-1]
         past = (past * 256 + letter) % 2**40
         length = length + 1 if length and text[match] == letter else 0

@@ -15,20 +15,23 @@ from packer.trees import BuildError
 # what tracebacks call the source; registered, so that inspect, Triton and (by the hook) tracebacks read it from memory
 PACKED_NAME = "train_gpt.packed"
 CODING = "#coding:l1\n"
-LOADER = '''import {module},linecache,sys,traceback
+LOADER = """import {module},linecache,sys,traceback
 sys.excepthook=traceback.print_exception
 n="{name}"
 {source}
 linecache.cache[n]=len(s),None,s.splitlines(True),n
 exec(compile(s,n,"exec"))
-'''
+"""
 LITERAL = '{module}.decompress("""{data}""".encode("l1"))'
 # a mixed text stands in `d`, its compressed decoder and loader in `l`, and tracebacks show neither
-MIXED = CODING + '''import brotli
+MIXED = (
+    CODING
+    + '''import brotli
 d="""{data}"""
 l="""{loader}"""
 exec(brotli.decompress(l.encode("l1")))
 '''
+)
 MIXED_START = MIXED.partition("{data}")[0]
 DECODER = mixing.tables, mixing.contexts, mixing.spell, mixing.reader
 SPELLED = 'import bisect,operator\ns=spell({size},reader(d)).decode("punycode")'
@@ -52,7 +55,7 @@ def quote(data):
 
 
 def plain_form(module, data):
-    source = f's={LITERAL.format(module=module, data=quote(data))}.decode()'
+    source = f"s={LITERAL.format(module=module, data=quote(data))}.decode()"
     return CODING + LOADER.format(module=module, name=PACKED_NAME, source=source)
 
 
@@ -92,8 +95,10 @@ def pack(text):
     import brotli
 
     raw = text.encode()
-    forms = [plain_form("lzma", lzma.compress(raw, lzma.FORMAT_ALONE, filters=[LZMA])),
-             plain_form("brotli", brotli.compress(raw, quality=11, lgwin=24))]
+    forms = [
+        plain_form("lzma", lzma.compress(raw, lzma.FORMAT_ALONE, filters=[LZMA])),
+        plain_form("brotli", brotli.compress(raw, quality=11, lgwin=24)),
+    ]
     if len(raw) >= WORTH_MIXING:
         forms.append(mixed_form(text))
     return min([raw, *(file.encode("latin-1") for file in forms)], key=len)

@@ -160,8 +160,9 @@ def compare_scores(rows, evaluated):
 
 def compare_kernels(rows, run):
     """The loss of the first step, most of it by interpreted kernels, is the one of their definitions."""
-    ours, theirs = (next(r["loss"] for r in some if r["kind"] == "step")
-                    for some in (rows, read_records(run / "metrics.jsonl")))
+    ours, theirs = (
+        next(r["loss"] for r in some if r["kind"] == "step") for some in (rows, read_records(run / "metrics.jsonl"))
+    )
     if abs(ours - theirs) > 1e-4 * abs(ours):
         raise BuildError(f"with interpreted kernels the first loss is {theirs}, by their definitions {ours}")
 
@@ -191,8 +192,10 @@ def prove(b, root):
         for name, text in {"source": b"", "packed": b.code, "traced": b.readable.encode()}.items():
             (work / name).mkdir()  # each runs in a folder of its own, with the same arguments
             (work / name / "train_gpt.py").write_bytes(text)
-        finish(start("the source", ["-O", root / "train_gpt.py", "--profile", b.profile, *values], work / "source"),
-               start("the packed file", ["train_gpt.py", *values], work / "packed"))
+        finish(
+            start("the source", ["-O", root / "train_gpt.py", "--profile", b.profile, *values], work / "source"),
+            start("the packed file", ["train_gpt.py", *values], work / "packed"),
+        )
         rows, artifact = compare_runs(work / "source", work / "packed")
         lines, captured = trace_all(work, values, rows)
     silent = unexecuted(b, lines)
@@ -221,13 +224,16 @@ def trace_all(work, values, rows):
     trace = [work / "tracer.py", "train_gpt.py"]
     as_on_cuda = [work / "as_on_cuda.py", "train_gpt.py", "cuda.json", *again[:-1], "run_id=cuda", "max_steps=1"]
     on_cuda = start("the twin as on CUDA", as_on_cuda, work / "traced")  # beside all the others
-    finish(start("the readable twin", [*trace, "trained.json", *values], work / "traced"),
-           start("the packed file's --evaluate", score, work / "packed"))
+    finish(
+        start("the readable twin", [*trace, "trained.json", *values], work / "traced"),
+        start("the packed file's --evaluate", score, work / "packed"),
+    )
     compare_runs(work / "source", work / "traced")
     compare_scores(rows, work / "packed" / "again")
     _, captured = finish(
         start("the twin's --evaluate", [*trace, "evaluated.json", *score[1:]], work / "traced"),
-        start("the import of the packed file", ["-c", KERNELS], work / "packed"))
+        start("the import of the packed file", ["-c", KERNELS], work / "packed"),
+    )
     finish(start("the twin on two ranks", [*TORCHRUN, *trace, "ranks.json", *ranks], work / "traced"), on_cuda)
     compare_kernels(rows, work / "traced" / "cuda")
     lines = {n for path in (work / "traced").glob("*.json*") for n in json.loads(path.read_text())}
@@ -258,8 +264,12 @@ def cuda_only(b):
 def unexecuted(b, seen):
     """Lines of code the proof did not run, by the reason that shows, or else by definition."""
     source, cuda, found = b.readable.splitlines(), cuda_only(b), defaultdict(list)
-    owner = {line: node for node in ast.parse(b.readable).body if isinstance(node, (*FUNCTIONS, ast.ClassDef))
-             for line in range(node.lineno, node.end_lineno + 1)}
+    owner = {
+        line: node
+        for node in ast.parse(b.readable).body
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef))
+        for line in range(node.lineno, node.end_lineno + 1)
+    }
     for line in sorted(code_lines(b.readable) - seen):
         node, code = owner.get(line), source[line - 1].strip()
         if node is None:
@@ -286,9 +296,11 @@ def proof_lines(proof):
     if proof is None:
         return ""
     share, spent = proof["shares"], f"{proof['seconds']} s, {proof['cpu_seconds']} s of CPU"
-    lines = [f"proved in {spent}: {len(proof['steps'])} steps, {proof['artifact_bytes']:,} artifact bytes "
-             f"and {proof['kernels']} kernels alike; of {share['lines']} lines {share['unexecuted']:.1%} did not run, "
-             f"{share['unexecuted_on_cpu']:.1%} of those a CPU can run:"]
+    lines = [
+        f"proved in {spent}: {len(proof['steps'])} steps, {proof['artifact_bytes']:,} artifact bytes "
+        f"and {proof['kernels']} kernels alike; of {share['lines']} lines {share['unexecuted']:.1%} did not run, "
+        f"{share['unexecuted_on_cpu']:.1%} of those a CPU can run:"
+    ]
     by_size = sorted(proof["unexecuted"].items(), key=lambda item: -len(item[1]))
     lines += [f"  {len(code):4} {reason}" for reason, code in by_size]
     return "\n".join(lines) + "\n"

@@ -74,8 +74,9 @@ class Rename(ast.NodeTransformer):
 
 def rename_attributes(tree, outside, foreign):
     spoken = {n.value for n in walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    fields = {s.target.id for c in tree.body if isinstance(c, ast.ClassDef)
-              for s in c.body if isinstance(s, ast.AnnAssign)}
+    fields = {
+        s.target.id for c in tree.body if isinstance(c, ast.ClassDef) for s in c.body if isinstance(s, ast.AnnAssign)
+    }
     own = own_attributes(tree, outside) - foreign - (fields & spoken)
     count = Counter(n.attr for n in walk(tree) if isinstance(n, ast.Attribute))
     new = short_names(foreign | count.keys() | fields)

@@ -138,7 +138,8 @@ def drop_parameter(function, calls, name, skip):
         if (first := len(names) - len(args.defaults)) <= at:
             del args.defaults[at - first]
         (args.posonlyargs if at < len(args.posonlyargs) else args.args).remove(
-            next(a for a in (*args.posonlyargs, *args.args) if a.arg == name))
+            next(a for a in (*args.posonlyargs, *args.args) if a.arg == name)
+        )
     else:
         at = next(i for i, a in enumerate(args.kwonlyargs) if a.arg == name)
         del args.kwonlyargs[at], args.kw_defaults[at]
@@ -159,8 +160,9 @@ def settle_parameters(function, calls, skip):
     for name in own:
         values = [f.get(name) for f in found]
         inside = {id(n) for n in walk(function) if isinstance(n, ast.Call)}
-        values = [v for v, call in zip(values, calls)
-                  if not (isinstance(v, ast.Name) and v.id == name and id(call) in inside)]  # handed on by recursion
+        values = [
+            v for v, call in zip(values, calls) if not (isinstance(v, ast.Name) and v.id == name and id(call) in inside)
+        ]  # handed on by recursion
         if not values or None in values:
             continue
         read = any(isinstance(n, ast.Name) and n.id == name for s in function.body for n in walk(s))
@@ -174,8 +176,11 @@ def settle_parameters(function, calls, skip):
 
 
 def is_record(node):
-    return isinstance(node, ast.ClassDef) and node.name != "Config" and (
-        set(decorators(node)) & RECORDS or "NamedTuple" in map(ast.unparse, node.bases))
+    return (
+        isinstance(node, ast.ClassDef)
+        and node.name != "Config"
+        and (set(decorators(node)) & RECORDS or "NamedTuple" in map(ast.unparse, node.bases))
+    )
 
 
 def settle_fields(units, uses, foreign, structural):
@@ -184,11 +189,16 @@ def settle_fields(units, uses, foreign, structural):
     A structural field of Config may have the same name: no code reads it any more.
     """
     count, imports = 0, imported(units)
-    fields = Counter(s.target.id for u in units if isinstance(u.node, ast.ClassDef)
-                     for s in u.node.body if isinstance(s, ast.AnnAssign)
-                     and not (u.node.name == "Config" and s.target.id in structural))
-    stored = {n.attr for u in units for n in walk(u.node)
-              if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load)}
+    fields = Counter(
+        s.target.id
+        for u in units
+        if isinstance(u.node, ast.ClassDef)
+        for s in u.node.body
+        if isinstance(s, ast.AnnAssign) and not (u.node.name == "Config" and s.target.id in structural)
+    )
+    stored = {
+        n.attr for u in units for n in walk(u.node) if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load)
+    }
     classes = [u.node for u in units if isinstance(u.node, ast.ClassDef)]
     methods = {m.name for c in classes for m in c.body if isinstance(m, FUNCTIONS)}
     given = defaultdict(list)
@@ -198,7 +208,8 @@ def settle_fields(units, uses, foreign, structural):
     for unit in filter(lambda u: is_record(u.node), units):
         calls, own = uses.calls[unit.node.name], [s for s in unit.node.body if isinstance(s, ast.AnnAssign)]
         stars = any(isinstance(a, ast.Starred) for call in calls for a in call.args) or any(
-            k.arg is None for call in calls for k in call.keywords)
+            k.arg is None for call in calls for k in call.keywords
+        )
         most = max((len(call.args) for call in calls), default=0)
         for i, field in enumerate(own):
             name = field.target.id
@@ -219,8 +230,13 @@ def settle_fields(units, uses, foreign, structural):
 def settle_attributes(units, foreign):
     """Attributes that nothing but one constant is ever stored in are that constant; returns how many."""
     stored, known = defaultdict(set), set()
-    records = {s.target.id for u in units if isinstance(u.node, ast.ClassDef)
-               for s in u.node.body if isinstance(s, ast.AnnAssign)}
+    records = {
+        s.target.id
+        for u in units
+        if isinstance(u.node, ast.ClassDef)
+        for s in u.node.body
+        if isinstance(s, ast.AnnAssign)
+    }
     classes = [u.node for u in units if isinstance(u.node, ast.ClassDef)]
     named = {n for c in classes for s in c.body for n in (names_bound(s) or ())}
     assigns = [n for u in units for n in walk(u.node) if isinstance(n, ast.Assign)]
@@ -252,7 +268,8 @@ class Settled(ast.NodeTransformer):
     def visit_Assign(self, node):
         match node:
             case ast.Assign(targets=[ast.Tuple(elts=targets)], value=ast.Tuple(elts=values)) if len(targets) == len(
-                values):
+                values
+            ):
                 kept = [(t, v) for t, v in zip(targets, values) if not self.is_stored(t)]
                 if len(kept) < 2:
                     return [self.generic_visit(like(ast.Assign([t], v), node)) for t, v in kept] or None
@@ -297,9 +314,12 @@ def only_read(function, name):
     loads = sum(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) for n in walk(function))
     for node in walk(function):
         match node:
-            case (ast.keyword(arg=None, value=ast.Name(id=found)) | ast.For(iter=ast.Name(id=found)) |
-                  ast.comprehension(iter=ast.Name(id=found)) | ast.Call(func=ast.Attribute(
-                      value=ast.Name(id=found), attr="items" | "values" | "keys"))) if found == name:
+            case (
+                ast.keyword(arg=None, value=ast.Name(id=found))
+                | ast.For(iter=ast.Name(id=found))
+                | ast.comprehension(iter=ast.Name(id=found))
+                | ast.Call(func=ast.Attribute(value=ast.Name(id=found), attr="items" | "values" | "keys"))
+            ) if found == name:
                 loads -= 1
     return loads == 0
 
@@ -311,8 +331,9 @@ def settle_locals(units):
         names = [n for n in walk(function) if isinstance(n, ast.Name)]
         bound = Counter(n.id for n in names if not isinstance(n.ctx, ast.Load))
         read = {n.id for n in names if isinstance(n.ctx, ast.Load)}
-        taken = {a.arg for f in walk(function) if isinstance(f, (*FUNCTIONS, ast.Lambda))
-                 for a in all_arguments(f.args)}
+        taken = {
+            a.arg for f in walk(function) if isinstance(f, (*FUNCTIONS, ast.Lambda)) for a in all_arguments(f.args)
+        }
         taken |= {n for f in walk(function) if isinstance(f, (ast.Global, ast.Nonlocal)) for n in f.names}
         own, values = defaultdict(list), {}
         for target, value in (p for n in own_nodes(function) if isinstance(n, ast.Assign) for p in pairs(n)):
@@ -321,8 +342,9 @@ def settle_locals(units):
         for name, found in own.items():
             empty = isinstance(found[0], (ast.Dict, ast.List)) and not ast.unparse(found[0])[1:-1]
             constant = is_constant(found[0]) or (empty and only_read(function, name))
-            if bound[name] == len(found) and ((len(found) == 1 and constant) or (
-                    name not in read and all(map(keeps_value, found)))):
+            if bound[name] == len(found) and (
+                (len(found) == 1 and constant) or (name not in read and all(map(keeps_value, found)))
+            ):
                 values[name] = found[0]
         if values:
             inner = Locals(values)
@@ -436,5 +458,4 @@ def specialise(units, foreign, structural=()):
     uses = find_uses(units)
     count = sum(settle_parameters(*found) for found in callables(units, uses, foreign))
     count += settle_fields(units, uses, foreign, structural) + settle_attributes(units, foreign)
-    return count + settle_locals(units) + settle_returns(units) + merge_forwarders(units) + (
-        inline_expressions(units))
+    return count + settle_locals(units) + settle_returns(units) + merge_forwarders(units) + (inline_expressions(units))

@@ -117,9 +117,12 @@ def who_spoke(b, item):
         fate = "no longer mentions it: a branch was folded" if other.label in alive else "went, too"
         yield f"  mentioned in {other.label} ({place(other.node)}), which {fate}"
         if other.label in alive:
-            yield from (f"    {at}: `{test}` is {outcome}" for at, test, outcome in b.done
-                        if at.split(":")[0] == other.node.origin
-                        and other.node.lineno <= int(at.split(":")[1]) <= other.node.end_lineno)
+            yield from (
+                f"    {at}: `{test}` is {outcome}"
+                for at, test, outcome in b.done
+                if at.split(":")[0] == other.node.origin
+                and other.node.lineno <= int(at.split(":")[1]) <= other.node.end_lineno
+            )
 
 
 def table(b):

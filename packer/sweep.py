@@ -146,9 +146,15 @@ def registration_target(unit):
 
 def op_names(units):
     """Name in the op registry ("space::scan") -> the function that defines it."""
-    return {d.args[0].value: u.names[0] for u in units for d in getattr(u.node, "decorator_list", ())
-            if isinstance(d, ast.Call) and d.args and isinstance(d.args[0], ast.Constant)
-            and ast.unparse(d.func).endswith("custom_op")}
+    return {
+        d.args[0].value: u.names[0]
+        for u in units
+        for d in getattr(u.node, "decorator_list", ())
+        if isinstance(d, ast.Call)
+        and d.args
+        and isinstance(d.args[0], ast.Constant)
+        and ast.unparse(d.func).endswith("custom_op")
+    }
 
 
 def hooks(units):

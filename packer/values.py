@@ -8,14 +8,78 @@ from collections import Counter
 from packer.trees import SCALARS, children, walk
 
 UNKNOWN = object()
-PURE = {name: getattr(builtins, name) for name in (
-    "abs", "all", "any", "bool", "dict", "divmod", "enumerate", "float", "int", "len", "list", "max", "min", "range",
-    "reversed", "round", "sorted", "str", "sum", "tuple", "zip")}
-PURE_METHODS = {"count", "endswith", "find", "get", "index", "isdigit", "items", "join", "keys", "lower", "lstrip",
-                "removeprefix", "removesuffix", "replace", "rstrip", "split", "startswith", "strip", "upper", "values"}
-PURE_NODES = (ast.Constant, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare,
-              ast.IfExp, ast.Subscript, ast.Slice, ast.Starred, ast.operator, ast.unaryop, ast.boolop, ast.cmpop,
-              ast.expr_context, ast.comprehension, ast.ListComp, ast.DictComp, ast.GeneratorExp)
+PURE = {
+    name: getattr(builtins, name)
+    for name in (
+        "abs",
+        "all",
+        "any",
+        "bool",
+        "dict",
+        "divmod",
+        "enumerate",
+        "float",
+        "int",
+        "len",
+        "list",
+        "max",
+        "min",
+        "range",
+        "reversed",
+        "round",
+        "sorted",
+        "str",
+        "sum",
+        "tuple",
+        "zip",
+    )
+}
+PURE_METHODS = {
+    "count",
+    "endswith",
+    "find",
+    "get",
+    "index",
+    "isdigit",
+    "items",
+    "join",
+    "keys",
+    "lower",
+    "lstrip",
+    "removeprefix",
+    "removesuffix",
+    "replace",
+    "rstrip",
+    "split",
+    "startswith",
+    "strip",
+    "upper",
+    "values",
+}
+PURE_NODES = (
+    ast.Constant,
+    ast.Tuple,
+    ast.List,
+    ast.Set,
+    ast.Dict,
+    ast.BinOp,
+    ast.UnaryOp,
+    ast.BoolOp,
+    ast.Compare,
+    ast.IfExp,
+    ast.Subscript,
+    ast.Slice,
+    ast.Starred,
+    ast.operator,
+    ast.unaryop,
+    ast.boolop,
+    ast.cmpop,
+    ast.expr_context,
+    ast.comprehension,
+    ast.ListComp,
+    ast.DictComp,
+    ast.GeneratorExp,
+)
 
 
 def known(node, constants):
@@ -57,8 +121,10 @@ def assigned_once(units):
     stolen = {name for u in units for name in u.stolen}
     for unit in units:
         match unit.node:
-            case (ast.Assign(targets=[ast.Name(id=name)], value=value) |
-                  ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)):
+            case (
+                ast.Assign(targets=[ast.Name(id=name)], value=value)
+                | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)
+            ):
                 if count[name] == 1 and unit.guard is None and name not in stolen:
                     yield name, value
 
@@ -84,6 +150,8 @@ def fixed_tables(units):
                 changed.add(name)
             case ast.Attribute(value=ast.Name(id=name), attr=attr) if attr in CHANGES:
                 changed.add(name)
-    return {name: value for name, value in assigned_once(units)
-            if isinstance(value, ast.Dict) and name not in changed
-            and all(isinstance(k, ast.Constant) for k in value.keys)}
+    return {
+        name: value
+        for name, value in assigned_once(units)
+        if isinstance(value, ast.Dict) and name not in changed and all(isinstance(k, ast.Constant) for k in value.keys)
+    }

@@ -48,7 +48,7 @@ def test_the_fused_path_agrees_with_the_dense_one():
 def test_rotation_depends_on_distance_only_and_spares_the_other_dimensions():
     q, k = torch.randn(1, 1, 1, 16).expand(1, 50, 1, 16), torch.randn(1, 1, 1, 16).expand(1, 50, 1, 16)
     tables = rotary_tables(torch.arange(50).unsqueeze(0), 8)
-    scores = (rotate_pairs(q, tables)[0, :, 0] @ rotate_pairs(k, tables)[0, :, 0].T)
+    scores = rotate_pairs(q, tables)[0, :, 0] @ rotate_pairs(k, tables)[0, :, 0].T
     assert torch.allclose(scores.diagonal(-3), scores[3, 0].expand(47), atol=1e-4)
     assert torch.equal(rotate_pairs(q, tables)[..., 8:], q[..., 8:])
 

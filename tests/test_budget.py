@@ -162,8 +162,16 @@ def test_inspect_prints_every_tensor_and_json_has_the_fields(artifact, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["total_bytes"] == artifact.stat().st_size
     assert found["cap_bytes"] == 16_000_000
-    assert set(found["tensors"][0]) >= {"name", "shape", "codec", "bytes", "symbol_bytes", "scale_bytes",
-                                        "bits_per_weight", "entropy_bits"}
+    assert set(found["tensors"][0]) >= {
+        "name",
+        "shape",
+        "codec",
+        "bytes",
+        "symbol_bytes",
+        "scale_bytes",
+        "bits_per_weight",
+        "entropy_bits",
+    }
 
 
 def test_verify_accepts_a_good_file_and_refuses_damage_in_one_line(artifact, tmp_path, capsys):

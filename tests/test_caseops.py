@@ -42,18 +42,21 @@ def test_bytes_of_any_cut_add_up_to_the_original_text(text, cuts):
     assert counts.sum() == len(text.encode())
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("the", "the"),
-    ("The", "^the"),
-    ("I", "^i"),
-    ("NASA's", "!nasa's"),
-    ("iPhone", "i+phone"),
-    ("HTTPServer", "!http+server"),
-    ("PhD", "^ph+d"),
-    ("Éa ДА", "^éa !да"),
-    ("straße STRAßE", "straße !straß^e"),
-    ("\ue001 \ue005", "~\ue001 \ue005"),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("the", "the"),
+        ("The", "^the"),
+        ("I", "^i"),
+        ("NASA's", "!nasa's"),
+        ("iPhone", "i+phone"),
+        ("HTTPServer", "!http+server"),
+        ("PhD", "^ph+d"),
+        ("Éa ДА", "^éa !да"),
+        ("straße STRAßE", "straße !straß^e"),
+        ("\ue001 \ue005", "~\ue001 \ue005"),
+    ],
+)
 def test_markers_stand_where_the_case_is(text, expected):
     shown = dict(zip("^!+~", MARKERS))
     assert encode(text) == "".join(shown.get(c, c) for c in expected)
@@ -75,10 +78,13 @@ def test_lower_case_is_case_free():
     assert not any(c.isupper() and c < "\u0250" and c not in "İȺȾ" for c in encode("".join(map(chr, range(0x250)))))
 
 
-@pytest.mark.parametrize("faulty", [
-    lambda text: encode(text).replace(ESC, ""),  # private characters not escaped
-    lambda text: encode(text).lower(),  # letters without a partner lowered too
-    lambda text: encode(text).replace(CAPNEXT, ""),
-])
+@pytest.mark.parametrize(
+    "faulty",
+    [
+        lambda text: encode(text).replace(ESC, ""),  # private characters not escaped
+        lambda text: encode(text).lower(),  # letters without a partner lowered too
+        lambda text: encode(text).replace(CAPNEXT, ""),
+    ],
+)
 def test_a_lossy_transform_would_be_caught(faulty):
     assert any(decode(faulty(text)) != text for text in ("iPhone", "İΣ", "\ue001a"))

@@ -45,10 +45,15 @@ def numbers(*shape, salt=1):
 
 
 def masters():
-    return [Row("up", numbers(48, 64), "ternary"), Row("bank", numbers(2, 24, 32, salt=3), "ternary"),
-            *(Row(f"w{bits}", numbers(16, 40, salt=bits), f"int{bits}") for bits in (4, 5, 6, 7, 8)),
-            Row("uneven", numbers(96, 80, salt=9) * (1 + 8 * (torch.arange(80) % 2)), "int6"),
-            Row("gain", numbers(33), "fp16"), Row("scale", numbers(), "fp16"), Row("none", torch.zeros(0), "fp16")]
+    return [
+        Row("up", numbers(48, 64), "ternary"),
+        Row("bank", numbers(2, 24, 32, salt=3), "ternary"),
+        *(Row(f"w{bits}", numbers(16, 40, salt=bits), f"int{bits}") for bits in (4, 5, 6, 7, 8)),
+        Row("uneven", numbers(96, 80, salt=9) * (1 + 8 * (torch.arange(80) % 2)), "int6"),
+        Row("gain", numbers(33), "fp16"),
+        Row("scale", numbers(), "fp16"),
+        Row("none", torch.zeros(0), "fp16"),
+    ]
 
 
 def paths():
@@ -58,8 +63,12 @@ def paths():
 
 
 def snapped(rows, group=16, rule="ls"):
-    return {r.name: from_grid(r.codec, r.parts) if r.parts else
-            snap(r.tensor, r.codec, group=group, rule=rule, clip=CLIPS.get(r.codec, 0.0)) for r in rows}
+    return {
+        r.name: from_grid(r.codec, r.parts)
+        if r.parts
+        else snap(r.tensor, r.codec, group=group, rule=rule, clip=CLIPS.get(r.codec, 0.0))
+        for r in rows
+    }
 
 
 def packed(rows=None, meta=META, group=16, rule="ls"):
@@ -74,13 +83,14 @@ def sealed(body, version=1, magic=b"SKC"):
 def forged(blob, change):
     """The same file with its manifest changed and every checksum made right again."""
     size = SKC_HEAD.unpack_from(blob)[-1]
-    manifest = json.loads(brotli.decompress(blob[SKC_HEAD.size:SKC_HEAD.size + size]))
+    manifest = json.loads(brotli.decompress(blob[SKC_HEAD.size : SKC_HEAD.size + size]))
     change(manifest)
     head = brotli.compress(json.dumps(manifest).encode())
-    return sealed(struct.pack("<I", len(head)) + head + blob[SKC_HEAD.size + size:])
+    return sealed(struct.pack("<I", len(head)) + head + blob[SKC_HEAD.size + size :])
 
 
 # ---- what trains is what ships ----
+
 
 def test_the_tensor_that_trains_is_the_tensor_that_ships():
     rows = masters()
@@ -89,15 +99,18 @@ def test_the_tensor_that_trains_is_the_tensor_that_ships():
     assert meta == META
 
 
-@pytest.mark.parametrize(("what", "fault"), [
-    ("group size", lambda rows: packed(rows, group=8)),
-    ("rule", lambda rows: packed(rows, rule="absmean")),
-    ("clip", lambda rows: pack(rows, META, group=16, rule="ls")),
-    ("quantised twice", lambda rows: packed([r._replace(tensor=snapped(rows)[r.name] * 1.001) for r in rows])),
-    ("below fp16 without training", lambda rows: packed([*rows[:2], rows[2]._replace(codec="int8"), *rows[3:]])),
-    ("master shipped raw", lambda rows: packed([r._replace(codec="fp16") for r in rows])),
-    ("tensor left out", lambda rows: packed(rows[1:])),
-])
+@pytest.mark.parametrize(
+    ("what", "fault"),
+    [
+        ("group size", lambda rows: packed(rows, group=8)),
+        ("rule", lambda rows: packed(rows, rule="absmean")),
+        ("clip", lambda rows: pack(rows, META, group=16, rule="ls")),
+        ("quantised twice", lambda rows: packed([r._replace(tensor=snapped(rows)[r.name] * 1.001) for r in rows])),
+        ("below fp16 without training", lambda rows: packed([*rows[:2], rows[2]._replace(codec="int8"), *rows[3:]])),
+        ("master shipped raw", lambda rows: packed([r._replace(codec="fp16") for r in rows])),
+        ("tensor left out", lambda rows: packed(rows[1:])),
+    ],
+)
 def test_each_way_to_ship_something_else_is_noticed(what, fault):
     rows = masters()
     with pytest.raises(ValueError, match="not what trained"):
@@ -161,13 +174,16 @@ def test_the_file_names_every_codec_that_the_writer_may_choose(codec):
     assert unpack(blob)[0]["w"].dtype == torch.float32
 
 
-@pytest.mark.parametrize(("row", "message"), [
-    (Row("w", torch.full((4, 16), float("nan")), "ternary"), "w: 64 of 64 weights are NaN"),
-    (Row("w", torch.ones(4, 16), "fp32"), "w: codec 'fp32'; the plan must give it one of"),
-    (Row("w", torch.ones(4, 17), "ternary"), "w: ternary group 16 for fan-in 17"),
-    (Row("w", torch.ones(4), "int6"), "w: .*use fp16"),
-    (Row("w", torch.ones(4, 16), "int6", to_grid(torch.ones(4, 8), "int6")), "w: parts of shape"),
-])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (Row("w", torch.full((4, 16), float("nan")), "ternary"), "w: 64 of 64 weights are NaN"),
+        (Row("w", torch.ones(4, 16), "fp32"), "w: codec 'fp32'; the plan must give it one of"),
+        (Row("w", torch.ones(4, 17), "ternary"), "w: ternary group 16 for fan-in 17"),
+        (Row("w", torch.ones(4), "int6"), "w: .*use fp16"),
+        (Row("w", torch.ones(4, 16), "int6", to_grid(torch.ones(4, 8), "int6")), "w: parts of shape"),
+    ],
+)
 def test_a_row_that_cannot_ship_is_named(row, message):
     with pytest.raises(ValueError, match=message):
         pack([row], {}, group=16)
@@ -190,6 +206,7 @@ def test_an_artifact_of_another_architecture_is_named():
 
 
 # ---- bytes ----
+
 
 def test_the_same_rows_are_the_same_bytes():
     assert packed() == packed([r._replace(tensor=r.tensor.clone()) for r in masters()])
@@ -222,20 +239,29 @@ def planes_of(codec, shape, group):
 
 def plain_reader(blob):
     """The planes of a file, read one symbol at a time by FORMAT.md alone: {(tensor, place): symbols}."""
-    alphabets = {"trits": 3, "factor": 128, **{f"int{b}": 2**b - 1 for b in (4, 5, 6, 7, 8)}, "trellis": 255,
-                 "high": 256, "low": 256}
+    alphabets = {
+        "trits": 3,
+        "factor": 128,
+        **{f"int{b}": 2**b - 1 for b in (4, 5, 6, 7, 8)},
+        "trellis": 255,
+        "high": 256,
+        "low": 256,
+    }
     (size,) = struct.unpack_from("<I", blob, 8)
-    manifest = json.loads(brotli.decompress(blob[12:12 + size]))
+    manifest = json.loads(brotli.decompress(blob[12 : 12 + size]))
     at, lanes, planes = 12 + size + manifest["rest"], manifest["lanes"], {}
-    rest = iter(brotli.decompress(blob[12 + size:at]))
+    rest = iter(brotli.decompress(blob[12 + size : at]))
     take = lambda n: [next(rest) for _ in range(n)]  # noqa: E731
-    slots = [(i, j, *layout, words) for i, (_, codec, shape, own) in enumerate(manifest["tensors"])
-             for j, (layout, words) in enumerate(zip(planes_of(codec, shape, manifest["group"]), own))]
+    slots = [
+        (i, j, *layout, words)
+        for i, (_, codec, shape, own) in enumerate(manifest["tensors"])
+        for j, (layout, words) in enumerate(zip(planes_of(codec, shape, manifest["group"]), own))
+    ]
     books, tables = {}, {}
     for kind in [k for k in alphabets if k in manifest["books"]]:
         a, k = alphabets[kind], math.prod(manifest["books"][kind])
         flat = [low + 256 * high for low, high in zip(take(a * k), take(a * k))]
-        books[kind] = [flat[t * a:t * a + a] for t in range(k)]
+        books[kind] = [flat[t * a : t * a + a] for t in range(k)]
     for kind, (row_classes, column_classes) in [(k, manifest["books"][k]) for k in books]:
         own = [slot for slot in slots if slot[2] == kind and slot[-1] >= 0]
         by_row = [take(rows) if row_classes > 1 else [0] * rows for _, _, _, rows, _, _ in own]
@@ -246,7 +272,7 @@ def plain_reader(blob):
         if words < 0:
             planes[i, j] = take(rows * columns)
     x = list(struct.unpack_from(f"<{lanes}I", blob, at))
-    stream = iter(struct.unpack(f"<{(len(blob) - at) // 2 - 2 * lanes}H", blob[at + 4 * lanes:]))
+    stream = iter(struct.unpack(f"<{(len(blob) - at) // 2 - 2 * lanes}H", blob[at + 4 * lanes :]))
     for i, j, kind, rows, columns, words in slots:
         out = planes.setdefault((i, j), [])
         while words >= 0 and len(out) < rows * columns:
@@ -293,47 +319,54 @@ def test_no_rows_and_empty_tensors_are_a_valid_artifact():
 
 # ---- damage ----
 
-@pytest.mark.parametrize(("blob", "message"), [
-    (b"", "0 bytes"),
-    (b"SKC", "3 bytes"),
-    (b"PK\3\4" + bytes(40), "begins with b'PK.x03', not b'SKC'"),
-    (b"SKC\x07" + bytes(40), "version 7, this reader knows 1"),
-])
+
+@pytest.mark.parametrize(
+    ("blob", "message"),
+    [
+        (b"", "0 bytes"),
+        (b"SKC", "3 bytes"),
+        (b"PK\3\4" + bytes(40), "begins with b'PK.x03', not b'SKC'"),
+        (b"SKC\x07" + bytes(40), "version 7, this reader knows 1"),
+    ],
+)
 def test_what_is_no_artifact_is_said_to_be_none(blob, message):
     with pytest.raises(ValueError, match=message):
         unpack(blob)
 
 
-@pytest.mark.parametrize(("message", "change"), [
-    ("codec .'int9'. is not one of", lambda m: m["tensors"][0].__setitem__(1, ["int9"])),
-    ("codec 'int9' is not one of", lambda m: m["tensors"][0].__setitem__(1, "int9")),
-    ("a tensor name occurs twice", lambda m: m["tensors"][1].__setitem__(0, m["tensors"][0][0])),
-    ("not a sensible integer", lambda m: m["tensors"][0].__setitem__(2, [-48, 64])),
-    ("not a sensible integer", lambda m: m["tensors"][0].__setitem__(2, [1 << 40, 64])),
-    ("no lanes to decode", lambda m: m.__setitem__("lanes", 0)),
-    ("or is no text", lambda m: m["tensors"][0].__setitem__(0, ["a"])),
-    ("more than", lambda m: m["tensors"][0].__setitem__(2, [1 << 28, 1 << 28, 0])),
-    ("not all known", lambda m: m["books"].__setitem__("trits", [[1], 1])),
-    ("is empty; ternary never is", lambda m: m["tensors"][0].__setitem__(2, [3, 0])),
-    ("columns in groups of", lambda m: m["tensors"][0].__setitem__(2, [48, 65])),
-    ("not a sensible integer", lambda m: m.__setitem__("group", 16.0)),
-    ("more than", lambda m: m["tensors"][0].__setitem__(2, [1 << 20, 1 << 20])),
-    ("has planes", lambda m: m["tensors"][0].__setitem__(3, [1])),
-    ("needs a book for trits", lambda m: m["books"].pop("trits")),
-    ("not all known", lambda m: m["books"].__setitem__("quarks", [1, 1])),
-    ("not all known", lambda m: m["books"].__setitem__("trits", [1, 9])),
-    ("not all known", lambda m: m["books"].__setitem__("trits", [1.5, 1])),
-    ("not all known", lambda m: m["books"].__setitem__("trits", [1, 1, 1])),
-    ("damaged artifact", lambda m: m["tensors"][0].__setitem__(2, [64, 48])),
-    ("damaged artifact", lambda m: m["tensors"][0][3].__setitem__(0, m["tensors"][0][3][0] + 1)),
-    ("damaged artifact", lambda m: m["books"].__setitem__("trits", [2, 1])),
-    ("damaged artifact", lambda m: m.__setitem__("lanes", m["lanes"] * 2)),
-    ("damaged artifact", lambda m: m.__setitem__("group", 32)),
-    ("does not parse", lambda m: m.pop("rest")),
-    ("does not parse", lambda m: m.__setitem__("books", 3)),
-    ("does not parse", lambda m: m.__setitem__("tensors", "abcd")),
-    ("does not parse", lambda m: m["tensors"].append(3)),
-])
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("codec .'int9'. is not one of", lambda m: m["tensors"][0].__setitem__(1, ["int9"])),
+        ("codec 'int9' is not one of", lambda m: m["tensors"][0].__setitem__(1, "int9")),
+        ("a tensor name occurs twice", lambda m: m["tensors"][1].__setitem__(0, m["tensors"][0][0])),
+        ("not a sensible integer", lambda m: m["tensors"][0].__setitem__(2, [-48, 64])),
+        ("not a sensible integer", lambda m: m["tensors"][0].__setitem__(2, [1 << 40, 64])),
+        ("no lanes to decode", lambda m: m.__setitem__("lanes", 0)),
+        ("or is no text", lambda m: m["tensors"][0].__setitem__(0, ["a"])),
+        ("more than", lambda m: m["tensors"][0].__setitem__(2, [1 << 28, 1 << 28, 0])),
+        ("not all known", lambda m: m["books"].__setitem__("trits", [[1], 1])),
+        ("is empty; ternary never is", lambda m: m["tensors"][0].__setitem__(2, [3, 0])),
+        ("columns in groups of", lambda m: m["tensors"][0].__setitem__(2, [48, 65])),
+        ("not a sensible integer", lambda m: m.__setitem__("group", 16.0)),
+        ("more than", lambda m: m["tensors"][0].__setitem__(2, [1 << 20, 1 << 20])),
+        ("has planes", lambda m: m["tensors"][0].__setitem__(3, [1])),
+        ("needs a book for trits", lambda m: m["books"].pop("trits")),
+        ("not all known", lambda m: m["books"].__setitem__("quarks", [1, 1])),
+        ("not all known", lambda m: m["books"].__setitem__("trits", [1, 9])),
+        ("not all known", lambda m: m["books"].__setitem__("trits", [1.5, 1])),
+        ("not all known", lambda m: m["books"].__setitem__("trits", [1, 1, 1])),
+        ("damaged artifact", lambda m: m["tensors"][0].__setitem__(2, [64, 48])),
+        ("damaged artifact", lambda m: m["tensors"][0][3].__setitem__(0, m["tensors"][0][3][0] + 1)),
+        ("damaged artifact", lambda m: m["books"].__setitem__("trits", [2, 1])),
+        ("damaged artifact", lambda m: m.__setitem__("lanes", m["lanes"] * 2)),
+        ("damaged artifact", lambda m: m.__setitem__("group", 32)),
+        ("does not parse", lambda m: m.pop("rest")),
+        ("does not parse", lambda m: m.__setitem__("books", 3)),
+        ("does not parse", lambda m: m.__setitem__("tensors", "abcd")),
+        ("does not parse", lambda m: m["tensors"].append(3)),
+    ],
+)
 def test_a_forged_manifest_is_refused(message, change):
     with pytest.raises(ValueError, match=message):
         unpack(forged(packed(), change))
@@ -349,11 +382,11 @@ def mutated(blob, rng):
     elif kind == 1:
         del bad[at:]
     elif kind == 2:
-        bad[at:at] = bad[at:at + rng.randrange(1, 64)]
+        bad[at:at] = bad[at : at + rng.randrange(1, 64)]
     elif kind == 3:
-        del bad[at:at + rng.randrange(1, 64)]
+        del bad[at : at + rng.randrange(1, 64)]
     else:
-        bad[at:at + 64] = bytes(len(bad[at:at + 64]))
+        bad[at : at + 64] = bytes(len(bad[at : at + 64]))
     return bytes(bad)
 
 
@@ -369,7 +402,7 @@ def fuzz(count, seed):
     """Mutated files: as found, and with the checksum made right, the manifest among them."""
     rng, blob = random.Random(seed), packed([*masters(), *paths()])
     truth, size = unpack(blob)[0], SKC_HEAD.unpack_from(blob)[-1]
-    text, tail = brotli.decompress(blob[SKC_HEAD.size:SKC_HEAD.size + size]), blob[SKC_HEAD.size + size:]
+    text, tail = brotli.decompress(blob[SKC_HEAD.size : SKC_HEAD.size + size]), blob[SKC_HEAD.size + size :]
     refused = 0
     for i in range(count):
         if i % 8 < 6:
@@ -404,12 +437,12 @@ def test_only_the_checksum_sees_a_changed_scale(monkeypatch):
     blob = packed()
     size, (manifest, _) = SKC_HEAD.unpack_from(blob)[-1], read_manifest(blob)
     at = SKC_HEAD.size + size
-    rest = bytearray(brotli.decompress(blob[at:at + manifest.rest]))
+    rest = bytearray(brotli.decompress(blob[at : at + manifest.rest]))
     rest[-1] ^= 1
     rest = brotli.compress(bytes(rest), quality=11, lgwin=24)
-    text = json.loads(brotli.decompress(blob[SKC_HEAD.size:at])) | {"rest": len(rest)}
+    text = json.loads(brotli.decompress(blob[SKC_HEAD.size : at])) | {"rest": len(rest)}
     head = brotli.compress(json.dumps(text).encode())
-    bad = blob[:8] + struct.pack("<I", len(head)) + head + rest + blob[at + manifest.rest:]
+    bad = blob[:8] + struct.pack("<I", len(head)) + head + rest + blob[at + manifest.rest :]
     with pytest.raises(ValueError, match="checksum"):
         unpack(bad)
     monkeypatch.setattr(zlib, "crc32", lambda data: SKC_HEAD.unpack_from(blob)[2])
@@ -418,6 +451,7 @@ def test_only_the_checksum_sees_a_changed_scale(monkeypatch):
 
 
 # ---- files ----
+
 
 def test_a_good_file_is_never_replaced_by_a_bad_one(tmp_path):
     path, blob = tmp_path / "final_model.skc", packed()

@@ -98,8 +98,10 @@ def test_a_hessian_of_zeros_is_refused(layer):
 def test_low_rank_takes_harm_away(layer):
     w, h = layer
     q, curve = int_value(*int_grid(w, 4, 0)), Curvature(h, torch.rand(N) + 0.1, 512)
-    harms = [float((output_error(w, q + a @ b, h) * curve.outputs).sum())
-             for a, b in (low_rank(w, q, curve, rank) for rank in (1, 4, 16))]
+    harms = [
+        float((output_error(w, q + a @ b, h) * curve.outputs).sum())
+        for a, b in (low_rank(w, q, curve, rank) for rank in (1, 4, 16))
+    ]
     assert harms == sorted(harms, reverse=True)
     assert harms[-1] < 0.2 * float((output_error(w, q, h) * curve.outputs).sum())
 
@@ -107,8 +109,12 @@ def test_low_rank_takes_harm_away(layer):
 def test_rows_get_gptq_where_curvature_is_known_and_never_do_more_harm(layer):
     w, h = layer
     curve = Curvature(h, torch.rand(N), 512)
-    rows = [Row("a", w, "int4"), Row("b", w.flip(0), "int4"), Row("t", w.flip(1), "ternary"),
-            Row("g", w[0] + 0, "fp16")]
+    rows = [
+        Row("a", w, "int4"),
+        Row("b", w.flip(0), "int4"),
+        Row("t", w.flip(1), "ternary"),
+        Row("g", w[0] + 0, "fp16"),
+    ]
     a, b, t, g = gptq_rows(rows, {"a": curve, "t": curve}, group=16, rule="ls", clips={})
     lite = int_round(w, clip_search(w, 4).float(), 4)
     assert loss(w, "int4", a.parts, h) < loss(w, "int4", lite, h)
@@ -196,7 +202,7 @@ def test_two_ranks_hold_the_mean_over_the_tokens_of_both(tmp_path):
     found = [queue.get(timeout=120) for _ in ranks]
     for process in ranks:
         process.join()
-    assert found[0] == found[1] == ([[3.0] * 3] * 3, 3)          # (1 * 1 + 2 * 4) / 3 tokens
+    assert found[0] == found[1] == ([[3.0] * 3] * 3, 3)  # (1 * 1 + 2 * 4) / 3 tokens
 
 
 def test_all_ranks_count_even_where_only_one_speaks(monkeypatch):

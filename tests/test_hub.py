@@ -64,8 +64,9 @@ class Hub(BaseHTTPRequestHandler):
 def set_endpoint(monkeypatch, url):
     """What HF_ENDPOINT does when the client is first imported."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-                        url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [logging.NullHandler()])
 
 
@@ -97,11 +98,20 @@ def shard_bytes(tmp_path, tokens):
 
 def toy_files(tmp_path):
     val = np.concatenate(documents(0, DOCUMENTS))
-    manifest = {"datasets": [{"name": "toy_sp300", "tokenizer_name": "sp300",
-                              "stats": {"files_train": 3, "files_val": 2, "docs_val": DOCUMENTS}}],
-                "tokenizers": [{"name": "sp300", "model_path": "tokenizers/toy.model"}]}
-    files = {"manifest.json": json.dumps(manifest).encode(),
-             "tokenizers/toy.model": train_tokenizer(["some words to train on " * 20], 300)}
+    manifest = {
+        "datasets": [
+            {
+                "name": "toy_sp300",
+                "tokenizer_name": "sp300",
+                "stats": {"files_train": 3, "files_val": 2, "docs_val": DOCUMENTS},
+            }
+        ],
+        "tokenizers": [{"name": "sp300", "model_path": "tokenizers/toy.model"}],
+    }
+    files = {
+        "manifest.json": json.dumps(manifest).encode(),
+        "tokenizers/toy.model": train_tokenizer(["some words to train on " * 20], 300),
+    }
     counts = np.where(val == 1, 0, 2 + (np.arange(len(val)) % 2))
     for i, part in enumerate((slice(None, 800), slice(800, None))):
         files[f"{SHARDS}/fineweb_val_{i:06d}.bin"] = shard_bytes(tmp_path, val[part])
@@ -144,7 +154,10 @@ def test_more_shards_fetch_only_what_is_new_and_fewer_are_refused(served, tmp_pa
     Hub.asked.clear()
     assert fetch(out, "--train-shards", "3") == 0
     assert {name for name, _ in Hub.asked} == {
-        "manifest.json", "tokenizers/toy.model", f"{SHARDS}/fineweb_train_000002.bin"}
+        "manifest.json",
+        "tokenizers/toy.model",
+        f"{SHARDS}/fineweb_train_000002.bin",
+    }
     assert fetch(out, "--train-shards", "1") == 2
     assert "not a shard that this command brought or wants" in capsys.readouterr().err
     assert len(shard_paths(out, "train")) == 3
@@ -187,11 +200,14 @@ def test_a_missing_client_is_named(tmp_path, capsys, monkeypatch):
     assert "pip install 'huggingface-hub>=1.0'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("spoil, complaint", [
-    (lambda b: b"", "0 bytes is shorter than the 1024-byte shard header"),
-    (lambda b: b"x" + b[1:], "not a token shard"),
-    (lambda b: b[:-10], "truncated"),
-])
+@pytest.mark.parametrize(
+    "spoil, complaint",
+    [
+        (lambda b: b"", "0 bytes is shorter than the 1024-byte shard header"),
+        (lambda b: b"x" + b[1:], "not a token shard"),
+        (lambda b: b[:-10], "truncated"),
+    ],
+)
 def test_a_damaged_shard_on_the_hub_is_refused(served, tmp_path, capsys, spoil, complaint):
     name = f"{SHARDS}/fineweb_train_000000.bin"
     whole, served[name] = served[name], spoil(served[name])
@@ -202,6 +218,7 @@ def test_a_damaged_shard_on_the_hub_is_refused(served, tmp_path, capsys, spoil, 
 
 
 # ---- the split of issue 2127 -----------------------------------------------------------------------------------------
+
 
 def test_validation_documents_in_the_training_shards_are_refused(served, tmp_path, capsys):
     leaked = np.concatenate(documents(0, DOCUMENTS)[10:] + documents(8, 9))  # all but the first ten, as in the issue
@@ -223,11 +240,14 @@ def test_a_manifest_with_fewer_validation_documents_is_refused(served, tmp_path,
     assert {name for name, _ in Hub.asked} == {"manifest.json"}  # refused before anything large is fetched
 
 
-@pytest.mark.parametrize("part", [
-    slice(800, 1000),  # a part of the validation set
-    slice(800, -20),  # without its end
-    np.append(np.arange(800, 1649), 0),  # the length is right, the documents are not
-])
+@pytest.mark.parametrize(
+    "part",
+    [
+        slice(800, 1000),  # a part of the validation set
+        slice(800, -20),  # without its end
+        np.append(np.arange(800, 1649), 0),  # the length is right, the documents are not
+    ],
+)
 def test_another_validation_stream_is_refused(served, tmp_path, capsys, part):
     tokens = np.concatenate(documents(0, DOCUMENTS))[part]
     served[f"{SHARDS}/fineweb_val_000001.bin"] = shard_bytes(tmp_path, tokens)
@@ -236,6 +256,7 @@ def test_another_validation_stream_is_refused(served, tmp_path, capsys, part):
 
 
 # ---- the rest of what belongs together -------------------------------------------------------------------------------
+
 
 def test_a_sidecar_that_does_not_fit_is_refused(served, tmp_path, capsys):
     name = f"{SHARDS}/fineweb_val_bytes_000001.bin"

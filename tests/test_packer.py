@@ -23,7 +23,7 @@ from records.packed import source_text
 from records.packed import unpack as inspect_packed
 from train_gpt import CODE_BYTES
 
-CONFIG = '''
+CONFIG = """
 from dataclasses import dataclass, field
 
 PACKED = False
@@ -66,7 +66,7 @@ class Config:
 
 PROFILES = {"plain": {}, "tiny": dict(dim=16), "other": dict(layers="AK", moe=True, dim=64)}
 MIXERS = {"A": A, "K": K, "S": S}
-'''
+"""
 
 
 def clean(text):
@@ -324,7 +324,9 @@ def test_a_registration_lives_with_what_it_registers_on():
 
 
 def test_explain_tells_the_way_to_the_entry_point_and_who_no_longer_asks():
-    files = {"train_gpt": CONFIG.replace("(False, \"experts\")", "(False, \"experts\")") + textwrap.dedent("""
+    files = {
+        "train_gpt": CONFIG.replace('(False, "experts")', '(False, "experts")')
+        + textwrap.dedent("""
     def A(): pass
     def K(): pass
     def S(): pass
@@ -335,7 +337,8 @@ def test_explain_tells_the_way_to_the_entry_point_and_who_no_longer_asks():
         return MIXERS[c.layers[0]]
     if __name__ == "__main__":
         main(Config())
-    """)}
+    """)
+    }
     b = build(files, "plain", explaining=True)
     assert explain(b, "A").endswith("\n  needed by main\n  needed by <main>\n  needed by the entry point")
     gone = explain(b, "experts")
@@ -671,8 +674,10 @@ def test_source_and_packed_toy_write_the_same_records(toy, tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "packed" / "train_gpt.py").write_bytes(builds["other"].code)
     values = ["dim=16", "runs=.", "run_id=proof"]
-    finish(start("the source", [root / "train_gpt.py", "--profile", "other", *values], tmp_path / "source"),
-           start("the packed file", ["train_gpt.py", *values], tmp_path / "packed"))
+    finish(
+        start("the source", [root / "train_gpt.py", "--profile", "other", *values], tmp_path / "source"),
+        start("the packed file", ["train_gpt.py", *values], tmp_path / "packed"),
+    )
     rows, artifact = compare_runs(tmp_path / "source", tmp_path / "packed")
     assert [r["kind"] for r in rows] == ["step"] * 3 + ["eval"] and len(artifact) == 4 * 16 * 3
 

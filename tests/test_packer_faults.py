@@ -13,7 +13,9 @@ from packer.prove import KERNELS, check_kernels, compare_runs, finish, start
 from packer.steps import build
 from packer.trees import BuildError, parse
 
-HEALTHY = CONFIG + """
+HEALTHY = (
+    CONFIG
+    + """
 def A(c: Config): return c.dim
 def K(c: Config): return -c.dim
 def S(c: Config): return 0
@@ -22,6 +24,7 @@ def main(c: Config):
 if __name__ == "__main__":
     main(Config())
 """
+)
 
 
 def project(extra="", changed=(), **modules):
@@ -146,7 +149,7 @@ def test_the_proof_fails_on_any_difference(tmp_path, fault, message):
 
 
 KERNEL = "import triton\nimport triton.language as tl\n\n@triton.jit\ndef kernel(x):\n    tl.store(x, 1)\n"
-LINES = 's.splitlines(True)'
+LINES = "s.splitlines(True)"
 
 
 @pytest.mark.parametrize(

@@ -350,15 +350,18 @@ def test_a_phase_once_compiled_is_not_compiled_again(part, counts):
     assert count_graphs(tiny(**part)) == counts
 
 
-@pytest.mark.parametrize("words, text", [
-    ("seq_schedule=0:7", "lengths must divide seq_len 32"),
-    ("seq_schedule=8", "progress and length"),
-    ("seq_schedule=0:0", "lengths must divide"),
-    ("experts=2", "how many of them a token uses"),
-    ("experts=2,3", "how many of them a token uses"),
-    ("shared_blocks=2", "do not repeat after shared_blocks 2"),
-    ("parts=reset,plain weight_codec=int8 max_seconds=9 reserve_seconds=2", "plain, reserve_seconds: choose one"),
-])
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        ("seq_schedule=0:7", "lengths must divide seq_len 32"),
+        ("seq_schedule=8", "progress and length"),
+        ("seq_schedule=0:0", "lengths must divide"),
+        ("experts=2", "how many of them a token uses"),
+        ("experts=2,3", "how many of them a token uses"),
+        ("shared_blocks=2", "do not repeat after shared_blocks 2"),
+        ("parts=reset,plain weight_codec=int8 max_seconds=9 reserve_seconds=2", "plain, reserve_seconds: choose one"),
+    ],
+)
 def test_what_cannot_be_is_one_line(words, text):
     with pytest.raises(ValueError, match=text):
         tiny(*words.split())

@@ -59,11 +59,16 @@ def documents_of(folder, split):
 
 # ---- text to tokens --------------------------------------------------------------------------------------------------
 
+
 def test_two_runs_give_the_same_bytes_whatever_the_workers(text, tmp_path):
     assert files(text, tmp_path / "a") == files(text, tmp_path / "b", "--workers", 3) == 0
     assert everything(tmp_path / "a") == everything(tmp_path / "b")
     assert set(everything(tmp_path / "a")) == {
-        "files_train_000000.bin", "files_val_000000.bin", "manifest.json", "tokenizer.model"}
+        "files_train_000000.bin",
+        "files_val_000000.bin",
+        "manifest.json",
+        "tokenizer.model",
+    }
 
 
 def test_the_tokens_hold_the_text_byte_for_byte(text, tmp_path):
@@ -75,15 +80,19 @@ def test_the_tokens_hold_the_text_byte_for_byte(text, tmp_path):
     assert any(whole.startswith(val[-1]) and whole not in train for whole in originals)
     assert 6000 < sum(len(d.encode()) for d in val) <= 7000
     counts = read_manifest(tmp_path)["val"]
-    assert counts == {"documents": len(val), "tokens": len(read_tokens(tmp_path, "val", 350)), "lost_bytes": 0,
-                      "bytes": sum(len(d.encode()) for d in val)}
+    assert counts == {
+        "documents": len(val),
+        "tokens": len(read_tokens(tmp_path, "val", 350)),
+        "lost_bytes": 0,
+        "bytes": sum(len(d.encode()) for d in val),
+    }
 
 
 def test_the_validation_text_stays_when_other_files_come(text, tmp_path):
     """A document's place is the hash of its name; more documents may push some out, they reorder none."""
     rows = [(hashlib.sha256(str(i).encode()).digest(), 100, i) for i in range(200)]
     few, many = list(choose_validation(rows[:100], 2000)), list(choose_validation(rows, 2000))
-    assert [i for i in many if i < 100] == few[:sum(i < 100 for i in many)]
+    assert [i for i in many if i < 100] == few[: sum(i < 100 for i in many)]
 
 
 def test_an_own_tokenizer_has_the_competitions_ids_and_strips_nothing(tmp_path):
@@ -92,24 +101,41 @@ def test_an_own_tokenizer_has_the_competitions_ids_and_strips_nothing(tmp_path):
     sp = tokenizer.sp
     assert (sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id(), sp.vocab_size()) == (0, 1, 2, 3, 350)
     assert sp.id_to_piece(4) == "<0x00>"
-    for hard in ["  two  spaces ", "\n\n\ttabs\r\n", "ﬁ Ａ e\u0301 \u00a0\u3000", "\0\x07\x7f", "<s></s><unk><0x41>",
-                 "\U0001f600\u200b"]:
+    for hard in [
+        "  two  spaces ",
+        "\n\n\ttabs\r\n",
+        "ﬁ Ａ e\u0301 \u00a0\u3000",
+        "\0\x07\x7f",
+        "<s></s><unk><0x41>",
+        "\U0001f600\u200b",
+    ]:
         assert b"".join(tokenizer.pieces(tokenizer.encode([hard], 1)[0])) == hard.encode()
 
 
 def test_tokenizers_that_lose_text_are_refused_unless_accepted(text, tmp_path, capsys):
     stripping = tmp_path / "stripping.model"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([prose(i, 100) for i in range(20)]), model_prefix=str(stripping.with_suffix("")),
-        vocab_size=350, model_type="bpe", byte_fallback=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
-        add_dummy_prefix=False, remove_extra_whitespaces=True, minloglevel=2)
+        sentence_iterator=iter([prose(i, 100) for i in range(20)]),
+        model_prefix=str(stripping.with_suffix("")),
+        vocab_size=350,
+        model_type="bpe",
+        byte_fallback=True,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=True,
+        minloglevel=2,
+    )
     said = error_of(capsys, "files", text, "--out", tmp_path / "a", "--val-bytes", 7000, "--tokenizer", stripping)
     assert "normalises away" in said and "--allow-lossy" in said
     assert not list((tmp_path / "a").glob("*.bin"))
     assert files(text, tmp_path / "a", "--tokenizer", stripping, "--allow-lossy") == 0
     assert read_manifest(tmp_path / "a")["val"]["lost_bytes"] > 0
     assert "normalises away" in error_of(
-        capsys, "files", text, "--out", tmp_path / "a", "--val-bytes", 7000, "--tokenizer", stripping)
+        capsys, "files", text, "--out", tmp_path / "a", "--val-bytes", 7000, "--tokenizer", stripping
+    )
 
 
 def test_a_tokenizer_without_a_piece_for_the_space_is_refused(tmp_path):
@@ -120,9 +146,11 @@ def test_a_tokenizer_without_a_piece_for_the_space_is_refused(tmp_path):
 
 def test_a_file_that_is_no_tokenizer_is_refused(text, tmp_path, capsys):
     assert "not a SentencePiece model" in error_of(
-        capsys, "files", text, "--out", tmp_path / "o", "--tokenizer", text / "00.txt", "--val-bytes", 7000)
+        capsys, "files", text, "--out", tmp_path / "o", "--tokenizer", text / "00.txt", "--val-bytes", 7000
+    )
     assert "no such tokenizer" in error_of(
-        capsys, "files", text, "--out", tmp_path / "o", "--tokenizer", tmp_path / "none", "--val-bytes", 7000)
+        capsys, "files", text, "--out", tmp_path / "o", "--tokenizer", tmp_path / "none", "--val-bytes", 7000
+    )
     assert not (tmp_path / "o").exists()
 
 
@@ -154,6 +182,7 @@ def test_case_operators_keep_every_byte_in_the_sidecar(text, tmp_path):
 
 
 # ---- reuse -----------------------------------------------------------------------------------------------------------
+
 
 def test_finished_steps_are_reused_and_force_repeats_them(text, tmp_path, capsys):
     files(text, tmp_path)
@@ -207,11 +236,13 @@ def test_an_interrupted_run_leaves_the_old_dataset_whole(text, tmp_path, monkeyp
 def test_shards_of_unknown_origin_are_not_overwritten(text, tmp_path, capsys):
     write_shard(tmp_path / "mine_train_000000.bin", [1, 2])
     assert "mine_train_000000.bin: no manifest.json" in error_of(
-        capsys, "files", text, "--out", tmp_path, "--val-bytes", 7000)
+        capsys, "files", text, "--out", tmp_path, "--val-bytes", 7000
+    )
     assert files(text, tmp_path, "--force") == 0
 
 
 # ---- sources ---------------------------------------------------------------------------------------------------------
+
 
 def test_json_lines_plain_or_packed_are_the_same_documents(tmp_path):
     lines = "".join(json.dumps({"text": t}) + "\n" for t in ("one", "", "tw\u2581o", "three\u2028"))
@@ -226,18 +257,21 @@ def test_json_lines_plain_or_packed_are_the_same_documents(tmp_path):
     assert list(corpus.train()) == ["one", "three\u2028"]  # nothing empty, nothing that a tokenizer cannot hold
 
 
-@pytest.mark.parametrize("name, content, complaint", [
-    ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', "a.jsonl:2: not a"),
-    ("a.jsonl", b'{"text": "x"}\nplain\n', "a.jsonl:2: not a"),
-    ("a.jsonl", b'{"text": 5}\n', "a.jsonl:1: not a"),
-    ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: not a"),
-    ("a.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 999)[:-20], "a.jsonl.xz: damaged after line"),
-    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: damaged after line 0"),
-    ("a.txt", b"caf\xe9", "a.txt: not UTF-8 text"),
-    ("a.txt", b"", "a corpus of 0 bytes is too small"),
-    ("a.txt", b"short", "too small for 7,000 bytes of validation"),
-    ("a.txt", b"x" * 100_000, "only 0 of 7,000 validation bytes"),
-])
+@pytest.mark.parametrize(
+    "name, content, complaint",
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', "a.jsonl:2: not a"),
+        ("a.jsonl", b'{"text": "x"}\nplain\n', "a.jsonl:2: not a"),
+        ("a.jsonl", b'{"text": 5}\n', "a.jsonl:1: not a"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: not a"),
+        ("a.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 999)[:-20], "a.jsonl.xz: damaged after line"),
+        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: damaged after line 0"),
+        ("a.txt", b"caf\xe9", "a.txt: not UTF-8 text"),
+        ("a.txt", b"", "a corpus of 0 bytes is too small"),
+        ("a.txt", b"short", "too small for 7,000 bytes of validation"),
+        ("a.txt", b"x" * 100_000, "only 0 of 7,000 validation bytes"),
+    ],
+)
 def test_text_that_cannot_be_read_is_named(tmp_path, capsys, name, content, complaint):
     (tmp_path / name).write_bytes(content)
     assert complaint in error_of(capsys, "files", tmp_path / name, "--out", tmp_path / "o", "--val-bytes", 7000)
@@ -262,8 +296,17 @@ def test_a_missing_path_is_named(tmp_path, capsys):
 
 
 def test_the_local_corpus_is_the_library_without_its_tests(tmp_path, monkeypatch, capsys):
-    for name in ("os.py", "json/decoder.py", "test/x.py", "json/tests/y.py", "idlelib/idle_test/z.py",
-                 "encodings/cp1.py", "site-packages/q.py", "_sysconfigdata_linux.py", "notes.txt"):
+    for name in (
+        "os.py",
+        "json/decoder.py",
+        "test/x.py",
+        "json/tests/y.py",
+        "idlelib/idle_test/z.py",
+        "encodings/cp1.py",
+        "site-packages/q.py",
+        "_sysconfigdata_linux.py",
+        "notes.txt",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
@@ -286,6 +329,7 @@ def test_the_last_validation_document_ends_at_a_line(size, expected):
 
 
 # ---- nothing leaks ---------------------------------------------------------------------------------------------------
+
 
 def test_copies_of_validation_documents_do_not_train(tmp_path):
     (tmp_path / "val.txt").write_text("held out")

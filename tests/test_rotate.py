@@ -30,8 +30,11 @@ def logits(w, tokens, turned=False):
     return (x + (turn(x, WIDTH) if turned else x) @ w["up"].T) @ w["head"].T
 
 
-FOLDS = [embedding_and_projection("emb", "proj", FACTOR), online("up", WIDTH),
-         *(values_and_output(f"v{i}", f"o{i}", HEAD) for i in range(2))]
+FOLDS = [
+    embedding_and_projection("emb", "proj", FACTOR),
+    online("up", WIDTH),
+    *(values_and_output(f"v{i}", f"o{i}", HEAD) for i in range(2)),
+]
 
 
 def test_the_float_function_is_preserved():

@@ -50,6 +50,7 @@ def together(walks, n):
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
+
 def test_a_shard_reads_back_what_was_written(tmp_path):
     tokens = np.array([0, 1, 65535, 7])
     write_shard(tmp_path / "a.bin", tokens)
@@ -65,15 +66,18 @@ def test_ids_that_do_not_fit_are_not_written(tmp_path, ids):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("damage, complaint", [
-    (lambda b: b[:100], "shorter than the 1024-byte shard header"),
-    (lambda b: b"GGUF" + b[4:], "not a token shard: magic"),
-    (lambda b: b[:4] + b"\2" + b[5:], "version 2 where"),
-    (lambda b: b[:-2], "truncated: the header says 40 tokens, the file holds 39"),
-    (lambda b: b[:-1], "truncated: the header says 40 tokens, the file holds 39.5"),
-    (lambda b: b + b"\0\0", "too long: the header says 40 tokens, the file holds 41"),
-    (lambda b: b[:8] + bytes(4) + b[12:1024], "an empty shard"),
-])
+@pytest.mark.parametrize(
+    "damage, complaint",
+    [
+        (lambda b: b[:100], "shorter than the 1024-byte shard header"),
+        (lambda b: b"GGUF" + b[4:], "not a token shard: magic"),
+        (lambda b: b[:4] + b"\2" + b[5:], "version 2 where"),
+        (lambda b: b[:-2], "truncated: the header says 40 tokens, the file holds 39"),
+        (lambda b: b[:-1], "truncated: the header says 40 tokens, the file holds 39.5"),
+        (lambda b: b + b"\0\0", "too long: the header says 40 tokens, the file holds 41"),
+        (lambda b: b[:8] + bytes(4) + b[12:1024], "an empty shard"),
+    ],
+)
 def test_a_damaged_shard_is_refused_by_name(folder, damage, complaint):
     path = folder / "toy_val_000000.bin"
     path.write_bytes(damage(path.read_bytes()))
@@ -85,7 +89,7 @@ def test_any_flipped_byte_of_the_header_words_is_caught(folder):
     path = folder / "toy_val_000000.bin"
     whole = path.read_bytes()
     for i in range(12):
-        path.write_bytes(whole[:i] + bytes([whole[i] ^ 16]) + whole[i + 1:])
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 16]) + whole[i + 1 :])
         with pytest.raises(ValueError, match="toy_val_000000"):
             open_shard(path)
 
@@ -133,6 +137,7 @@ def test_a_sidecar_matches_the_tokens_or_is_refused(folder):
 
 # ---- orders ----------------------------------------------------------------------------------------------------------
 
+
 def every_window_once(walk):
     seen = Counter(places(walk, 1, TOTAL))
     return len(seen) == TOTAL and set(seen.values()) == {1}
@@ -164,7 +169,7 @@ def test_windows_are_int64_slices_that_never_cross_a_shard(folder):
     assert rows.shape == (TOTAL, LENGTH + 1)
     for row, (name, offset) in zip(rows, where):
         assert offset % LENGTH == 0
-        assert row.tolist() == shards[name][offset:offset + LENGTH + 1].tolist()
+        assert row.tolist() == shards[name][offset : offset + LENGTH + 1].tolist()
 
 
 def test_a_window_past_the_vocabulary_names_shard_and_place(folder):
@@ -247,6 +252,7 @@ def test_lanes_do_not_resume_with_another_batch_size(folder):
 
 
 # ---- the hash --------------------------------------------------------------------------------------------------------
+
 
 def test_the_hash_follows_every_token_and_trusts_a_manifest_of_the_right_sizes(folder):
     plain = dataset_hash(folder)

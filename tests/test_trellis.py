@@ -101,8 +101,10 @@ def test_gptq_on_the_trellis_beats_gptq_and_the_trellis_alone(layer):
     w, h = layer
     step = torch.full((len(w),), 0.02)
     plain, rounded, both = trellis_grid(w, step), gptq_int(w, h, 8, step), gptq_trellis(w, h, step)
-    harms = [float(output_error(w, value, h).sum())
-             for value in (trellis_value(*both), int_value(*rounded), trellis_value(*plain))]
+    harms = [
+        float(output_error(w, value, h).sum())
+        for value in (trellis_value(*both), int_value(*rounded), trellis_value(*plain))
+    ]
     assert harms[0] < 0.9 * harms[1] and harms[0] < 0.5 * harms[2]
     assert bits(both[0]) == pytest.approx(bits(rounded[0]), abs=0.05)
 

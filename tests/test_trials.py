@@ -1,6 +1,6 @@
 """Every fault of a run, for real, on two and four processes: what happened, what was lost, seconds to recover.
 
-    pytest tests/test_launch.py tests/test_trials.py -m slow -rP | grep '^|'      # the table
+pytest tests/test_launch.py tests/test_trials.py -m slow -rP | grep '^|'      # the table
 """
 
 import json
