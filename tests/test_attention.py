@@ -35,7 +35,6 @@ def test_the_mask_is_what_the_words_say(cached, reach, null):
     assert not torch.equal(dense_mask(pos, cached, reach + 1, null), expected) or reach == 99
 
 
-@pytest.mark.unhurried  # the fused rule runs unfused here
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_the_fused_path_agrees_with_the_dense_one():
     pos = places(torch.rand(2, 40) < 0.1)

@@ -195,7 +195,6 @@ def test_bench_compares_all_codecs_on_the_same_weights(artifact, capsys):
     assert {x["codec"] for x in lines} > {"base-3", "base-3 + brotli 11 (sample)", "mask + signs"}
 
 
-@pytest.mark.unhurried  # a process of its own imports torch
 def test_the_command_exits_1_on_damage(tmp_path):
     bad = tmp_path / "bad.skc"
     bad.write_bytes(b"SKC\1damaged, and long enough")

@@ -60,7 +60,6 @@ def test_tiles_of_sequences_join(monkeypatch):
     assert close([*outputs, *grads], reference(args, w))
 
 
-@pytest.mark.unhurried  # a thousand steps of the float64 loop and its gradient
 def test_the_fast_path_is_the_definition_over_a_thousand_steps():
     args = inputs(1, 1000, 2, 16, 8)
     w = weights(args)
@@ -190,7 +189,6 @@ def test_sixteen_bit_error_is_that_of_eager_code():
             assert relative(a, c) <= 2 * relative(b, c)
 
 
-@pytest.mark.unhurried  # traces the operator four ways
 def test_opcheck_finds_a_clean_operator():
     args = [x.requires_grad_() if x.is_floating_point() else x for x in inputs(1, 5, 2, 3, 4)]
     torch.library.opcheck(capsule_op, args)
@@ -198,7 +196,6 @@ def test_opcheck_finds_a_clean_operator():
     torch.library.opcheck(capsule_backward_op, [None if x is None else x.detach() for x in (*args, states, dy, dsT)])
 
 
-@pytest.mark.unhurried  # a compilation
 def test_fullgraph_compile_sees_one_graph():
     args = inputs(1, 9, 2, 3, 4)
     compiled = torch.compile(capsule_scan, fullgraph=True, backend="aot_eager")(*args)

@@ -27,7 +27,6 @@ def trained(runs):
     return Trained(c, path, 256)
 
 
-@pytest.mark.unhurried  # the fixture trains
 def test_the_model_is_again_what_it_was_after_each_score(trained):
     blob, _ = trained.rounded("int4", trained.curves)
     assert trained.line("int4", blob, 0.0)[3] != "+0.00000"

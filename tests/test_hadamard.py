@@ -262,7 +262,6 @@ def test_sixteen_bit_input_is_computed_wide():
     assert relative(wht_triton(x, 8), wht(x.double(), 8)) < 4e-4
 
 
-@pytest.mark.unhurried  # traces three operators four ways and compiles them
 def test_opcheck_finds_clean_operators_and_compile_one_graph():
     x, signs, pos = torch.randn(1, 9, 8), walsh_signs(torch.arange(8), 3), documents(1, 9)
     gates = torch.randn(1, 9, 2, 4)

@@ -65,7 +65,6 @@ def test_growth_is_a_fault(change, fault):
     assert gate_faults([row | {"registers": 200}], [row], False) == []  # another compiler, other registers
 
 
-@pytest.mark.unhurried  # a compilation, forward and backward
 def test_a_model_of_every_operation_is_one_graph_with_the_same_gradients():
     B, T, H, C, D = 2, 20, 2, 3, 16
     signs, start, pos = walsh_signs(torch.arange(D), 4), torch.rand(B, T) < 0.1, torch.arange(T).repeat(B, 1)
@@ -83,7 +82,6 @@ def test_a_model_of_every_operation_is_one_graph_with_the_same_gradients():
     assert torch.equal(torch.autograd.grad(compiled(x, weight), weight)[0], wanted)
 
 
-@pytest.mark.unhurried  # traces a model
 def test_training_runs_the_graph_that_the_warm_up_traced():
     c = tiny(layers="AS")
     model, device = stirred(c), torch.device("cpu")
@@ -97,13 +95,11 @@ def test_training_runs_the_graph_that_the_warm_up_traced():
             loss(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), None)
 
 
-@pytest.mark.unhurried  # compiles three kernels
 def test_quick_kernels_compile_as_recorded():
     done = gate("--check", "softcap_ce_backward", "koopman_pass", "capsule_pass")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.unhurried  # imports torch and triton once more
 def test_the_interpreter_cannot_pass_for_the_compiler():
     done = subprocess.run([sys.executable, "-m", "kernels.gate"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "unset TRITON_INTERPRET" in done.stderr

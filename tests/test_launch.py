@@ -96,7 +96,6 @@ def holds(folder: Path, secret: str) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
 
 
-@pytest.mark.unhurried  # imports apprise
 def test_the_owner_hears_values_and_no_secret_is_written_or_sent(tmp_path, service):  # noqa: F811
     server, url = service
     with harness(tmp_path, f"{tmp_path}/there", NOTIFY_URL=url, HF_TOKEN=TOKEN) as log:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from eval import ttt
+from eval import modes
 from eval.__main__ import main
 from eval.engram import ENGRAM_ALPHA_SHAPE, EvalEngram
 from eval.legality import Probes
@@ -292,7 +292,6 @@ def write_evaluators(folder):
     np.save(folder / "floats.npy", np.zeros(4))
 
 
-@pytest.mark.unhurried  # interpreters start
 def test_the_command_prints_a_certificate_and_its_status_says_legal_or_not(tmp_path):
     write_evaluators(tmp_path)
 
@@ -399,8 +398,8 @@ class Twin:
         self.events, nats, n = [], {}, len(tokens)
         tokens = np.array([*tokens, *[2] * (self.length - n)])
         ones = np.ones_like(tokens)
-        for lanes in ttt.mode_groups(tokens, ones, self.mode, self.s):
-            for span in ttt.adapt_lanes(self.model, tokens, ones, self.mode, self.s, lanes, self.alpha):
+        for lanes in modes.mode_groups(tokens, ones, self.mode, self.s):
+            for span in modes.adapt_lanes(self.model, tokens, ones, self.mode, self.s, lanes, self.alpha):
                 nats |= dict(zip(range(span.start, span.stop), span.each))
                 self.events.append(("score", span.start, span.stop, self.digest()))
             self.learners.clear()
@@ -413,7 +412,7 @@ class Twin:
 def watch(monkeypatch, twin):
     """Have what learns tell the twin what it learned from."""
 
-    class Reader(ttt.EngramReader):
+    class Reader(modes.EngramReader):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             twin.learners.append(lambda: (self.memory.tag, self.memory.total, self.memory.held))
@@ -422,7 +421,7 @@ def watch(monkeypatch, twin):
             super().learn(done)
             twin.events += [("learn", span.start, span.stop, twin.digest()) for span in done.spans]
 
-    class Learner(ttt.LaneLearner):
+    class Learner(modes.LaneLearner):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             twin.learners.append(lambda: [row.detach() for row in self.steps.rows])
@@ -432,8 +431,8 @@ def watch(monkeypatch, twin):
             if done.closes:
                 twin.events += [("learn", start, stop, twin.digest()) for *_, start, stop in done.window.places]
 
-    monkeypatch.setattr(ttt, "EngramReader", Reader)
-    monkeypatch.setattr(ttt, "LaneLearner", Learner)
+    monkeypatch.setattr(modes, "EngramReader", Reader)
+    monkeypatch.setattr(modes, "LaneLearner", Learner)
     return twin
 
 
@@ -442,7 +441,6 @@ def small(**changes):
     return EvalSettings(**sizes | {"ttt_lr": 0.05, "engram_rows": 256, "engram_chunk": 12} | changes)
 
 
-@pytest.mark.unhurried  # hundreds of evaluations
 @pytest.mark.parametrize("mode", EVAL_MODES)
 def test_the_projects_evaluator_is_legal_in_every_mode(mode, monkeypatch):
     twin = watch(monkeypatch, Twin(Toy(), mode, small()))
@@ -458,7 +456,6 @@ def test_it_reads_no_future_in_any_scope(scope):
     assert probes.prefix().status == probes.future().status == "pass"
 
 
-@pytest.mark.unhurried  # a hundred evaluations
 def test_lanes_side_by_side_read_no_future_unless_they_share_a_memory(monkeypatch):
     s = small(eval_lanes=2, eval_batch=2)
     probes = Probes(Twin(Toy(), "all", s, 48), WIDE, stream(40), positions=2)
@@ -477,14 +474,14 @@ def test_lanes_side_by_side_read_no_future_unless_they_share_a_memory(monkeypatc
 def test_a_learner_that_is_early_or_silent_breaks_the_order(monkeypatch):
     """Planted in the real evaluator: learning before the span is yielded, and learning nobody is told of."""
     twin = watch(monkeypatch, Twin(Toy(), "ttt", small(ttt_reset=0)))
-    honest = ttt.legal_ttt
+    honest = modes.legal_ttt
 
     def early(rounds, learn):
         for done in rounds:
             learn(done)
             yield from done.spans
 
-    monkeypatch.setattr(ttt, "legal_ttt", early)
+    monkeypatch.setattr(modes, "legal_ttt", early)
     assert Probes(twin, WIDE, stream(24)).order().status == "fail"
 
     def silent(rounds, learn):
@@ -494,7 +491,7 @@ def test_a_learner_that_is_early_or_silent_breaks_the_order(monkeypatch):
 
         yield from honest(rounds, quietly)
 
-    monkeypatch.setattr(ttt, "legal_ttt", silent)
+    monkeypatch.setattr(modes, "legal_ttt", silent)
     assert Probes(twin, WIDE, stream(24)).order().status == "fail"
 
 

@@ -118,13 +118,11 @@ def test_no_float32_copy_of_the_logits_is_made(monkeypatch):
     assert 0 < max(sizes) <= 2 * 64
 
 
-@pytest.mark.unhurried  # traces the operator four ways
 def test_opcheck_finds_a_clean_operator():
     logits, targets = inputs(4, 9)
     torch.library.opcheck(softcap_ce_op, [logits.requires_grad_(), targets, 10.0])
 
 
-@pytest.mark.unhurried  # a compilation
 def test_fullgraph_compile_sees_one_graph():
     logits, targets = inputs(4, 9)
     compiled = torch.compile(softcap_ce, fullgraph=True, backend="aot_eager")(logits, targets, 10.0)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eval import ttt
+from eval import modes
 from eval.engram import ENGRAM_ALPHA_SHAPE, EvalEngram
 from eval.modes import (
     EVAL_MODES,
@@ -75,7 +75,7 @@ def stream(n, seed=0):
 
 def spans_of(mode, tokens, s, model=None):
     ones, model, spans = np.ones_like(tokens), model or Toy(), []
-    for lanes in ttt.mode_groups(tokens, ones, mode, s):
+    for lanes in modes.mode_groups(tokens, ones, mode, s):
         spans += adapt_lanes(model, tokens, ones, mode, s, lanes, ALPHA)
     return spans
 
@@ -140,7 +140,7 @@ def test_a_learner_that_looks_ahead_is_caught(monkeypatch):
             nats, _ = reader.forward(window, None)
             yield ScoreRound(window, nats, whole, score_charge(window, whole, nats, nbytes), closes=True)
 
-    monkeypatch.setattr(ttt, "score_windows", train_then_score)
+    monkeypatch.setattr(modes, "score_windows", train_then_score)
     tokens, _ = stream(60)
     s = settings(eval_lanes=1, eval_batch=1)
     changed = tokens.copy()
@@ -224,7 +224,7 @@ def test_the_weights_come_back_when_the_evaluation_is_cut_short(scope):
 
 def test_packed_tables_are_outside_every_scope_and_guarded():
     model = Toy()
-    assert all(p is not model.table for p in ttt.scope_of(model, settings(ttt_scope="all")))
+    assert all(p is not model.table for p in modes.scope_of(model, settings(ttt_scope="all")))
     kept = model.table.detach().clone()
     with pytest.raises(RuntimeError, match="packed tables"), frozen_tables([model.gain, model.table]):
         model.table.data[0, 0] += 1
@@ -239,7 +239,7 @@ def test_packed_tables_are_outside_every_scope_and_guarded():
 
 def test_a_scope_is_a_set_of_parameters_by_identity_and_never_empty():
     model = Toy()
-    count = {scope: len(ttt.scope_of(model, settings(ttt_scope=scope))) for scope in ("scales", "all")}
+    count = {scope: len(modes.scope_of(model, settings(ttt_scope=scope))) for scope in ("scales", "all")}
     assert count == {"scales": 1, "all": 6}  # embedding, two weights and biases, gain; the table is frozen
     tokens, _ = stream(60)
     for change, words in [
@@ -301,7 +301,7 @@ def learner_after(chunks, **changes):
     reader, state = PlainReader(model, s), None
     learner = LaneLearner(reader, 1)
     reader.aim = learner.aim
-    windows = ttt.cut_windows(tokens, [(0, 1, 200)], s.ttt_chunk, s.ttt_chunk, torch.device("cpu"))
+    windows = modes.cut_windows(tokens, [(0, 1, 200)], s.ttt_chunk, s.ttt_chunk, torch.device("cpu"))
     for window, _ in zip(windows, range(chunks)):
         nats, state = reader.forward(window, state)
         learner.learn(ScoreRound(window, nats, slice(0, 8), (), closes=True))
@@ -387,7 +387,7 @@ def test_a_mode_without_its_constants_or_without_a_name_is_an_error():
 def test_an_interrupted_evaluation_resumes_and_gives_the_same_sum(mode, tmp_path, monkeypatch):
     tokens, nbytes = stream(150)
     whole = evaluate_modes(Toy(), tokens, nbytes, settings(), [mode], alpha=ALPHA)[mode]
-    honest, seen = ttt.within, []
+    honest, seen = modes.within, []
 
     def cut(spans, deadline, which, s):
         for span in honest(spans, deadline, which, s):
@@ -400,10 +400,10 @@ def test_an_interrupted_evaluation_resumes_and_gives_the_same_sum(mode, tmp_path
             seen.append(span.lane)
             yield span
 
-    monkeypatch.setattr(ttt, "within", cut)
+    monkeypatch.setattr(modes, "within", cut)
     with pytest.raises(KeyboardInterrupt):
         evaluate_modes(Toy(), tokens, nbytes, settings(), [mode], alpha=ALPHA, resume=tmp_path)
-    monkeypatch.setattr(ttt, "within", count)
+    monkeypatch.setattr(modes, "within", count)
     again = evaluate_modes(Toy(), tokens, nbytes, settings(), [mode], alpha=ALPHA, resume=tmp_path)[mode]
     assert (again.nats, again.nbytes, again.by_position) == (whole.nats, whole.nbytes, whole.by_position)
     assert set(seen) == {2, 3}  # lanes 0 and 1 were done
@@ -464,7 +464,6 @@ def gpt_stream(n):
     return tokens, np.ones(n, np.int64)
 
 
-@pytest.mark.unhurried  # the first use of the scan operators imports the compiler
 @pytest.mark.parametrize("changes", [{}, {"engram_layers": "1"}, {"layers": "AAAA", "experts": "4,2"}])
 def test_the_model_offers_all_that_adaptation_needs(changes):
     """Every scope adapts something, every linear offered is called, and the weights come back."""
@@ -478,7 +477,6 @@ def test_the_model_offers_all_that_adaptation_needs(changes):
     assert same_bits(before, bits(model))
 
 
-@pytest.mark.unhurried  # many forwards
 @pytest.mark.parametrize("mode", EVAL_MODES)
 def test_the_model_reads_no_future_in_any_mode(mode):
     model, s = stirred(tiny()), settings(eval_seq_len=32, ttt_chunk=16, eval_lanes=1, eval_batch=1)

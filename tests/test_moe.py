@@ -85,7 +85,6 @@ def test_a_token_does_not_care_who_else_is_routed():
     assert (whole[:5] - few).abs().max() < 1e-12
 
 
-@pytest.mark.unhurried  # the tracer has to be imported
 def test_no_shape_depends_on_the_routing():
     """One graph serves every routing: it traces in full, and other tokens do not trace it again."""
     graphs = []

@@ -35,7 +35,6 @@ def service(monkeypatch):
     server.server_close()
 
 
-@pytest.mark.unhurried  # imports apprise
 def test_messages_arrive_in_order_and_hold_values(service):
     server, url = service
     said = []

@@ -667,7 +667,6 @@ def test_a_kernel_that_does_something_else_is_noticed_without_a_gpu(toy):
         prove(build(faulty, "plain"), root)
 
 
-@pytest.mark.unhurried  # two interpreters that import torch
 def test_source_and_packed_toy_write_the_same_records(toy, tmp_path):
     root, builds = toy
     (tmp_path / "packed").mkdir()
@@ -682,7 +681,6 @@ def test_source_and_packed_toy_write_the_same_records(toy, tmp_path):
     assert [r["kind"] for r in rows] == ["step"] * 3 + ["eval"] and len(artifact) == 4 * 16 * 3
 
 
-@pytest.mark.unhurried  # two interpreters that look torch's classes up
 def test_the_same_source_gives_the_same_bytes_whatever_the_hash_seed(toy, tmp_path):
     code = "import sys, json; from packer.steps import build; b = build(json.load(open(sys.argv[1])), 'other')"
     code += "; print(b.code.hex())"

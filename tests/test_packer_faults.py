@@ -4,7 +4,7 @@ import json
 import textwrap
 
 import pytest
-from test_build import CONFIG
+from test_packer import CONFIG
 
 from packer import pack as packing
 from packer.check import check_text

@@ -6,7 +6,7 @@ import textwrap
 import types
 
 import pytest
-from test_build import clean
+from test_packer import clean
 
 from packer.names import shorten_names
 

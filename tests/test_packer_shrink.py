@@ -4,7 +4,7 @@ import ast
 import textwrap
 
 import pytest
-from test_build import CONFIG, clean
+from test_packer import CONFIG, clean
 
 from packer.bundle import bundle
 from packer.config import bake, drop_fields

@@ -416,7 +416,6 @@ TOGETHER = [
 ]  # fmt: skip
 
 
-@pytest.mark.unhurried  # a whole run, with test-time training
 def test_parts_train_export_and_score_together(dataset, tmp_path):
     assert command_line([*TOGETHER, f"data={dataset}", f"runs={tmp_path}", "run_id=t"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "t/metrics.jsonl").read_text().splitlines()]
@@ -428,7 +427,6 @@ def test_parts_train_export_and_score_together(dataset, tmp_path):
     assert result["val_bpb_chunked"] == pytest.approx(result["val_bpb"], abs=0.01)  # but for a fitted temperature
 
 
-@pytest.mark.unhurried  # a whole run
 def test_the_plain_part_trains_the_same_model_into_a_file_that_nothing_codes(dataset, tmp_path):
     words = ["--profile", "tiny", f"data={dataset}", f"runs={tmp_path}", "max_steps=2", "export_every=2"]
     losses = {}
@@ -463,7 +461,6 @@ def test_ranks_that_route_to_different_experts_do_not_wait_for_each_other(datase
     assert json.loads((tmp_path / "r/result.json").read_text())["status"] == "finished"
 
 
-@pytest.mark.unhurried  # a run, and the second half of it again
 def test_a_carried_run_resumes_to_the_bit(dataset, tmp_path):
     """A file holds no lanes, so the run that wrote it goes on without them too."""
     words = ["--profile", "tiny", "layers=A", f"parts={','.join(CARRY)}", f"data={dataset}", f"runs={tmp_path}",

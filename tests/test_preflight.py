@@ -47,7 +47,6 @@ def verdicts(rows):
     return {row.what: row.verdict for row in rows}
 
 
-@pytest.mark.unhurried  # a dataset is made
 def test_a_sound_plan_passes_every_check(dataset):
     rows = check_plan(plan(dataset))
     assert {row.verdict for row in rows} == {"ok"}, [row.line() for row in rows]

@@ -241,7 +241,6 @@ def test_what_is_neither_is_named(text):
         parse_target(text, None)
 
 
-@pytest.mark.unhurried  # imports the hub's client
 def test_the_hub_holds_small_and_large_files_and_their_hashes_are_compared(tmp_path, hub):
     for name, content in (("final_model.skc", os.urandom(70_000)), ("train.log", b"step 1\n")):
         (tmp_path / name).write_bytes(content)

@@ -142,7 +142,6 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.unhurried  # two processes import torch
 def test_what_rank_zero_made_is_what_all_have(tmp_path):
     command = [sys.executable, "-c", APART]
     pipes = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT}

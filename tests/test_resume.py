@@ -36,7 +36,6 @@ def steps(folder: Path) -> list[tuple]:
 VARIANT = ["layers=AKS", "engram_layers=1", "engram_rows=64", "engram_keep=0.5", "ema=0.1"]
 
 
-@pytest.mark.unhurried  # three short runs
 def test_a_resumed_run_continues_to_the_bit(dataset, tmp_path):
     assert go(tmp_path / "a", dataset, "max_steps=12", *VARIANT) == 0
     assert go(tmp_path / "b", dataset, "max_steps=12", "checkpoint_every=5", *VARIANT) == 0
@@ -51,7 +50,6 @@ def test_a_resumed_run_continues_to_the_bit(dataset, tmp_path):
     assert artifacts[0] == artifacts[1]
 
 
-@pytest.mark.unhurried  # two short runs
 def test_another_configuration_is_refused_by_name(dataset, tmp_path, capsys):
     assert go(tmp_path, dataset, "max_steps=2", "checkpoint_every=1") == 0
     assert go(tmp_path, dataset, "max_steps=2", "resume=auto", "dim=128") == 2
@@ -59,7 +57,6 @@ def test_another_configuration_is_refused_by_name(dataset, tmp_path, capsys):
     assert go(tmp_path, dataset, "max_steps=3", "resume=auto", "log_every=2") == 0
 
 
-@pytest.mark.unhurried  # two short runs
 def test_an_extended_run_comes_to_its_new_rate_gradually(dataset, tmp_path):
     assert go(tmp_path, dataset, "max_steps=10", "checkpoint_every=10") == 0
     assert go(tmp_path, dataset, "max_steps=40", "resume=auto") == 0

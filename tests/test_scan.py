@@ -185,7 +185,6 @@ def test_bfloat16_error_is_that_of_eager_code():
             assert relative(a, c) <= 2 * relative(b, c) + 1e-7
 
 
-@pytest.mark.unhurried  # traces the operator four ways
 def test_opcheck_finds_a_clean_operator():
     args = [x.requires_grad_() if x.is_floating_point() else x for x in inputs(2, 9, 4)]
     torch.library.opcheck(koopman_op, args)
@@ -193,7 +192,6 @@ def test_opcheck_finds_a_clean_operator():
     torch.library.opcheck(koopman_backward_op, [None if x is None else x.detach() for x in (*args, h, dh, dhT)])
 
 
-@pytest.mark.unhurried  # a compilation
 def test_fullgraph_compile_sees_one_graph():
     args = inputs(2, 9, 4)
     eager = koopman_scan(*args)

@@ -137,7 +137,6 @@ def test_the_packed_product_is_the_product(monkeypatch, M, N, K, group):
     assert relative(ternary_packed_triton(*half), wanted) <= 2 * relative(eager, wanted)
 
 
-@pytest.mark.unhurried  # traces the operators four ways
 def test_opcheck_finds_clean_operators():
     torch.library.opcheck(ternary_project_op, (torch.randn(2, 32), 16, "ls"))
     parts = ternary_grid(torch.randn(3, 128), 128, "ls")

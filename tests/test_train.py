@@ -324,7 +324,6 @@ def test_validation_counts_every_byte_of_the_text_once(dataset):
 # ---- whole runs
 
 
-@pytest.mark.unhurried  # two whole runs
 def test_a_run_leaves_its_record_and_repeats_to_the_bit(dataset, tmp_path):
     code, run = run_tiny(tmp_path / "a", dataset, "val_every=4")
     assert code == 0
@@ -340,7 +339,6 @@ def test_a_run_leaves_its_record_and_repeats_to_the_bit(dataset, tmp_path):
     assert losses(run) == losses(again)
 
 
-@pytest.mark.unhurried  # a run of a hundred steps
 def test_the_model_learns_the_toy_text(dataset, tmp_path):
     code, run = run_tiny(tmp_path, dataset, "max_steps=100", "log_every=10")
     curve = losses(run)
@@ -355,7 +353,6 @@ def records(run, kind):
     return [row for row in rows if row["kind"] == kind]
 
 
-@pytest.mark.unhurried  # four short runs
 @pytest.mark.parametrize("parts", ["reset,qat", "reset"])
 def test_a_proxy_scores_what_would_ship_and_leaves_the_run_as_it_was(dataset, tmp_path, parts):
     words = ("layers=A", f"parts={parts}", "weight_codec=int4", "max_steps=4", "eval_modes=chunked")
@@ -370,7 +367,6 @@ def test_a_proxy_scores_what_would_ship_and_leaves_the_run_as_it_was(dataset, tm
     assert (plain / "final_model.skc").read_bytes() == (watched / "final_model.skc").read_bytes()
 
 
-@pytest.mark.unhurried  # a run and an evaluation
 def test_an_artifact_is_scored_and_loaded_on_its_own_a_proxy_too_and_damage_is_refused(dataset, tmp_path, capsys):
     _, run = run_tiny(tmp_path, dataset, "layers=A", "max_steps=1", "export_every=1", "eval_modes=chunked")
     for name, slack in (("final_model.skc", 0), ("proxy.skc", 0.05)):  # a proxy has no fitted temperature
@@ -390,7 +386,6 @@ def test_an_artifact_is_scored_and_loaded_on_its_own_a_proxy_too_and_damage_is_r
     assert "damaged artifact" in capsys.readouterr().err
 
 
-@pytest.mark.unhurried  # a run that walks a trellis three times
 def test_a_proxy_of_a_trellis_is_walked_like_the_artifact(dataset, tmp_path):
     words = ("layers=A", "parts=reset", "weight_codec=trellis", "reserve_seconds=0.01", "max_steps=2", "export_every=2")
     _, run = run_tiny(tmp_path, dataset, *words, "eval_modes=chunked")
@@ -401,7 +396,6 @@ def test_a_proxy_of_a_trellis_is_walked_like_the_artifact(dataset, tmp_path):
 ROUNDED = ("layers=S", "parts=reset", "reserve_seconds=0.01", "max_steps=2", "eval_modes=chunked")
 
 
-@pytest.mark.unhurried  # two runs, each with one that fails at its export
 @pytest.mark.parametrize("codec", ["weight_codec=int6", "weight_codec=trellis"])
 def test_beside_matrices_that_are_rounded_ships_bit_for_bit_what_trained(dataset, tmp_path, monkeypatch, capsys, codec):
     code, run = run_tiny(tmp_path / "a", dataset, *ROUNDED, codec)
@@ -425,7 +419,6 @@ def test_a_partial_validation_says_so(dataset, tmp_path):
     assert "(partial)" in (run / "train.log").read_text()
 
 
-@pytest.mark.unhurried  # the profiler starts
 def test_a_trace_of_some_steps_is_written(dataset, tmp_path):
     _, run = run_tiny(tmp_path, dataset, "profile_steps=1", "max_steps=4")
     assert (run / "trace.json").stat().st_size > 1000
@@ -439,7 +432,6 @@ def test_the_interface_explains_itself(flag, text, capsys):
     assert text in capsys.readouterr().out
 
 
-@pytest.mark.unhurried  # a fresh interpreter imports torch
 def test_importing_the_trainer_has_no_effect():
     code = "import sys, train_gpt, torch; assert torch.initial_seed() is not None; print(len(sys.argv))"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True,
