@@ -9,6 +9,7 @@ counts from there, and nothing is carried across.
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import platform
@@ -28,55 +29,66 @@ from torch import nn
 from data.feed import Feed
 from data.shards import LaneOrder, WindowOrder, dataset_hash, read_sidecar, read_tokens, shard_paths
 from eval.engram import ENGRAM_ALPHA_SHAPE
-from eval.generate import generate_text, sample_texts
-from eval.modes import EVAL_MODES, evaluate_modes, fit_engram, fit_temperature, forward_passes
+from eval.modes import EVAL_MODES, evaluate_modes, fit_engram, fit_temperature
 from eval.score import EvalSettings, evaluating, red_flags
-from eval.tokens import byte_table, load_tokenizer, sidecar_bytes, stream_bytes
-from export.budget import BYTE_CAP, check_budget, describe, plan_bytes, solve_budget
+from eval.tokens import byte_table, sidecar_bytes, stream_bytes
+from export.budget import BYTE_CAP, check_budget, describe, solve_budget
 from export.container import Row, check_model, check_shipped, pack, read_manifest, row_parts, unpack, write_artifact
 from export.gptq import CurvatureCollector, felt, gptq_rounding, gptq_rows
 from export.quantise import STEP_CODECS, int_grid, int_value
-from harness.preflight import Plan
-from harness.run_log import Harness, enter_folder, find_checkpoint
-from harness.watch import Watch, memory_in_use
 from kernels.attention import attend, attention_mask, positions, rotary_tables, rotate_pairs
 from kernels.capsule import capsule_scan, routing_statistics
-from kernels.engram import Engram, EngramRead
+from kernels.engram import ENGRAM_HEADS, Engram, EngramRead
 from kernels.hadamard import causal_haar, causal_walsh, walsh_signs
-from kernels.layers import Feedback, Gate, Linear, Matrix, Part, Site, Trip, convolution, detached, history, hold, rms
+from kernels.layers import (
+    Conv,
+    Decay,
+    Feedback,
+    Gate,
+    Linear,
+    Matrix,
+    Part,
+    Site,
+    Trip,
+    convolution,
+    detached,
+    history,
+    hold,
+    rms,
+)
 from kernels.loss import softcap_ce, softcap_ce_reference
 from kernels.memory import memory_scan
 from kernels.moe import moe_mix, route
 from kernels.scan import koopman_scan
-from kernels.ternary import ternary_project
+from kernels.ternary import TERNARY_RULES, ternary_project
 from optim.gradients import GradientBuckets, GradientSum
 from optim.masters import MasterGroup, clip_gradients
 from optim.rules import AdamW, Lion, Muon
+from runtime.checkpoints import find_checkpoint, save_checkpoint
 from runtime.fields import (
     changed_fields,
-    check_choices,
+    check_values,
     describe_fields,
-    describe_profiles,
     field_values,
     fields_hash,
     free,
     nearest,
-    parse_command,
     parse_pairs,
     read_fields,
     replay_line,
     show_value,
+    split_words,
     structural,
 )
-from runtime.plain import PlainLog, Progress
-from runtime.ranks import Runtime, agree, detect_runtime, mean_over_ranks, require_same, stop_together
-from runtime.run_folder import Log, StopSignals, deadline, load_checkpoint, save_checkpoint
+from runtime.log import Log, require_unused
+from runtime.progress import Progress, Step, Trace, memory_in_use
+from runtime.ranks import Runtime, agree, detect_runtime, mean_over_ranks, require_same
+from runtime.signals import StopSignals, announce_rank, deadline
 
 # ── Config ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 BOS = 1
-CODE_BYTES = 24_000  # set aside for the packed trainer; build_submission.py checks the real one
-PACKED = False  # true in a built submission: what it does not need is left out
+ARTIFACT = "final_model.skc"
 DEFAULT_PROFILE = "local"
 
 PARTS = {  # optional parts of the model, switched on by naming them in `parts`
@@ -103,10 +115,10 @@ class Config:
     parts: tuple[str, ...] = structural(
         ("reset", "unet", "smear", "null", "spectral", "qat"), "optional parts", "PARTS"
     )
-    dim: int = free(256, "residual width D")
-    heads: int = free(4, "attention and capsule heads H")
-    kv_heads: int = free(2, "key and value heads K, a divisor of heads")
-    vocab: int = free(1024, "vocabulary V of tokenizer and shards")
+    dim: int = free(256, "residual width D", least=1)
+    heads: int = free(4, "attention and capsule heads H", least=1)
+    kv_heads: int = free(2, "key and value heads K, a divisor of heads", least=1)
+    vocab: int = free(1024, "vocabulary V of tokenizer and shards", least=4)
     embed_rank: int = structural(0, "rank E of the tied embedding; 0 is D, unfactorised")
     mlp_mult: float = free(4.0, "feed-forward width over D")
     activation: str = structural("lrelu2", "feed-forward non-linearity", "ACTIVATIONS")
@@ -114,34 +126,35 @@ class Config:
     rope_dims: int = free(16, "rotated dimensions per head")
     window: int = free(0, "attention reach in tokens; 0 is seq_len")
     state: int = free(0, "state width S of a Koopman mixer; 0 is D")
-    slots: int = free(16, "capsules C per head")
-    mix_rank: int = free(4, "rank of the read-out coupling of Koopman channels and capsules")
-    streams: int = structural(1, "residual streams N, 1 or 2")
+    slots: int = free(16, "capsules C per head", least=1)
+    mix_rank: int = free(4, "rank of the read-out coupling of Koopman channels and capsules", least=1)
+    streams: int = structural(1, "residual streams N, 1 or 2", least=1, most=2)
     parallel_from: int = structural(0, "from this layer on the mixer reads stream 0, the MLP stream 1; 0 is never")
     loop: tuple[int, ...] = structural((), "first and last layer of the segment that repeats, and its passes")
-    loop_start: float = free(0.35, "progress at which the loop begins")
+    loop_start: float = free(0.35, "progress at which the loop begins", most=1)
     shared_blocks: int = structural(0, "layer l runs block l modulo this, with its own scales; 0 is a block a layer")
     experts: tuple[int, ...] = structural((), "experts beside the MLP in the upper third, and how many a token uses")
-    moe_start: float = free(0.3, "progress at which the experts begin")
+    moe_start: float = free(0.3, "progress at which the experts begin", most=1)
     feedback_passes: int = structural(0, "times the second half runs again, fed with what it came to")
     halt: float = structural(0.0, "evaluation: positions a feedback pass moved less than this are at rest; 0 is none")
     engram_layers: tuple[int, ...] = structural((), "layers that read the n-gram memory")
-    engram_heads: int = free(2, "hash tables per n-gram order (2, 3, 4)")
-    engram_rows: int = free(8192, "rows per table")
-    engram_width: int = free(16, "numbers per row")
-    engram_keep: float = structural(1.0, "share of rows kept, by training counts, from half-time on")
-    softcap: float = free(30.0, "logits are c tanh(u / c)")
+    engram_heads: int = free(2, "hash tables per n-gram order (2, 3, 4)", least=1)
+    engram_rows: int = free(8192, "rows per table", least=1)
+    engram_width: int = free(16, "numbers per row", least=1)
+    engram_keep: float = structural(1.0, "share of rows kept, by training counts, from half-time on", most=1)
+    softcap: float = free(30.0, "logits are c tanh(u / c)", least=1e-3)
     # loss
     z_loss: float = free(0.0, "weight of logsumexp squared")
-    label_smoothing: float = structural(0.0, "share of the target spread over the vocabulary")
+    label_smoothing: float = structural(0.0, "share of the target spread over the vocabulary", most=1)
     entropy_loss: float = structural(0.0, "weight of the output's entropy, which training then raises")
     mtp_heads: int = structural(0, "heads that predict tokens t+2 and on while training; they do not ship")
     # quantisation
     weight_codec: str = structural("ternary", "codec of the matrices", "GRIDS")
     embed_codec: str = structural("int6", "codec of embedding and engram tables", "GRIDS")
-    group: int = free(128, "inputs that share a ternary scale")
+    group: int = free(128, "inputs that share a ternary scale", least=1)
     rule: str = structural("ls", "ternary threshold and scale: absmean, rms or ls")
     clip: float = free(12.0, "int-k clip in standard deviations of the row")
+    code_bytes: int = free(48_000, "bytes of the cap set aside for the packed code")
     # optimisation
     optimizers: tuple[str, ...] = structural(("muon", "adamw"), "of the matrices, and of the rest", "OPTIMIZERS")
     matrix_lr: float = free(0.03, "peak rate of the matrices")
@@ -150,39 +163,36 @@ class Config:
     gate_lr: float = free(0.005, "peak rate of gates and decays")
     weight_decay: float = free(0.0, "decoupled decay of matrices and embedding")
     schedule: str = structural("wsd", "rate over progress", "SCHEDULES")
-    warmup: float = free(0.02, "share of the run that warms up")
-    decay: float = free(0.6, "share of the run that decays (wsd)")
-    lr_floor: float = free(0.0, "last rate over peak rate")
+    warmup: float = free(0.02, "share of the run that warms up", most=1)
+    decay: float = free(0.6, "share of the run that decays (wsd)", most=1)
+    lr_floor: float = free(0.0, "last rate over peak rate", most=1)
     clip_norm: float = free(1.0, "gradient norm limit; 0 is none")
-    ema: float = structural(0.0, "memory of the weight average as a share of the run; 0 is none")
+    ema: float = structural(0.0, "memory of the weight average as a share of the run; 0 is none", most=1)
     # data and run
     data: str = free("datasets/local", "dataset folder, see data/prepare.py", resumable=True)
-    seq_len: int = free(512, "tokens per training sequence T")
+    seq_len: int = free(512, "tokens per training sequence T", least=1)
     seq_schedule: tuple[str, ...] = structural((), "progress:length of shorter sequences, as 0:128,0.5:512")
-    batch_tokens: int = free(8192, "tokens per optimizer step over all ranks", resumable=True)
-    micro_tokens: int = free(8192, "tokens per forward pass of one rank", resumable=True)
+    batch_tokens: int = free(8192, "tokens per optimizer step over all ranks", resumable=True, least=1)
+    micro_tokens: int = free(8192, "tokens per forward pass of one rank", resumable=True, least=1)
     max_steps: int = free(0, "stop after this many steps; 0 is no limit", resumable=True)
     max_seconds: float = free(600.0, "stop after this much training time; 0 is no limit", resumable=True)
     dtype: str = free("auto", "float32, bfloat16, or auto: bfloat16 where it is measured to be faster")
     seed: int = free(42, "initial weights and data order")
     val_every: int = free(0, "steps between validations; 0 is only at the end", resumable=True)
     val_tokens: int = free(0, "validation tokens; 0 is all, fewer marks the score partial", resumable=True)
-    eval_lanes: int = free(8, "contiguous lanes the validation stream is cut into")
-    eval_stride: int = free(64, "new tokens per window of sliding evaluation")
+    eval_lanes: int = free(8, "contiguous lanes the validation stream is cut into", least=1)
+    eval_stride: int = free(64, "new tokens per window of sliding evaluation", least=1)
     eval_modes: tuple[str, ...] = structural(
         ("chunked", "sliding", "stream", "engram", "ttt", "all"), "ways to score", "EVAL_MODES", resumable=True
     )
     eval_seconds: float = free(600.0, "budget of the evaluation; 0 is none", resumable=True)
-    ttt_scope: str = structural("lora", "what test-time training adapts: lora, scales or all", resumable=True)
+    ttt_scope: str = structural("lora", "what test-time training adapts", "SCOPES", resumable=True)
     ttt_lr: float = free(2e-3, "rate of test-time training", resumable=True)
     reserve_seconds: float = structural(0.0, "part of max_seconds for what reads training tokens after the loop")
     checkpoint_every: int = free(0, "steps between checkpoints; 0 is none", resumable=True)
-    export_every: int = free(0, "steps between proxies of the artifact on training tokens; 0 is none", resumable=True)
     keep_every: int = free(0, "checkpoints of every so many steps stay; of the others the newest two", resumable=True)
     resume: str = free("", "auto, or a checkpoint file to go on from", resumable=True)
-    publish: str = free("", "hub repository owner/name, or /folder, that all files of the run go to", resumable=True)
-    sample_every: int = free(0, "steps between samples of generated text", resumable=True)
-    log_every: int = free(10, "steps between log lines", resumable=True)
+    log_every: int = free(10, "steps between log lines", resumable=True, least=1)
     profile_steps: int = free(0, "trace this many steps into the run folder", resumable=True)
     runs: str = free("runs", "folder of all runs", resumable=True)
     run_id: str = free("", "folder of this run; empty is profile and seed", resumable=True)
@@ -216,55 +226,58 @@ class Config:
         return self.shared_blocks or self.depth
 
 
-PROFILES = {
-    "default": {},
-    "tiny": dict(
-        layers="AKS", dim=64, heads=4, kv_heads=2, vocab=64, mlp_mult=2.0, rope_dims=8, slots=4, group=32, seq_len=32,
-        batch_tokens=256, micro_tokens=256, max_steps=8, max_seconds=0.0, log_every=2, eval_lanes=2, eval_stride=8,
-        dtype="float32", eval_modes=("chunked", "stream"), data="datasets/tiny",
-    ),
-    "local": dict(
-        layers="AKSKAK", dim=256, heads=4, kv_heads=2, mlp_mult=3.0, seq_len=512, batch_tokens=2048,
-        micro_tokens=2048, max_seconds=120.0, reserve_seconds=6.0, z_loss=1e-4, softcap=15.0, eval_stride=256,
-        eval_modes=("chunked", "sliding", "stream", "engram"),
-    ),
-    "baseline": dict(
-        layers="A" * 9, parts=("unet", "plain"), dim=512, heads=8, kv_heads=4, vocab=1024, mlp_mult=2.0,
-        activation="relu2", conv_taps=0, rope_dims=64, weight_codec="int8", embed_codec="int8", matrix_lr=0.04,
-        embed_lr=0.05, scalar_lr=0.04, gate_lr=0.04, decay=0.1, seq_len=1024, batch_tokens=524_288, micro_tokens=65_536,
-        max_seconds=600.0, eval_modes=("sliding",), data="datasets/sp1024",
-    ),
-    "skc_competition": dict(
-        layers="AKAAKAASAAA", parts=("reset", "unet", "smear", "null", "xsa", "gate", "spectral", "qat"), dim=768,
-        heads=12, kv_heads=4, vocab=8192, embed_rank=256, softcap=10.0, z_loss=1e-4, seq_len=2048, window=1024,
-        batch_tokens=524_288, micro_tokens=65_536, max_seconds=600.0, reserve_seconds=8.0,
-        eval_modes=("stream", "all"), data="datasets/sp8192",
-    ),
-    "frontier": dict(
-        layers="A" * 11, parts=("reset", "unet", "smear", "null", "xsa", "gate"), dim=512, heads=8, kv_heads=4,
-        vocab=8192, conv_taps=0, streams=2, parallel_from=8, loop=(3, 5, 3), weight_codec="int6",
-        embed_codec="int7", matrix_lr=0.026, embed_lr=0.03, scalar_lr=0.02, weight_decay=0.095, decay=0.85,
-        lr_floor=0.1, clip_norm=0.3, ema=0.06, reserve_seconds=8.0, seq_len=2048, batch_tokens=786_432,
-        micro_tokens=98_304, max_seconds=600.0, eval_modes=("sliding",), data="datasets/sp8192",
-    ),
+PROFILES = {  # what one would type after the name of the program
+    "default": "",
+    "tiny": """
+        layers=AKS dim=64 heads=4 kv_heads=2 vocab=64 mlp_mult=2 rope_dims=8 slots=4 group=32 seq_len=32
+        batch_tokens=256 micro_tokens=256 max_steps=8 max_seconds=0 log_every=2 eval_lanes=2 eval_stride=8
+        dtype=float32 eval_modes=chunked,stream data=datasets/tiny
+    """,
+    "local": """
+        layers=AKSKAK dim=256 heads=4 kv_heads=2 mlp_mult=3 seq_len=512 batch_tokens=2048 micro_tokens=2048
+        max_seconds=120 reserve_seconds=6 z_loss=0.0001 softcap=15 eval_stride=256
+        eval_modes=chunked,sliding,stream,engram
+    """,
+    "baseline": """
+        layers=AAAAAAAAA parts=unet,plain dim=512 heads=8 kv_heads=4 vocab=1024 mlp_mult=2 activation=relu2
+        conv_taps=0 rope_dims=64 weight_codec=int8 embed_codec=int8 matrix_lr=0.04 embed_lr=0.05 scalar_lr=0.04
+        gate_lr=0.04 decay=0.1 seq_len=1024 batch_tokens=524288 micro_tokens=65536 max_seconds=600
+        eval_modes=sliding data=datasets/sp1024
+    """,
+    "skc_competition": """
+        layers=AKAAKAASAAA parts=reset,unet,smear,null,xsa,gate,spectral,qat dim=768 heads=12 kv_heads=4
+        vocab=8192 embed_rank=256 softcap=10 z_loss=0.0001 seq_len=2048 window=1024 batch_tokens=524288
+        micro_tokens=65536 max_seconds=600 reserve_seconds=8 eval_modes=stream,all data=datasets/sp8192
+    """,
+    "frontier": """
+        layers=AAAAAAAAAAA parts=reset,unet,smear,null,xsa,gate dim=512 heads=8 kv_heads=4 vocab=8192 conv_taps=0
+        streams=2 parallel_from=8 loop=3,5,3 weight_codec=int6 embed_codec=int7 matrix_lr=0.026 embed_lr=0.03
+        scalar_lr=0.02 weight_decay=0.095 decay=0.85 lr_floor=0.1 clip_norm=0.3 ema=0.06 reserve_seconds=8
+        seq_len=2048 batch_tokens=786432 micro_tokens=98304 max_seconds=600 eval_modes=sliding
+        data=datasets/sp8192
+    """,
 }
 
 
 def load_config(
-    argv: list[str], env: dict[str, str], profile: str | None = None, stored: dict | None = None
+    words: list[str], env: dict[str, str], profile: str | None = None, stored: dict | None = None
 ) -> tuple[Config, dict[str, str]]:
     """The configuration, and where each value came from; `stored` fields of a file stand in for the profile."""
     profile = profile or env.get("PROFILE", DEFAULT_PROFILE)
     if profile not in PROFILES:
         raise ValueError(f"no profile {profile!r}: {nearest(profile, PROFILES)}")
     source = "file" if stored else f"profile {profile}"
-    values, origin = read_fields(dataclasses.fields(Config), argv, env, stored or PROFILES[profile], source)
-    values["run_id"] = values.get("run_id") or f"{profile}-s{values.get('seed', 42)}{'-again' * bool(stored)}"
+    base = stored or dict(word.split("=", 1) for word in PROFILES[profile].split())
+    values, origin = read_fields(dataclasses.fields(Config), words, env, base, source)
+    default_name = f"{profile}-s{values.get('seed', 42)}" + ("-again" if stored else "")
+    values["run_id"] = values.get("run_id") or default_name
     c = Config(**values)
-    if not PACKED:
-        check_choices(c, {"MIXERS": MIXERS, "ACTIVATIONS": ACTIVATIONS, "GRIDS": GRIDS, "OPTIMIZERS": OPTIMIZERS,
-                          "EVAL_MODES": EVAL_MODES, "SCHEDULES": SCHEDULES, "PARTS": PARTS})  # fmt: skip
-        check_config(c)
+    registries = {"MIXERS": MIXERS, "ACTIVATIONS": ACTIVATIONS, "GRIDS": GRIDS, "OPTIMIZERS": OPTIMIZERS}
+    registries |= {"EVAL_MODES": EVAL_MODES, "SCHEDULES": SCHEDULES, "PARTS": PARTS, "SCOPES": SCOPES}
+    check_values(c, registries)
+    if len(c.optimizers) != 2:
+        raise ValueError(f"optimizers {show_value(c.optimizers)}: two, as muon,adamw")
+    check_config(c)
     return c, origin
 
 
@@ -274,17 +287,18 @@ def check_config(c: Config) -> None:
     odd = [f"{k} {v}" for k, v in ternary_inputs.items() if v % c.group] if c.weight_codec == "ternary" else []
     for bad, text in [
         (not c.layers, "layers is empty: name at least one mixer"),
+        (c.hidden < 1, f"mlp_mult {c.mlp_mult} leaves no feed-forward width of dim {c.dim}"),
         (c.dim % c.heads, f"dim {c.dim} is not a multiple of heads {c.heads}"),
         (c.heads % c.kv_heads, f"heads {c.heads} is not a multiple of kv_heads {c.kv_heads}"),
         (c.rope_dims % 2 or c.rope_dims > c.dim // c.heads,
          f"rope_dims {c.rope_dims}: an even number of at most {c.dim // c.heads}, the head width"),
         (odd, f"{', '.join(odd)} is not a multiple of group {c.group}: change one of them"),
-        (c.rule not in ("absmean", "rms", "ls"), f"rule {c.rule!r}: one of absmean, rms, ls"),
-        (c.streams not in (1, 2), f"streams {c.streams}: 1 or 2"),
-        (len(c.optimizers) != 2, f"optimizers {show_value(c.optimizers)}: two, as muon,adamw"),
+        (c.rule not in TERNARY_RULES, f"rule {c.rule!r}: one of {', '.join(TERNARY_RULES)}"),
         (c.parallel_from and c.streams == 1, "parallel_from needs streams=2"),
         (len(c.loop) not in (0, 3) or (c.loop and not (0 <= c.loop[0] <= c.loop[1] < c.depth and c.loop[2] > 1)),
          f"loop {c.loop}: first and last of the {c.depth} layers and two passes or more, as loop=3,5,2"),
+        (c.engram_layers and c.engram_heads > ENGRAM_HEADS,
+         f"engram_heads {c.engram_heads}: there are primes for {ENGRAM_HEADS} tables per order"),
         (any(i >= c.depth for i in c.engram_layers), f"engram_layers {c.engram_layers}: there are {c.depth} layers"),
         (any(kind != c.layers[i % c.blocks] for i, kind in enumerate(c.layers)),
          f"layers {c.layers} do not repeat after shared_blocks {c.shared_blocks}"),
@@ -296,13 +310,15 @@ def check_config(c: Config) -> None:
         ("carry" in c.parts and c.seq_schedule, "part carry goes on from window to window: leave seq_schedule empty"),
         (c.micro_tokens % c.seq_len, f"micro_tokens {c.micro_tokens} is not a multiple of seq_len {c.seq_len}"),
         (not c.max_steps and not c.max_seconds, "no limit: set max_steps or max_seconds"),
-        ("trellis" in [trained_codec(c, f) if c.reserve_seconds else row.codec(c) for f, row in FAMILIES.items()],
+        ("trellis" in [trained_codec(c, f) if c.reserve_seconds else row.codec for f, row in families(c).items()],
          "codec trellis is a path found after training: set reserve_seconds, leave qat out of parts, engrams in int6"),
         ("plain" in c.parts and c.reserve_seconds and "qat" not in c.parts, "plain, reserve_seconds: choose one"),
         (0 < c.max_seconds <= c.reserve_seconds, f"reserve_seconds {c.reserve_seconds} leaves nothing of max_seconds"),
     ]:  # fmt: skip
         if bad:
             raise ValueError(text)
+    if c.ttt_scope != "lora" and {"ttt", "all"} & set(c.eval_modes) and not weightless(c).scope(c.ttt_scope):
+        raise ValueError(f"ttt_scope {c.ttt_scope}: layers {c.layers} have no such weights; choose another")
 
 
 # ── Layers ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -396,8 +412,8 @@ class Attention(Part):
         keys, values = torch.cat([old["k"].to(k.dtype), k], 1), torch.cat([old["v"].to(v.dtype), v], 1)
         y = attend(q, self.with_null(keys, 0), self.with_null(values, 1), ctx.mask)
         if "xsa" in c.parts:
-            own = F.normalize(v, dim=-1).repeat_interleave(c.heads // c.kv_heads, 2)
-            y = y - (y * own).sum(-1, keepdim=True) * own
+            along = F.normalize(v, dim=-1).repeat_interleave(c.heads // c.kv_heads, 2)
+            y = y - (y * along).sum(-1, keepdim=True) * along
         if "gate" in c.parts:
             y = y * torch.sigmoid(0.5 * F.linear(x[..., :12], self.gate.weight.to(x.dtype))).unsqueeze(-1)
         keep = max(0, keys.shape[1] - (c.reach - 1))
@@ -420,7 +436,7 @@ class Koopman(Part):
         self.proj = Linear(c.dim, 3 * c.width)
         self.conv = convolution(c.width, c.conv_taps)
         constants = torch.logspace(math.log10(2), math.log10(2048), c.width)
-        self.decay = Gate(bias=-torch.logit(torch.exp(-1 / constants)))
+        self.decay = Decay(bias=-torch.logit(torch.exp(-1 / constants)))
         self.mix_in = nn.Parameter(torch.randn(c.width, c.mix_rank) * 0.02)
         self.mix_out = nn.Parameter(torch.randn(c.width, c.mix_rank) * 0.02)
         self.out = Linear(c.width, c.dim, std=0.0)
@@ -433,8 +449,8 @@ class Koopman(Part):
         h, last = koopman_scan(F.silu(u), g, dt, ctx.start, old["h"])
         h = h.to(x.dtype)
         y = h + (h @ self.mix_in.to(x.dtype)) @ self.mix_out.to(x.dtype).T
-        aux = {} if PACKED else {"lambda_mean": torch.sigmoid(-dt[:, ::16].detach().float()).mean()}
-        return self.out(rms(y)), {"conv": tail, "h": last}, aux
+        decays = torch.sigmoid(-dt[:, ::16].detach().float())
+        return self.out(rms(y)), {"conv": tail, "h": last}, {"lambda_mean": decays.mean()}
 
 
 class Capsules(Part):
@@ -453,7 +469,7 @@ class Capsules(Part):
             rows = torch.arange(self.d, device="cpu") * 2**self.ORDER // self.d  # each head has the whole range
             self.register_buffer("signs", walsh_signs(rows.repeat(c.heads), self.ORDER), persistent=False)
         constants = torch.logspace(math.log10(4), math.log10(1024), c.slots)
-        self.decay = Gate(
+        self.decay = Decay(
             rate=-constants.log().expand(c.heads, -1).clone(), bias=torch.full((c.heads, 1), math.log(math.e - 1))
         )
         self.focus = nn.Parameter(torch.full((2, c.heads, 1), 2.0))
@@ -479,8 +495,8 @@ class Capsules(Part):
         loga = -self.decay.rate.exp() * F.softplus(speed)
         y, slots = capsule_scan(r, p, F.silu(filtered).reshape(B, T, c.heads, self.d), loga, ctx.start, old["slots"])
         y = rms(y.to(x.dtype)).reshape(B, T, c.dim) * F.silu(g)
-        aux = {} if PACKED else routing_statistics(r, loga)
-        return self.out(rms(y)), {"conv": tail, "walsh": walsh, "slots": slots}, aux
+        state = {"conv": tail, "walsh": walsh, "slots": slots}
+        return self.out(rms(y)), state, routing_statistics(r, loga)
 
 
 class Wavefield(Part):
@@ -521,7 +537,7 @@ class Memory(Part):
     def forward(self, x, ctx, state):
         c, B, T = self.c, x.shape[0], x.shape[1]
         old = state or {"near": None, "memory": None}
-        near, kept, told = self.near(x, ctx, old["near"])
+        near, near_state, aux = self.near(x, ctx, old["near"])
         q, k, v = self.qkv(x).reshape(B, T, 3, c.heads, -1).float().unbind(2)
         keep, momentum, rate = (self.rates(x).reshape(B, T, 3, c.heads).float() + self.gate.rates).unbind(2)
         most = q.shape[-1] / (2 * self.CHUNK) * torch.sigmoid(-momentum)  # so that a chunk cannot diverge
@@ -529,9 +545,9 @@ class Memory(Part):
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         y, memory = memory_scan(q, k, v, *rates, ctx.start, self.CHUNK, old["memory"])
         f = (0.1 + 0.9 * torch.sigmoid(self.gate.mix)).to(x.dtype)  # never below 0.1: a closed gate would not reopen
-        told |= {"memory_norm": memory["memory"].detach().norm(dim=(-2, -1)).mean(), "memory_gate": f.detach().mean()}
+        aux |= {"memory_norm": memory["memory"].detach().norm(dim=(-2, -1)).mean(), "memory_gate": f.detach().mean()}
         far = self.out(rms(y.to(x.dtype).flatten(2)))
-        return near + f * (far - near), {"near": kept, "memory": memory}, told
+        return near + f * (far - near), {"near": near_state, "memory": memory}, aux
 
 
 MIXERS = {"A": Attention, "K": Koopman, "S": Capsules, "W": Wavefield, "M": Memory}
@@ -697,32 +713,43 @@ class GPT(Part):
             damp = (slot.layer + 1) ** -0.5
             if c.feedback_passes and c.halt:
                 xs = trip.kept[slot.site] = hold(ctx.rest, trip.kept.get(slot.site, xs), xs)
-            reads = (0, 1) if 0 < c.parallel_from <= slot.layer else (slot.layer % c.streams,) * 2
+            alone = slot.layer % c.streams  # the stream that mixer and MLP read where they do not work side by side
+            reads = (0, 1) if 0 < c.parallel_from <= slot.layer else (alone, alone)
             if slot.take is not None:
                 xs = [x + site.skip.to(x.dtype) * stored[slot.take] for x in xs]
             xs = site.enter(xs, ctx.x0)
             if c.engram_layers and slot.layer in c.engram_layers:
                 xs, aux[f"layers.{i}.engram_gate"] = block.engram(xs, ctx.grams, reads[0])
-            y, trip.new[str(i)], told = block.mixer(rms(xs[reads[0]]) * damp, ctx, trip.states.get(str(i)))
-            ctx = ctx._replace(v_first=told.pop("v_first", ctx.v_first))
+            y, trip.new[str(i)], stats = block.mixer(rms(xs[reads[0]]) * damp, ctx, trip.states.get(str(i)))
+            ctx = ctx._replace(v_first=stats.pop("v_first", ctx.v_first))
             xs = site.add(xs, y, 0)
             y, more = block.mlp(rms(xs[reads[1]]) * damp, ctx)
             xs = site.add(xs, y, 1)
-            aux.update({f"layers.{i}.{name}": value for name, value in (told | more).items()})
+            aux.update({f"layers.{i}.{name}": value for name, value in (stats | more).items()})
             stored[slot.layer] = sum(xs) / len(xs)
         return xs, ctx
 
     def scope(self, name: str) -> list[nn.Parameter]:
-        """Parameters that test-time training may touch."""
-        every = [family for family in FAMILIES if FAMILIES[family].ships]
-        families = {"scales": ("vector", "gate"), "engram": ("engram",), "all": every}
-        if name not in families:
-            raise ValueError(f"no scope {name!r}: {nearest(name, families)}")
-        return [p for _, p, family in family_rows(self) if family in families[name]]
+        """Parameters that test-time training may touch: those of some families, inside some modules."""
+        holders, names = SCOPES[name]
+        inside = {id(p) for m in self.modules() if isinstance(m, holders) for p in m.parameters()}
+        return [p for _, p, family in family_rows(self) if id(p) in inside and family in names]
 
     def linears(self) -> dict[str, nn.Module]:
         """Places an adapter may sit."""
         return {name: m for name, m in self.blocks.named_modules() if isinstance(m, Linear)}
+
+
+CONTROLS = ("vector", "gate")
+SCOPES = {  # what test-time training may adapt: modules, and the families of the weights in them
+    "lora": ((), ()),  # no weight of the model: adapters of low rank beside its linear maps
+    "scales": (GPT, CONTROLS),
+    "capsules": ((Koopman, Capsules), CONTROLS),
+    "skc_safe": ((Decay, Conv, Site), CONTROLS),
+    "feedback": (Feedback, CONTROLS),
+    "engram": (Engram, ("engram",)),
+    "all": (GPT, ("matrix", "control", "embed", "engram", "vector", "gate")),
+}
 
 
 # ── Optimizers ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -744,41 +771,46 @@ GRIDS = {
 
 
 class Family(NamedTuple):
-    """Everything that differs between kinds of weights, in one table."""
+    """Everything that differs between kinds of weights."""
 
-    optimizer: Callable  # of the config: the name of an optimizer
-    rate: Callable  # of the config: the peak rate
-    decay: bool
-    codec: Callable  # of the config: the codec it ships in
-    qat: bool  # trains on that codec's grid even without the part "qat"
+    optimizer: str
+    rate: float  # at its peak
+    codec: str  # it ships in
+    decays: bool = False
+    always_on_grid: bool = False  # trains on that codec's grid even without the part "qat"
     ships: bool = True
 
 
-FAMILIES = {
-    "matrix": Family(lambda c: c.optimizers[0], lambda c: c.matrix_lr, True, lambda c: c.weight_codec, False),
-    "control": Family(lambda c: c.optimizers[0], lambda c: c.matrix_lr, False, lambda c: "int8", True),
-    "embed": Family(lambda c: c.optimizers[1], lambda c: c.embed_lr, True, lambda c: c.embed_codec, False),
-    "engram": Family(lambda c: c.optimizers[1], lambda c: c.embed_lr, False, lambda c: c.embed_codec, True),
-    "vector": Family(lambda c: c.optimizers[1], lambda c: c.scalar_lr, False, lambda c: "fp16", True),
-    "gate": Family(lambda c: c.optimizers[1], lambda c: c.gate_lr, False, lambda c: "fp16", True),
-    "train_only": Family(lambda c: c.optimizers[0], lambda c: c.matrix_lr, True, lambda c: "fp32", True, False),
-}
+FAMILIES = ("matrix", "control", "embed", "engram", "vector", "gate", "train_only")
+
+
+def families(c: Config) -> dict[str, Family]:
+    matrix, rest = c.optimizers
+    return {
+        "matrix": Family(matrix, c.matrix_lr, c.weight_codec, decays=True),
+        "control": Family(matrix, c.matrix_lr, "int8", always_on_grid=True),
+        "embed": Family(rest, c.embed_lr, c.embed_codec, decays=True),
+        "engram": Family(rest, c.embed_lr, c.embed_codec, always_on_grid=True),
+        "vector": Family(rest, c.scalar_lr, "fp16", always_on_grid=True),
+        "gate": Family(rest, c.gate_lr, "fp16", always_on_grid=True),
+        "train_only": Family(matrix, c.matrix_lr, "fp32", decays=True, always_on_grid=True, ships=False),
+    }
 
 
 def family_rows(model: nn.Module) -> list[tuple[str, nn.Parameter, str]]:
     """(name, parameter, family) of every parameter, each once."""
     rows = []
     for path, module in model.named_modules():
-        own = [(name, p) for name, p in module.named_parameters(recurse=False)]
-        rows += [(f"{path}.{name}".lstrip("."), p, module.family) for name, p in own]
+        direct = list(module.named_parameters(recurse=False))
+        rows += [(f"{path}.{name}".lstrip("."), p, module.family) for name, p in direct]
     assert {id(p) for _, p, _ in rows} == {id(p) for p in model.parameters()}, "a parameter has no family"
     return rows
 
 
 def trained_codec(c: Config, family: str) -> str:
     """The grid a family's parameters lie on while they train."""
-    row = FAMILIES[family]
-    return row.codec(c) if row.qat or "qat" in c.parts else "fp32"
+    row = families(c)[family]
+    return row.codec if row.always_on_grid or "qat" in c.parts else "fp32"
 
 
 OPTIMIZERS = {"muon": Muon, "adamw": AdamW, "lion": Lion}
@@ -789,13 +821,13 @@ class Optimizer:
 
     def __init__(self, c: Config, model: "GPT", ranks=None):
         self.c, self.model, self.ranks, self.averaged, stacks = c, model, ranks, False, {}
-        self.ramp, self.last_multiplier = None, 0.0
+        self.families, self.ramp, self.last_multiplier = families(c), None, 0.0
         for name, p, family in family_rows(model):
             stacks.setdefault((family, tuple(p.shape)), []).append((name, p))
         self.groups = []
         for (family, _), rows in stacks.items():
-            rule, grid = OPTIMIZERS[FAMILIES[family].optimizer(c)], partial(GRIDS[trained_codec(c, family)], c)
-            self.groups.append(MasterGroup(family, rows, rule, grid, FAMILIES[family].decay))
+            row, grid = self.families[family], partial(GRIDS[trained_codec(c, family)], c)
+            self.groups.append(MasterGroup(family, rows, OPTIMIZERS[row.optimizer], grid, row.decays))
         self.params = [p for _, p, _ in family_rows(model)]
         self.buckets = (GradientSum if "plain" in c.parts else GradientBuckets)(ranks, self.params)
         self.project()
@@ -819,7 +851,7 @@ class Optimizer:
         c, norms = self.c, clip_gradients(self.params, self.c.clip_norm)
         self.last_multiplier = self.multiplier(progress, step)
         for g in self.groups:
-            rate = FAMILIES[g.family].rate(c) * self.last_multiplier
+            rate = self.families[g.family].rate * self.last_multiplier
             g.update(rate, c.weight_decay, 0.85 + 0.1 * min(1.0, progress / 0.05), self.ranks)
             if g.family == "engram" and c.engram_keep < 1 and progress >= 0.5 and g.keep is None:
                 g.keep = self.model.engram.keep_mask(self.c.engram_keep).unsqueeze(-1)
@@ -855,10 +887,10 @@ class Validation:
 
 
 class Data:
-    """Training windows on their way to the device, and the validation stream."""
+    """Training windows on their way to the device."""
 
     def __init__(self, c: Config, rt: Runtime):
-        self.accumulate, self.val = accumulation(c, rt), Validation(c)
+        self.accumulate = accumulation(c, rt)
         self.feed = Feed(training_windows(c, rt, c.seed), c.micro_tokens // c.seq_len, rt.device)
 
 
@@ -922,15 +954,19 @@ def phase_at(c: Config, progress: float) -> int:
 
 
 class Clock:
-    """The one clock: training time and steps only. Everything that depends on progress reads it once per step."""
+    """The one clock: training time and steps only. Everything that depends on progress reads it once per step.
 
-    def __init__(self, c: Config, now: Callable[[], float] = time.perf_counter):
-        self.c, self.now, self.step, self.seconds, self.began = c, now, 0, 0.0, None
+    It stops when the device has done what it was given, which `wait` waits for.
+    """
+
+    def __init__(self, c: Config, wait: Callable[[], None], now: Callable[[], float] = time.perf_counter):
+        self.c, self.wait, self.now, self.step, self.seconds, self.began = c, wait, now, 0, 0.0, None
 
     def run(self) -> None:
         self.began = self.now()
 
     def pause(self) -> None:
+        self.wait()
         self.seconds, self.began = self.elapsed, None
 
     @property
@@ -955,82 +991,61 @@ class Run(NamedTuple):
     clock: Clock
 
 
-def open_log(c: Config, rt: Runtime, origin: dict[str, str], saved: dict | None, env: dict[str, str]) -> Log:
-    """The log begins with all it takes to run this again."""
-    folder, sizes = Path(c.runs) / c.run_id, saved and saved["log_sizes"]
-    if not PACKED:
-        require_same(rt.ranks, "the run's name", enter_folder(folder))
-    log = PlainLog(folder, rt.rank == 0) if PACKED else Harness(
-        folder, rt.rank, rt.world, env, resume_at=sizes, publish=c.publish, patience=rt.patience,
-        limits={"training": c.max_seconds, "evaluation": c.eval_seconds},
-    )  # fmt: skip
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    facts = {"hash": fields_hash(c), "source": source_hash(), "config": field_values(c), "origin": origin}
-    log.save("config.json", facts | versions)
-    log.text(f"source {source_hash()}, {' '.join(map(' '.join, versions.items()))}, {platform.platform()}")
-    log.text(f"device {rt.device}, {rt.world} ranks, {rt.dtype} at a measured {rt.peak_flops / 1e9:.0f} GFLOP/s")
-    log.text(f"config {fields_hash(c)}; to run it again: python train_gpt.py {replay_line(c)}")
-    return log
+def begin_run(c: Config, rt: Runtime) -> Run:
+    model = GPT(c).to(rt.device)
+    model.dtype = rt.dtype
+    return Run(model, Optimizer(c, model, rt.ranks), Data(c, rt), Clock(c, rt.wait))
 
 
-def source_hash() -> str:
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-
-
-def train(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
+def train(c: Config, rt: Runtime, run: Run, val: Validation, log: Log) -> dict:
     """Until a limit ends it, or a signal. Returns the facts of the run."""
     model, optimizer, data, clock = run
     loss = torch.compile(model.loss, fullgraph=True, dynamic=False) if rt.device.type == "cuda" else model.loss
     with log.phase("warmup"):
         warm_up(c, rt, model, loss)
-    bits, mean = 1 / math.log(2) / data.val.bytes_per_token, partial(mean_over_ranks, rt.ranks)
-    watch = Progress(log, c.batch_tokens, bits, mean) if PACKED else Watch(
-        log, c.batch_tokens, bits, mean, [name for name, _, _ in family_rows(model)], c.profile_steps)  # fmt: skip
+    bits, mean = 1 / math.log(2) / val.bytes_per_token, partial(mean_over_ranks, rt.ranks)
+    progress = Progress(log, c.batch_tokens, bits, mean, [name for name, _, _ in family_rows(model)])
+    trace = Trace(log, c.profile_steps)
     model.train()
     with log.phase("train"), StopSignals() as stop:
         clock.run()
         while True:
-            progress, stopped = agree(rt.ranks, [clock.progress() if rt.rank == 0 else 0.0, float(stop.wanted)])
-            if progress >= 1 or stopped:
+            share, stopped = agree(rt.ranks, [clock.progress() if rt.rank == 0 else 0.0, float(stop.wanted)])
+            if share >= 1 or stopped:
                 break
-            model.phase = phase_at(c, progress)
+            model.phase = phase_at(c, share)
             parts, origin = accumulate(model, loss, data, optimizer.buckets)
-            norms = optimizer.step(progress, clock.step)
+            norms = optimizer.step(share, clock.step)
             log.step = clock.step = clock.step + 1
-            watch.add(clock.step, progress, origin, parts, norms)
+            trace.step(clock.step)
+            progress.add(Step(clock.step, share, origin, parts, norms))
             if clock.step % c.log_every == 0:
-                watch.report(clock.elapsed, optimizer.last_multiplier, {} if PACKED else trits(c, optimizer))
-            if not PACKED:
-                between_steps(c, rt, run, log)
+                progress.report(clock.elapsed, optimizer.last_multiplier, ternary_weights(c, optimizer))
+            between_steps(c, rt, run, val, log)
         clock.pause()
-    watch.report(clock.seconds, optimizer.last_multiplier, {} if PACKED else trits(c, optimizer))
-    if not PACKED:
-        watch.milestones()
-        if stopped or c.checkpoint_every:
-            checkpoint(c, rt, run, log)
+    progress.report(clock.seconds, optimizer.last_multiplier, ternary_weights(c, optimizer))
+    if stopped or c.checkpoint_every:
+        checkpoint(c, rt, run, log)
     log.status = "killed" if stopped else "finished"
     model.phase = len(phases(c)) - 1
     tokens = clock.step * c.batch_tokens
-    return {
-        "status": log.status, "train_loss": watch.loss, "steps": clock.step, "train_seconds": clock.seconds,
-        "tokens": tokens, "tokens_per_second": tokens / max(clock.seconds, 1e-9),
-    }  # fmt: skip
+    facts = {"status": log.status, "train_loss": progress.loss, "steps": clock.step, "train_seconds": clock.seconds}
+    return facts | {"tokens": tokens, "tokens_per_second": tokens / max(clock.seconds, 1e-9)}
 
 
-def between_steps(c: Config, rt: Runtime, run: Run, log: Log) -> None:
+def between_steps(c: Config, rt: Runtime, run: Run, val: Validation, log: Log) -> None:
     """What happens every so many steps, with the clock stopped."""
-    jobs = [
-        (c.val_every, lambda: validate(c, rt, run.model, run.data.val, log, run.clock)),
-        (c.sample_every, lambda: sample(c, run.model, log, run.clock.step)),
-        (c.export_every, lambda: export_proxy(c, rt, run, log)),
-        (c.checkpoint_every, lambda: checkpoint(c, rt, run, log)),
-    ]
-    if due := [job for every, job in jobs if every > 0 and run.clock.step % every == 0]:
-        run.clock.pause()
-        with log.phase("between steps"):
-            for job in due:
-                job()
-        run.clock.run()
+    step, clock = run.clock.step, run.clock
+    validating, saving = (every > 0 and step % every == 0 for every in (c.val_every, c.checkpoint_every))
+    if not (validating or saving):
+        return
+    clock.pause()
+    with log.phase("between steps"):
+        if validating:
+            validate(c, rt, run.model, val, log, clock)
+        if saving:
+            checkpoint(c, rt, run, log)
+    clock.run()
 
 
 def accumulate(model: GPT, loss: Callable, data: Data, buckets: GradientBuckets):
@@ -1063,7 +1078,7 @@ def warm_up(c: Config, rt: Runtime, model: GPT, loss: Callable) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def trits(c: Config, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+def ternary_weights(c: Config, optimizer: Optimizer) -> dict[str, torch.Tensor]:
     """Stacks of ternary weights by shape."""
     on_grid = [g for g in optimizer.groups if trained_codec(c, g.family) == "ternary"]
     return {f"{g.family}.{'x'.join(map(str, g.master.shape))}": torch.stack(g.params).detach() for g in on_grid}
@@ -1076,101 +1091,97 @@ def checkpoint(c: Config, rt: Runtime, run: Run, log: Log) -> None:
     if rt.rank != 0:
         return
     state = {
-        "config": field_values(c), "clock": {"step": clock.step, "seconds": clock.seconds},
-        "multiplier": optimizer.last_multiplier, "optimizer": optimizer.state(),
+        "config": field_values(c),
+        "clock": {"step": clock.step, "seconds": clock.seconds},
+        "multiplier": optimizer.last_multiplier,
+        "optimizer": optimizer.state(),
         "buffers": {name: b for name, b in model.named_buffers() if name in model.state_dict()},
-        "windows": data.feed.order.position * rt.world, "rng": torch.get_rng_state(), "log_sizes": log.sizes(),
-    }  # fmt: skip
+        "windows": data.feed.order.position * rt.world,
+        "rng": torch.get_rng_state(),
+        "log_sizes": log.sizes(),
+    }
     try:
         with deadline(rt.patience / 2, "writing a checkpoint"):
             facts = save_checkpoint(log.folder, clock.step, state, c.keep_every)
     except OSError as error:
-        log.text(f"ALERT at step {clock.step}: no checkpoint written ({error}); the one before it stays")
-        log.record("alert", step=clock.step, what="no checkpoint", where=str(log.folder), value=0.0)
+        log.alert("no checkpoint written, the one before it stays", f"{log.folder}: {error}")
         return
     log.record("checkpoint", step=clock.step, **facts)
 
 
-def restore(c: Config, rt: Runtime, run: Run, saved: dict, log: Log) -> None:
+def restore(c: Config, run: Run, saved: dict, world: int) -> None:
     model, optimizer, data, clock = run
     clock.step, clock.seconds = saved["clock"]["step"], saved["clock"]["seconds"]
     optimizer.restore(saved["optimizer"])
     model.load_state_dict(saved["buffers"], strict=False)
-    data.feed.order.position = saved["windows"] // rt.world
+    data.feed.order.position = saved["windows"] // world
     torch.set_rng_state(saved["rng"])
     was = saved["config"]
     if (was["max_steps"], was["max_seconds"]) != (c.max_steps, c.max_seconds):
         optimizer.ramp = (clock.step, saved["multiplier"])
-    log.text(f"resumed at step {clock.step}, {clock.seconds:.1f} s")
 
 
 # ── Export ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def export_model(c: Config, rt: Runtime, run: Run, log: Log) -> bytes:
-    """The artifact: what training ended with, packed, checked against the cap, and read back bit for bit."""
+def export_model(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
+    """Writes the artifact: what training ended with, packed, checked against the cap, and read back bit for bit."""
     if c.ema:
         with log.phase("quantise"):
             choose_weights(c, rt, run, log)
     with log.phase("compress"):
         blob = rt.of_rank_zero(pack_rows(c, rt, run, shipping_rows(c, run), log))
-        left = check_budget(blob, CODE_BYTES)
-        if not PACKED:
-            held = trained_on_grid(c, run.model)
-            check_shipped(held, {name: tensor for name, tensor in unpack(blob)[0].items() if name in held})
+        left = check_budget(blob, c.code_bytes)
+        on_grid = trained_on_grid(c, run.model)
+        check_shipped(on_grid, {name: tensor for name, tensor in unpack(blob)[0].items() if name in on_grid})
     digest = hashlib.sha256(blob).hexdigest()
     if rt.rank == 0:
-        write_artifact(log.folder / "final_model.skc", blob)
-    log.record("artifact", bytes=len(blob), sha256=digest, **{} if PACKED else {"tensors": describe(blob)["tensors"]})
-    log.text(f"artifact: {len(blob):,} bytes, sha256 {digest}; with {CODE_BYTES:,} of code {left:,} under the cap")
-    return blob
+        write_artifact(log.folder / ARTIFACT, blob)
+    log.record("artifact", bytes=len(blob), sha256=digest, tensors=describe(blob)["tensors"])
+    log.text(f"artifact: {len(blob):,} bytes, sha256 {digest}; with {c.code_bytes:,} of code {left:,} under the cap")
+    return {"artifact_bytes": len(blob), "artifact_sha256": digest}
 
 
 def grid_settings(c: Config) -> dict:
     return {"group": c.group, "rule": c.rule, "clips": dict.fromkeys(STEP_CODECS, c.clip)}
 
 
+def artifact_config(c: Config, rt: Runtime) -> dict:
+    """The fields that make the model what it is, and the dtype it ran in, so that it is evaluated in that."""
+    return changed_fields(c, resumable=False) | {"dtype": str(rt.dtype).removeprefix("torch.")}
+
+
 def shipping_rows(c: Config, run: Run) -> list[Row]:
     """Every parameter that ships, from the masters in use, with its codec."""
     return [
-        Row(name, master, FAMILIES[g.family].codec(c))
-        for g in run.optimizer.groups if FAMILIES[g.family].ships
+        Row(name, master, families(c)[g.family].codec)
+        for g in run.optimizer.groups
+        if families(c)[g.family].ships
         for name, master in zip(g.names, g.chosen(run.optimizer.averaged).unbind())
     ]
 
 
+def shipping_parameters(c: Config, model: GPT) -> dict[str, tuple[nn.Parameter, str]]:
+    """(parameter, family) by name."""
+    return {name: (p, family) for name, p, family in family_rows(model) if families(c)[family].ships}
+
+
 def trained_on_grid(c: Config, model: GPT) -> dict[str, nn.Parameter]:
     """Parameters that must ship as they trained, bit for bit; the others are rounded at the end."""
-    rows = [row for row in family_rows(model) if FAMILIES[row[2]].ships]
-    return {name: p for name, p, family in rows if trained_codec(c, family) != "fp32"}
-
-
-@torch.no_grad()
-def export_proxy(c: Config, rt: Runtime, run: Run, log: Log) -> None:
-    """What would ship now, as a file that --evaluate takes: its bytes, and its loss on training tokens."""
-    meta = {"config": changed_fields(c, resumable=False), "eval": {"temperature": 1.0, "alpha": []}}
-    blob = pack(gptq_rows(shipping_rows(c, run), {}, **grid_settings(c)), meta, **grid_settings(c))
-    live, own = training_loss(c, rt, run), dict(run.model.named_parameters())
-    for name, tensor in unpack(blob)[0].items():
-        own[name].copy_(tensor)
-    loss = training_loss(c, rt, run)
-    run.optimizer.project()  # the model is again what it was
-    if rt.rank == 0:
-        write_artifact(log.folder / "proxy.skc", blob)
-    log.record("proxy", step=run.clock.step, bytes=len(blob), loss=loss, live_loss=live)
-    log.text(f"proxy: {len(blob):,} bytes, loss on training tokens {loss:.5f}, of the model itself {live:.5f}")
+    rows = shipping_parameters(c, model).items()
+    return {name: p for name, (p, family) in rows if trained_codec(c, family) != "fp32"}
 
 
 def choose_weights(c: Config, rt: Runtime, run: Run, log: Log) -> None:
     """Averaged or last weights, whichever has the lower loss on training tokens, through the quantiser."""
     if run.optimizer.groups[0].average is None:  # a short run never began one
         return
-    found = {}
+    losses = {}
     for averaged in (False, True):
         run.optimizer.project(averaged)
-        found[averaged] = training_loss(c, rt, run)
-    run.optimizer.project(found[True] < found[False])
-    log.text(f"loss on training tokens: last weights {found[False]:.5f}, averaged {found[True]:.5f}; the lower ships")
+        losses[averaged] = training_loss(c, rt, run)
+    run.optimizer.project(losses[True] < losses[False])
+    log.text(f"loss on training tokens: last weights {losses[False]:.5f}, averaged {losses[True]:.5f}; the lower ships")
 
 
 @torch.no_grad()
@@ -1186,7 +1197,7 @@ def training_loss(c: Config, rt: Runtime, run: Run, batches: int = 4) -> float:
 
 def pack_rows(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> bytes:
     """On their grid already, or rounded by what the loss feels, in the bytes that plain steps of `clip` would take."""
-    meta = {"config": changed_fields(c, resumable=False), "eval": eval_constants(c, rt, run, log)}
+    meta = {"config": artifact_config(c, rt), "eval": eval_constants(c, rt, run, log)}
     if "qat" in c.parts or not c.reserve_seconds:
         clips = {row.codec: c.clip for row in rows}
         return pack(rows, meta, group=c.group, rule=c.rule, clips=clips, coded="plain" not in c.parts)
@@ -1195,7 +1206,7 @@ def pack_rows(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> by
     blob = pack(gptq_rows(rows, curves, **grid), meta, **grid)
     if any(row.codec in STEP_CODECS and row.parts is None and row.name not in curves for row in rows):
         return blob
-    target, felts = min(len(blob), BYTE_CAP - CODE_BYTES), {name: felt(curve) for name, curve in curves.items()}
+    target, felts = min(len(blob), BYTE_CAP - c.code_bytes), {name: felt(curve) for name, curve in curves.items()}
     return solve_budget(rows, meta, target, felts, quantise=gptq_rounding(curves), fill=0.5, **grid)[0]
 
 
@@ -1206,24 +1217,22 @@ def curvature(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
     head = {"unembed": run.model.unembed} if "untied" in c.parts else {"embed": run.model.embed}
     modules = {f"blocks.{name}": m for name, m in run.model.linears().items()} | head
     run.model.eval()
-    with log.phase("hessian"), CurvatureCollector(modules) as seen:
-        while time.perf_counter() - began < 0.5 * min(c.reserve_seconds, c.max_seconds) or not seen.inputs:
+    with log.phase("hessian"), CurvatureCollector(modules) as collector:
+        while time.perf_counter() - began < 0.5 * min(c.reserve_seconds, c.max_seconds) or not collector.inputs:
             windows = torch.from_numpy(order.next(run.data.feed.rows)[0]).to(rt.device)
             run.model.loss(windows[:, :-1], windows[:, 1:])[0].backward()
     run.model.zero_grad(set_to_none=True)
-    found = {f"{name}.weight": curve for name, curve in seen.finish().items()}
     run.clock.pause()
-    return found
+    return {f"{name}.weight": curve for name, curve in collector.finish().items()}
 
 
 def load_model(c: Config, rt: Runtime, blob: bytes) -> tuple[GPT, dict]:
     """The model a file holds, exactly: nothing is quantised here; and the evaluation's constants."""
-    tensors, meta = unpack(blob, coded=not PACKED or "plain" not in c.parts)
+    tensors, meta = unpack(blob)
     model = GPT(c).to(rt.device)
-    own = {name: p for name, p, family in family_rows(model) if FAMILIES[family].ships}
-    if not PACKED:
-        check_model(tensors, meta["config"], {n: p.shape for n, p in own.items()}, meta["config"])
-    for name, p in own.items():
+    parameters = {name: p for name, (p, _) in shipping_parameters(c, model).items()}
+    check_model(tensors, meta["config"], {name: p.shape for name, p in parameters.items()}, meta["config"])
+    for name, p in parameters.items():
         p.data.copy_(tensors[name])
     model.dtype = rt.dtype
     return model.eval(), meta["eval"]
@@ -1234,9 +1243,15 @@ def load_model(c: Config, rt: Runtime, blob: bytes) -> tuple[GPT, dict]:
 
 def eval_settings(c: Config) -> EvalSettings:
     return EvalSettings(
-        eval_seq_len=c.seq_len, eval_stride=c.eval_stride, eval_lanes=c.eval_lanes, eval_batch=min(8, c.eval_lanes),
-        eval_seconds=c.eval_seconds, bos=BOS, ttt_scope=c.ttt_scope, ttt_lr=c.ttt_lr,
-    )  # fmt: skip
+        eval_seq_len=c.seq_len,
+        eval_stride=c.eval_stride,
+        eval_lanes=c.eval_lanes,
+        eval_batch=min(8, c.eval_lanes),
+        eval_seconds=c.eval_seconds,
+        bos=BOS,
+        ttt_scope=c.ttt_scope,
+        ttt_lr=c.ttt_lr,
+    )
 
 
 def eval_constants(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
@@ -1256,13 +1271,13 @@ def eval_constants(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
 def validate(c: Config, rt: Runtime, model: GPT, val: Validation, log: Log, clock: Clock | None = None) -> dict:
     """Non-overlapping windows over the whole validation stream: nats per token and bits per byte."""
     began = time.perf_counter()
-    found = evaluate_modes(model, val.tokens, val.bytes, eval_settings(c), ["chunked"], ranks=(rt.rank, rt.world))
-    total, partial = found["chunked"], c.val_tokens > 0
+    total = evaluate_modes(model, val.tokens, val.bytes, eval_settings(c), ["chunked"], ranks=(rt.rank, rt.world))
+    total, partial = total["chunked"], c.val_tokens > 0
     facts = {"val_loss": total.nats / total.tokens, "val_bpb": total.bpb}
     step = {} if clock is None else {"step": clock.step, "seconds": clock.elapsed}
     log.record("val", partial=partial, **step, **facts)
     log.text(
-        f"validation: loss {facts['val_loss']:.5f}, bpb {facts['val_bpb']:.5f}{' (partial)' if partial else ''}, "
+        f"validation: loss {facts['val_loss']:.5f}, bpb {facts['val_bpb']:.5f}{' (partial)' * partial}, "
         f"{total.tokens} tokens, {total.nbytes} bytes, {time.perf_counter() - began:.1f} s"
     )
     return facts
@@ -1272,41 +1287,110 @@ def evaluate(c: Config, rt: Runtime, model: GPT, constants: dict, val: Validatio
     """Every mode on the artifact's own weights, with the constants that came in the artifact."""
     s = dataclasses.replace(eval_settings(c), temperature=constants["temperature"])
     alpha = np.array(constants["alpha"], np.float32).reshape(ENGRAM_ALPHA_SHAPE) / 16 if constants["alpha"] else None
-    found = evaluate_modes(
-        model, val.tokens, val.bytes, s, c.eval_modes, ranks=(rt.rank, rt.world), alpha=alpha,
-        resume=log.folder / "evaluation" / f"{source_hash()}-{fields_hash(c)}-{rt.dtype}" if __debug__ else None,
-    )  # fmt: skip
-    share = 0.0 if PACKED else flops_per_token(c) / 3 / rt.all_flops  # a forward is a third of forward and backward
-    for mode, score in found.items():
-        busy = {} if PACKED else {"mfu": score.tokens_per_second * forward_passes(mode, s) * share}
-        more = "".join(f"  {name} {value:.1%}" for name, value in busy.items())
-        log.record("eval", mode=mode, bpb=score.bpb, nats=score.nats, nbytes=score.nbytes, seconds=score.seconds,
-                   tokens=score.tokens, spans=score.spans, **busy, **{} if PACKED else score.detail)  # fmt: skip
-        speed = f"{score.tokens_per_second:,.0f} tokens/s  {score.seconds:.1f} s{more}"
+    ranks, kept_spans = (rt.rank, rt.world), log.folder / "evaluation" / f"{source_hash()}-{fields_hash(c)}-{rt.dtype}"
+    scores = evaluate_modes(model, val.tokens, val.bytes, s, c.eval_modes, ranks=ranks, alpha=alpha, resume=kept_spans)
+    for mode, score in scores.items():
+        facts = {"bpb": score.bpb, "nats": score.nats, "nbytes": score.nbytes, "seconds": score.seconds}
+        log.record("eval", mode=mode, **facts, tokens=score.tokens, spans=score.spans, **score.detail)
+        speed = f"{score.tokens_per_second:,.0f} tokens/s  {score.seconds:.1f} s"
         log.text(f"{mode:8} bpb {score.bpb:.5f}{' (partial)' * score.partial}  {speed}")
-    for flag in red_flags(found) if __debug__ else ():
-        log.text(f"RED FLAG: {flag}")
-        log.record("alert", step=0, what="red flag", where=flag, value=0.0)
-    return {f"val_bpb_{mode}": score.bpb for mode, score in found.items()}
-
-
-def sample(c: Config, model: GPT, log: Log, step: int) -> None:
-    tokenizer = load_tokenizer(Path(c.data) / "tokenizer.model")
-    with evaluating(model):
-        for prompt, text in sample_texts(model, tokenizer, BOS, c.seed):
-            log.record("sample", step=step, prompt=prompt, text=text)
-            log.text(f"sample: {prompt}|{text!r}")
+    for flag in red_flags(scores):
+        log.alert("red flag", flag)
+    return {f"val_bpb_{mode}": score.bpb for mode, score in scores.items()}
 
 
 # ── Main ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def parameter_table(c: Config) -> dict[str, int]:
-    """Parameters by family, without allocating any."""
-    table = dict.fromkeys(FAMILIES, 0)
-    for _, p, family in family_rows(weightless(c)):
-        table[family] += p.numel()
-    return table
+def main(c: Config, rt: Runtime, origin: dict[str, str]) -> None:
+    """From data to a scored artifact; what an earlier start of the same command finished is not done again."""
+    accumulation(c, rt)  # an impossible batch is told before anything is made
+    folder = Path(c.runs) / c.run_id
+    enter_folder(folder, rt)
+    trained = rt.of_rank_zero(trained_before(c, folder))
+    saved, complaints = (None, []) if trained else find_checkpoint(folder, c.resume, field_values(c, resumable=False))
+    same = f"{fields_hash(c)} {source_hash()} {saved and saved['clock']}"
+    require_same(rt.ranks, "config, source and clock", same)
+    announce_rank(folder, rt.rank, rt.world)
+    torch.manual_seed(c.seed)
+    with open_log(c, rt, origin, {} if trained else saved and saved["log_sizes"]) as log:
+        for line in complaints:
+            log.text(f"ALERT: {line}")
+        with log.phase("load"):
+            val = Validation(c)
+        facts = trained or make_artifact(c, rt, val, saved, log)
+        log.status = facts["status"]
+        if log.status == "finished":
+            facts |= score_artifact(c, rt, val, log)
+        report(c, rt, facts, log)
+
+
+def enter_folder(folder: Path, rt: Runtime) -> None:
+    """On every rank, before any of them begins: nobody else is at work here."""
+    require_unused(folder)
+    require_same(rt.ranks, "the run's name", folder.name)
+
+
+def training_identity(c: Config) -> dict:
+    limits = {"max_steps": c.max_steps, "max_seconds": c.max_seconds, "batch_tokens": c.batch_tokens, "data": c.data}
+    return {"hash": fields_hash(c), "source": source_hash()} | limits
+
+
+def trained_before(c: Config, folder: Path) -> dict | None:
+    """The facts of this very training, if its artifact is here: the same command never trains again."""
+    if not (folder / "trained.json").exists() or not (folder / ARTIFACT).exists():
+        return None
+    trained = json.loads((folder / "trained.json").read_text())
+    digest = hashlib.sha256((folder / ARTIFACT).read_bytes()).hexdigest()
+    same = trained["identity"] == training_identity(c) and trained["facts"]["artifact_sha256"] == digest
+    return trained["facts"] if same else None
+
+
+def open_log(c: Config, rt: Runtime, origin: dict[str, str], resume_at: dict | None) -> Log:
+    """The log begins with all it takes to run this again."""
+    log, script = Log(Path(c.runs) / c.run_id, rt.rank == 0, resume_at), Path(__file__).read_bytes()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    facts = {"hash": fields_hash(c), "source": source_hash(), "config": field_values(c), "origin": origin}
+    facts["script"] = {"sha256": hashlib.sha256(script).hexdigest(), "bytes": len(script)}
+    log.save("config.json", facts | versions)
+    log.text(f"script sha256 {facts['script']['sha256']} {len(script)} bytes")
+    log.text(f"{', '.join(map(' '.join, versions.items()))}, {platform.platform()}")
+    log.text(f"device {rt.device}, {rt.world} ranks, {rt.dtype} at a measured {rt.peak_flops / 1e9:.0f} GFLOP/s")
+    log.text(f"config {fields_hash(c)}; to run it again: python train_gpt.py {replay_line(c)}")
+    return log
+
+
+def source_hash() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+
+
+def make_artifact(c: Config, rt: Runtime, val: Validation, saved: dict | None, log: Log) -> dict:
+    """Train and export; the facts of both."""
+    with log.phase("load"):
+        run = begin_run(c, rt)
+    if saved:
+        restore(c, run, saved, rt.world)
+        log.text(f"resumed at step {run.clock.step}, {run.clock.seconds:.1f} s")
+    facts = train(c, rt, run, val, log)
+    if facts["status"] == "finished":
+        facts |= export_model(c, rt, run, log)
+        if "qat" not in c.parts:  # a model off its grid is not the one that ships: both are scored
+            with log.phase("validate"):
+                live = validate(c, rt, run.model, val, log)
+            facts |= {f"live_{name}": value for name, value in live.items()}
+        log.save("trained.json", {"identity": training_identity(c), "facts": facts})
+    return facts
+
+
+def score_artifact(c: Config, rt: Runtime, val: Validation, log: Log) -> dict:
+    """The score of the file as it was written."""
+    with log.phase("decompress"):
+        blob = rt.of_rank_zero((log.folder / ARTIFACT).read_bytes() if rt.rank == 0 else b"")
+        model, constants = load_model(c, rt, blob)
+    with log.phase("validate"):
+        reloaded = validate(c, rt, model, val, log)
+    with log.phase("evaluate"):
+        return reloaded | evaluate(c, rt, model, constants, val, log)
 
 
 def weightless(c: Config) -> GPT:
@@ -1325,175 +1409,53 @@ def flops_per_token(c: Config) -> float:
     return 6.0 * (used + head) + 3.0 * attention
 
 
-def plan(c: Config, rt: Runtime) -> Plan:
-    """What a configuration costs, without data or weights: --plan shows it, preflight checks it."""
-    rows = [(name, p, family) for name, p, family in family_rows(weightless(c)) if FAMILIES[family].ships]
-    shapes = [(name, tuple(p.shape), FAMILIES[family].codec(c)) for name, p, family in rows]
-    lines = plan_bytes(shapes, **grid_settings(c))
-    sizes = {f: sum(line["bytes"] for line, (*_, of) in zip(lines, rows) if of == f) for f in FAMILIES}
-    families = [(f, n, FAMILIES[f].codec(c), trained_codec(c, f), sizes[f]) for f, n in parameter_table(c).items()]
-    return Plan(
-        families, CODE_BYTES, BYTE_CAP, flops_per_token(c), c.batch_tokens, c.max_steps, c.max_seconds, rt.world,
-        rt.device, rt.peak_flops, Path(c.runs) / c.run_id, Path(c.data), c.vocab, c.eval_modes,
-        c.seq_len / c.eval_stride, c.val_tokens, c.eval_seconds,
-    )  # fmt: skip
-
-
 def report(c: Config, rt: Runtime, facts: dict, log: Log) -> None:
     """result.json, and the same as the last lines of the log."""
-    result = {"status": "finished", "run_id": c.run_id, "config_hash": fields_hash(c)} | facts
-    result |= {"partial": c.val_tokens > 0, "world_size": rt.world}
-    if not PACKED:
-        flops, parameters = flops_per_token(c), sum(parameter_table(c).values())
-        result |= {
-            "device_name": torch.cuda.get_device_name() if rt.device.type == "cuda" else platform.machine(),
-            "flops_per_token": flops, "mfu": facts["tokens_per_second"] * flops / rt.all_flops,
-            "parameters": parameters, "tokens_per_parameter": facts["tokens"] / parameters,
-            "peak_memory_bytes": memory_in_use(), "data_hash": dataset_hash(c.data),
-        }  # fmt: skip
+    flops, parameters = flops_per_token(c), sum(p.numel() for p in weightless(c).parameters())
+    result = {"status": log.status, "run_id": c.run_id, "config_hash": fields_hash(c)} | facts
+    result |= {"partial": c.val_tokens > 0, "world_size": rt.world, "flops_per_token": flops, "parameters": parameters}
+    result["mfu"] = facts["tokens_per_second"] * flops / rt.all_flops
+    result["tokens_per_parameter"] = facts["tokens"] / parameters
+    result["device_name"] = torch.cuda.get_device_name() if rt.device.type == "cuda" else platform.machine()
+    result |= {"peak_memory_bytes": memory_in_use(), "data_hash": dataset_hash(c.data)}
     log.save("result.json", result)
     log.text("---")
     for name, value in result.items():
         log.text(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
 
 
-def main(c: Config, rt: Runtime, origin: dict[str, str], env: dict[str, str]) -> None:
-    """From data to a scored artifact."""
-    accumulation(c, rt)  # an impossible batch is told before anything is made
-    torch.manual_seed(c.seed)
-    saved, complaints = None, []
-    if not PACKED:
-        saved, complaints = find_checkpoint(Path(c.runs) / c.run_id, c.resume, field_values(c, resumable=False))
-        same = f"{fields_hash(c)} {source_hash()} {saved and saved['clock']}"
-        require_same(rt.ranks, "config, source and clock", same)
-    with open_log(c, rt, origin, saved, env) as log:
-        for line in complaints:
-            log.text(f"ALERT: {line}")
-        if not PACKED:
-            with log.phase("load"):
-                costs = plan(c, rt)
-            stop_together(rt.ranks, log.preflight(costs))
-        with log.phase("load"):
-            data, model = Data(c, rt), GPT(c).to(rt.device)
-            model.dtype = rt.dtype
-            run = Run(model, Optimizer(c, model, rt.ranks), data, Clock(c))
-        if not PACKED and saved:
-            restore(c, rt, run, saved, log)
-        facts = train(c, rt, run, log)
-        if log.status == "finished":
-            facts |= finish(c, rt, run, log)
-        report(c, rt, facts, log)
-
-
-def finish(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
-    """Export, reload, and score what was reloaded; the live model's score stands beside it."""
-    blob = export_model(c, rt, run, log)
-    with log.phase("decompress"):
-        model, constants = load_model(c, rt, blob)
-    with log.phase("validate"):
-        live = {} if "qat" in c.parts else validate(c, rt, run.model, run.data.val, log)
-        reloaded = validate(c, rt, model, run.data.val, log)
-    facts = reloaded | {f"live_{name}": value for name, value in live.items()} | {"artifact_bytes": len(blob)}
-    with log.phase("evaluate"):
-        return facts | evaluate(c, rt, model, constants, run.data.val, log)
-
-
-def run_generate(c: Config, rt: Runtime, options: dict) -> None:
-    """--generate TEXT --checkpoint FILE: tokens as they come."""
-    model = checkpoint_model(c, rt, options["--checkpoint"])
-    tokenizer = load_tokenizer(Path(c.data) / "tokenizer.model")
-    settings = int(options["--tokens"]), float(options["--temperature"]), int(options["--top-k"]), c.seed
-    sys.stdout.write(options["--generate"])
-    for piece in generate_text(model, tokenizer, BOS, options["--generate"], *settings):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-
-
-def checkpoint_model(c: Config, rt: Runtime, path: str) -> GPT:
-    """The model of a checkpoint or of an artifact, on its grid."""
-    if path.endswith(".skc"):
-        return load_model(c, rt, Path(path).read_bytes())[0]
-    model = GPT(c).to(rt.device)
-    Optimizer(c, model).restore(load_checkpoint(path)["optimizer"])
-    model.dtype = rt.dtype
-    return model.eval()
-
-
-def run_export(c: Config, rt: Runtime, options: dict) -> None:
-    """--export --checkpoint FILE: the artifact of a checkpoint, in the run's folder."""
-    model = GPT(c).to(rt.device)
-    model.dtype = rt.dtype
-    run = Run(model, Optimizer(c, model, rt.ranks), Data(c, rt), Clock(c))
-    with open_log(c, rt, {}, {"log_sizes": {}}, {}) as log:
-        restore(c, rt, run, load_checkpoint(options["--checkpoint"]), log)
-        export_model(c, rt, run, log)
-        log.status = "finished"
-
-
-def run_artifact(c: Config, rt: Runtime, options: dict) -> None:
-    """--load FILE: an artifact read and checked, without data; --evaluate FILE: and scored."""
-    blob = Path(options["--evaluate"] if PACKED else options.get("--load") or options["--evaluate"]).read_bytes()
+def score_file(c: Config, rt: Runtime, path: Path) -> None:
+    """--evaluate FILE: an artifact read, checked and scored."""
+    blob = path.read_bytes()
     model, constants = load_model(c, rt, blob)
-    loaded = f"loaded {len(blob):,} bytes, sha256 {hashlib.sha256(blob).hexdigest()}: {c.layers}, dim {c.dim}"
-    if not PACKED and "--load" in options:
-        sys.stdout.write(f"{loaded}, {sum(parameter_table(c).values()):,} parameters\n")
-        return
     val = Validation(c)
-    with open_log(c, rt, {}, {"log_sizes": {}}, {}) as log:
-        log.text(loaded)
+    with open_log(c, rt, {}, {}) as log:
+        log.text(f"loaded {len(blob):,} bytes, sha256 {hashlib.sha256(blob).hexdigest()}: {c.layers}, dim {c.dim}")
         for name, value in evaluate(c, rt, model, constants, val, log).items():
             log.text(f"{name}: {value:.6g}")
         log.status = "finished"
 
 
-OPTIONS = dict.fromkeys(("--profile", "--evaluate", "--generate", "--checkpoint", "--load"), "") | {
-    "--tokens": "100", "--temperature": "0.8", "--top-k": "50",
-}  # fmt: skip
-SWITCHES = "--help", "-h", "--list-profiles", "--plan", "--export"
-
-
-def stored_config(options: dict[str, str]) -> dict:
-    """The fields a checkpoint or an artifact was made with, so that a file alone is enough."""
-    path = options.get("--evaluate", "")
-    if not PACKED:
-        path = options.get("--load") or path or options.get("--checkpoint", "")
-        if path and not path.endswith(".skc"):
-            return load_checkpoint(path)["config"]
-    return read_manifest(Path(path).read_bytes())[0].meta["config"] if path else {}
-
-
 def command_line(argv: list[str]) -> int:
+    """[--profile P] [--evaluate FILE] [--help] field=value ..."""
+    fields, env = dataclasses.fields(Config), dict(os.environ)
     try:
-        options = dict(zip(argv, [*argv[1:], ""]))
-        if not PACKED:
-            argv, options = parse_command(argv, dataclasses.fields(Config), OPTIONS, SWITCHES)
-        if not PACKED and ("--help" in options or "-h" in options):
-            sys.stdout.write(f"{__doc__}\n{describe_fields(dataclasses.fields(Config), PARTS)}\n")
-        elif not PACKED and "--list-profiles" in options:
-            sys.stdout.write(describe_profiles(PROFILES) + "\n")
+        words, options = split_words(argv, [f.name for f in fields], ("--profile", "--evaluate"))
+        if "--help" in options:
+            sys.stdout.write(f"{__doc__}\n{describe_fields(fields, PARTS)}\n")
+            return 0
+        path = Path(options["--evaluate"]) if "--evaluate" in options else None
+        stored = read_manifest(path.read_bytes())[0].meta["config"] if path else None
+        c, origin = load_config(words, env, options.get("--profile"), stored)
+        rt = detect_runtime(env, c.dtype)
+        if path:
+            score_file(c, rt, path)
         else:
-            run_command(options, argv)
+            main(c, rt, origin)
     except (ValueError, TimeoutError, MemoryError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     return 0
-
-
-def run_command(options: dict[str, str], argv: list[str]) -> None:
-    env = dict(os.environ)
-    c, origin = load_config(argv, env, None if PACKED else options.get("--profile"), stored_config(options))
-    rt = detect_runtime(env, c.dtype)
-    if "--evaluate" in options or (not PACKED and "--load" in options):
-        run_artifact(c, rt, options)
-    elif not PACKED and "--plan" in options:
-        sys.stdout.write(plan(c, rt).text() + "\n")
-    elif not PACKED and "--generate" in options:
-        run_generate(c, rt, OPTIONS | options)
-    elif not PACKED and "--export" in options:
-        run_export(c, rt, options)
-    else:
-        main(c, rt, origin, env)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from kernels.layers import Gate, Linear, Part, rms
 
 ENGRAM_ORDERS = (2, 3, 4)
 ENGRAM_PRIMES = (92821, 131071, 174763, 216091, 262147, 314159, 393241, 462841, 524287, 611953, 700001, 786433)
+ENGRAM_HEADS = len(ENGRAM_PRIMES) // len(ENGRAM_ORDERS)  # tables per order that have a prime each
 
 
 def engram_rows(past, pos, heads: int, rows: int):

@@ -39,6 +39,10 @@ class Gate(Part):
             self.register_parameter(name, nn.Parameter(tensor))
 
 
+class Decay(Gate):
+    """How fast a layer's memory fades."""
+
+
 def rms(x):
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.shards import read_tokens
 from eval.tokens import byte_table, stream_bytes
-from train_gpt import load_config, parameter_table
+from harness.plan import parameter_table
+from train_gpt import load_config
 
 PATTERNS = {"A only": "AAAAAA", "S in a third": "AASAAS", "K in a third": "AAKAAK"}
 OPTIONS = {"data": "datasets/local512", "steps": "400", "seconds": "120", "seeds": "42,43,44"}

@@ -1,31 +1,33 @@
 """The fields of a frozen config: declared once, read from profile, environment and command line, and replayed.
 
 Precedence: defaults < profile, or a file's own fields < environment (UPPER_CASE names) < key=value. A field is
-structural (decides which code runs; folded into a built submission) or free (a size, rate, budget or path); resumable
-fields may differ when a run goes on from a checkpoint.
+structural (it decides which code runs) or free (a size, rate, budget or path); resumable fields may differ when a run
+goes on from a checkpoint.
 """
 
 import dataclasses
 import difflib
 import hashlib
 import json
+import math
 
-BUILT: dict = {}  # in a built submission: what its profile says of the structure, in place of those fields
-
-
-class NoField(ValueError):
-    """What a built submission cannot be told."""
+FIXED: dict = {}  # fields that this file was built with; the source has none
 
 
-def structural(default, text: str, registry: str | None = None, resumable: bool = False):
+def structural(default, text: str, registry: str | None = None, resumable: bool = False, least=0, most=math.inf):
     """Decides which code runs; `registry` names the table it chooses from."""
-    metadata = {"kind": "structural", "help": text, "registry": registry, "resumable": resumable}
-    return dataclasses.field(default=default, metadata=metadata)
+    return declare("structural", default, text, registry, resumable, least, most)
 
 
-def free(default, text: str, resumable: bool = False):
-    """A size, rate, budget or path: stays settable in a built submission."""
-    metadata = {"kind": "free", "help": text, "registry": None, "resumable": resumable}
+def free(default, text: str, registry: str | None = None, resumable: bool = False, least=0, most=math.inf):
+    """A size, rate, budget or path."""
+    return declare("free", default, text, registry, resumable, least, most)
+
+
+def declare(kind: str, default, text: str, registry: str | None, resumable: bool, least, most):
+    """`least` and `most` bound a number."""
+    bounds = {"least": least, "most": most}
+    metadata = {"kind": kind, "help": text, "registry": registry, "resumable": resumable} | bounds
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -60,32 +62,30 @@ def show_value(value) -> str:
 
 def read_fields(fields, words: list[str], env: dict[str, str], base: dict, source: str) -> tuple[dict, dict[str, str]]:
     """Values that differ from the defaults, and where each came from."""
-    known, values, origin = {f.name: f for f in fields}, {}, {}
-    if strange := base.keys() - known.keys() - BUILT.keys():
+    by_name, values, origin = {f.name: f for f in fields}, {}, {}
+    if strange := base.keys() - by_name.keys():
         raise ValueError(f"the {source} names {', '.join(sorted(strange))}, unknown here: it is of another version")
     given = [(name, show_value(value), source) for name, value in base.items()]
-    given += [(name, env[name.upper()], "environment") for name in (*known, *BUILT) if name.upper() in env]
-    given += [(*word.split("=", 1), "command line") for word in words if "=" in word and not word.startswith("-")]
+    given += [(name, env[name.upper()], "environment") for name in by_name if name.upper() in env]
+    given += [(*word.split("=", 1), "command line") for word in words]
     for name, text, place in given:
-        if name in BUILT:
-            if text != show_value(BUILT[name]):
-                raise NoField(f"{name}={text} != {show_value(BUILT[name])}")
-            continue
-        if name not in known:
-            raise ValueError(f"no field {name!r}: {nearest(name, known)}")
-        values[name], origin[name] = parse_value(known[name], text), place
+        if name not in by_name:
+            raise ValueError(f"no field {name!r}: {nearest(name, by_name)}")
+        if name in FIXED and text != show_value(FIXED[name]):
+            raise ValueError(f"{name}={text}: fixed in this build, which has {show_value(FIXED[name])}")
+        values[name], origin[name] = parse_value(by_name[name], text), place
     return values, origin
 
 
 def field_values(config, resumable: bool = True) -> dict:
     """All fields, or only those that make a run what it is."""
-    left_out = {f.name for f in dataclasses.fields(config) if f.metadata["resumable"] and not resumable}
-    return BUILT | {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
+    excluded = {f.name for f in dataclasses.fields(config) if f.metadata["resumable"] and not resumable}
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in excluded}
 
 
 def changed_fields(config, resumable: bool = True) -> dict:
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
-    return {name: v for name, v in field_values(config, resumable).items() if v != defaults.get(name)}
+    return {name: v for name, v in field_values(config, resumable).items() if v != defaults[name]}
 
 
 def fields_hash(config) -> str:
@@ -99,55 +99,49 @@ def replay_line(config) -> str:
     return " ".join(["--profile default", *(f"{k}={show_value(v)}" for k, v in changed_fields(config).items())])
 
 
-def describe_profiles(profiles: dict[str, dict]) -> str:
-    rows = [(name, " ".join(f"{k}={show_value(v)}" for k, v in values.items())) for name, values in profiles.items()]
-    return "\n".join(f"{name}: {text}" for name, text in rows)
-
-
 def describe_fields(fields, parts: dict[str, str]) -> str:
     lines = ["Fields (key=value, --key value, or KEY in the environment; [s] structural, fixed in a built submission):"]
     for f in fields:
-        mark = "[s] " if f.metadata["kind"] == "structural" else ""
+        mark = {"structural": "[s] ", "free": ""}[f.metadata["kind"]]
         lines.append(f"  {f.name:17} {show_value(f.default):36} {mark}{f.metadata['help']}")
     return "\n".join([*lines, "", "Parts:", *(f"  {name:17} {text}" for name, text in parts.items())])
 
 
-def check_choices(config, registries: dict[str, dict]) -> None:
-    """A field with a registry holds a key of it: one, or for tuples and for mixers a sequence of them."""
+def check_values(config, registries: dict[str, dict]) -> None:
+    """Numbers lie within their bounds; a field with a registry holds a key of it, or a sequence of keys."""
     for f in dataclasses.fields(config):
-        registry, chosen = f.metadata["registry"], dataclasses.asdict(config)[f.name]
-        if registry is not None:
-            for name in chosen if isinstance(chosen, tuple) or registry == "MIXERS" else [chosen]:
-                if name not in registries[registry]:
-                    raise ValueError(f"{f.name}: no {name!r}, {nearest(name, registries[registry])}")
+        value, least, most = dataclasses.asdict(config)[f.name], f.metadata["least"], f.metadata["most"]
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            bounds = f"at least {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
+            raise ValueError(f"{f.name}={value}: must be {bounds} ({f.metadata['help']})")
+        table = registries.get(f.metadata["registry"])
+        if table is not None:
+            check_keys(f.name, value, table)
 
 
-def parse_command(words: list[str], fields, options: dict, switches: tuple) -> tuple[list[str], dict[str, str]]:
-    """The words with every field as field=value, and the options among them."""
-    words = field_words(words, [f.name for f in fields])
-    return words, parse_options(words, options, switches)
+def check_keys(name: str, value, table: dict) -> None:
+    """A string that is no key itself, like a tuple, is a sequence of keys."""
+    for key in (value,) if isinstance(value, str) and len(max(table, key=len)) > 1 else value:
+        if key not in table:
+            raise ValueError(f"{name}: no {key!r}, {nearest(key, table)}")
 
 
-def field_words(words: list[str], names: list[str]) -> list[str]:
-    """The words, with `--field value` written as field=value."""
-    found, left = [], list(words)
+def split_words(words: list[str], fields: list[str], options: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+    """Every field as field=value, and the options: those in `options` take a value, --help takes none."""
+    values, chosen, left = [], {}, list(words)
     while left:
         word = left.pop(0)
-        found.append(f"{word[2:]}={left.pop(0)}" if word.startswith("--") and word[2:] in names and left else word)
-    return found
-
-
-def parse_options(words: list[str], options: dict[str, str], switches: tuple[str, ...]) -> dict[str, str]:
-    """--options with their values, and switches; what is neither, nor key=value, is an error."""
-    found, left = {}, list(words)
-    while left:
-        word = left.pop(0)
-        if word in options:
-            if not left:
-                raise ValueError(f"{word} needs a value after it")
-            found[word] = left.pop(0)
-        elif word in switches:
-            found[word] = "yes"
-        elif "=" not in word or word.startswith("-"):
-            raise ValueError(f"what is {word!r}? {nearest(word, [*options, *switches])}; fields are key=value")
-    return found
+        is_field = word.startswith("--") and word[2:] in fields
+        if (is_field or word in options) and not left:
+            raise ValueError(f"{word} needs a value after it")
+        if is_field:
+            values.append(f"{word[2:]}={left.pop(0)}")
+        elif word in options:
+            chosen[word] = left.pop(0)
+        elif word in ("--help", "-h"):
+            chosen["--help"] = "yes"
+        elif "=" in word and not word.startswith("-"):
+            values.append(word)
+        else:
+            raise ValueError(f"what is {word!r}? {nearest(word, [*options, '--help'])}; fields are key=value")
+    return values, chosen

@@ -24,6 +24,11 @@ class Runtime:
     def all_flops(self) -> float:
         return self.peak_flops * self.world
 
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def of_rank_zero(self, value):
         """What rank 0 made, on every rank."""
         box = [value]
@@ -35,7 +40,7 @@ class Runtime:
 def detect_runtime(env: dict[str, str], dtype: str) -> Runtime:
     """The only reader of RANK, WORLD_SIZE and LOCAL_RANK."""
     rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-    kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(kind, int(env.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(device)
@@ -88,16 +93,6 @@ def require_same(group, what: str, value: str) -> None:
     odd = {rank: v for rank, v in enumerate(values) if v != values[0]}
     if odd:
         raise ValueError(f"{what} is {values[0]} on rank 0 but {odd}: start every rank with the same files and fields")
-
-
-def stop_together(group, trouble: str) -> None:
-    """What ends one rank ends all, in the same words; without trouble all go on."""
-    troubles = [trouble]
-    if group is not None:
-        troubles = [None] * dist.get_world_size(group)
-        dist.all_gather_object(troubles, trouble, group=group)
-    if any(troubles):
-        raise ValueError(next(filter(None, troubles)))
 
 
 def mean_over_ranks(group, values: torch.Tensor) -> torch.Tensor:

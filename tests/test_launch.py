@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from harness.run_log import Harness, find_checkpoint
-from runtime.run_folder import checkpoints, save_checkpoint
+from runtime.checkpoints import checkpoints, save_checkpoint
 from tests.test_notify import KEY, service  # noqa: F401 (a fixture)
 from tests.test_publish import TOKEN, start_hub, stop_hub, wait_for
 from tests.toys import toy_dataset

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from optim.gradients import GradientBuckets, GradientSum
-from runtime.ranks import Runtime, stop_together
-from runtime.run_folder import checkpoints, load_checkpoint
+from runtime.checkpoints import checkpoints, load_checkpoint
+from runtime.ranks import Runtime
 from tests.toys import toy_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,7 +101,7 @@ sys.exit(code)
 @pytest.mark.slow
 def test_ranks_issue_the_same_collectives_in_the_same_order(dataset, tmp_path):
     words = ["--profile", "tiny", f"data={dataset}", f"runs={tmp_path}", "run_id=r", *SETTINGS]
-    words += ["val_every=2", "sample_every=3"]
+    words += ["val_every=2", "checkpoint_every=3"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python",
                sys.executable, "-c", COLLECTIVES, str(tmp_path), *words]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -150,12 +150,6 @@ def test_what_rank_zero_made_is_what_all_have(tmp_path):
     assert Runtime(0, 1, torch.device("cpu"), torch.float32, 1.0).of_rank_zero("mine") == "mine"
 
 
-def test_what_ends_one_rank_ends_all_in_its_words():
-    stop_together(None, "")
-    with pytest.raises(ValueError, match="disk: full"):
-        stop_together(None, "disk: full")
-
-
 def test_a_matrix_too_many_for_the_ranks_is_padded():
     from runtime.ranks import shared_out
 
@@ -178,7 +172,7 @@ def test_gradients_are_averaged_and_those_that_are_not_there_count_as_zero(reduc
 
 
 def test_a_checkpoint_is_sealed(tmp_path):
-    from runtime.run_folder import save_checkpoint
+    from runtime.checkpoints import save_checkpoint
 
     facts = save_checkpoint(tmp_path, 7, {"x": torch.ones(3)}, 0)
     assert torch.equal(load_checkpoint(facts["path"])["x"], torch.ones(3))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.run_folder import checkpoints
+from runtime.checkpoints import checkpoints
 from tests.toys import toy_dataset
 from train_gpt import command_line
 

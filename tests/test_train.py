@@ -14,21 +14,24 @@ import sentencepiece
 import torch
 
 from export.container import row_parts
+from harness.plan import parameter_table
 from runtime.fields import fields_hash, replay_line
 from runtime.ranks import Runtime
 from tests.toys import stirred, tiny, toy_dataset
 from train_gpt import (
-    FAMILIES,
+    GPT,
     GRIDS,
     PROFILES,
     SCHEDULES,
+    SCOPES,
     Clock,
     Config,
     Data,
     Optimizer,
+    Validation,
     command_line,
+    families,
     load_config,
-    parameter_table,
     phase_at,
     trained_codec,
 )
@@ -76,6 +79,13 @@ def test_a_command_line_beats_the_environment_beats_the_profile_beats_the_defaul
     (["loop=3,9,2"], "last of the 6 layers"),
     (["loop=3,5,1"], "two passes or more"),
     (["max_steps=0", "max_seconds=0"], "no limit"),
+    (["engram_layers=0", "engram_heads=5"], "there are primes for 4 tables per order"),
+    (["ttt_scope=skc_saf"], "did you mean skc_safe"),
+    (["ttt_scope=feedback", "eval_modes=ttt"], "have no such weights"),
+    (["ttt_scope=capsules", "eval_modes=all", "layers=AA"], "layers AA have no such weights"),
+    (["max_seconds=nan"], "max_seconds=nan: must be at least 0"),
+    (["warmup=1.5"], "at most 1"),
+    (["mlp_mult=0"], "no feed-forward width"),
     (["batch_tokens=3000"], "not a multiple of micro_tokens"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_that_names_the_way_out(words, text, capsys, tmp_path):
@@ -83,6 +93,34 @@ def test_bad_input_is_one_line_that_names_the_way_out(words, text, capsys, tmp_p
     error = capsys.readouterr().err
     assert text in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+SIZES = ["dim", "heads", "kv_heads", "vocab", "slots", "mix_rank", "streams", "group", "seq_len", "batch_tokens"]
+COUNTS = ["micro_tokens", "eval_lanes", "eval_stride", "log_every", "engram_heads", "engram_rows", "engram_width"]
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("name", SIZES + COUNTS)
+def test_a_number_that_must_be_positive_is(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}: must be at least"):
+        load_config([f"{name}={value}"], {}, "tiny")
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_scopes_hold_what_they_say(scope):
+    model = GPT(tiny(layers="AKS", feedback_passes=1, engram_layers=(0,)))
+    named = {id(p): name for name, p in model.named_parameters()}
+    held = {named[id(p)] for p in model.scope(scope)}
+    inside = {
+        "lora": (set(), {"embed.weight"}),
+        "scales": ({"sites.0.scale", "blocks.0.mixer.gain"}, {"embed.weight"}),
+        "capsules": ({"blocks.2.mixer.focus", "blocks.1.mixer.mix_in"}, {"blocks.0.mixer.gain", "sites.0.scale"}),
+        "skc_safe": ({"blocks.1.mixer.decay.bias", "sites.0.scale", "blocks.0.mixer.conv.weight"}, {"feedback.gate"}),
+        "feedback": ({"feedback.gate"}, {"sites.0.scale"}),
+        "engram": ({"engram.table"}, {"embed.weight"}),
+        "all": (set(named.values()), set()),
+    }
+    assert inside[scope][0] <= held and not inside[scope][1] & held
 
 
 def test_the_config_cannot_change_and_its_line_replays_it():
@@ -97,12 +135,12 @@ def test_a_file_of_another_version_is_refused_by_the_name_of_its_fields():
         load_config([], {}, "tiny", {"dim": 64, "width": 3})
 
 
-def test_a_built_structure_is_named_when_it_is_asked_for_otherwise(monkeypatch):
-    monkeypatch.setattr("runtime.fields.BUILT", {"layers": "AKS", "parts": ("reset", "unet")})
+def test_a_field_that_a_build_fixed_is_named_when_it_is_given_otherwise(monkeypatch):
+    monkeypatch.setattr("runtime.fields.FIXED", {"layers": "AKS", "parts": ("reset", "unet")})
     c, _ = load_config(["parts=reset,unet", "dim=128"], {"LAYERS": "AKS"}, "tiny", {"layers": "AKS", "vocab": 64})
     assert c.dim == 128
     for words, env, file in ((["layers=KKK"], {}, None), ([], {"LAYERS": "KKK"}, None), ([], {}, {"layers": "KKK"})):
-        with pytest.raises(ValueError, match="layers=KKK != AKS"):
+        with pytest.raises(ValueError, match="layers=KKK: fixed in this build, which has AKS"):
             load_config(words, env, "tiny", file)
 
 
@@ -138,7 +176,7 @@ class FakeTime:
 
 def test_progress_is_training_time_and_a_pause_does_not_move_it():
     time = FakeTime()
-    clock = Clock(tiny(max_steps=0, max_seconds=100), time)
+    clock = Clock(tiny(max_steps=0, max_seconds=100), lambda: None, time)
     clock.run()
     time.now = 30
     clock.pause()
@@ -154,12 +192,25 @@ def test_progress_is_training_time_and_a_pause_does_not_move_it():
 def test_a_run_capped_by_time_finishes_its_decay_at_any_speed(speed, schedule):
     time = FakeTime()
     c = tiny(max_steps=0, max_seconds=100, schedule=schedule)
-    clock = Clock(c, time)
+    clock = Clock(c, lambda: None, time)
     clock.run()
     while (progress := clock.progress()) < 1:
         last = SCHEDULES[schedule](c, progress)
         time.now += 0.4 / speed
     assert last < 0.02
+
+
+def test_the_clock_stops_when_the_device_is_done():
+    time = FakeTime()
+
+    def device():
+        time.now += 5
+
+    clock = Clock(tiny(max_steps=0, max_seconds=100), device, time)
+    clock.run()
+    time.now = 30
+    clock.pause()
+    assert clock.seconds == 35
 
 
 def test_the_loop_begins_at_its_progress():
@@ -314,11 +365,11 @@ def test_batches_come_as_int64_with_their_provenance(dataset):
 
 
 def test_validation_counts_every_byte_of_the_text_once(dataset):
-    data = Data(tiny(data=dataset), CPU)
+    val = Validation(tiny(data=dataset))
     sp = sentencepiece.SentencePieceProcessor(str(dataset / "tokenizer.model"))
-    documents = np.split(data.val.tokens.astype(int), np.flatnonzero(data.val.tokens == 1))[1:]
+    documents = np.split(val.tokens.astype(int), np.flatnonzero(val.tokens == 1))[1:]
     text = "".join(sp.decode(d[1:].tolist()) for d in documents)
-    assert data.val.bytes.sum() == len(text.encode())
+    assert val.bytes.sum() == len(text.encode())
 
 
 # ---- whole runs
@@ -345,52 +396,60 @@ def test_the_model_learns_the_toy_text(dataset, tmp_path):
     assert code == 0 and curve[-1] < 0.75 * curve[0]
 
 
-# ---- proxies of the artifact
-
-
 def records(run, kind):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == kind]
 
 
-@pytest.mark.parametrize("parts", ["reset,qat", "reset"])
-def test_a_proxy_scores_what_would_ship_and_leaves_the_run_as_it_was(dataset, tmp_path, parts):
-    words = ("layers=A", f"parts={parts}", "weight_codec=int4", "max_steps=4", "eval_modes=chunked")
-    _, plain = run_tiny(tmp_path / "plain", dataset, *words)
-    _, watched = run_tiny(tmp_path / "watched", dataset, *words, "export_every=2")
-    middle, end = records(watched, "proxy")
-    assert (middle["step"], end["step"]) == (2, 4)
-    assert all((row["loss"] == row["live_loss"]) == ("qat" in parts) for row in (middle, end))
-    assert end["bytes"] == (watched / "proxy.skc").stat().st_size
-    assert abs(middle["bytes"] / records(watched, "artifact")[0]["bytes"] - 1) < 0.02
-    assert losses(plain) == losses(watched)
-    assert (plain / "final_model.skc").read_bytes() == (watched / "final_model.skc").read_bytes()
-
-
-def test_an_artifact_is_scored_and_loaded_on_its_own_a_proxy_too_and_damage_is_refused(dataset, tmp_path, capsys):
-    _, run = run_tiny(tmp_path, dataset, "layers=A", "max_steps=1", "export_every=1", "eval_modes=chunked")
-    for name, slack in (("final_model.skc", 0), ("proxy.skc", 0.05)):  # a proxy has no fitted temperature
-        where = tmp_path / name
-        words = [f"data={dataset}", f"runs={where}", "run_id=t", "eval_modes=chunked"]
-        assert command_line(["--evaluate", str(run / name), *words]) == 0
-        assert records(where / "t", "eval")[0]["bpb"] == pytest.approx(records(run, "eval")[0]["bpb"], rel=slack, abs=0)
-    assert command_line(["--evaluate", str(run / name), *words, "softcap=2"]) == 0  # kept scores are of other fields
-    plain, other = (row["bpb"] for row in records(where / "t", "eval"))
-    assert plain != other
-    capsys.readouterr()
-    assert command_line(["--load", str(run / "final_model.skc")]) == 0
-    assert capsys.readouterr().out.startswith("loaded ")
+def test_an_artifact_is_scored_on_its_own_and_damage_is_refused(dataset, tmp_path, capsys):
+    _, run = run_tiny(tmp_path, dataset, "layers=A", "max_steps=1", "eval_modes=chunked")
+    words = [f"data={dataset}", f"runs={tmp_path / 'again'}", "run_id=t", "eval_modes=chunked"]
+    assert command_line(["--evaluate", str(run / "final_model.skc"), *words]) == 0
+    assert records(tmp_path / "again/t", "eval")[0]["bpb"] == records(run, "eval")[0]["bpb"]
+    assert command_line(["--evaluate", str(run / "final_model.skc"), *words, "softcap=2"]) == 0
+    plain, other = (row["bpb"] for row in records(tmp_path / "again/t", "eval"))
+    assert plain != other  # kept scores are of other fields
     (tmp_path / "bad.skc").write_bytes((run / "final_model.skc").read_bytes()[:-1])
-    for option in ("--load", "--evaluate"):
-        assert command_line([option, str(tmp_path / "bad.skc"), "--data", str(dataset), f"runs={tmp_path}"]) == 2
+    assert command_line(["--evaluate", str(tmp_path / "bad.skc"), "--data", str(dataset), f"runs={tmp_path}"]) == 2
     assert "damaged artifact" in capsys.readouterr().err
 
 
-def test_a_proxy_of_a_trellis_is_walked_like_the_artifact(dataset, tmp_path):
-    words = ("layers=A", "parts=reset", "weight_codec=trellis", "reserve_seconds=0.01", "max_steps=2", "export_every=2")
-    _, run = run_tiny(tmp_path, dataset, *words, "eval_modes=chunked")
-    row = records(run, "proxy")[0]
-    assert row["bytes"] == (run / "proxy.skc").stat().st_size and row["loss"] != row["live_loss"]
+def test_an_artifact_is_evaluated_in_the_dtype_it_ran_in(dataset, tmp_path, monkeypatch):
+    words = ("layers=A", "max_steps=1", "eval_modes=chunked", "dtype=auto")
+    rates = {torch.float32: 1.0, torch.bfloat16: 2.0}
+    monkeypatch.setattr("runtime.ranks.matmul_rate", lambda device, dtype: rates[dtype])
+    _, run = run_tiny(tmp_path, dataset, *words)
+    rates[torch.bfloat16] = 0.5  # another machine, where auto would be float32
+    again = [f"data={dataset}", f"runs={tmp_path / 'again'}", "run_id=t", "eval_modes=chunked"]
+    assert command_line(["--evaluate", str(run / "final_model.skc"), *again]) == 0
+    assert "torch.bfloat16" in (tmp_path / "again/t/train.log").read_text()
+    assert records(tmp_path / "again/t", "eval")[0]["nats"] == records(run, "eval")[0]["nats"]
+
+
+def test_the_same_command_never_trains_again(dataset, tmp_path, monkeypatch, capsys):
+    """Evaluation is cut short by its budget; the run goes on with it, and with it alone."""
+    words = ("layers=A", "max_steps=2", "eval_modes=chunked,stream")
+    monkeypatch.setattr("train_gpt.evaluate", late := raising(TimeoutError("eval_seconds=1 is spent in mode stream")))
+    code, run = run_tiny(tmp_path, dataset, *words)
+    assert code == 2 and "is spent" in capsys.readouterr().err
+    assert records(run, "end")[0]["status"] == "failed" and not (run / "result.json").exists()
+    monkeypatch.undo()
+    assert late
+    monkeypatch.setattr("train_gpt.train", raising(AssertionError("trained again")))
+    code, run = run_tiny(tmp_path, dataset, *words)
+    assert code == 0 and len(records(run, "step")) == 1 and len(records(run, "eval")) == 2
+    result = json.loads((run / "result.json").read_text())
+    assert result["status"] == "finished" and result["steps"] == 2 and result["val_bpb_stream"] > 0
+    for changed in ("max_steps=3", "seed=7"):
+        with pytest.raises(AssertionError, match="trained again"):
+            run_tiny(tmp_path, dataset, *words, changed)
+
+
+def raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
 ROUNDED = ("layers=S", "parts=reset", "reserve_seconds=0.01", "max_steps=2", "eval_modes=chunked")
@@ -424,12 +483,9 @@ def test_a_trace_of_some_steps_is_written(dataset, tmp_path):
     assert (run / "trace.json").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("flag, text", [
-    ("--help", "residual width D"), ("--list-profiles", "skc_competition: "), ("--plan", "FLOPs per token"),
-])  # fmt: skip
-def test_the_interface_explains_itself(flag, text, capsys):
-    assert command_line(["--profile", "tiny", flag]) == 0
-    assert text in capsys.readouterr().out
+def test_the_interface_explains_itself(capsys):
+    assert command_line(["--profile", "tiny", "--help"]) == 0
+    assert "residual width D" in capsys.readouterr().out
 
 
 def test_importing_the_trainer_has_no_effect():
@@ -441,4 +497,4 @@ def test_importing_the_trainer_has_no_effect():
 
 def test_families_name_every_codec_they_use():
     c = Config()
-    assert {f.codec(c) for f in FAMILIES.values()} <= set(GRIDS)
+    assert {family.codec for family in families(c).values()} <= set(GRIDS)

@@ -17,7 +17,7 @@ import pytest
 import sentencepiece
 
 from data.manifest import describe_files, write_manifest
-from runtime.run_folder import checkpoints
+from runtime.checkpoints import checkpoints
 from tests.test_launch import beats, holds, tell
 from tests.test_notify import KEY, service  # noqa: F401 (a fixture)
 from tests.test_publish import TOKEN, start_hub, stop_hub, wait_for
