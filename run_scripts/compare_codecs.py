@@ -26,6 +26,8 @@ from export.container import pack, row_parts, unpack
 from export.gptq import Curvature, CurvatureCollector, felt, gptq_rounding, gptq_rows
 from export.quantise import STEP_CODECS
 from export.rotate import rotate, turn, values_and_output
+from harness.files import stored_config
+from runtime.checkpoints import load_checkpoint
 from runtime.ranks import Runtime
 from train_gpt import (
     GPT,
@@ -36,10 +38,8 @@ from train_gpt import (
     Validation,
     eval_settings,
     grid_settings,
-    load_checkpoint,
     load_config,
     shipping_rows,
-    stored_config,
     trained_on_grid,
     training_windows,
 )
@@ -58,7 +58,10 @@ class Trained:
         self.c, self.model, self.val = c, GPT(c), Validation(c)
         optimizer = Optimizer(c, self.model)
         optimizer.restore(load_checkpoint(path)["optimizer"])
-        rows, grids = shipping_rows(c, Run(self.model, optimizer, None, Clock(c))), trained_on_grid(c, self.model)
+        rows, grids = (
+            shipping_rows(c, Run(self.model, optimizer, None, Clock(c, CPU.wait))),
+            trained_on_grid(c, self.model),
+        )
         self.rows = [r._replace(parts=row_parts(r, **grid_settings(c))) if r.name in grids else r for r in rows]
         if len(grids) == len(rows):
             raise ValueError(f"{path}: all of it trained on its grid, nothing is left to round; give its .skc instead")
@@ -231,7 +234,7 @@ def tables(path: str, options: dict[str, str]):
     if path.endswith(".skc"):
         yield symbol_tables(Path(path).read_bytes())
         return
-    stored, data = stored_config({"--checkpoint": path}), options["data"]
+    stored, data = stored_config(Path(path)), options["data"]
     words = [f"val_tokens={options['tokens']}", "dtype=float32", f"data={data or stored['data']}"]
     c, _ = load_config(words, {}, None, stored)
     t = Trained(c, path, int(options["calibration"]))

@@ -1,12 +1,15 @@
 """The comparison of codecs on a trained model: it measures what it says, and leaves the model as it was."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from export.container import unpack
+from harness.files import stored_config
 from run_scripts.compare_codecs import Trained, folded_turns, logit_change, main, online_turns, turned, turned_back
 from tests.toys import toy_dataset
-from train_gpt import command_line, load_config, stored_config
+from train_gpt import command_line, load_config
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +26,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(runs):
     path = str(next(runs.glob("plain/*.pt")))
-    c, _ = load_config(["val_tokens=400", "dtype=float32"], {}, None, stored_config({"--checkpoint": path}))
+    c, _ = load_config(["val_tokens=400", "dtype=float32"], {}, None, stored_config(Path(path)))
     return Trained(c, path, 256)
 
 

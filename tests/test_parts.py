@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import train_gpt
 from data.shards import LaneOrder, WindowOrder
 from export.container import pack, read_manifest, unpack
+from harness.__main__ import main as harness
 from tests.toys import documents, stirred, tiny, toy_dataset
 from train_gpt import (
     GPT,
@@ -428,7 +429,7 @@ def test_parts_train_export_and_score_together(dataset, tmp_path):
 
 
 def test_the_plain_part_trains_the_same_model_into_a_file_that_nothing_codes(dataset, tmp_path):
-    words = ["--profile", "tiny", f"data={dataset}", f"runs={tmp_path}", "max_steps=2", "export_every=2"]
+    words = ["--profile", "tiny", f"data={dataset}", f"runs={tmp_path}", "max_steps=2", "checkpoint_every=2"]
     losses = {}
     for parts in ("reset,unet", "reset,unet,plain"):
         assert command_line([*words, f"parts={parts}", f"run_id={parts}"]) == 0
@@ -437,6 +438,7 @@ def test_the_plain_part_trains_the_same_model_into_a_file_that_nothing_codes(dat
     assert losses["reset,unet"] == pytest.approx(losses["reset,unet,plain"], rel=1e-5)
     books = [read_manifest((tmp_path / p / "final_model.skc").read_bytes())[0].books for p in losses]
     assert books[0] and books[1] == {}
+    assert harness(["follow", str(tmp_path / "reset,unet,plain"), "--proxy"], {}) == 0
     proxy = [str(tmp_path / "reset,unet,plain" / "proxy.skc"), f"data={dataset}", f"runs={tmp_path}"]
     assert command_line(["--evaluate", *proxy, "eval_modes=chunked"]) == 0  # coded, and read all the same
 
