@@ -9,7 +9,6 @@ counts from there, and nothing is carried across.
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import platform
@@ -61,20 +60,20 @@ from kernels.memory import memory_scan
 from kernels.moe import moe_mix, route
 from kernels.scan import koopman_scan
 from kernels.ternary import TERNARY_RULES, ternary_project
+from optim.families import Family, family_rows
 from optim.gradients import GradientBuckets, GradientSum
 from optim.masters import MasterGroup, clip_gradients
 from optim.rules import AdamW, Lion, Muon
-from runtime.checkpoints import find_checkpoint, save_checkpoint
+from runtime.checkpoints import find_checkpoint, trained_before, write_checkpoint
+from runtime.clock import Clock
 from runtime.fields import (
     changed_fields,
-    check_values,
     describe_fields,
     field_values,
     fields_hash,
     free,
-    nearest,
     parse_pairs,
-    read_fields,
+    read_config,
     replay_line,
     show_value,
     split_words,
@@ -83,7 +82,7 @@ from runtime.fields import (
 from runtime.log import Log, require_unused
 from runtime.progress import Progress, Step, Trace, memory_in_use
 from runtime.ranks import Runtime, agree, detect_runtime, mean_over_ranks, require_same
-from runtime.signals import StopSignals, announce_rank, deadline
+from runtime.signals import StopSignals, announce_rank
 
 # ── Config ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -264,19 +263,9 @@ def load_config(
 ) -> tuple[Config, dict[str, str]]:
     """The configuration, and where each value came from; `stored` fields of a file stand in for the profile."""
     profile = profile or env.get("PROFILE", DEFAULT_PROFILE)
-    if profile not in PROFILES:
-        raise ValueError(f"no profile {profile!r}: {nearest(profile, PROFILES)}")
-    source = "file" if stored else f"profile {profile}"
-    base = stored or dict(word.split("=", 1) for word in PROFILES[profile].split())
-    values, origin = read_fields(dataclasses.fields(Config), words, env, base, source)
-    default_name = f"{profile}-s{values.get('seed', 42)}" + ("-again" if stored else "")
-    values["run_id"] = values.get("run_id") or default_name
-    c = Config(**values)
     registries = {"MIXERS": MIXERS, "ACTIVATIONS": ACTIVATIONS, "GRIDS": GRIDS, "OPTIMIZERS": OPTIMIZERS}
     registries |= {"EVAL_MODES": EVAL_MODES, "SCHEDULES": SCHEDULES, "PARTS": PARTS, "SCOPES": SCOPES}
-    check_values(c, registries)
-    if len(c.optimizers) != 2:
-        raise ValueError(f"optimizers {show_value(c.optimizers)}: two, as muon,adamw")
+    c, origin = read_config(Config, words, env, PROFILES, profile, stored, registries)
     check_config(c)
     return c, origin
 
@@ -285,6 +274,8 @@ def check_config(c: Config) -> None:
     """Every impossible combination is one line that names the value and the way out."""
     ternary_inputs = {"dim": c.dim, "mlp_mult * dim": c.hidden, "state": c.width, "embed_rank": c.rank}
     odd = [f"{k} {v}" for k, v in ternary_inputs.items() if v % c.group] if c.weight_codec == "ternary" else []
+    if len(c.optimizers) != 2:
+        raise ValueError(f"optimizers {show_value(c.optimizers)}: two, as muon,adamw")
     for bad, text in [
         (not c.layers, "layers is empty: name at least one mixer"),
         (c.hidden < 1, f"mlp_mult {c.mlp_mult} leaves no feed-forward width of dim {c.dim}"),
@@ -495,8 +486,7 @@ class Capsules(Part):
         loga = -self.decay.rate.exp() * F.softplus(speed)
         y, slots = capsule_scan(r, p, F.silu(filtered).reshape(B, T, c.heads, self.d), loga, ctx.start, old["slots"])
         y = rms(y.to(x.dtype)).reshape(B, T, c.dim) * F.silu(g)
-        state = {"conv": tail, "walsh": walsh, "slots": slots}
-        return self.out(rms(y)), state, routing_statistics(r, loga)
+        return self.out(rms(y)), {"conv": tail, "walsh": walsh, "slots": slots}, routing_statistics(r, loga)
 
 
 class Wavefield(Part):
@@ -770,20 +760,6 @@ GRIDS = {
 }  # fmt: skip
 
 
-class Family(NamedTuple):
-    """Everything that differs between kinds of weights."""
-
-    optimizer: str
-    rate: float  # at its peak
-    codec: str  # it ships in
-    decays: bool = False
-    always_on_grid: bool = False  # trains on that codec's grid even without the part "qat"
-    ships: bool = True
-
-
-FAMILIES = ("matrix", "control", "embed", "engram", "vector", "gate", "train_only")
-
-
 def families(c: Config) -> dict[str, Family]:
     matrix, rest = c.optimizers
     return {
@@ -795,16 +771,6 @@ def families(c: Config) -> dict[str, Family]:
         "gate": Family(rest, c.gate_lr, "fp16", always_on_grid=True),
         "train_only": Family(matrix, c.matrix_lr, "fp32", decays=True, always_on_grid=True, ships=False),
     }
-
-
-def family_rows(model: nn.Module) -> list[tuple[str, nn.Parameter, str]]:
-    """(name, parameter, family) of every parameter, each once."""
-    rows = []
-    for path, module in model.named_modules():
-        direct = list(module.named_parameters(recurse=False))
-        rows += [(f"{path}.{name}".lstrip("."), p, module.family) for name, p in direct]
-    assert {id(p) for _, p, _ in rows} == {id(p) for p in model.parameters()}, "a parameter has no family"
-    return rows
 
 
 def trained_codec(c: Config, family: str) -> str:
@@ -933,8 +899,6 @@ class Phase(NamedTuple):
 
 def phases(c: Config) -> list[Phase]:
     """The last one is what training ends with, and what evaluation runs."""
-    if not (c.loop or c.experts or c.seq_schedule):  # what follows would say the same, but need not ship
-        return [Phase(0.0, looping=False, routing=False, seq_len=c.seq_len)]
     lengths = {0.0: c.seq_len} | sequence_lengths(c)
     late = [c.loop_start] * bool(c.loop) + [c.moe_start] * bool(c.experts)
     return [
@@ -953,32 +917,6 @@ def phase_at(c: Config, progress: float) -> int:
     return max(i for i, phase in enumerate(phases(c)) if progress >= phase.start)
 
 
-class Clock:
-    """The one clock: training time and steps only. Everything that depends on progress reads it once per step.
-
-    It stops when the device has done what it was given, which `wait` waits for.
-    """
-
-    def __init__(self, c: Config, wait: Callable[[], None], now: Callable[[], float] = time.perf_counter):
-        self.c, self.wait, self.now, self.step, self.seconds, self.began = c, wait, now, 0, 0.0, None
-
-    def run(self) -> None:
-        self.began = self.now()
-
-    def pause(self) -> None:
-        self.wait()
-        self.seconds, self.began = self.elapsed, None
-
-    @property
-    def elapsed(self) -> float:
-        return self.seconds + (self.now() - self.began if self.began is not None else 0.0)
-
-    def progress(self) -> float:
-        by_step = self.step / self.c.max_steps if self.c.max_steps else 0.0
-        by_time = self.elapsed / (self.c.max_seconds - self.c.reserve_seconds) if self.c.max_seconds else 0.0
-        return max(by_step, by_time)
-
-
 # ── Train ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -994,7 +932,8 @@ class Run(NamedTuple):
 def begin_run(c: Config, rt: Runtime) -> Run:
     model = GPT(c).to(rt.device)
     model.dtype = rt.dtype
-    return Run(model, Optimizer(c, model, rt.ranks), Data(c, rt), Clock(c, rt.wait))
+    clock = Clock(c.max_steps, c.max_seconds and c.max_seconds - c.reserve_seconds, rt.wait)
+    return Run(model, Optimizer(c, model, rt.ranks), Data(c, rt), clock)
 
 
 def train(c: Config, rt: Runtime, run: Run, val: Validation, log: Log) -> dict:
@@ -1035,17 +974,15 @@ def train(c: Config, rt: Runtime, run: Run, val: Validation, log: Log) -> dict:
 
 def between_steps(c: Config, rt: Runtime, run: Run, val: Validation, log: Log) -> None:
     """What happens every so many steps, with the clock stopped."""
-    step, clock = run.clock.step, run.clock
-    validating, saving = (every > 0 and step % every == 0 for every in (c.val_every, c.checkpoint_every))
-    if not (validating or saving):
-        return
-    clock.pause()
-    with log.phase("between steps"):
-        if validating:
-            validate(c, rt, run.model, val, log, clock)
-        if saving:
-            checkpoint(c, rt, run, log)
-    clock.run()
+    validating, saving = (every > 0 and run.clock.step % every == 0 for every in (c.val_every, c.checkpoint_every))
+    if validating or saving:
+        run.clock.pause()
+        with log.phase("between steps"):
+            if validating:
+                validate(c, rt, run.model, val, log, run.clock)
+            if saving:
+                checkpoint(c, rt, run, log)
+        run.clock.run()
 
 
 def accumulate(model: GPT, loss: Callable, data: Data, buckets: GradientBuckets):
@@ -1100,13 +1037,7 @@ def checkpoint(c: Config, rt: Runtime, run: Run, log: Log) -> None:
         "rng": torch.get_rng_state(),
         "log_sizes": log.sizes(),
     }
-    try:
-        with deadline(rt.patience / 2, "writing a checkpoint"):
-            facts = save_checkpoint(log.folder, clock.step, state, c.keep_every)
-    except OSError as error:
-        log.alert("no checkpoint written, the one before it stays", f"{log.folder}: {error}")
-        return
-    log.record("checkpoint", step=clock.step, **facts)
+    write_checkpoint(log, clock.step, state, c.keep_every, rt.patience / 2)
 
 
 def restore(c: Config, run: Run, saved: dict, world: int) -> None:
@@ -1242,16 +1173,9 @@ def load_model(c: Config, rt: Runtime, blob: bytes) -> tuple[GPT, dict]:
 
 
 def eval_settings(c: Config) -> EvalSettings:
-    return EvalSettings(
-        eval_seq_len=c.seq_len,
-        eval_stride=c.eval_stride,
-        eval_lanes=c.eval_lanes,
-        eval_batch=min(8, c.eval_lanes),
-        eval_seconds=c.eval_seconds,
-        bos=BOS,
-        ttt_scope=c.ttt_scope,
-        ttt_lr=c.ttt_lr,
-    )
+    lanes = {"eval_lanes": c.eval_lanes, "eval_batch": min(8, c.eval_lanes), "eval_stride": c.eval_stride}
+    learning = {"ttt_scope": c.ttt_scope, "ttt_lr": c.ttt_lr}
+    return EvalSettings(eval_seq_len=c.seq_len, eval_seconds=c.eval_seconds, bos=BOS, **lanes, **learning)
 
 
 def eval_constants(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
@@ -1270,15 +1194,14 @@ def eval_constants(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
 
 def validate(c: Config, rt: Runtime, model: GPT, val: Validation, log: Log, clock: Clock | None = None) -> dict:
     """Non-overlapping windows over the whole validation stream: nats per token and bits per byte."""
-    began = time.perf_counter()
-    total = evaluate_modes(model, val.tokens, val.bytes, eval_settings(c), ["chunked"], ranks=(rt.rank, rt.world))
-    total, partial = total["chunked"], c.val_tokens > 0
+    scores = evaluate_modes(model, val.tokens, val.bytes, eval_settings(c), ["chunked"], ranks=(rt.rank, rt.world))
+    total, partial = scores["chunked"], c.val_tokens > 0
     facts = {"val_loss": total.nats / total.tokens, "val_bpb": total.bpb}
     step = {} if clock is None else {"step": clock.step, "seconds": clock.elapsed}
     log.record("val", partial=partial, **step, **facts)
     log.text(
         f"validation: loss {facts['val_loss']:.5f}, bpb {facts['val_bpb']:.5f}{' (partial)' * partial}, "
-        f"{total.tokens} tokens, {total.nbytes} bytes, {time.perf_counter() - began:.1f} s"
+        f"{total.tokens} tokens, {total.nbytes} bytes, {total.seconds:.1f} s"
     )
     return facts
 
@@ -1306,8 +1229,9 @@ def main(c: Config, rt: Runtime, origin: dict[str, str]) -> None:
     """From data to a scored artifact; what an earlier start of the same command finished is not done again."""
     accumulation(c, rt)  # an impossible batch is told before anything is made
     folder = Path(c.runs) / c.run_id
-    enter_folder(folder, rt)
-    trained = rt.of_rank_zero(trained_before(c, folder))
+    require_unused(folder)
+    require_same(rt.ranks, "the run's name", folder.name)
+    trained = rt.of_rank_zero(trained_before(folder / ARTIFACT, training_identity(c)))
     saved, complaints = (None, []) if trained else find_checkpoint(folder, c.resume, field_values(c, resumable=False))
     same = f"{fields_hash(c)} {source_hash()} {saved and saved['clock']}"
     require_same(rt.ranks, "config, source and clock", same)
@@ -1325,36 +1249,16 @@ def main(c: Config, rt: Runtime, origin: dict[str, str]) -> None:
         report(c, rt, facts, log)
 
 
-def enter_folder(folder: Path, rt: Runtime) -> None:
-    """On every rank, before any of them begins: nobody else is at work here."""
-    require_unused(folder)
-    require_same(rt.ranks, "the run's name", folder.name)
-
-
 def training_identity(c: Config) -> dict:
-    limits = {"max_steps": c.max_steps, "max_seconds": c.max_seconds, "batch_tokens": c.batch_tokens, "data": c.data}
-    return {"hash": fields_hash(c), "source": source_hash()} | limits
-
-
-def trained_before(c: Config, folder: Path) -> dict | None:
-    """The facts of this very training, if its artifact is here: the same command never trains again."""
-    if not (folder / "trained.json").exists() or not (folder / ARTIFACT).exists():
-        return None
-    trained = json.loads((folder / "trained.json").read_text())
-    digest = hashlib.sha256((folder / ARTIFACT).read_bytes()).hexdigest()
-    same = trained["identity"] == training_identity(c) and trained["facts"]["artifact_sha256"] == digest
-    return trained["facts"] if same else None
+    limits = [c.max_steps, c.max_seconds, c.batch_tokens, c.data]
+    return {"hash": fields_hash(c), "source": source_hash(), "limits": limits}
 
 
 def open_log(c: Config, rt: Runtime, origin: dict[str, str], resume_at: dict | None) -> Log:
     """The log begins with all it takes to run this again."""
     log, script = Log(Path(c.runs) / c.run_id, rt.rank == 0, resume_at), Path(__file__).read_bytes()
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     facts = {"hash": fields_hash(c), "source": source_hash(), "config": field_values(c), "origin": origin}
-    facts["script"] = {"sha256": hashlib.sha256(script).hexdigest(), "bytes": len(script)}
-    log.save("config.json", facts | versions)
-    log.text(f"script sha256 {facts['script']['sha256']} {len(script)} bytes")
-    log.text(f"{', '.join(map(' '.join, versions.items()))}, {platform.platform()}")
+    log.header(facts, script, {"torch": torch.__version__, "numpy": np.__version__})
     log.text(f"device {rt.device}, {rt.world} ranks, {rt.dtype} at a measured {rt.peak_flops / 1e9:.0f} GFLOP/s")
     log.text(f"config {fields_hash(c)}; to run it again: python train_gpt.py {replay_line(c)}")
     return log
@@ -1410,7 +1314,6 @@ def flops_per_token(c: Config) -> float:
 
 
 def report(c: Config, rt: Runtime, facts: dict, log: Log) -> None:
-    """result.json, and the same as the last lines of the log."""
     flops, parameters = flops_per_token(c), sum(p.numel() for p in weightless(c).parameters())
     result = {"status": log.status, "run_id": c.run_id, "config_hash": fields_hash(c)} | facts
     result |= {"partial": c.val_tokens > 0, "world_size": rt.world, "flops_per_token": flops, "parameters": parameters}
@@ -1418,10 +1321,7 @@ def report(c: Config, rt: Runtime, facts: dict, log: Log) -> None:
     result["tokens_per_parameter"] = facts["tokens"] / parameters
     result["device_name"] = torch.cuda.get_device_name() if rt.device.type == "cuda" else platform.machine()
     result |= {"peak_memory_bytes": memory_in_use(), "data_hash": dataset_hash(c.data)}
-    log.save("result.json", result)
-    log.text("---")
-    for name, value in result.items():
-        log.text(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+    log.result(result)
 
 
 def score_file(c: Config, rt: Runtime, path: Path) -> None:

@@ -6,13 +6,12 @@ from pathlib import Path
 
 from export.budget import BYTE_CAP, plan_bytes
 from harness.preflight import Plan
+from optim.families import family_rows
 from runtime.ranks import Runtime, detect_runtime
 from train_gpt import (
-    FAMILIES,
     PROFILES,
     Config,
     families,
-    family_rows,
     flops_per_token,
     grid_settings,
     load_config,
@@ -23,7 +22,7 @@ from train_gpt import (
 
 def parameter_table(c: Config) -> dict[str, int]:
     """Parameters by family, without allocating any."""
-    table = dict.fromkeys(FAMILIES, 0)
+    table = dict.fromkeys(families(c), 0)
     for _, p, family in family_rows(weightless(c)):
         table[family] += p.numel()
     return table
@@ -35,7 +34,7 @@ def plan(c: Config, rt: Runtime) -> Plan:
     rows = [(name, p, family) for name, p, family in family_rows(weightless(c)) if table[family].ships]
     shapes = [(name, tuple(p.shape), table[family].codec) for name, p, family in rows]
     lines = plan_bytes(shapes, **grid_settings(c))
-    sizes = {f: sum(line["bytes"] for line, (*_, of) in zip(lines, rows) if of == f) for f in FAMILIES}
+    sizes = {f: sum(line["bytes"] for line, (*_, of) in zip(lines, rows) if of == f) for f in table}
     counts = parameter_table(c).items()
     return Plan(
         families=[(f, count, table[f].codec, trained_codec(c, f), sizes[f]) for f, count in counts],

@@ -31,7 +31,6 @@ from runtime.checkpoints import load_checkpoint
 from runtime.ranks import Runtime
 from train_gpt import (
     GPT,
-    Clock,
     Config,
     Optimizer,
     Run,
@@ -59,7 +58,7 @@ class Trained:
         optimizer = Optimizer(c, self.model)
         optimizer.restore(load_checkpoint(path)["optimizer"])
         rows, grids = (
-            shipping_rows(c, Run(self.model, optimizer, None, Clock(c, CPU.wait))),
+            shipping_rows(c, Run(self.model, optimizer, None, None)),
             trained_on_grid(c, self.model),
         )
         self.rows = [r._replace(parts=row_parts(r, **grid_settings(c))) if r.name in grids else r for r in rows]

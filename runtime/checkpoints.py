@@ -2,16 +2,29 @@
 
 import hashlib
 import io
+import json
 import re
 import shutil
 from pathlib import Path
 
 import torch
 
-from runtime.log import write_whole
+from runtime.log import Log, write_whole
+from runtime.signals import deadline
 
 CHECKPOINT_MAGIC = b"SKC checkpoint 1\n"
 CHECKPOINT_NAME = re.compile(r"checkpoint_(\d{8})\.pt$")
+
+
+def write_checkpoint(log: Log, step: int, state: dict, keep_every: int, patience: float) -> None:
+    """In less time than other ranks wait. A full disk costs this one, not the run."""
+    try:
+        with deadline(patience, "writing a checkpoint"):
+            facts = save_checkpoint(log.folder, step, state, keep_every)
+    except OSError as error:
+        log.alert("no checkpoint written, the one before it stays", f"{log.folder}: {error}")
+        return
+    log.record("checkpoint", step=step, **facts)
 
 
 def save_checkpoint(folder: Path, step: int, state: dict, keep_every: int) -> dict:
@@ -110,3 +123,13 @@ def require_no_later(folder: Path, step: int) -> None:
             f"{folder} holds checkpoints up to step {later[0]} of an earlier run: resume=auto goes on from"
             " there; to begin elsewhere remove them, or give another run_id"
         )
+
+
+def trained_before(artifact: Path, identity: dict) -> dict | None:
+    """The facts of this very training, if its artifact is here: the same command never trains again."""
+    record = artifact.with_name("trained.json")
+    if not record.exists() or not artifact.exists():
+        return None
+    trained, digest = json.loads(record.read_text()), hashlib.sha256(artifact.read_bytes()).hexdigest()
+    same = trained["identity"] == identity and trained["facts"]["artifact_sha256"] == digest
+    return trained["facts"] if same else None

@@ -60,6 +60,19 @@ def show_value(value) -> str:
     return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
+def read_config(kind, words: list[str], env: dict, profiles: dict, profile: str, stored: dict | None, registries: dict):
+    """A config of class `kind`, and where each value came from; `stored` values stand in for the profile's words."""
+    if profile not in profiles:
+        raise ValueError(f"no profile {profile!r}: {nearest(profile, profiles)}")
+    source = "file" if stored else f"profile {profile}"
+    base = stored or dict(word.split("=", 1) for word in profiles[profile].split())
+    values, origin = read_fields(dataclasses.fields(kind), words, env, base, source)
+    default_name = f"{profile}-s{values.get('seed', 42)}" + ("-again" if stored else "")
+    config = kind(**values | {"run_id": values.get("run_id") or default_name})
+    check_values(config, registries)
+    return config, origin
+
+
 def read_fields(fields, words: list[str], env: dict[str, str], base: dict, source: str) -> tuple[dict, dict[str, str]]:
     """Values that differ from the defaults, and where each came from."""
     by_name, values, origin = {f.name: f for f in fields}, {}, {}

@@ -1,9 +1,11 @@
 """A run's log: text, metrics and facts that a kill at any moment leaves readable. Only rank 0 writes."""
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable
@@ -118,6 +120,20 @@ class Log:
 
     def text(self, line: str) -> None:
         self.logger.info(line)
+
+    def header(self, facts: dict, script: bytes, versions: dict[str, str]) -> None:
+        """What runs: config.json, and the log's first lines."""
+        digest, versions = hashlib.sha256(script).hexdigest(), {"python": platform.python_version()} | versions
+        self.save("config.json", facts | {"script": {"sha256": digest, "bytes": len(script)}} | versions)
+        self.text(f"script sha256 {digest} {len(script)} bytes")
+        self.text(f"{', '.join(map(' '.join, versions.items()))}, {platform.platform()}")
+
+    def result(self, facts: dict) -> None:
+        """result.json, and the same as the last lines of the log."""
+        self.save("result.json", facts)
+        self.text("---")
+        for name, value in facts.items():
+            self.text(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
 
     def record(self, kind: str, **values) -> None:
         """One write a line, so that a killed run loses at most one."""

@@ -44,13 +44,13 @@ def detect_runtime(env: dict[str, str], dtype: str) -> Runtime:
     device = torch.device(kind, int(env.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    rates = {t: matmul_rate(device, t) for t in (torch.float32, torch.bfloat16)}
-    # bf16 where the machine is fast at it: emulated bf16 on an old CPU is slower than fp32
-    fast = torch.bfloat16 if rates[torch.bfloat16] > 1.3 * rates[torch.float32] else torch.float32
-    chosen = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": fast}
-    if dtype not in chosen:
-        raise ValueError(f"dtype {dtype!r}: one of {', '.join(chosen)}")
-    return Runtime(rank, world, device, chosen[dtype], rates[chosen[dtype]], join_ranks(rank, world, device, 600.0))
+    choices = {"float32": (torch.float32,), "bfloat16": (torch.bfloat16,), "auto": (torch.float32, torch.bfloat16)}
+    if dtype not in choices:
+        raise ValueError(f"dtype {dtype!r}: one of {', '.join(choices)}")
+    rates = {choice: matmul_rate(device, choice) for choice in choices[dtype]}
+    # auto is bf16 where the machine is fast at it: emulated on an old CPU it is slower than fp32
+    best = max(rates, key=lambda choice: rates[choice] / (1.3 if choice == torch.bfloat16 else 1.0))
+    return Runtime(rank, world, device, best, rates[best], join_ranks(rank, world, device, 600.0))
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from optim.families import family_rows
 from tests.toys import documents, stirred, tiny
-from train_gpt import FAMILIES, MIXERS, PROFILES, Optimizer, execution_order, family_rows, phases
+from train_gpt import MIXERS, PROFILES, Optimizer, execution_order, families, phases
 
 VARIANTS = {letter: dict(layers=letter * 2) for letter in MIXERS} | {
     "everything": dict(
@@ -129,7 +130,7 @@ def test_a_parameter_nobody_uses_is_caught():
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_parameter_has_exactly_one_family(profile):
     c = tiny(layers="AKS", engram_layers=(0,))
-    names = [name for name, _, family in family_rows(stirred(c)) if family in FAMILIES]
+    names = [name for name, _, family in family_rows(stirred(c)) if family in families(c)]
     assert len(names) == len(set(names)) == len(list(stirred(c).parameters()))
 
 

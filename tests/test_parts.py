@@ -14,6 +14,7 @@ import train_gpt
 from data.shards import LaneOrder, WindowOrder
 from export.container import pack, read_manifest, unpack
 from harness.__main__ import main as harness
+from optim.families import family_rows
 from tests.toys import documents, stirred, tiny, toy_dataset
 from train_gpt import (
     GPT,
@@ -26,7 +27,6 @@ from train_gpt import (
     accumulate,
     command_line,
     execution_order,
-    family_rows,
     load_model,
     phase_at,
     phases,

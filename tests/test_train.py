@@ -15,6 +15,7 @@ import torch
 
 from export.container import row_parts
 from harness.plan import parameter_table
+from runtime.clock import Clock
 from runtime.fields import fields_hash, replay_line
 from runtime.ranks import Runtime
 from tests.toys import stirred, tiny, toy_dataset
@@ -24,7 +25,6 @@ from train_gpt import (
     PROFILES,
     SCHEDULES,
     SCOPES,
-    Clock,
     Config,
     Data,
     Optimizer,
@@ -176,7 +176,7 @@ class FakeTime:
 
 def test_progress_is_training_time_and_a_pause_does_not_move_it():
     time = FakeTime()
-    clock = Clock(tiny(max_steps=0, max_seconds=100), lambda: None, time)
+    clock = Clock(0, 100.0, lambda: None, time)
     clock.run()
     time.now = 30
     clock.pause()
@@ -192,7 +192,7 @@ def test_progress_is_training_time_and_a_pause_does_not_move_it():
 def test_a_run_capped_by_time_finishes_its_decay_at_any_speed(speed, schedule):
     time = FakeTime()
     c = tiny(max_steps=0, max_seconds=100, schedule=schedule)
-    clock = Clock(c, lambda: None, time)
+    clock = Clock(0, 100.0, lambda: None, time)
     clock.run()
     while (progress := clock.progress()) < 1:
         last = SCHEDULES[schedule](c, progress)
@@ -206,7 +206,7 @@ def test_the_clock_stops_when_the_device_is_done():
     def device():
         time.now += 5
 
-    clock = Clock(tiny(max_steps=0, max_seconds=100), device, time)
+    clock = Clock(0, 100.0, device, time)
     clock.run()
     time.now = 30
     clock.pause()
