@@ -1,0 +1,180 @@
+"""python -m harness certify --script FILE --artifact FILE --data DIR: is the evaluation that made a score legal?
+
+The packed file itself is loaded, and its own evaluator is probed: with the artifact on the first tokens of the
+validation text, and with a twin of few tokens, where the probabilities of all tokens can be summed. The certificate
+names the sha256 of script and artifact.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from data.shards import read_tokens
+from eval.legality import Probes
+from runtime.log import write_whole
+
+TWIN = """
+    dim=32 heads=2 kv_heads=1 vocab=32 embed_rank=0 group=32 rope_dims=4 slots=4 mlp_mult=1 window=0 state=0 seq_len=16
+    eval_lanes=1 eval_stride=8 engram_rows=64 dtype=float32 max_steps=1 max_seconds=0 micro_tokens=16
+"""
+CARRYING = "state or memory is carried across documents"
+
+
+def load_script(path: Path) -> ModuleType:
+    """A packed or plain trainer as a module; its main does not run."""
+    module = ModuleType("submission")
+    module.__file__ = str(path.resolve())
+    sys.modules["submission"] = module  # dataclasses look their module up
+    exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
+    return module
+
+
+class Observed:
+    """A mode of the script's evaluator as a callable that keeps events of what it scores and learns."""
+
+    isolated = False
+
+    def __init__(self, script: ModuleType, model: torch.nn.Module, mode: str, settings, alpha: np.ndarray | None):
+        self.script, self.model, self.mode, self.settings, self.alpha = script, model, mode, settings, alpha
+        self.events, self.held = [], []
+
+    def __call__(self, tokens: list[int]) -> list[float]:
+        self.events, nats, tokens = [], {}, np.array(tokens)
+        ones, honest = np.ones_like(tokens), self.script.legal_ttt
+        self.script.legal_ttt = lambda rounds, learn: honest(rounds, self.watched(learn))
+        try:
+            for span in self.spans(tokens, ones):
+                nats |= dict(zip(range(span.start, span.stop), span.each))
+                self.events.append(("score", span.start, span.stop, self.digest()))
+        finally:
+            self.script.legal_ttt = honest
+        return [float(nats[at]) for at in range(1, len(tokens))]
+
+    def spans(self, tokens: np.ndarray, ones: np.ndarray) -> Iterator:
+        for lanes in self.script.mode_groups(tokens, ones, self.mode, self.settings):
+            self.held = []
+            yield from self.script.adapt_lanes(self.model, tokens, ones, self.mode, self.settings, lanes, self.alpha)
+
+    def watched(self, learn: Callable) -> Callable:
+        """`learn`, and an event for each span it was given; what it changes is what its closure holds."""
+        self.held = list(learned_tensors(learn, {id(p) for p in self.model.parameters()}))
+
+        def learn_and_tell(done) -> None:
+            learn(done)
+            digest = self.digest()
+            self.events += [("learn", span.start, span.stop, digest) for span in done.spans]
+
+        return learn_and_tell
+
+    def digest(self) -> str:
+        state = hashlib.sha256()
+        for tensor in self.held:
+            state.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return state.hexdigest()[:16]
+
+
+def learned_tensors(thing: object, excluded: set[int], depth: int = 4) -> Iterator[torch.Tensor]:
+    """Every tensor that a function's closure, or an object of the script's, holds and may change."""
+    if isinstance(thing, torch.Tensor):
+        if id(thing) not in excluded:
+            yield thing
+        return
+    if depth == 0 or isinstance(thing, (torch.nn.Module, str, bytes, int, float)):
+        return
+    cells = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
+    values = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, (list, tuple)) else ()
+    for inner in [*cells, *values, *getattr(thing, "__dict__", {}).values()]:
+        yield from learned_tensors(inner, excluded, depth - 1)
+
+
+def stir(model: torch.nn.Module) -> torch.nn.Module:
+    """No gate, scale or projection stays exactly zero or one, so that no path is closed by accident."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    return model.eval()
+
+
+def probe_modes(script: ModuleType, c, model, constants: dict, tokens: list[int], positions: int) -> dict[str, dict]:
+    """The certificate of every mode that the profile scores."""
+    settings = dataclasses.replace(script.eval_settings(c), temperature=constants["temperature"], eval_lanes=1)
+    alpha, certificates = None, {}
+    if constants["alpha"]:
+        alpha = np.array(constants["alpha"], np.float32).reshape(script.ENGRAM_ALPHA_SHAPE) / 16
+    for mode in c.eval_modes:
+        observed = Observed(script, model, mode, settings, alpha)
+        observed.isolated = "reset" in c.parts and not (
+            script.EVAL_MODES[mode].remembers or script.EVAL_MODES[mode].learns
+        )
+        certificates[mode] = Probes(observed, c.vocab, tokens, script.BOS, positions).certificate()
+    return certificates
+
+
+def twin_tokens(count: int, vocab: int, bos: int) -> list[int]:
+    """Three documents of few tokens that repeat themselves, so that memories and adapters have something to say."""
+    drawn = np.random.default_rng(0).integers(2, 8, count).tolist()
+    return [bos if i % (count // 3) == 0 else min(token, vocab - 1) for i, token in enumerate(drawn)]
+
+
+def certify(script_path: Path, artifact: Path, data: Path, count: int = 96, positions: int = 2) -> dict:
+    """Verdicts of L1 to L5, the worst over all modes, for the artifact and for the twin."""
+    blob, hook = artifact.read_bytes(), sys.excepthook
+    script = load_script(script_path)
+    sys.excepthook = hook  # a packed file sets its own
+    stored = script.read_manifest(blob)[0].meta["config"]
+    c, _ = script.load_config([f"data={data}"], {}, None, stored)
+    rt = script.detect_runtime({}, c.dtype)
+    model, constants = script.load_model(c, rt, blob)
+    tokens = read_tokens(data, "val", c.vocab, count).tolist()
+    words = [word for word in TWIN.split() if word.split("=")[0] not in script.FIXED]
+    twin_c, _ = script.load_config(words, {}, None, {name: value for name, value in stored.items() if name != "run_id"})
+    torch.manual_seed(1)
+    twin = stir(script.GPT(twin_c))
+    sides = {
+        "artifact": probe_modes(script, c, model, constants, tokens, positions),
+        "twin": probe_modes(script, twin_c, twin, constants, twin_tokens(24, twin_c.vocab, script.BOS), positions),
+    }
+    return summary(sides) | {"script": facts(script_path), "artifact": facts(artifact), "modes": list(c.eval_modes)}
+
+
+def summary(sides: dict[str, dict]) -> dict:
+    """Per probe the worst verdict of all modes and both sides, with the evidence of each."""
+    rows = {f"{side}.{mode}": row for side, modes in sides.items() for mode, row in modes.items()}
+    probes = {}
+    for probe in ("L1", "L2", "L3", "L4", "L5"):
+        statuses = {name: row[probe]["status"] for name, row in rows.items()}
+        status = next(s for s in ("fail", "pass", "na") if s in statuses.values())
+        evidence = {name: row[probe]["evidence"] for name, row in rows.items()}
+        probes[probe] = {"status": status, "evidence": evidence, "statuses": statuses}
+    probes["L5"]["reason"] = CARRYING
+    return probes | {"legal": all(row["legal"] for row in rows.values())}
+
+
+def facts(path: Path) -> dict:
+    content = path.read_bytes()
+    return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+
+
+def certify_command(words: list[str], env: dict[str, str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m harness certify", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--script", type=Path, required=True, help="the packed file that ran")
+    parser.add_argument("--artifact", type=Path, required=True, help="what it wrote")
+    parser.add_argument("--data", type=Path, required=True, help="the dataset; only validation text is read")
+    parser.add_argument("--tokens", type=int, default=96, help="how many of its first tokens are probed")
+    parser.add_argument("--out", type=Path, help="certificate.json beside the artifact, if not given")
+    options = parser.parse_args(words)
+    certificate = certify(options.script, options.artifact, options.data, options.tokens)
+    out = options.out or options.artifact.with_name("certificate.json")
+    write_whole(out, (json.dumps(certificate, indent=1) + "\n").encode())
+    for probe in ("L1", "L2", "L3", "L4", "L5"):
+        sys.stdout.write(f"{probe} {certificate[probe]['status']}\n")
+    sys.stdout.write(f"{'legal' if certificate['legal'] else 'ILLEGAL'}: {out}\n")
+    return 0 if certificate["legal"] else 1
