@@ -52,8 +52,7 @@ def _ternary_grid(w, group, rule):
 
 def ternary_grid(w, group, rule):
     """w (..., N, K) float32 -> trits int8 like w, factor uint8 (..., N, K / group), row float16 (..., N)."""
-    if __debug__:
-        _check_ternary(w, group, rule)
+    _check_ternary(w, group, rule)
     trits, factor, row = _ternary_grid(w, group, rule)
     if not (torch.isfinite(w).all() and torch.isfinite(row).all()):
         raise ValueError("ternary weight: NaN, infinite, or a scale past float16; lower the learning rate")
@@ -152,8 +151,7 @@ def ternary_project_fake(w, group, rule):
 def ternary_project(w, group, rule):
     """The value of the grid of w (..., N, K), any number of layers at once. A NaN spoils its row instead of raising:
     a check would stall the device at every step."""
-    if __debug__:
-        _check_ternary(w, group, rule)
+    _check_ternary(w, group, rule)
     return ternary_project_op(w, group, rule)
 
 
