@@ -1218,7 +1218,7 @@ def curvature(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
 
 def load_model(c: Config, rt: Runtime, blob: bytes) -> tuple[GPT, dict]:
     """The model a file holds, exactly: nothing is quantised here; and the evaluation's constants."""
-    tensors, meta = unpack(blob, coded=not PACKED or "plain" not in c.parts)
+    tensors, meta = unpack(blob)
     model = GPT(c).to(rt.device)
     own = {name: p for name, p, family in family_rows(model) if FAMILIES[family].ships}
     if not PACKED:

@@ -62,17 +62,17 @@ class Rans:
             x *= freq.take(slot)
             x += bias.take(slot)
             low = np.flatnonzero(x < STATE_LOW)
-            if __debug__ and used + len(low) > len(source):
+            if used + len(low) > len(source):
                 raise ValueError("damaged artifact: coded words run out")
             x[low] = (x[low] << 16) | source[used : used + len(low)]
             used += len(low)
-        if __debug__ and used != len(source):
+        if used != len(source):
             raise ValueError(f"damaged artifact: {used} of {len(source)} coded words used")
         return out.reshape(tables.shape)
 
     def check_end(self) -> None:
         """After the last plane every lane is back where the writer began: a checksum that costs nothing."""
-        if __debug__ and not (self.states == STATE_LOW).all():
+        if not (self.states == STATE_LOW).all():
             raise ValueError("damaged artifact: the lanes do not return to their start")
 
 
