@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from export.codecs import ALPHABETS, CODECS
-from export.container import Planes, Row, pack, read_planes, row_parts
+from export.container import Planes, Row, pack, read_planes
 from export.entropy import TABLE_BITS, choice_bits, learn_book, row_counts, row_entropy
 from export.quantise import INT_BITS, STEP_CODECS, Parts, from_grid, int_levels, int_round, int_value, to_grid
 from export.trellis import trellis_grid
@@ -95,7 +95,7 @@ def check_budget(blob: bytes, code_bytes: int, cap: int = BYTE_CAP) -> int:
     """Bytes left under the cap; over it, an error that says what would bring the file back and by how much."""
     left = cap - len(blob) - code_bytes
     if left < 0:
-        lines = savings(describe(blob), -left)[:8] if __debug__ else ()
+        lines = savings(describe(blob), -left)[:8]
         ways = "; ".join(f"{what}: -{saved:,}" for what, saved in lines)
         raise OverCap(
             f"{-left:,} bytes over the cap of {cap:,} (artifact {len(blob):,} + code {code_bytes:,}). "
@@ -137,11 +137,6 @@ def _tensor_savings(line: dict) -> list[tuple[str, int]]:
 
 
 # ---- where the bytes will go ----
-
-
-def predict_bytes(rows: list[Row], *, group: int = 128, rule: str = "absmean", clips: dict | None = None) -> list[dict]:
-    """A dry run: the bytes of each row from the entropy of its planes, nothing coded. The sum is the artifact."""
-    return [_predicted(row.name, row.tensor.shape, row.codec, row_parts(row, group, rule, clips or {})) for row in rows]
 
 
 def plan_bytes(shapes: list, *, group: int = 128, rule: str = "absmean", clips: dict | None = None) -> list[dict]:
