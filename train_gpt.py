@@ -29,6 +29,7 @@ from data.feed import Feed
 from data.shards import LaneOrder, WindowOrder, dataset_hash, read_sidecar, read_tokens, shard_paths
 from eval.engram import ENGRAM_ALPHA_SHAPE
 from eval.generate import generate_text, sample_texts
+from eval.journal import Journal
 from eval.modes import EVAL_MODES, evaluate_modes, fit_engram, fit_temperature, forward_passes
 from eval.score import EvalSettings, evaluating, red_flags
 from eval.tokens import byte_table, load_tokenizer, sidecar_bytes, stream_bytes
@@ -1218,8 +1219,7 @@ def curvature(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
 
 def load_model(c: Config, rt: Runtime, blob: bytes) -> tuple[GPT, dict]:
     """The model a file holds, exactly: nothing is quantised here; and the evaluation's constants."""
-    tensors, meta = unpack(blob)
-    model = GPT(c).to(rt.device)
+    (tensors, meta), model = unpack(blob), GPT(c).to(rt.device)
     own = {name: p for name, p, family in family_rows(model) if FAMILIES[family].ships}
     if not PACKED:
         check_model(tensors, meta["config"], {n: p.shape for n, p in own.items()}, meta["config"])
@@ -1274,7 +1274,7 @@ def evaluate(c: Config, rt: Runtime, model: GPT, constants: dict, val: Validatio
     alpha = np.array(constants["alpha"], np.float32).reshape(ENGRAM_ALPHA_SHAPE) / 16 if constants["alpha"] else None
     found = evaluate_modes(
         model, val.tokens, val.bytes, s, c.eval_modes, ranks=(rt.rank, rt.world), alpha=alpha,
-        resume=log.folder / "evaluation" / f"{source_hash()}-{fields_hash(c)}-{rt.dtype}" if __debug__ else None,
+        journal=Journal(log.folder / "evaluation" / f"{source_hash()}-{fields_hash(c)}-{rt.dtype}"),
     )  # fmt: skip
     share = 0.0 if PACKED else flops_per_token(c) / 3 / rt.all_flops  # a forward is a third of forward and backward
     for mode, score in found.items():
@@ -1284,7 +1284,7 @@ def evaluate(c: Config, rt: Runtime, model: GPT, constants: dict, val: Validatio
                    tokens=score.tokens, spans=score.spans, **busy, **{} if PACKED else score.detail)  # fmt: skip
         speed = f"{score.tokens_per_second:,.0f} tokens/s  {score.seconds:.1f} s{more}"
         log.text(f"{mode:8} bpb {score.bpb:.5f}{' (partial)' * score.partial}  {speed}")
-    for flag in red_flags(found) if __debug__ else ():
+    for flag in red_flags(found):
         log.text(f"RED FLAG: {flag}")
         log.record("alert", step=0, what="red flag", where=flag, value=0.0)
     return {f"val_bpb_{mode}": score.bpb for mode, score in found.items()}

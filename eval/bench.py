@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from eval.engram import ENGRAM_ALPHA_SHAPE, EvalEngram
-from eval.score import EvalSettings, cut_windows, lane_groups, score
+from eval.modes import score
+from eval.score import EvalSettings, cut_windows, lane_groups
 
 LANES, VOCAB, DIM = 8, 8192, 512
 
