@@ -65,17 +65,17 @@ def _plane_bits(plane: np.ndarray, kind: str) -> float:
 
 
 def _tensor_line(i: int, entry, file, spent: dict) -> dict:
-    own = [spent.get((i, j), 0.0) for j in range(len(entry.words))]
-    symbols = sum(own) if entry.codec == "fp16" else own[0]
+    planes = [spent.get((i, j), 0.0) for j in range(len(entry.words))]
+    symbols = sum(planes) if entry.codec == "fp16" else planes[0]
     weights = max(math.prod(entry.shape), 1)
     return {
         "name": entry.name,
         "shape": list(entry.shape),
         "codec": entry.codec,
-        "bytes": round(sum(own)),
+        "bytes": round(sum(planes)),
         "symbol_bytes": round(symbols),
-        "scale_bytes": round(sum(own)) - round(symbols),
-        "bits_per_weight": round(8 * sum(own) / weights, 4),
+        "scale_bytes": round(sum(planes)) - round(symbols),
+        "bits_per_weight": round(8 * sum(planes) / weights, 4),
         "entropy_bits": round(_entropy(i, entry, file), 4),
     }
 
@@ -141,13 +141,14 @@ def _tensor_savings(line: dict) -> list[tuple[str, int]]:
 
 def plan_bytes(shapes: list, *, group: int = 128, rule: str = "absmean", clips: dict | None = None) -> list[dict]:
     """(name, shape, codec) without any weights: bytes as if they were Gaussian, less what trained weights save."""
-    lines, known = [], {}
+    lines, gaussian = [], {}
     for name, shape, codec in shapes:
         key = codec, shape[-1] if shape else 1
-        if key not in known:
-            known[key] = _gaussian_line(codec, key[1], group, rule, clips or {})
-        scale = math.prod(shape) / math.prod(known[key]["shape"])
-        lines.append({**known[key], "name": name, "shape": list(shape), "bytes": round(scale * known[key]["bytes"])})
+        if key not in gaussian:
+            gaussian[key] = _gaussian_line(codec, key[1], group, rule, clips or {})
+        line = gaussian[key]
+        size = round(math.prod(shape) / math.prod(line["shape"]) * line["bytes"])
+        lines.append({**line, "name": name, "shape": list(shape), "bytes": size})
     return lines
 
 

@@ -442,10 +442,11 @@ def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
 def check_shipped(held: dict[str, torch.Tensor], shipped: dict[str, torch.Tensor]) -> None:
     """What the model holds in its forward pass and what the file gives back: the same names, the same bits."""
     for name in sorted(held.keys() | shipped.keys()):
-        ours, theirs = held.get(name), shipped.get(name)
-        if ours is None or theirs is None:
-            raise ValueError(f"{name} is not what trained: it is missing in the {'model' if ours is None else 'file'}")
-        if not torch.equal(ours.detach().float().cpu(), theirs):
+        trained, loaded = held.get(name), shipped.get(name)
+        if trained is None or loaded is None:
+            place = "model" if trained is None else "file"
+            raise ValueError(f"{name} is not what trained: it is missing in the {place}")
+        if not torch.equal(trained.detach().float().cpu(), loaded):
             raise ValueError(f"{name} is not what trained: the file holds other values or another shape")
 
 

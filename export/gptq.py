@@ -28,7 +28,7 @@ class Curvature(NamedTuple):
 
 
 class CurvatureCollector:
-    """Watches {name: module} while training tokens pass: `with CurvatureCollector(m) as seen: ...; seen.finish()`.
+    """Watches {name: module} while training tokens pass: with CurvatureCollector(modules) as watcher, then finish().
 
     A backward pass of the mean loss adds the output gradients; without one all outputs count alike.
     """

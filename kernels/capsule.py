@@ -170,8 +170,8 @@ def _capsule_backward(r, p, u, loga, start, s0, dy, dsT):
     _add_crossing((dlog, dlog), reads, dp, weight, dweight)
     # the borders inside it
     inner = grads @ values.mT
-    own = inner.diagonal(0, 1, 2)[..., None]
-    dp, dweight = dp.addcmul_(own, weight), dweight.addcmul_(own, reads)
+    diagonal = inner.diagonal(0, 1, 2)[..., None]
+    dp, dweight = dp.addcmul_(diagonal, weight), dweight.addcmul_(diagonal, reads)
     for m, before, after in _borders(decay):
         if m < CAPSULE_BLOCK:
             part = _crossings(inner, m).reshape(-1, m, m)
