@@ -28,6 +28,7 @@ from torch import nn
 from data.feed import Feed
 from data.shards import LaneOrder, WindowOrder, dataset_hash, read_sidecar, read_tokens, shard_paths
 from eval.engram import ENGRAM_ALPHA_SHAPE
+from eval.journal import Journal
 from eval.modes import EVAL_MODES, evaluate_modes, fit_engram, fit_temperature
 from eval.score import EvalSettings, evaluating, red_flags
 from eval.tokens import byte_table, sidecar_bytes, stream_bytes
@@ -1210,8 +1211,9 @@ def evaluate(c: Config, rt: Runtime, model: GPT, constants: dict, val: Validatio
     """Every mode on the artifact's own weights, with the constants that came in the artifact."""
     s = dataclasses.replace(eval_settings(c), temperature=constants["temperature"])
     alpha = np.array(constants["alpha"], np.float32).reshape(ENGRAM_ALPHA_SHAPE) / 16 if constants["alpha"] else None
-    ranks, kept_spans = (rt.rank, rt.world), log.folder / "evaluation" / f"{source_hash()}-{fields_hash(c)}-{rt.dtype}"
-    scores = evaluate_modes(model, val.tokens, val.bytes, s, c.eval_modes, ranks=ranks, alpha=alpha, resume=kept_spans)
+    folder = log.folder / "evaluation" / f"{source_hash()}-{fields_hash(c)}-{rt.dtype}"
+    journal, ranks = Journal(folder, partial(log.record, "progress")), (rt.rank, rt.world)
+    scores = evaluate_modes(model, val.tokens, val.bytes, s, c.eval_modes, ranks=ranks, alpha=alpha, journal=journal)
     for mode, score in scores.items():
         facts = {"bpb": score.bpb, "nats": score.nats, "nbytes": score.nbytes, "seconds": score.seconds}
         log.record("eval", mode=mode, **facts, tokens=score.tokens, spans=score.spans, **score.detail)

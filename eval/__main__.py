@@ -45,12 +45,12 @@ def find(name: str) -> object:
     module, _, attribute = name.partition(":")
     sys.path.insert(0, "")  # the evaluator lives where the command is run
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        evaluator = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{name}: no such evaluator ({error}); write MODULE:CALLABLE") from error
-    if not callable(found):
-        raise ValueError(f"{name} is a {type(found).__name__}, not a callable")
-    return found
+    if not callable(evaluator):
+        raise ValueError(f"{name} is a {type(evaluator).__name__}, not a callable")
+    return evaluator
 
 
 def read(path: Path) -> np.ndarray:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from eval.engram import ENGRAM_ALPHA_SHAPE, EvalEngram
-from eval.score import EvalSettings, cut_windows, lane_groups, score
+from eval.modes import score
+from eval.score import EvalSettings, cut_windows, lane_groups
 
 LANES, VOCAB, DIM = 8, 8192, 512
 
@@ -76,9 +77,10 @@ def bench() -> str:
     torch.manual_seed(0)
     lines = [f"{LANES} lanes, V = {VOCAB}, {torch.get_num_threads()} threads; median (least .. most) of five"]
     for chunk in (32, 128, 512):
-        found = [engram_speed(chunk) for _ in range(5)]
+        speeds = [engram_speed(chunk) for _ in range(5)]
         what = f"EvalEngram, {chunk:3} tokens a lane and call"
-        lines.append(f"{what}  {statistics.median(found):9,.0f} tokens/s ({min(found):,.0f} .. {max(found):,.0f})")
-    found = overhead()
-    lines.append(f"scoring over bare forwards  {statistics.median(found):.3f} ({min(found):.3f} .. {max(found):.3f})")
+        lines.append(f"{what}  {statistics.median(speeds):9,.0f} tokens/s ({min(speeds):,.0f} .. {max(speeds):,.0f})")
+    ratios = overhead()
+    median, least, most = statistics.median(ratios), min(ratios), max(ratios)
+    lines.append(f"scoring over bare forwards  {median:.3f} ({least:.3f} .. {most:.3f})")
     return "\n".join(lines)

@@ -55,36 +55,36 @@ class EvalEngram:
         if not torch.equal(history, self.history):  # else the last call's: what is looked up is then absorbed
             tokens = (history + 1).unfold(1, MEMORY_ORDERS, 1).flip(-1)
             tags = (tokens * self.powers).cumsum(-1) * (tokens > 0)
-            self.history, self.found = history, (tags, self.lanes + (tags ^ (tags >> 32)).remainder(self.rows))
-        return self.found
+            self.history, self.places = history, (tags, self.lanes + (tags ^ (tags >> 32)).remainder(self.rows))
+        return self.places
 
     def lookup(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """The longest usable context at each input: its order (0: none), times seen, continuations and their counts."""
         tags, rows = self.contexts(x)
-        seen = self.total.take(rows) * (self.tag.take(rows) == tags)
-        order = ((seen >= self.min_count) * self.orders).amax(-1)
+        times = self.total.take(rows) * (self.tag.take(rows) == tags)
+        order = ((times >= self.min_count) * self.orders).amax(-1)
         pick = (order - 1).clamp(min=0).unsqueeze(-1)
-        seen, row = seen.gather(-1, pick).squeeze(-1), rows.gather(-1, pick).flatten()
+        times, row = times.gather(-1, pick).squeeze(-1), rows.gather(-1, pick).flatten()
         nexts, counts = self.held.index_select(0, row).view(*x.shape, 2, -1).unbind(2)
-        return order, seen, nexts.long(), counts * (order > 0).unsqueeze(-1)
+        return order, times, nexts.long(), counts * (order > 0).unsqueeze(-1)
 
     def evidence(self, logits: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Own nats, cell of the alpha table, log counts of the seen and of the target, p of the seen."""
-        order, seen, nexts, counts = self.lookup(x)
+        """The model's nats, cell of the alpha table, log counts of the seen and of the target, p of the seen."""
+        order, times, nexts, counts = self.lookup(x)
         z = logits.logsumexp(-1)
         p = (logits - z.unsqueeze(-1)).exp_()
         entropy = z - (p * logits).sum(-1)
-        bucket = seen.clamp(min=1).log2().long().clamp(max=ENGRAM_COUNT_BUCKETS - 1)
+        bucket = times.clamp(min=1).log2().long().clamp(max=ENGRAM_COUNT_BUCKETS - 1)
         cell = (order - 1).clamp(min=0) * ENGRAM_COUNT_BUCKETS + bucket
         cell = cell * (len(ENGRAM_ENTROPY_EDGES) + 1) + torch.bucketize(entropy, self.edges)
         gain = torch.log1p(counts / MEMORY_EPS)  # 0 in a free way
-        own = z - logits.gather(-1, y.unsqueeze(-1)).squeeze(-1)
-        return own, cell, gain, (gain * (nexts == y.unsqueeze(-1))).sum(-1), p.gather(-1, nexts)
+        model_nats = z - logits.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        return model_nats, cell, gain, (gain * (nexts == y.unsqueeze(-1))).sum(-1), p.gather(-1, nexts)
 
     def nats(self, logits: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """-log p'(y) at every position (B, T)."""
-        own, cell, gain, target_gain, p = self.evidence(logits.float(), x, y)
-        return own + engram_shift(self.alpha.flatten()[cell], gain, target_gain, p)
+        model_nats, cell, gain, target_gain, p = self.evidence(logits.float(), x, y)
+        return model_nats + engram_shift(self.alpha.flatten()[cell], gain, target_gain, p)
 
     def absorb(self, x: torch.Tensor, y: torch.Tensor, charged: torch.Tensor) -> None:
         """Count the pairs of positions already charged, in order; x continues where the last call ended."""

@@ -9,8 +9,8 @@ def pick_token(logits: torch.Tensor, temperature: float, top_k: int, generator: 
     """Sample one of the `top_k` likeliest ids (0: of all); temperature 0 takes the likeliest."""
     if temperature <= 0:
         return int(logits.argmax())
-    kept = logits.topk(min(top_k or len(logits), len(logits)))
-    return int(kept.indices[torch.multinomial(torch.softmax(kept.values / temperature, -1), 1, generator=generator)])
+    top = logits.topk(min(top_k or len(logits), len(logits)))
+    return int(top.indices[torch.multinomial(torch.softmax(top.values / temperature, -1), 1, generator=generator)])
 
 
 def generate_ids(model, prompt: list[int], count: int, temperature: float, top_k: int, seed: int) -> Iterator[int]:
@@ -42,10 +42,10 @@ def generate_text(model, tokenizer, bos: int, prompt: str, *settings) -> Iterato
 
 def stream_text(tokenizer, ids: Iterator[int]) -> Iterator[str]:
     """Pieces of text as they become whole characters."""
-    seen, shown = [], ""
+    ids_so_far, shown = [], ""
     for token in ids:
-        seen.append(token)
-        text = tokenizer.decode(seen)
+        ids_so_far.append(token)
+        text = tokenizer.decode(ids_so_far)
         if not text.endswith("\ufffd"):
             yield text[len(shown) :]
             shown = text

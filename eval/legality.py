@@ -129,12 +129,12 @@ class Probes:
     def probed_positions(self) -> list[int]:
         """Late positions, and ones whose last tokens occurred before: where memories and adaptation show."""
         n = len(self.tokens)
-        seen, repeats = set(), []
+        pairs, repeats = set(), []
         for at in range(2, n):
             pair = tuple(self.tokens[at - 2 : at])
-            if pair in seen:
+            if pair in pairs:
                 repeats.append(at)
-            seen.add(pair)
+            pairs.add(pair)
         late = self.some(max(1, n // 2), n, self.positions)
         return sorted({1, *late, *repeats[-self.positions :]})
 

@@ -1,4 +1,4 @@
-"""The score: one generator of spans, and folds over it.
+"""The score: windows over a stream, the spans they charge, and folds over them. Who reads them how says modes.py.
 
 Every token after the first is charged exactly once, whatever the mode, the lanes, the stride or the number of ranks;
 `bpb` refuses anything else. A stream is cut into lanes that run as rows of one batch; a rank owns whole batches of
@@ -22,7 +22,6 @@ from torch import nn
 
 # B lanes of a batch, T positions of a window, V vocabulary
 
-PLAIN_MODES = ("chunked", "sliding", "stream")
 SCORE_ORDER = (
     ("sliding", "chunked", 0.0),
     ("stream", "chunked", 0.0),
@@ -134,12 +133,9 @@ class PlainReader:
 
     def __init__(self, model: nn.Module, s: EvalSettings):
         self.model, self.s, self.part = model, s, s.eval_seq_len
-        self.aim = lambda window: None  # what must know a window before it is scored
-        self.learned_from = False  # whether forwards keep their graphs, for a learner
 
     def forward(self, window: ScoreWindow, state: object) -> tuple[torch.Tensor, object]:
-        """What `own` and `nats` read, by the model's fused loss where it offers one; and its state."""
-        self.aim(window)
+        """What `nats` and `model_nats` read, by the model's fused loss where it offers one; and its state."""
         if hasattr(self.model, "nll") and self.s.temperature == 1:
             return self.model.nll(window.x, window.y, state)
         logits, state = self.logits(window, state)
@@ -149,33 +145,33 @@ class PlainReader:
         logits, state = self.model(window.x, state)
         return logits.float() / self.s.temperature, state
 
-    def own(self, ahead: torch.Tensor, window: ScoreWindow) -> torch.Tensor:
-        """The model's own nats (B, T), of what `forward` said."""
+    def model_nats(self, ahead: torch.Tensor, window: ScoreWindow) -> torch.Tensor:
+        """Nats (B, T) of the model alone, of what `forward` said."""
         return ahead
 
     def nats(self, ahead: torch.Tensor, window: ScoreWindow, columns: slice) -> torch.Tensor:
+        """Nats of some columns, as they are charged."""
         return ahead[:, columns]
 
+    def absorb(self, done: ScoreRound) -> None:
+        """Remember a round that was charged: a plain reader remembers none."""
 
-def score(
-    model: nn.Module, tokens: np.ndarray, nbytes: np.ndarray, mode: str, s: EvalSettings, rank: int = 0, world: int = 1
-) -> Iterator[Span]:
-    """Charge every token of this rank's lanes; nbytes[i] is what token i adds to the text."""
-    if mode not in PLAIN_MODES:
-        raise ValueError(f"unknown mode {mode!r}; one of {', '.join(PLAIN_MODES)}")
-    with evaluating(model):
-        for lanes in lane_groups(tokens, nbytes, s)[rank::world]:
-            step = s.eval_stride if mode == "sliding" else s.eval_seq_len
-            back = s.eval_seq_len * (mode == "stream")
-            windows = cut_windows(tokens, lanes, s.eval_seq_len, step, device_of(model), back)
-            for done in score_windows(PlainReader(model, s), windows, nbytes, carry=mode == "stream"):
-                yield from done.spans
+
+class Learner:
+    """What makes something of a round once it has been charged. This one does nothing: the model stays as it is."""
+
+    needs_graph = False  # whether it takes gradients of the forward that scored
+
+    def aim(self, window: ScoreWindow) -> None:
+        """Hear of a window before it is scored."""
+
+    def learn(self, done: ScoreRound) -> None:
+        """Change what the next window meets."""
 
 
 def lane_groups(tokens: np.ndarray, nbytes: np.ndarray, s: EvalSettings) -> list[list[tuple[int, int, int]]]:
     """(lane, start, stop) of every lane, `eval_batch` to a group; seams fall on whole windows."""
-    if __debug__:
-        s.check()
+    s.check()
     n = len(tokens)
     if n < 2:
         raise ValueError(f"the validation set is empty: {n} tokens, and the first is only context")
@@ -216,15 +212,16 @@ def cut_windows(
 
 
 def score_windows(
-    reader: PlainReader, windows: Iterator[ScoreWindow], nbytes: np.ndarray, carry: bool
+    reader: PlainReader, learner: Learner, windows: Iterator[ScoreWindow], nbytes: np.ndarray, carry: bool
 ) -> Iterator[ScoreRound]:
     """Score the windows in order, `reader.part` columns at a time; `carry` hands the state on to the next window."""
     state = None
     for window in windows:
         before = state if carry else None
+        learner.aim(window)
         # gradients are switched around the calls only: a yield inside would switch the consumer's as well
         size = f"eval_batch={len(window.x)} of {window.x.shape[1]} tokens"
-        with torch.set_grad_enabled(reader.learned_from), memory_named(size, "eval_batch"):
+        with torch.set_grad_enabled(learner.needs_graph), memory_named(size, "eval_batch"):
             ahead, state = reader.forward(window, before)
         state = without_graph(state)
         end = max((column + stop - start for _, column, _, start, stop in window.places), default=0)
@@ -339,8 +336,8 @@ def score_buckets(sizes: np.ndarray, each: np.ndarray, nbytes: np.ndarray) -> tu
     bucket = np.searchsorted(BREAKDOWN_EDGES, sizes, side="right") - 1
     rows = []
     for i, low in enumerate(BREAKDOWN_EDGES):
-        mine = bucket == i
-        count, nats, total = int(mine.sum()), float(each[mine].sum()), int(nbytes[mine].sum())
+        inside = bucket == i
+        count, nats, total = int(inside.sum()), float(each[inside].sum()), int(nbytes[inside].sum())
         if count:
             row = {"from": low, "tokens": count, "nats": nats, "nbytes": total}
             rows.append(row | {"bpb": nats / math.log(2) / total if total else None})

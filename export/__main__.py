@@ -38,40 +38,40 @@ def verify_file(path: str) -> dict:
     }
 
 
-def print_inspect(found: dict) -> None:
-    print(f"{found['total_bytes']:,} bytes of {found['cap_bytes']:,}   sha256 {found['sha256'][:16]}")
-    print("meta " + json.dumps(found["meta"]))
-    width = max([len(line["name"]) for line in found["tensors"]] + [len("header_and_manifest")])
+def print_inspect(facts: dict) -> None:
+    print(f"{facts['total_bytes']:,} bytes of {facts['cap_bytes']:,}   sha256 {facts['sha256'][:16]}")
+    print("meta " + json.dumps(facts["meta"]))
+    width = max([len(line["name"]) for line in facts["tensors"]] + [len("header_and_manifest")])
     print(
         f"{'tensor':{width}} {'shape':>16} {'codec':>8} {'bytes':>11} {'symbols':>11} {'scales':>9} "
         f"{'bits/w':>7} {'entropy':>7} {'share':>6}"
     )
-    for line in found["tensors"]:
+    for line in facts["tensors"]:
         shape = "x".join(map(str, line["shape"])) or "1"
         print(
             f"{line['name']:{width}} {shape:>16} {line['codec']:>8} {line['bytes']:>11,} {line['symbol_bytes']:>11,} "
             f"{line['scale_bytes']:>9,} {line['bits_per_weight']:>7.3f} {line['entropy_bits']:>7.3f} "
-            f"{line['bytes'] / found['total_bytes']:>6.1%}"
+            f"{line['bytes'] / facts['total_bytes']:>6.1%}"
         )
-    for name, size in found["overhead"].items():
-        print(f"{name:{width}} {'':>16} {'':>8} {size:>11,} {'':>37} {size / found['total_bytes']:>6.1%}")
-    left = found["cap_bytes"] - found["total_bytes"]
+    for name, size in facts["overhead"].items():
+        print(f"{name:{width}} {'':>16} {'':>8} {size:>11,} {'':>37} {size / facts['total_bytes']:>6.1%}")
+    left = facts["cap_bytes"] - facts["total_bytes"]
     print(f"{left:,} bytes left for code" if left >= 0 else f"{-left:,} bytes over the cap, before any code")
 
 
-def print_verify(found: dict) -> None:
+def print_verify(facts: dict) -> None:
     print(
-        f"ok: {found['tensors']} tensors, {found['weights']:,} weights, {found['total_bytes']:,} bytes, "
-        f"sha256 {found['sha256']}"
+        f"ok: {facts['tensors']} tensors, {facts['weights']:,} weights, {facts['total_bytes']:,} bytes, "
+        f"sha256 {facts['sha256']}"
     )
 
 
-def print_bench(found: list[dict]) -> None:
+def print_bench(lines: list[dict]) -> None:
     print(
         f"{'weights':9} {'family':8} {'millions':>8} {'codec':32} {'bits/w':>8} {'entropy':>8} {'ratio':>7} "
         f"{'encode s':>9} {'decode s':>9}"
     )
-    for line in found:
+    for line in lines:
         ratio = line["bits"] / line["entropy"]
         print(
             f"{line['weights']:9} {line['family']:8} {line['millions']:>8.2f} {line['codec']:32} "
@@ -105,14 +105,14 @@ def run_command(args: argparse.Namespace) -> tuple:
 def export_main(argv: list[str]) -> int:
     args = parse(argv)
     try:
-        found, show = run_command(args)
+        result, show = run_command(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(result))
     else:
-        show(found)
+        show(result)
     return 0
 
 

@@ -28,9 +28,9 @@ def bench(millions: float, blob: bytes | None = None) -> list[dict]:
 
 def bench_artifact(blob: bytes) -> list[dict]:
     manifest, parts = read_parts(blob)
-    found = [Row(e.name, torch.empty(e.shape), e.codec, p) for e, p in zip(manifest.entries, parts)]
-    families = {codec: [row for row in found if row.codec == codec] for codec in ("ternary", *STEP_CODECS)}
-    return [line for own in families.values() if own for line in _measure("artifact", own, manifest.group)]
+    rows = [Row(e.name, torch.empty(e.shape), e.codec, p) for e, p in zip(manifest.entries, parts)]
+    families = {codec: [row for row in rows if row.codec == codec] for codec in ("ternary", *STEP_CODECS)}
+    return [line for members in families.values() if members for line in _measure("artifact", members, manifest.group)]
 
 
 def synthetic(kind: str, millions: float) -> list[torch.Tensor]:
@@ -66,7 +66,7 @@ def _measure(weights: str, rows: list[Row], group: int) -> list[dict]:
     symbols = np.concatenate([row.parts[0].numpy().ravel() for row in rows])
     entropy = float(row_entropy(np.unique(symbols, return_counts=True)[1][None])[0])
     line = {"weights": weights, "family": rows[0].codec, "millions": symbols.size / 1e6, "entropy": entropy}
-    return [{**line, "codec": name, **found} for name, found in _trials(rows, symbols, group)]
+    return [{**line, "codec": name, **measured} for name, measured in _trials(rows, symbols, group)]
 
 
 def _trials(rows: list[Row], symbols: np.ndarray, group: int):
@@ -85,8 +85,8 @@ def _trials(rows: list[Row], symbols: np.ndarray, group: int):
     yield "file: symbols, scales, all", {"bits": 8 * len(blob) / symbols.size, **line}
 
 
-def _same_symbols(found: list[np.ndarray], planes: list) -> bool:
-    return all(np.array_equal(a, plane.symbols) for a, plane in zip(found, planes))
+def _same_symbols(decoded: list[np.ndarray], planes: list) -> bool:
+    return all(np.array_equal(a, plane.symbols) for a, plane in zip(decoded, planes))
 
 
 def _brotli(blob: bytes, weights_per_byte: float) -> dict:
@@ -101,8 +101,8 @@ def _timed(encode: Callable, source, decode: Callable, same: Callable) -> tuple:
     start = time.process_time()
     coded = encode(source)
     middle = time.process_time()
-    found = decode(coded)
+    decoded = decode(coded)
     end = time.process_time()
-    if not same(found, source):
+    if not same(decoded, source):
         raise ValueError("bench: a codec did not give back what it was given")
     return coded, {"encode_seconds": middle - start, "decode_seconds": end - middle}

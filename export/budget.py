@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from export.codecs import ALPHABETS, CODECS
-from export.container import Planes, Row, pack, read_planes, row_parts
+from export.container import Planes, Row, pack, read_planes
 from export.entropy import TABLE_BITS, choice_bits, learn_book, row_counts, row_entropy
 from export.quantise import INT_BITS, STEP_CODECS, Parts, from_grid, int_levels, int_round, int_value, to_grid
 from export.trellis import trellis_grid
@@ -65,17 +65,17 @@ def _plane_bits(plane: np.ndarray, kind: str) -> float:
 
 
 def _tensor_line(i: int, entry, file, spent: dict) -> dict:
-    own = [spent.get((i, j), 0.0) for j in range(len(entry.words))]
-    symbols = sum(own) if entry.codec == "fp16" else own[0]
+    planes = [spent.get((i, j), 0.0) for j in range(len(entry.words))]
+    symbols = sum(planes) if entry.codec == "fp16" else planes[0]
     weights = max(math.prod(entry.shape), 1)
     return {
         "name": entry.name,
         "shape": list(entry.shape),
         "codec": entry.codec,
-        "bytes": round(sum(own)),
+        "bytes": round(sum(planes)),
         "symbol_bytes": round(symbols),
-        "scale_bytes": round(sum(own)) - round(symbols),
-        "bits_per_weight": round(8 * sum(own) / weights, 4),
+        "scale_bytes": round(sum(planes)) - round(symbols),
+        "bits_per_weight": round(8 * sum(planes) / weights, 4),
         "entropy_bits": round(_entropy(i, entry, file), 4),
     }
 
@@ -95,7 +95,7 @@ def check_budget(blob: bytes, code_bytes: int, cap: int = BYTE_CAP) -> int:
     """Bytes left under the cap; over it, an error that says what would bring the file back and by how much."""
     left = cap - len(blob) - code_bytes
     if left < 0:
-        lines = savings(describe(blob), -left)[:8] if __debug__ else ()
+        lines = savings(describe(blob), -left)[:8]
         ways = "; ".join(f"{what}: -{saved:,}" for what, saved in lines)
         raise OverCap(
             f"{-left:,} bytes over the cap of {cap:,} (artifact {len(blob):,} + code {code_bytes:,}). "
@@ -139,20 +139,16 @@ def _tensor_savings(line: dict) -> list[tuple[str, int]]:
 # ---- where the bytes will go ----
 
 
-def predict_bytes(rows: list[Row], *, group: int = 128, rule: str = "absmean", clips: dict | None = None) -> list[dict]:
-    """A dry run: the bytes of each row from the entropy of its planes, nothing coded. The sum is the artifact."""
-    return [_predicted(row.name, row.tensor.shape, row.codec, row_parts(row, group, rule, clips or {})) for row in rows]
-
-
 def plan_bytes(shapes: list, *, group: int = 128, rule: str = "absmean", clips: dict | None = None) -> list[dict]:
     """(name, shape, codec) without any weights: bytes as if they were Gaussian, less what trained weights save."""
-    lines, known = [], {}
+    lines, gaussian = [], {}
     for name, shape, codec in shapes:
         key = codec, shape[-1] if shape else 1
-        if key not in known:
-            known[key] = _gaussian_line(codec, key[1], group, rule, clips or {})
-        scale = math.prod(shape) / math.prod(known[key]["shape"])
-        lines.append({**known[key], "name": name, "shape": list(shape), "bytes": round(scale * known[key]["bytes"])})
+        if key not in gaussian:
+            gaussian[key] = _gaussian_line(codec, key[1], group, rule, clips or {})
+        line = gaussian[key]
+        size = round(math.prod(shape) / math.prod(line["shape"]) * line["bytes"])
+        lines.append({**line, "name": name, "shape": list(shape), "bytes": size})
     return lines
 
 

@@ -19,6 +19,9 @@ from export.quantise import Parts, from_grid, to_grid
 SKC_MAGIC, SKC_VERSION = b"SKC", 1
 SKC_HEAD = struct.Struct("<3sBII")  # magic, version, crc32 of all that follows it, bytes of the manifest
 MAX_WEIGHTS = 1 << 28
+MAX_MANIFEST = 1 << 20  # bytes of its text: some ten thousand tensors
+INFLATE_STEP = 1 << 16
+INFERENCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BROTLI_TRIAL = 1 << 12  # planes up to this size also try brotli, which is slow
 LEFT_TO_BROTLI = ("low",)
 
@@ -71,8 +74,7 @@ def pack(
     Unless it is `coded`, everything is left to brotli: no books, no coded stream, a few per cent more bytes.
     """
     rows = list(rows)
-    if __debug__:
-        refuse_doubles(rows)
+    refuse_doubles(rows)
     planes, entries = [], []
     for row in rows:
         parts = row_parts(row, group, rule, clips or {})
@@ -115,6 +117,8 @@ def _write(planes: list[list[Plane]], entries: list[Entry], meta: dict, group: i
     rest = _deflate(books + _left_over(planes, entries))
     manifest = {"meta": meta, "group": group, "rest": len(rest), "tensors": [list(entry) for entry in entries]} | facts
     text = json.dumps(manifest, separators=(",", ":"), sort_keys=True, allow_nan=False).encode()
+    if len(text) > MAX_MANIFEST:
+        raise ValueError(f"a manifest of {len(text):,} bytes: readers take {MAX_MANIFEST:,}; name fewer tensors")
     head = _deflate(text)
     body = struct.pack("<I", len(head)) + head + rest + stream
     return SKC_MAGIC + bytes([SKC_VERSION]) + struct.pack("<I", zlib.crc32(body)) + body
@@ -145,12 +149,13 @@ class Coded(NamedTuple):
 def _assign(planes: list[list[Plane]]) -> tuple[list[Coded], dict[str, Book]]:
     """Learn one book for each kind of plane, and leave to brotli the small planes that it makes smaller."""
     coded, books = [], {}
-    for kind in sorted({plane.kind for own in planes for plane in own}, key=KINDS.index):
-        found = [(i, j, plane) for i, own in enumerate(planes) for j, plane in enumerate(own) if plane.kind == kind]
-        if kind in LEFT_TO_BROTLI or not any(plane.symbols.size for _, _, plane in found):
+    placed = [(i, j, plane) for i, of_tensor in enumerate(planes) for j, plane in enumerate(of_tensor)]
+    for kind in sorted({plane.kind for *_, plane in placed} - set(LEFT_TO_BROTLI), key=KINDS.index):
+        alike = [(i, j, plane) for i, j, plane in placed if plane.kind == kind]
+        if not any(plane.symbols.size for *_, plane in alike):
             continue
-        books[kind], classes, bits = learn_book([plane.symbols for _, _, plane in found], ALPHABETS[kind])
-        coded += [Coded(*own, c) for own, c, b in zip(found, classes, bits) if not _brotli_wins(own[2], b)]
+        books[kind], classes, bits = learn_book([plane.symbols for *_, plane in alike], ALPHABETS[kind])
+        coded += [Coded(*place, c) for place, c, b in zip(alike, classes, bits) if not _brotli_wins(place[-1], b)]
     used = {c.plane.kind for c in coded}
     return sorted(coded, key=lambda c: c[:2]), {kind: book for kind, book in books.items() if kind in used}
 
@@ -169,15 +174,16 @@ def _book_bytes(coded: list[Coded], books: dict[str, Book]) -> bytes:
     """Like beside like: books, then classes of rows and columns."""
     parts = [split_bytes(book.freq) for book in books.values()]
     for kind, book in books.items():
-        own = [c for c in coded if c.plane.kind == kind]
-        parts += [c.classes.rows.tobytes() for c in own if book.row_classes > 1]
-        parts += [c.classes.columns.tobytes() for c in own if book.column_classes > 1 and len(c.plane.symbols) > 1]
+        alike = [c for c in coded if c.plane.kind == kind]
+        parts += [c.classes.rows.tobytes() for c in alike if book.row_classes > 1]
+        parts += [c.classes.columns.tobytes() for c in alike if book.column_classes > 1 and len(c.plane.symbols) > 1]
     return b"".join(parts)
 
 
 def _left_over(planes: list[list[Plane]], entries: list[Entry]) -> bytes:
     """The planes left to brotli, kind by kind."""
-    left = [plane for own, entry in zip(planes, entries) for plane, words in zip(own, entry.words) if words < 0]
+    pairs = [pair for of_tensor, entry in zip(planes, entries) for pair in zip(of_tensor, entry.words)]
+    left = [plane for plane, words in pairs if words < 0]
     return b"".join(plane.symbols.tobytes() for plane in sorted(left, key=lambda plane: KINDS.index(plane.kind)))
 
 
@@ -194,37 +200,31 @@ def join_bytes(blob: bytes, shape: tuple[int, int]) -> np.ndarray:
 
 
 class Reader:
-    """Takes bytes from the front of a string and complains when there are too few or too many.
-
-    Like all that is checked after the checksum, not under `python -O`: there, a file is its own writer's.
-    """
+    """Takes bytes from the front of a string and complains when there are too few or too many."""
 
     def __init__(self, blob: bytes, what: str):
         self.blob, self.what, self.at = blob, what, 0
 
     def take(self, count: int) -> bytes:
-        if __debug__ and self.at + count > len(self.blob):
+        if self.at + count > len(self.blob):
             raise ValueError(f"damaged artifact: {self.what} ends at {len(self.blob)}, not {self.at + count} bytes")
         self.at += count
         return self.blob[self.at - count : self.at]
 
     def finish(self) -> None:
-        if __debug__ and self.at != len(self.blob):
+        if self.at != len(self.blob):
             raise ValueError(f"damaged artifact: {self.what} has {len(self.blob) - self.at} bytes too many")
 
 
-def unpack(blob: bytes, coded: bool = True) -> tuple[dict[str, torch.Tensor], dict]:
-    """Every tensor as float32, and the meta; anything wrong with the bytes is a ValueError that says what.
-
-    Who knows that nothing in the file is `coded` may say so, and needs no decoder.
-    """
-    manifest, parts = read_parts(blob, coded)
-    return {entry.name: from_grid(entry.codec, own) for entry, own in zip(manifest.entries, parts)}, manifest.meta
+def unpack(blob: bytes) -> tuple[dict[str, torch.Tensor], dict]:
+    """Every tensor as float32, and the meta; anything wrong with the bytes is a ValueError that says what."""
+    manifest, parts = read_parts(blob)
+    return {entry.name: from_grid(entry.codec, part) for entry, part in zip(manifest.entries, parts)}, manifest.meta
 
 
-def read_parts(blob: bytes, coded: bool = True) -> tuple[Manifest, list[Parts]]:
+def read_parts(blob: bytes) -> tuple[Manifest, list[Parts]]:
     """The manifest and the integer parts of every tensor, all checked."""
-    file = read_planes(blob, coded)
+    file = read_planes(blob)
     return file.manifest, [_join(i, entry, file.planes) for i, entry in enumerate(file.manifest.entries)]
 
 
@@ -238,17 +238,15 @@ class Planes(NamedTuple):
     books: dict[str, Book]
 
 
-def read_planes(blob: bytes, coded: bool = True) -> Planes:
+def read_planes(blob: bytes) -> Planes:
     manifest, body = read_manifest(blob)
     slots = _slots_by_kind(manifest)
-    rest = Reader(_inflate(body.take(manifest.rest), "the brotli stream"), "the brotli stream")
-    if __debug__ and not coded and manifest.books:
-        raise ValueError("the file holds coded planes: read it as `coded`")
-    books, classes = _read_books(rest, manifest, slots) if coded else ({}, {})
+    rest = inflate(body.take(manifest.rest), _side_bytes(manifest, slots), "the side stream")
+    rest = Reader(rest, "the side stream")
+    books, classes = _read_books(rest, manifest, slots)
     planes = {slot[:2]: _read_plain(rest, slot) for slot in slots if slot.words < 0}
     rest.finish()
-    if coded:
-        planes |= _read_coded(body, manifest.lanes, slots, books, classes)
+    planes |= _read_coded(body, manifest.lanes, slots, books, classes)
     body.finish()
     return Planes(manifest, slots, planes, classes, books)
 
@@ -258,10 +256,10 @@ def _read_books(rest: Reader, manifest: Manifest, slots: list["PlaneSlot"]) -> t
     books = {kind: _read_book(rest, kind, manifest.books[kind]) for kind in sorted(manifest.books, key=KINDS.index)}
     classes = {}
     for kind, book in books.items():
-        own = [slot for slot in slots if slot.kind == kind and slot.words >= 0]
-        rows = [_read_ids(rest, slot.rows, book.row_classes) for slot in own]
-        columns = [_read_ids(rest, slot.columns, book.column_classes if slot.rows > 1 else 1) for slot in own]
-        classes |= {slot[:2]: Classes(r, c) for slot, r, c in zip(own, rows, columns)}
+        coded = [slot for slot in slots if slot.kind == kind and slot.words >= 0]
+        rows = [_read_ids(rest, slot.rows, book.row_classes) for slot in coded]
+        columns = [_read_ids(rest, slot.columns, book.column_classes if slot.rows > 1 else 1) for slot in coded]
+        classes |= {slot[:2]: Classes(r, c) for slot, r, c in zip(coded, rows, columns)}
     return books, classes
 
 
@@ -286,49 +284,69 @@ class PlaneSlot(NamedTuple):
 
 
 def _slots_by_kind(manifest: Manifest) -> list[PlaneSlot]:
-    slots = [
-        PlaneSlot(i, j, *layout, words)
-        for i, e in enumerate(manifest.entries)
-        for j, (layout, words) in enumerate(zip(CODECS[e.codec].layout(e.shape, manifest.group), e.words))
-    ]
-    for slot in slots if __debug__ else ():
+    slots = []
+    for i, entry in enumerate(manifest.entries):
+        layout = CODECS[entry.codec].layout(entry.shape, manifest.group)
+        slots += [PlaneSlot(i, place, *layout[place], words) for place, words in enumerate(entry.words)]
+    for slot in slots:
         if slot.words >= 0 and slot.kind not in manifest.books:
             raise ValueError(f"damaged artifact: {manifest.entries[slot.entry].name} needs a book for {slot.kind}")
     return sorted(slots, key=lambda slot: KINDS.index(slot.kind))
 
 
-def _inflate(blob: bytes, what: str) -> bytes:
+def _side_bytes(manifest: Manifest, slots: list[PlaneSlot]) -> int:
+    """What the side stream must hold: books, the classes of coded planes, and the planes left to brotli."""
+    total = sum(2 * math.prod(classes) * ALPHABETS[kind] for kind, classes in manifest.books.items())
+    for slot in slots:
+        if slot.words < 0:
+            total += slot.rows * slot.columns
+        else:
+            row_classes, column_classes = manifest.books[slot.kind]
+            total += slot.rows * (row_classes > 1) + slot.columns * (column_classes > 1 and slot.rows > 1)
+    return total
+
+
+def inflate(blob: bytes, limit: int, what: str) -> bytes:
+    """What brotli makes of a stream, piece by piece: one that goes past its limit is given up there."""
+    decoder, pieces, size = brotli.Decompressor(), [], 0
     try:
-        return brotli.decompress(blob)
+        while not decoder.is_finished():
+            pieces.append(decoder.process(b"" if pieces else blob, output_buffer_limit=INFLATE_STEP))
+            size += len(pieces[-1])
+            if size > limit:
+                raise ValueError(f"damaged artifact: {what} grows past its {limit:,} bytes")
+            if not pieces[-1] and not decoder.is_finished():
+                raise ValueError(f"damaged artifact: {what} does not decompress to its end")
     except brotli.error as error:
         raise ValueError(f"damaged artifact: {what} does not decompress") from error
+    return b"".join(pieces)
 
 
 def _read_book(rest: Reader, kind: str, classes: list[int]) -> Book:
     tables = math.prod(classes)
     freq = join_bytes(rest.take(2 * tables * ALPHABETS[kind]), (tables, ALPHABETS[kind]))
-    if __debug__ and (freq.sum(1, dtype=np.int64) != SCALE).any():
+    if (freq.sum(1, dtype=np.int64) != SCALE).any():
         raise ValueError(f"damaged artifact: a table of {kind} does not add up to {SCALE}")
     return Book(freq, *classes)
 
 
 def _read_ids(rest: Reader, count: int, classes: int) -> np.ndarray:
     ids = np.frombuffer(rest.take(count), np.uint8) if classes > 1 else np.zeros(count, np.uint8)
-    if __debug__ and (ids >= classes).any():
+    if (ids >= classes).any():
         raise ValueError(f"damaged artifact: class {ids.max()} of {classes}")
     return ids
 
 
 def _read_plain(rest: Reader, slot: PlaneSlot) -> np.ndarray:
     plane = np.frombuffer(bytearray(rest.take(slot.rows * slot.columns)), np.uint8).reshape(slot.rows, slot.columns)
-    if __debug__ and (plane >= ALPHABETS[slot.kind]).any():
+    if (plane >= ALPHABETS[slot.kind]).any():
         raise ValueError(f"damaged artifact: symbol {plane.max()} of {ALPHABETS[slot.kind]} for {slot.kind}")
     return plane
 
 
 def _join(i: int, entry: Entry, planes: dict) -> Parts:
     parts = CODECS[entry.codec].decode([planes[i, j] for j in range(len(entry.words))], entry.shape)
-    if __debug__ and not torch.isfinite(parts[-1]).all():
+    if not torch.isfinite(parts[-1]).all():
         raise ValueError(f"damaged artifact: {entry.name} holds values that are not finite")
     return parts
 
@@ -345,13 +363,12 @@ def read_manifest(blob: bytes) -> tuple[Manifest, Reader]:
     if zlib.crc32(blob[8:]) != crc:
         raise Damaged("damaged artifact: the checksum does not fit; the file is truncated or altered")
     body = Reader(blob[SKC_HEAD.size :], "the file")
-    text = _inflate(body.take(size), "the manifest")
+    text = inflate(body.take(size), MAX_MANIFEST, "the manifest")
     try:
         manifest = _parse_manifest(text)
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"damaged artifact: the manifest does not parse ({error!r})") from error
-    if __debug__:
-        _check_manifest(manifest)
+    _check_manifest(manifest)
     return manifest, body
 
 
@@ -378,8 +395,8 @@ def _check_manifest(manifest: Manifest) -> None:
     if not manifest.lanes and any(words != -1 for entry in manifest.entries for words in entry.words):
         raise ValueError("damaged artifact: coded planes, and no lanes to decode them")
     classes = [n for book in manifest.books.values() for n in book]
-    known = manifest.books.keys() <= ALPHABETS.keys() and all(len(book) == 2 for book in manifest.books.values())
-    if not known or not all(type(n) is int and 1 <= n <= MAX_CLASSES for n in classes):
+    paired = manifest.books.keys() <= ALPHABETS.keys() and all(len(book) == 2 for book in manifest.books.values())
+    if not paired or not all(type(n) is int and 1 <= n <= MAX_CLASSES for n in classes):
         raise ValueError(f"damaged artifact: books {manifest.books} are not all known")
     names = [entry.name for entry in manifest.entries]
     if not all(type(name) is str for name in names) or len(set(names)) != len(names):
@@ -425,19 +442,25 @@ def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
 def check_shipped(held: dict[str, torch.Tensor], shipped: dict[str, torch.Tensor]) -> None:
     """What the model holds in its forward pass and what the file gives back: the same names, the same bits."""
     for name in sorted(held.keys() | shipped.keys()):
-        ours, theirs = held.get(name), shipped.get(name)
-        if ours is None or theirs is None:
-            raise ValueError(f"{name} is not what trained: it is missing in the {'model' if ours is None else 'file'}")
-        if not torch.equal(ours.detach().float().cpu(), theirs):
+        trained, loaded = held.get(name), shipped.get(name)
+        if trained is None or loaded is None:
+            place = "model" if trained is None else "file"
+            raise ValueError(f"{name} is not what trained: it is missing in the {place}")
+        if not torch.equal(trained.detach().float().cpu(), loaded):
             raise ValueError(f"{name} is not what trained: the file holds other values or another shape")
+
+
+def inference_dtype(meta: dict) -> torch.dtype:
+    """The dtype the file was scored in when it was written: every later evaluation uses it, on whatever machine."""
+    name = meta["config"].get("dtype", "missing")
+    if name not in INFERENCE_DTYPES:
+        raise ValueError(f"dtype {name!r} in the artifact: its writer must store one of {', '.join(INFERENCE_DTYPES)}")
+    return INFERENCE_DTYPES[name]
 
 
 def write_artifact(path: Path, blob: bytes) -> None:
     """Put a readable artifact in place, whole or not at all; what does not unpack never replaces a file."""
     path = Path(path)
-    if not __debug__:
-        path.write_bytes(blob)
-        return
     unpack(blob)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -446,10 +469,10 @@ def write_artifact(path: Path, blob: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         draft.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)

@@ -62,17 +62,17 @@ class Rans:
             x *= freq.take(slot)
             x += bias.take(slot)
             low = np.flatnonzero(x < STATE_LOW)
-            if __debug__ and used + len(low) > len(source):
+            if used + len(low) > len(source):
                 raise ValueError("damaged artifact: coded words run out")
             x[low] = (x[low] << 16) | source[used : used + len(low)]
             used += len(low)
-        if __debug__ and used != len(source):
+        if used != len(source):
             raise ValueError(f"damaged artifact: {used} of {len(source)} coded words used")
         return out.reshape(tables.shape)
 
     def check_end(self) -> None:
         """After the last plane every lane is back where the writer began: a checksum that costs nothing."""
-        if __debug__ and not (self.states == STATE_LOW).all():
+        if not (self.states == STATE_LOW).all():
             raise ValueError("damaged artifact: the lanes do not return to their start")
 
 
@@ -105,9 +105,9 @@ def quantise_counts(counts: np.ndarray) -> np.ndarray:
     counts = counts.astype(np.int64)
     if not counts.any():
         counts = np.eye(1, len(counts), dtype=np.int64)[0]
-    seen = counts > 0
+    occurs = counts > 0
     exact = counts * SCALE / counts.sum()
-    freq = np.where(seen, np.maximum(1, np.floor(exact)), 0).astype(np.int64)
+    freq = np.where(occurs, np.maximum(1, np.floor(exact)), 0).astype(np.int64)
     while (gap := SCALE - int(freq.sum())) != 0:
         need = exact / np.maximum(freq, 1) if gap > 0 else np.where(freq > 1, freq / exact.clip(1e-9), 0)
         best = np.argsort(-need, kind="stable")[: min(abs(gap), int((need > 0).sum()))]
@@ -166,7 +166,7 @@ def learn_book(planes: list[np.ndarray], alphabet: int) -> tuple[Book, list[Clas
         [f._replace(rows=b.rows) for f, b in zip(full, blank)],
         full,
     ]
-    return min((_fill_book(planes, classes, alphabet) for classes in tries), key=lambda found: found[3])[:3]
+    return min((_fill_book(planes, classes, alphabet) for classes in tries), key=lambda filled: filled[3])[:3]
 
 
 def _classes(counts: list[np.ndarray]) -> list[np.ndarray]:
@@ -216,7 +216,7 @@ def _fill_book(planes: list[np.ndarray], classes: list[Classes], alphabet: int) 
     )
     freq = np.stack([quantise_counts(total) for total in counts.sum(0).reshape(-1, alphabet)])
     book = Book(freq, row_classes, column_classes)
-    bits = [float(own @ book.bits.ravel()) + sum(map(choice_bits, c)) for own, c in zip(counts, classes)]
+    bits = [float(histogram @ book.bits.ravel()) + sum(map(choice_bits, c)) for histogram, c in zip(counts, classes)]
     return book, classes, bits, sum(bits) + TABLE_BITS * np.count_nonzero(freq)
 
 

@@ -1,4 +1,4 @@
-"""Rounding that looks at the data: curvature of each linear layer, GPTQ for integers and trits, clip search, low rank.
+"""Rounding that looks at the data: curvature of each linear layer, GPTQ for integers and trits, clip search.
 
 Letters: N rows (outputs), K inputs, H = mean of x x^T (K, K) over training tokens, G weights that share a factor.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from export.container import Row
-from export.quantise import INT_BITS, Parts, from_grid, int_levels, int_round, row_rms
+from export.quantise import INT_BITS, STEP_CODECS, Parts, from_grid, grid_step, int_levels, int_round, row_rms
 from export.trellis import trellis_grid, trellis_levels
 from kernels.ternary import ternary_grid
 
@@ -28,7 +28,7 @@ class Curvature(NamedTuple):
 
 
 class CurvatureCollector:
-    """Watches {name: module} while training tokens pass: `with CurvatureCollector(m) as seen: ...; seen.finish()`.
+    """Watches {name: module} while training tokens pass: with CurvatureCollector(modules) as watcher, then finish().
 
     A backward pass of the mean loss adds the output gradients; without one all outputs count alike.
     """
@@ -186,39 +186,60 @@ def felt(curve: Curvature, damping: float = 0.01) -> torch.Tensor:
     return 0.5 * curve.outputs * inputs
 
 
-def low_rank(w: torch.Tensor, value: torch.Tensor, curve: Curvature, rank: int, damping: float = 0.01) -> Parts:
-    """LQER: a (N, r), b (r, K) whose product takes away most of the harm of w - value that r directions can."""
-    h = curve.inputs + torch.eye(len(curve.inputs), device=w.device) * (damping * curve.inputs.diagonal().mean())
-    root, gain = torch.linalg.cholesky(h.double()).float(), curve.outputs.clamp(min=1e-12).sqrt()[:, None]
-    u, s, v = torch.linalg.svd(gain * ((w - value) @ root), full_matrices=False)
-    size = s[:rank].sqrt()
-    b = torch.linalg.solve_triangular(root, size[:, None] * v[:rank], upper=False, left=False)
-    return u[:, :rank] * size / gain, b
+class Rounding(NamedTuple):
+    """How weights that lie on no grid get their integers."""
+
+    searches: bool  # GPTQ-lite: each row has the clip whose rounding is nearest to its weights
+    feeds_back: bool  # GPTQ: the columns to come make good an error, where a curvature is known
 
 
-def gptq_rows(rows: list[Row], curves: dict, *, group: int, rule: str, clips: dict, **solve) -> list[Row]:
-    """Rows with their integers chosen: GPTQ where a curvature is known (by the row's name), clip search elsewhere.
+ROUNDINGS = {
+    "nearest": Rounding(searches=False, feeds_back=False),
+    "lite": Rounding(searches=True, feeds_back=False),
+    "gptq": Rounding(searches=False, feeds_back=True),
+    "lite_gptq": Rounding(searches=True, feeds_back=True),
+}
 
-    A row with its parts has them already, and keeps them. A clip of 0 searches each row's clip. GPTQ's integers are
-    taken only if they do less harm than plain rounding.
+
+def gptq_rows(
+    rows: list[Row], curves: dict, *, group: int, rule: str, clips: dict, rounding: str = "gptq", **solve
+) -> list[Row]:
+    """Rows with their integers chosen by one of ROUNDINGS; curvatures go by the row's name.
+
+    A row with its parts has them already, and keeps them. GPTQ's integers are taken only if they do less harm than
+    plain rounding.
     """
-    return [_gptq_row(row, curves.get(row.name), group, rule, clips.get(row.codec, 0.0), solve) for row in rows]
+    way = ROUNDINGS[rounding]
+    curves = curves if way.feeds_back else {}
+    chosen = []
+    for row in rows:
+        curve, free = curves.get(row.name), row.parts is None
+        if free and row.codec in STEP_CODECS:
+            row = _stepped_row(row, curve, clips.get(row.codec, 0.0), way, solve)
+        elif free and row.codec == "ternary" and curve is not None:
+            row = _ternary_row(row, curve, group, rule, solve)
+        chosen.append(row)
+    return chosen
 
 
-def _gptq_row(row: Row, curve: Curvature | None, group: int, rule: str, clip: float, solve: dict) -> Row:
-    if row.parts is not None or row.codec == "fp16" or (row.codec == "ternary" and curve is None):
-        return row
+def _ternary_row(row: Row, curve: Curvature, group: int, rule: str, solve: dict) -> Row:
     w = row.tensor.detach().float()
-    if row.codec == "ternary":
-        plain, better = ternary_grid(w, group, rule), gptq_ternary(w, curve.inputs, group, rule, **solve)
-    else:
-        bits = INT_BITS.get(row.codec, TRELLIS_BITS)
-        step = (clip * row_rms(w) / int_levels(bits) if clip else clip_search(w, bits)).float()
-        plain = trellis_grid(w, step) if row.codec == "trellis" else int_round(w, step, bits)
-        better = plain if curve is None else gptq_at_steps(w, curve.inputs, row.codec, step, **solve)
+    return _less_harm(row, curve, gptq_ternary(w, curve.inputs, group, rule, **solve), ternary_grid(w, group, rule))
+
+
+def _stepped_row(row: Row, curve: Curvature | None, clip: float, way: Rounding, solve: dict) -> Row:
+    w, bits = row.tensor.detach().float(), INT_BITS.get(row.codec, TRELLIS_BITS)
+    step = (clip_search(w, bits) if way.searches else grid_step(w, bits, clip)).float()
+    plain = trellis_grid(w, step) if row.codec == "trellis" else int_round(w, step, bits)
     if curve is None:
         return row._replace(parts=plain)
-    ours, theirs = (
-        float((output_error(w, from_grid(row.codec, p), curve.inputs) * curve.outputs).sum()) for p in (better, plain)
-    )
-    return row._replace(parts=better if ours <= theirs else plain)
+    return _less_harm(row, curve, gptq_at_steps(w, curve.inputs, row.codec, step, **solve), plain)
+
+
+def _less_harm(row: Row, curve: Curvature, fed_back: Parts, plain: Parts) -> Row:
+    """The row with whichever parts the loss feels less."""
+    w, harm = row.tensor.detach().float(), []
+    for parts in (fed_back, plain):
+        error = output_error(w, from_grid(row.codec, parts), curve.inputs)
+        harm.append(float((error * curve.outputs).sum()))
+    return row._replace(parts=fed_back if harm[0] <= harm[1] else plain)

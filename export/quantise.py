@@ -1,6 +1,6 @@
 """Quantisers: a float32 weight to the integer parts that ship, and those parts back to the one value they mean.
 
-The trainer projects its masters with `snap`, export stores `to_grid`, loading calls `from_grid`: one grid, three users.
+Export stores `to_grid`, loading calls `from_grid`, and the trainer projects its masters with what both are made of.
 Letters: N rows, K inputs of a row.
 """
 
@@ -26,8 +26,12 @@ def int_grid(w: torch.Tensor, bits: int, clip: float) -> tuple[torch.Tensor, tor
 
     With an entropy coder the clip is the rate: a wide grid has coarse steps, and few bits a weight.
     """
-    reach = clip * row_rms(w) if clip else w.abs().amax(-1)
-    return int_round(w, reach / int_levels(bits), bits)
+    return int_round(w, grid_step(w, bits, clip), bits)
+
+
+def grid_step(w: torch.Tensor, bits: int, clip: float) -> torch.Tensor:
+    """The step of each row (..., N) of a grid that reaches clip * row rms, or with clip 0 the largest weight."""
+    return (clip * row_rms(w) if clip else w.abs().amax(-1)) / int_levels(bits)
 
 
 def int_round(w: torch.Tensor, step: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +59,7 @@ def half_grid(w: torch.Tensor) -> torch.Tensor:
 
 def to_grid(w: torch.Tensor, codec: str, *, group: int = 128, rule: str = "absmean", clip: float = 0.0) -> Parts:
     """The integer parts of w under a codec; NaN, infinite, or out of the codec's reach is an error."""
-    if __debug__ and codec not in CODEC_NAMES:
+    if codec not in CODEC_NAMES:
         raise ValueError(f"codec {codec!r}: not one of {', '.join(CODEC_NAMES)}, which a weight alone decides")
     if not torch.isfinite(w).all():
         raise ValueError(f"{int((~torch.isfinite(w)).sum())} of {w.numel()} weights are NaN or infinite")
@@ -79,8 +83,3 @@ def from_grid(codec: str, parts: Parts) -> torch.Tensor:
     if codec == "trellis":
         return trellis_value(*parts)
     return parts[0].float() if codec == "fp16" else int_value(*parts)
-
-
-def snap(w: torch.Tensor, codec: str, *, group: int = 128, rule: str = "absmean", clip: float = 0.0) -> torch.Tensor:
-    """w as it will ship: what a quantisation-aware model holds."""
-    return from_grid(codec, to_grid(w, codec, group=group, rule=rule, clip=clip))

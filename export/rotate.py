@@ -14,7 +14,7 @@ from kernels.hadamard import wht
 
 
 class Fold(NamedTuple):
-    """`axis` of tensor `name` is turned by R, and `other_axis` of `other`; with an empty `other` the input must be."""
+    """`axis` of tensor `name` is turned by R, and `other_axis` of `other`."""
 
     name: str
     axis: int
@@ -48,21 +48,10 @@ def rotate(tensors: dict[str, torch.Tensor], folds: list[Fold], *, qat: bool) ->
     out = dict(tensors)
     for fold in folds:
         for name, axis in ((fold.name, fold.axis), (fold.other, fold.other_axis)):
-            if name:
-                out[name] = turn(out[name].float(), fold.block, axis)
+            out[name] = turn(out[name].float(), fold.block, axis)
     return out
 
 
 def values_and_output(values: str, output: str, head_dim: int) -> Fold:
     """v (heads * d, K) by rows, o (N, heads * d) by columns."""
     return Fold(values, 0, output, 1, head_dim)
-
-
-def embedding_and_projection(embedding: str, projection: str, block: int) -> Fold:
-    """E (V, e) and P (D, e), both by columns: E P^T is what the model reads."""
-    return Fold(embedding, 1, projection, 1, block)
-
-
-def online(weight: str, block: int) -> Fold:
-    """W (N, K) by columns; the layer turns its input."""
-    return Fold(weight, 1, "", 0, block)

@@ -51,8 +51,8 @@ def _side_by_side(x: torch.Tensor) -> torch.Tensor:
     """Whole blocks of TRELLIS_ROWS rows, or a last block that is shorter."""
     blocks = x.unflatten(0, (-1, min(TRELLIS_ROWS, len(x)))).transpose(0, 1)  # (T, blocks, K)
     paths = blocks.reshape(len(blocks), -1).cpu().numpy()
-    found = [trellis_path(paths[:, at : at + TRELLIS_PATHS]) for at in range(0, paths.shape[1], TRELLIS_PATHS)]
-    return torch.from_numpy(np.concatenate(found, 1)).to(x.device).reshape(blocks.shape).transpose(0, 1).flatten(0, 1)
+    levels = [trellis_path(paths[:, at : at + TRELLIS_PATHS]) for at in range(0, paths.shape[1], TRELLIS_PATHS)]
+    return torch.from_numpy(np.concatenate(levels, 1)).to(x.device).reshape(blocks.shape).transpose(0, 1).flatten(0, 1)
 
 
 def trellis_path(x: np.ndarray) -> np.ndarray:

@@ -39,19 +39,19 @@ def dense_mask(pos, cached: int, reach: int, null: int):
     T = pos.shape[1]
     queries = torch.arange(T, device=pos.device).unsqueeze(1)
     back = queries + cached - torch.arange(cached + T, device=pos.device)
-    seen = (back >= 0) & (back < reach) & (back <= pos.unsqueeze(-1))
-    return F.pad(seen, (null, 0), value=True).unsqueeze(1)
+    visible = (back >= 0) & (back < reach) & (back <= pos.unsqueeze(-1))
+    return F.pad(visible, (null, 0), value=True).unsqueeze(1)
 
 
 def block_mask(pos, cached: int, reach: int, null: int):
     """The same as a rule, for the fused kernel, which skips blocks no query sees."""
 
-    def seen(b, h, query, key):
+    def visible(b, h, query, key):
         back = query + cached - (key - null)
         return (key < null) | ((back >= 0) & (back < reach) & (back <= pos[b, query]))
 
     B, T = pos.shape
-    return create_block_mask(seen, B, None, T, null + cached + T, device=pos.device)
+    return create_block_mask(visible, B, None, T, null + cached + T, device=pos.device)
 
 
 def attention_mask(pos, cached: int, reach: int, null: int):

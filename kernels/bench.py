@@ -109,6 +109,15 @@ def results(function, args, weights=None):
     return [*(o.detach() for o in outputs), *grads]
 
 
+def true_results(definition, args, weights):
+    """The same in float64: on the CPU, unless the definition brings tensors of its own, which stay where they are."""
+    doubles = [_double(x) for x in args]
+    if isinstance(definition, partial):
+        return results(definition, doubles, weights)
+    doubles = [x.cpu() if torch.is_tensor(x) else x for x in doubles]
+    return results(definition, doubles, weights and [w.double().cpu() for w in weights])
+
+
 @contextmanager
 def poisoned():
     """Within it torch.empty is full of NaN: what is not written shows."""
@@ -159,15 +168,7 @@ def run_checks(device, dtypes):
         limit = 5e-6 if dtype == torch.float32 else 2e-2 if dtype == torch.bfloat16 else 3e-3
         for name, operation, definition, args, learns in check_cases(dtype, device):
             weights = [torch.randn(o.shape, device=device) for o in results(operation, args)] if learns else None
-            truth = (
-                results(
-                    definition,
-                    [_double(x).cpu() if torch.is_tensor(x) else x for x in args],
-                    weights and [w.double().cpu() for w in weights],
-                )
-                if not isinstance(definition, partial)
-                else results(definition, [_double(x) for x in args], weights)
-            )
+            truth = true_results(definition, args, weights)
             with poisoned():
                 once, again = results(operation, args, weights), results(operation, args, weights)
             error = worst_error([x.cpu() for x in once], [x.cpu().double() for x in truth])
@@ -413,17 +414,17 @@ def runnable(sides, left_out):
 def time_sides(sides, device, seconds):
     """name -> (median, 20th and 80th percentile): the sides take turns, after one call each to warm up."""
     busy = torch.ones(BENCH_BUSY, device=device) if device.type == "cuda" else None
-    seen = {name: [] for name in sides}
+    taken = {name: [] for name in sides}
     for function in sides.values():
         _clock(function, busy)
     begun, turn = time.perf_counter(), 0
     while turn < 5 or (time.perf_counter() - begun < seconds and turn < 200):
-        for name, times in seen.items():
+        for name, times in taken.items():
             if turn < 5 or statistics.median(times) * len(times) < seconds:  # a slow side does not hold up the others
                 times.append(_clock(sides[name], busy))
         turn += 1
-    quantiles = {name: statistics.quantiles(times, n=10) for name, times in seen.items()}
-    return {name: (statistics.median(times), quantiles[name][1], quantiles[name][7]) for name, times in seen.items()}
+    quantiles = {name: statistics.quantiles(times, n=10) for name, times in taken.items()}
+    return {name: (statistics.median(times), quantiles[name][1], quantiles[name][7]) for name, times in taken.items()}
 
 
 def ceilings(device):

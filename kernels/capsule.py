@@ -170,8 +170,8 @@ def _capsule_backward(r, p, u, loga, start, s0, dy, dsT):
     _add_crossing((dlog, dlog), reads, dp, weight, dweight)
     # the borders inside it
     inner = grads @ values.mT
-    own = inner.diagonal(0, 1, 2)[..., None]
-    dp, dweight = dp.addcmul_(own, weight), dweight.addcmul_(own, reads)
+    diagonal = inner.diagonal(0, 1, 2)[..., None]
+    dp, dweight = dp.addcmul_(diagonal, weight), dweight.addcmul_(diagonal, reads)
     for m, before, after in _borders(decay):
         if m < CAPSULE_BLOCK:
             part = _crossings(inner, m).reshape(-1, m, m)
@@ -594,9 +594,8 @@ def capsule_op(
     r: Tensor, p: Tensor, u: Tensor, loga: Tensor, start: Tensor | None, s0: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last state, and on CUDA the state that meets each chunk, which the backward starts from."""
-    if __debug__:
-        y, last = capsule_forward_cpu(r, p, u, loga, start, s0)
-        return y, last, s0.new_empty(0)
+    y, last = capsule_forward_cpu(r, p, u, loga, start, s0)
+    return y, last, s0.new_empty(0)
 
 
 @capsule_op.register_kernel("cuda")
@@ -623,8 +622,7 @@ def capsule_backward_op(
     dy: Tensor,
     dsT: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if __debug__:
-        return capsule_backward_cpu(r, p, u, loga, start, s0, dy, dsT)
+    return capsule_backward_cpu(r, p, u, loga, start, s0, dy, dsT)
 
 
 @capsule_backward_op.register_kernel("cuda")
@@ -665,10 +663,7 @@ def _check_capsules(r, p, u, loga, start, s0):
 
 def capsule_scan(r, p, u, loga, start=None, s0=None):
     """r, p, loga (B, T, H, C), u (B, T, H, d), start (B, T) bool, s0 (B, H, C, d) -> y like u, sT like s0, float32."""
-    if __debug__:
-        _check_capsules(r, p, u, loga, start, s0)
-    elif not u.is_cuda:  # `python -O`, and a packed file: the definition is all that a CPU needs to prove a GPU's code
-        return capsule_reference(r, p, u, loga, start, s0)
+    _check_capsules(r, p, u, loga, start, s0)
     B, _, H, d = u.shape
     wide = torch.float64 if u.dtype == torch.float64 else torch.float32
     s0 = torch.zeros(B, H, r.shape[3], d, dtype=wide, device=u.device) if s0 is None else s0.to(wide)

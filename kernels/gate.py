@@ -151,9 +151,9 @@ def gate_table():
 
 def gate_faults(rows, table, same_version):
     """What is wrong with the rows, in words; numbers compare with a table of the same version only."""
-    known, faults = {(row["kernel"], row["launch"]): row for row in table}, []
+    recorded, faults = {(row["kernel"], row["launch"]): row for row in table}, []
     for row in rows:
-        name, old = f"{row['kernel']} [{row['launch']}]", known.get((row["kernel"], row["launch"]))
+        name, old = f"{row['kernel']} [{row['launch']}]", recorded.get((row["kernel"], row["launch"]))
         if old is None:
             faults.append(f"{name}: not in {GATE_TABLE.name}; python -m kernels.gate --write")
             continue

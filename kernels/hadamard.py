@@ -129,8 +129,7 @@ def _check_walsh_rows(rows, m):
 
 def walsh_signs(rows, m):
     """Sequency rows (D,) -> signs (m, D): -1 where bit i of the natural index, bit-reverse(r ^ (r >> 1)), is set."""
-    if __debug__:
-        _check_walsh_rows(rows, m)
+    _check_walsh_rows(rows, m)
     gray = rows ^ (rows >> 1)
     bits = [(gray >> (m - 1 - i)) & 1 for i in range(m)]
     return 1.0 - 2.0 * torch.stack(bits)
@@ -252,8 +251,7 @@ def _check_walsh(x, signs, pos):
 
 def causal_walsh(x, signs, pos):
     """Sliding Walsh filters over 2^m inputs, signs (m, D): stages w_t += s_i w_{t - 2^i}, then one factor 2^(-m/2)."""
-    if __debug__:
-        _check_walsh(x, signs, pos)
+    _check_walsh(x, signs, pos)
     return causal_walsh_op(x, signs, pos, False)
 
 
@@ -487,8 +485,7 @@ def causal_haar_backward_triton(v, gates, pos, dy):
 
 @torch.library.custom_op("skc::causal_haar", mutates_args=())
 def causal_haar_op(v: Tensor, gates: Tensor, pos: Tensor) -> Tensor:
-    if __debug__:
-        return causal_haar_forward_cpu(v, gates, pos)
+    return causal_haar_forward_cpu(v, gates, pos)
 
 
 @causal_haar_op.register_kernel("cuda")
@@ -503,8 +500,7 @@ def causal_haar_fake(v, gates, pos):
 
 @torch.library.custom_op("skc::causal_haar_backward", mutates_args=())
 def causal_haar_backward_op(v: Tensor, gates: Tensor, pos: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    if __debug__:
-        return causal_haar_backward_cpu(v, gates, pos, dy)
+    return causal_haar_backward_cpu(v, gates, pos, dy)
 
 
 @causal_haar_backward_op.register_kernel("cuda")
@@ -536,8 +532,5 @@ def _check_haar(v, gates, pos):
 
 def causal_haar(v, gates, pos):
     """sum_i gate_i d^i + gate_m a^m of the causal Haar averages a and details d; gates (B, T, H, m + 1)."""
-    if __debug__:
-        _check_haar(v, gates, pos)
-    elif not v.is_cuda:  # `python -O`, and a packed file: the definition is all that a CPU needs to prove a GPU's code
-        return causal_haar_reference(v, gates, pos)
+    _check_haar(v, gates, pos)
     return causal_haar_op(v, gates, pos)

@@ -98,7 +98,9 @@ class Site(Part):
         self.paired = streams == 2
         if self.paired:
             self.blend = None if first else nn.Parameter(torch.zeros(1))  # the first pair is equal
-            self.write = nn.Parameter(torch.ones(2, 2, 1))
+            # of each part: the mean of the two streams' weights, and half their difference. A weight for each stream
+            # would not do: where an optimizer goes by signs, equal signs keep a pair equal, and no blend ever learns
+            self.spread = nn.Parameter(torch.tensor([[[1.0], [0.0]], [[1.0], [0.0]]]))
 
     def enter(self, xs: list, x0) -> list:
         """Blend a pair of streams (doubly stochastic, identity at first), then mix in the embedding."""
@@ -109,11 +111,12 @@ class Site(Part):
         return [mix[0] * x + mix[1] * x0 for x in xs]
 
     def add(self, xs: list, y, part: int) -> list:
-        """The mixer's output (part 0) or the MLP's (part 1), written to every stream."""
+        """The mixer's output (part 0) or the MLP's (part 1), written to each stream; at first to both alike."""
         y = self.scale[part].to(y.dtype) * y
         if not self.paired:
             return [xs[0] + y]
-        return [x + self.write[part, i].to(y.dtype) * y for i, x in enumerate(xs)]
+        mean, half = self.spread[part].to(y.dtype)
+        return [xs[0] + (mean + half) * y, xs[1] + (mean - half) * y]
 
 
 class Feedback(Part):

@@ -133,8 +133,7 @@ def softcap_ce_backward_triton(logits, targets, cap, lse, dnll, dlse):
 
 @torch.library.custom_op("skc::softcap_ce", mutates_args=())
 def softcap_ce_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    if __debug__:
-        return softcap_ce_forward_cpu(logits, targets, cap)
+    return softcap_ce_forward_cpu(logits, targets, cap)
 
 
 @softcap_ce_op.register_kernel("cuda")
@@ -152,8 +151,7 @@ def softcap_ce_fake(logits, targets, cap):
 def softcap_ce_backward_op(
     logits: Tensor, targets: Tensor, cap: float, lse: Tensor, dnll: Tensor, dlse: Tensor
 ) -> Tensor:
-    if __debug__:
-        return softcap_ce_backward_cpu(logits, targets, cap, lse, dnll, dlse)
+    return softcap_ce_backward_cpu(logits, targets, cap, lse, dnll, dlse)
 
 
 @softcap_ce_backward_op.register_kernel("cuda")
@@ -190,8 +188,5 @@ def _check_loss(logits, targets, cap):
 
 def softcap_ce(logits, targets, cap):
     """logits (N, V) floating, targets (N,) int64 -> nll, lse, each (N,) float32 and differentiable."""
-    if __debug__:
-        _check_loss(logits, targets, cap)
-    elif not logits.is_cuda:  # `python -O`, and a packed file: the definition is all that a CPU needs
-        return softcap_ce_reference(logits, targets, cap)[:2]
+    _check_loss(logits, targets, cap)
     return softcap_ce_op(logits, targets, float(cap))

@@ -50,17 +50,17 @@ def memory_chunk(q, k, v, log_keep, log_momentum, rate, start, state):
     document = start.cumsum(-1)
     same = (document.unsqueeze(-1) == document.unsqueeze(-2)).tril()
     old = document == 0  # what came before the chunk is of this document
-    kept, paced = decay_between(log_keep, same), decay_between(log_momentum, same)
+    keeps, paces = decay_between(log_keep, same), decay_between(log_momentum, same)
     from_memory, from_pace = log_keep.cumsum(-1).exp() * old, log_momentum.cumsum(-1).exp() * old
-    from_pace_read = (kept @ from_pace.unsqueeze(-1)).squeeze(-1)
-    reach = kept @ paced
+    from_pace_read = (keeps @ from_pace.unsqueeze(-1)).squeeze(-1)
+    reach = keeps @ paces
     step = rate.unsqueeze(-1) * (v - old.unsqueeze(-1) * (k @ state["origin"].mT))
     y = from_memory.unsqueeze(-1) * (q @ state["memory"].mT) + from_pace_read.unsqueeze(-1) * (q @ state["pace"].mT)
     y = y + (q @ k.mT * reach) @ step
     last = (..., slice(-1, None), None)
     memory = from_memory[last] * state["memory"] + from_pace_read[last] * state["pace"]
     memory = memory + (step * reach[..., -1, :, None]).mT @ k
-    pace = from_pace[last] * state["pace"] + (step * paced[..., -1, :, None]).mT @ k
+    pace = from_pace[last] * state["pace"] + (step * paces[..., -1, :, None]).mT @ k
     origin = state["origin"] * old[last]
     return y, {"origin": origin, "memory": memory, "pace": pace, "offset": state["offset"] + q.shape[2]}
 

@@ -39,21 +39,20 @@ def _ternary_grid(w, group, rule):
     w = w.unflatten(-1, (-1, group))
     size = w.abs()
     scale = _tree_sum(size) * (1 / group) if rule == "absmean" else (_tree_sum(w * w) * (1 / group)).sqrt()
-    kept = size > ((0.6 if rule == "ls" else 0.5) * scale)[..., None]
+    nonzero = size > ((0.6 if rule == "ls" else 0.5) * scale)[..., None]
     if rule == "ls":
-        scale = _tree_sum(size * kept) / _tree_sum(kept.float()).clamp(min=1)
+        scale = _tree_sum(size * nonzero) / _tree_sum(nonzero.float()).clamp(min=1)
     top = scale.amax(-1)
     row = (top * (1 / TERNARY_MAX_FACTOR)).half()
     row = torch.where(top > 0, row.clamp(min=TERNARY_MIN_ROW), row)  # a NaN stays one
     step = torch.where(row == 0, 1.0, row.float())
     factor = (scale / step[..., None] + 0.5).floor().clamp(1, TERNARY_MAX_FACTOR)
-    return (w.sign() * kept).flatten(-2), torch.where(scale == 0, 0, factor), row
+    return (w.sign() * nonzero).flatten(-2), torch.where(scale == 0, 0, factor), row
 
 
 def ternary_grid(w, group, rule):
     """w (..., N, K) float32 -> trits int8 like w, factor uint8 (..., N, K / group), row float16 (..., N)."""
-    if __debug__:
-        _check_ternary(w, group, rule)
+    _check_ternary(w, group, rule)
     trits, factor, row = _ternary_grid(w, group, rule)
     if not (torch.isfinite(w).all() and torch.isfinite(row).all()):
         raise ValueError("ternary weight: NaN, infinite, or a scale past float16; lower the learning rate")
@@ -152,8 +151,7 @@ def ternary_project_fake(w, group, rule):
 def ternary_project(w, group, rule):
     """The value of the grid of w (..., N, K), any number of layers at once. A NaN spoils its row instead of raising:
     a check would stall the device at every step."""
-    if __debug__:
-        _check_ternary(w, group, rule)
+    _check_ternary(w, group, rule)
     return ternary_project_op(w, group, rule)
 
 

@@ -49,8 +49,14 @@ class MasterGroup:
         self.average = self.master.clone() if self.average is None else self.average.lerp_(self.master, 1 / memory)
 
     def state(self) -> dict:
-        own = {"names": self.names, "steps": self.steps, "master": self.master, "slots": self.slots}
-        return own | {"average": self.average, "keep": self.keep}
+        return {
+            "names": self.names,
+            "steps": self.steps,
+            "master": self.master,
+            "slots": self.slots,
+            "average": self.average,
+            "keep": self.keep,
+        }
 
     def restore(self, state: dict) -> None:
         if self.names != state["names"]:

@@ -20,7 +20,7 @@ def orthogonalise(G, steps=5):
     bfloat16 on CUDA, where tensor cores make it free and the iteration corrects its own rounding; float32 on CPU,
     where bfloat16 matmuls are emulated and slower.
     """
-    if __debug__ and (G.dim() < 2 or not G.is_floating_point() or steps < 1):
+    if G.dim() < 2 or not G.is_floating_point() or steps < 1:
         raise ValueError(f"orthogonalise {tuple(G.shape)} {G.dtype}, {steps} steps: needs floats (..., N, K), one step")
     X = G.float()
     tall = G.shape[-2] > G.shape[-1]

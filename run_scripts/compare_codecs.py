@@ -97,15 +97,12 @@ class Trained:
         bpb = self.score(back(unpack(blob)[0]))
         return [name, f"{len(blob):,}", f"{bpb:.5f}", f"{bpb - self.bpb:+.5f}", f"{seconds:.1f}"]
 
-    def rounded(self, codec: str, curves: dict | None, turns: dict | None = None) -> tuple[bytes, float]:
-        """The file with all free matrices in one codec, to the nearest (curves None), by clip search ({}), by GPTQ."""
+    def rounded(self, codec: str, rounding: str, turns: dict | None = None) -> tuple[bytes, float]:
+        """The file with all free matrices in one codec, by one of ROUNDINGS; the grid reaches the largest weight."""
         began, by = time.process_time(), turns or {}
         rows = [r if r.parts else r._replace(codec=codec, tensor=turned(r.tensor, by.get(r.name))) for r in self.rows]
-        if curves is None:
-            rows = [r if r.parts else r._replace(parts=row_parts(r, clips={}, **self.grid)) for r in rows]
-        else:
-            curves = {name: turned_curve(curve, by.get(name)) for name, curve in curves.items()}
-            rows = gptq_rows(rows, curves, clips={}, **self.grid)
+        curves = {name: turned_curve(curve, by.get(name)) for name, curve in self.curves.items()}
+        rows = gptq_rows(rows, curves, clips={}, rounding=rounding, **self.grid)
         seconds = time.process_time() - began
         return pack(rows, {}, **self.grid), seconds
 
@@ -176,30 +173,31 @@ def markdown(title: str, head: list[str], rows: list[list]) -> str:
 
 
 def widths_table(t: Trained) -> str:
-    ways = {"nearest": None, "GPTQ-lite": {}, "GPTQ": t.curves}
-    rows = [t.line(f"{codec} {way}", *t.rounded(codec, curves)) for codec in WIDTHS for way, curves in ways.items()]
+    ways = {"nearest": "nearest", "GPTQ-lite": "lite", "GPTQ": "lite_gptq"}
+    rows = [t.line(f"{codec} {way}", *t.rounded(codec, name)) for codec in WIDTHS for way, name in ways.items()]
     return markdown(f"Uniform widths; before rounding {t.bpb:.5f} bpb", LOSSES, rows)
 
 
 def rotation_table(t: Trained) -> str:
     rows, ways = [], {"as it is": {}, "v and o folded": folded_turns(t), "all inputs online": online_turns(t)}
     for name, turns in ways.items():
-        for way, curves in {"nearest": None, "GPTQ": t.curves}.items():
-            found = t.rounded("int4", curves, turns)
-            rows.append(t.line(f"int4 {way}, {name}", *found, lambda tensors, by=turns: turned_back(tensors, by)))
+        for way, rounding in {"nearest": "nearest", "GPTQ": "lite_gptq"}.items():
+            blob, seconds = t.rounded("int4", rounding, turns)
+            title = f"int4 {way}, {name}"
+            rows.append(t.line(title, blob, seconds, lambda tensors, by=turns: turned_back(tensors, by)))
     return markdown(f"Rotation; the fold changes a logit by at most {logit_change(t):.1e}", LOSSES, rows)
 
 
 def ternary_table(t: Trained) -> str:
-    rows = [t.line(f"ternary {way}", *t.rounded("ternary", curves)) for way, curves in
-            {f"nearest ({t.c.rule})": None, "GPTQ": t.curves}.items()]  # fmt: skip
+    ways = {f"nearest ({t.c.rule})": "nearest", "GPTQ": "gptq"}
+    rows = [t.line(f"ternary {way}", *t.rounded("ternary", rounding)) for way, rounding in ways.items()]
     return markdown("Ternary after training", LOSSES, rows)
 
 
 def budget_table(t: Trained) -> str:
     felts, rows = {name: felt(curve) for name, curve in t.curves.items()}, []
     for codec in WIDTHS[:3]:
-        uniform, seconds = t.rounded(codec, t.curves)
+        uniform, seconds = t.rounded(codec, "lite_gptq")
         rows.append([*t.line(f"{codec} for all, GPTQ", uniform, seconds), ""])
         for kind in ("int6", "trellis"):  # the solver finds the width of integers by itself
             began, free = time.process_time(), [r if r.parts else r._replace(codec=kind) for r in t.rows]

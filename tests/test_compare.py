@@ -31,7 +31,7 @@ def trained(runs):
 
 
 def test_the_model_is_again_what_it_was_after_each_score(trained):
-    blob, _ = trained.rounded("int4", trained.curves)
+    blob, _ = trained.rounded("int4", "lite_gptq")
     assert trained.line("int4", blob, 0.0)[3] != "+0.00000"
     assert trained.score({}) == trained.bpb
     assert all(torch.equal(p, trained.held[name]) for name, p in trained.own.items())
@@ -40,7 +40,7 @@ def test_the_model_is_again_what_it_was_after_each_score(trained):
 def test_only_free_matrices_are_rounded_and_eight_bits_lose_less_than_four(trained):
     errors = []
     for codec in ("int4", "int8"):
-        tensors = unpack(trained.rounded(codec, {})[0])[0]
+        tensors = unpack(trained.rounded(codec, "lite")[0])[0]
         changed = {name: float((t - trained.held[name]).square().mean()) for name, t in tensors.items()}
         assert {name for name, error in changed.items() if error} == {r.name for r in trained.rows if not r.parts}
         errors.append(sum(changed.values()))

@@ -4,7 +4,9 @@ import json
 import math
 import os
 import random
+import resource
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -12,12 +14,15 @@ import brotli
 import pytest
 import torch
 
+from export import container
 from export.codecs import CODECS
 from export.container import (
     SKC_HEAD,
     Row,
     check_model,
     check_shipped,
+    inference_dtype,
+    inflate,
     pack,
     read_manifest,
     read_parts,
@@ -25,8 +30,10 @@ from export.container import (
     unpack,
     write_artifact,
 )
-from export.quantise import CODEC_NAMES, from_grid, row_rms, snap, to_grid
+from export.quantise import CODEC_NAMES, from_grid, row_rms, to_grid
 from export.trellis import trellis_grid
+from tests.grids import snap
+from tests.toys import documents, stirred, tiny
 
 GOLDEN = Path(__file__).parent / "golden.skc"
 GOLDEN_TRELLIS = Path(__file__).parent / "golden_trellis.skc"
@@ -85,8 +92,21 @@ def forged(blob, change):
     size = SKC_HEAD.unpack_from(blob)[-1]
     manifest = json.loads(brotli.decompress(blob[SKC_HEAD.size : SKC_HEAD.size + size]))
     change(manifest)
-    head = brotli.compress(json.dumps(manifest).encode())
-    return sealed(struct.pack("<I", len(head)) + head + blob[SKC_HEAD.size + size :])
+    return with_manifest(json.dumps(manifest).encode(), blob[SKC_HEAD.size + size :])
+
+
+def with_manifest(text, tail):
+    head = brotli.compress(text, quality=1)
+    return sealed(struct.pack("<I", len(head)) + head + tail)
+
+
+def with_side_stream(blob, change):
+    """The same file with another side stream, its size in the manifest and every checksum made right again."""
+    size = SKC_HEAD.unpack_from(blob)[-1]
+    at, manifest = SKC_HEAD.size + size, json.loads(brotli.decompress(blob[SKC_HEAD.size : SKC_HEAD.size + size]))
+    stop = at + manifest["rest"]
+    rest = brotli.compress(change(brotli.decompress(blob[at:stop])), quality=5)
+    return with_manifest(json.dumps(manifest | {"rest": len(rest)}).encode(), rest + blob[stop:])
 
 
 # ---- what trains is what ships ----
@@ -117,16 +137,14 @@ def test_each_way_to_ship_something_else_is_noticed(what, fault):
         check_shipped(snapped(rows), unpack(fault(rows))[0])
 
 
-def test_a_file_left_to_brotli_holds_the_same_and_needs_no_decoder():
+def test_a_file_left_to_brotli_holds_the_same():
     rows = masters()
-    plain, coded = pack(rows, META, group=16, rule="ls", clips=CLIPS, coded=False), packed(rows)
-    for tensors, meta in (unpack(plain), unpack(plain, coded=False)):
-        check_shipped(snapped(rows), tensors)
-        assert meta == META
+    plain = pack(rows, META, group=16, rule="ls", clips=CLIPS, coded=False)
+    tensors, meta = unpack(plain)
+    check_shipped(snapped(rows), tensors)
+    assert meta == META
     manifest = read_manifest(plain)[0]
     assert (manifest.lanes, manifest.books) == (0, {}) and {w for e in manifest.entries for w in e.words} == {-1}
-    with pytest.raises(ValueError, match="coded planes: read it as `coded`"):
-        unpack(coded, coded=False)
 
 
 def test_loading_does_not_quantise_again():
@@ -409,9 +427,10 @@ def fuzz(count, seed):
             bad = mutated(blob, rng)
         elif i % 8 == 6:
             bad = sealed(mutated(blob, rng)[8:])
+        elif i % 16 == 7:
+            bad = with_side_stream(blob, lambda rest: mutated(rest, rng) + bytes(rng.choice([0, 0, 1, 1 << 20])))
         else:
-            head = brotli.compress(mutated_text(text, rng), quality=1)
-            bad = sealed(struct.pack("<I", len(head)) + head + tail)
+            bad = with_manifest(mutated_text(text, rng), tail)
         try:
             found = unpack(bad)[0]
         except ValueError as error:
@@ -430,6 +449,55 @@ def test_mutated_files_give_a_clean_error_or_the_same_model():
 @pytest.mark.slow
 def test_twelve_thousand_mutated_files_give_a_clean_error_or_the_same_model():
     assert fuzz(12_000, seed=1) > 10_000
+
+
+BOMB = 1 << 24  # zeros, some twenty bytes of brotli
+
+
+@pytest.mark.parametrize(
+    ("bomb", "message"),
+    [
+        (lambda: with_manifest(b" " * BOMB, b""), "the manifest grows past its 1,048,576 bytes"),
+        (lambda: with_side_stream(packed(), lambda rest: rest + bytes(BOMB)), "the side stream grows past its"),
+        (lambda: with_side_stream(packed(), lambda rest: rest + b"x"), "the side stream grows past its"),
+        (lambda: with_side_stream(packed(), lambda rest: rest[:-1]), "the side stream ends at"),
+    ],
+)
+def test_a_stream_that_inflates_past_what_its_file_needs_is_given_up_there(bomb, message):
+    blob = bomb()
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=message):
+        unpack(blob)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < BOMB / 4
+
+
+def test_a_reader_without_a_limit_is_caught(monkeypatch):
+    """The planted fault: all of the stream is inflated, then looked at."""
+    blob = with_manifest(b" " * BOMB, b"")
+    monkeypatch.setattr(container, "inflate", lambda blob, limit, what: brotli.decompress(blob))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="does not parse"):
+        unpack(blob)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak > BOMB
+
+
+@pytest.mark.parametrize("cut", [0, 1, 5, -1])
+def test_a_stream_that_ends_early_does_not_decompress(cut):
+    stream = brotli.compress(bytes(range(256)))
+    assert inflate(stream, 256, "it") == bytes(range(256))
+    with pytest.raises(ValueError, match="it does not decompress"):
+        inflate(stream[:cut], 256, "it")
+    with pytest.raises(ValueError, match="it does not decompress"):
+        inflate(stream + b"more", 256, "it")
+
+
+def test_a_manifest_that_no_reader_would_take_is_not_written():
+    with pytest.raises(ValueError, match="readers take 1,048,576"):
+        pack([], {"note": "x" * (1 << 20)})
 
 
 def test_only_the_checksum_sees_a_changed_scale(monkeypatch):
@@ -461,6 +529,37 @@ def test_a_good_file_is_never_replaced_by_a_bad_one(tmp_path):
             write_artifact(path, bad)
         assert path.read_bytes() == blob
     assert os.listdir(tmp_path) == ["final_model.skc"]
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path):
+    path, blob = tmp_path / "final_model.skc", packed()
+    write_artifact(path, blob)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(blob) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"final_model\.skc"):
+            write_artifact(path, blob)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == blob
+    assert os.listdir(tmp_path) == ["final_model.skc"]
+    with pytest.raises(OSError, match=r"nowhere/final_model\.skc"):
+        write_artifact(tmp_path / "nowhere" / "final_model.skc", blob)
+
+
+def test_the_dtype_of_the_file_is_the_one_that_scores():
+    c = tiny()
+    model, tokens, logits = stirred(c), documents(c), {}
+    for name in ("float32", "bfloat16"):
+        meta = unpack(pack([], {"config": {"dtype": name}}))[1]
+        model.dtype = inference_dtype(meta)
+        assert str(model.dtype) == f"torch.{name}"
+        with torch.no_grad():
+            logits[name] = model(tokens)[0]
+    assert not torch.equal(logits["float32"], logits["bfloat16"])
+    for config in ({"dtype": "auto"}, {}):
+        with pytest.raises(ValueError, match="in the artifact: its writer must store one of float32, bfloat16"):
+            inference_dtype({"config": config})
 
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from torch import nn
 
 from export.container import Row, pack, unpack
 from export.gptq import (
+    ROUNDINGS,
     Curvature,
     CurvatureCollector,
     clip_search,
@@ -14,7 +15,6 @@ from export.gptq import (
     gptq_int,
     gptq_rows,
     gptq_ternary,
-    low_rank,
     output_error,
 )
 from export.quantise import from_grid, int_grid, int_round, int_value, to_grid
@@ -95,17 +95,6 @@ def test_a_hessian_of_zeros_is_refused(layer):
         gptq_int(layer[0], torch.zeros(K, K), 6, clip_search(layer[0], 6))
 
 
-def test_low_rank_takes_harm_away(layer):
-    w, h = layer
-    q, curve = int_value(*int_grid(w, 4, 0)), Curvature(h, torch.rand(N) + 0.1, 512)
-    harms = [
-        float((output_error(w, q + a @ b, h) * curve.outputs).sum())
-        for a, b in (low_rank(w, q, curve, rank) for rank in (1, 4, 16))
-    ]
-    assert harms == sorted(harms, reverse=True)
-    assert harms[-1] < 0.2 * float((output_error(w, q, h) * curve.outputs).sum())
-
-
 def test_rows_get_gptq_where_curvature_is_known_and_never_do_more_harm(layer):
     w, h = layer
     curve = Curvature(h, torch.rand(N), 512)
@@ -115,7 +104,7 @@ def test_rows_get_gptq_where_curvature_is_known_and_never_do_more_harm(layer):
         Row("t", w.flip(1), "ternary"),
         Row("g", w[0] + 0, "fp16"),
     ]
-    a, b, t, g = gptq_rows(rows, {"a": curve, "t": curve}, group=16, rule="ls", clips={})
+    a, b, t, g = gptq_rows(rows, {"a": curve, "t": curve}, group=16, rule="ls", clips={}, rounding="lite_gptq")
     lite = int_round(w, clip_search(w, 4).float(), 4)
     assert loss(w, "int4", a.parts, h) < loss(w, "int4", lite, h)
     assert torch.equal(b.parts[0], lite[0].flip(0))
@@ -130,6 +119,21 @@ def test_a_clip_of_the_family_sets_the_step(layer):
     curves, clips = {"a": Curvature(h, torch.ones(N), 1)}, {"int6": 11.5}
     (row,) = gptq_rows([Row("a", w, "int6")], curves, group=16, rule="ls", clips=clips)
     assert torch.equal(row.parts[1], int_grid(w, 6, 11.5)[1])
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_each_rounding_is_what_its_name_says(layer, rounding):
+    w, h = layer
+    curves = {"a": Curvature(h, torch.ones(N), 1), "t": Curvature(h, torch.ones(N), 1)}
+    rows = [Row("a", w, "int4"), Row("t", w + 0, "ternary")]
+    searched, fed_back = "lite" in rounding, "gptq" in rounding
+    for clip in (0.0, 6.0):  # the largest weight, or six deviations: neither asks for a search
+        a, t = gptq_rows(rows, curves, group=16, rule="ls", clips={"int4": clip}, rounding=rounding)
+        step = clip_search(w, 4) if searched else int_grid(w, 4, clip)[1]
+        assert torch.equal(a.parts[1], step)
+        nearest = int_round(w, step.float(), 4)[0]
+        assert torch.equal(a.parts[0], nearest) != fed_back
+        assert (t.parts is not None) == fed_back
 
 
 def test_the_collector_means_over_all_tokens_and_leaves_no_hook():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from eval import modes
+from eval import adapters, modes
 from eval.__main__ import main
 from eval.engram import ENGRAM_ALPHA_SHAPE, EvalEngram
 from eval.legality import Probes
@@ -417,11 +417,11 @@ def watch(monkeypatch, twin):
             super().__init__(*arguments)
             twin.learners.append(lambda: (self.memory.tag, self.memory.total, self.memory.held))
 
-        def learn(self, done):
-            super().learn(done)
+        def absorb(self, done):
+            super().absorb(done)
             twin.events += [("learn", span.start, span.stop, twin.digest()) for span in done.spans]
 
-    class Learner(modes.LaneLearner):
+    class Learner(adapters.LaneLearner):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             twin.learners.append(lambda: [row.detach() for row in self.steps.rows])
@@ -432,7 +432,7 @@ def watch(monkeypatch, twin):
                 twin.events += [("learn", start, stop, twin.digest()) for *_, start, stop in done.window.places]
 
     monkeypatch.setattr(modes, "EngramReader", Reader)
-    monkeypatch.setattr(modes, "LaneLearner", Learner)
+    monkeypatch.setattr(adapters, "LaneLearner", Learner)
     return twin
 
 

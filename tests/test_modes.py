@@ -9,20 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from eval import modes
+from eval.adapters import LaneAdam, LaneLearner, adapted_parameters, check_scope, frozen_tables
 from eval.engram import ENGRAM_ALPHA_SHAPE, EvalEngram
-from eval.modes import (
-    EVAL_MODES,
-    LaneAdam,
-    LaneLearner,
-    adapt_lanes,
-    evaluate_modes,
-    fit_engram,
-    fit_temperature,
-    frozen_tables,
-    legal_ttt,
-)
+from eval.journal import Journal
+from eval.modes import EVAL_MODES, evaluate_modes, fit_engram, fit_temperature, legal_ttt, score
 from eval.score import EvalSettings, PlainReader, ScoreRound, Span, bpb, lane_groups, score_charge, without_graph
 from tests.toys import stirred, tiny
+from train_gpt import GPT
 
 V, D = 16, 8
 LEARNING = ("ttt", "all")
@@ -74,10 +67,7 @@ def stream(n, seed=0):
 
 
 def spans_of(mode, tokens, s, model=None):
-    ones, model, spans = np.ones_like(tokens), model or Toy(), []
-    for lanes in modes.mode_groups(tokens, ones, mode, s):
-        spans += adapt_lanes(model, tokens, ones, mode, s, lanes, ALPHA)
-    return spans
+    return list(score(model or Toy(), tokens, np.ones_like(tokens), mode, s, alpha=ALPHA))
 
 
 def nats_of(mode, tokens, s, model=None):
@@ -132,11 +122,12 @@ def test_a_changed_token_changes_no_score_before_it(mode):
 def test_a_learner_that_looks_ahead_is_caught(monkeypatch):
     """Planted: the chunk is learned from, then scored."""
 
-    def train_then_score(reader, windows, nbytes, carry):
-        learner = reader.aim.__self__
+    def train_then_score(reader, learner, windows, nbytes, carry):
         for window in windows:
+            learner.aim(window)
             whole = slice(0, window.x.shape[1])
             learner.learn(ScoreRound(window, reader.forward(window, None)[0], whole, (), closes=True))
+            learner.aim(window)
             nats, _ = reader.forward(window, None)
             yield ScoreRound(window, nats, whole, score_charge(window, whole, nats, nbytes), closes=True)
 
@@ -224,7 +215,7 @@ def test_the_weights_come_back_when_the_evaluation_is_cut_short(scope):
 
 def test_packed_tables_are_outside_every_scope_and_guarded():
     model = Toy()
-    assert all(p is not model.table for p in modes.scope_of(model, settings(ttt_scope="all")))
+    assert all(p is not model.table for p in adapted_parameters(model, "all"))
     kept = model.table.detach().clone()
     with pytest.raises(RuntimeError, match="packed tables"), frozen_tables([model.gain, model.table]):
         model.table.data[0, 0] += 1
@@ -239,7 +230,7 @@ def test_packed_tables_are_outside_every_scope_and_guarded():
 
 def test_a_scope_is_a_set_of_parameters_by_identity_and_never_empty():
     model = Toy()
-    count = {scope: len(modes.scope_of(model, settings(ttt_scope=scope))) for scope in ("scales", "all")}
+    count = {scope: len(adapted_parameters(model, scope)) for scope in ("scales", "all")}
     assert count == {"scales": 1, "all": 6}  # embedding, two weights and biases, gain; the table is frozen
     tokens, _ = stream(60)
     for change, words in [
@@ -300,9 +291,9 @@ def learner_after(chunks, **changes):
     s, model = settings(eval_lanes=1, eval_batch=1, **changes), Toy().eval()
     reader, state = PlainReader(model, s), None
     learner = LaneLearner(reader, 1)
-    reader.aim = learner.aim
     windows = modes.cut_windows(tokens, [(0, 1, 200)], s.ttt_chunk, s.ttt_chunk, torch.device("cpu"))
     for window, _ in zip(windows, range(chunks)):
+        learner.aim(window)
         nats, state = reader.forward(window, state)
         learner.learn(ScoreRound(window, nats, slice(0, 8), (), closes=True))
         state = without_graph(state)
@@ -383,37 +374,92 @@ def test_a_mode_without_its_constants_or_without_a_name_is_an_error():
         evaluate_modes(Toy(), tokens, nbytes, settings(), ["best"])
 
 
+def test_a_scope_that_adapts_nothing_fails_before_any_mode_is_scored():
+    tokens, nbytes = stream(60)
+    model = Toy()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
+    for scope, words in [("none", "matches nothing in this model"), ("engram", "matches nothing in this model")]:
+        with pytest.raises(ValueError, match=words):
+            evaluate_modes(model, tokens, nbytes, settings(ttt_scope=scope), ["chunked", "ttt"])
+    model.linears_offered = {}
+    with pytest.raises(ValueError, match="the model offers no linears"):
+        evaluate_modes(model, tokens, nbytes, settings(), ["chunked", "ttt"])
+
+
+def test_scopes_are_checked_on_a_model_without_weights():
+    with torch.device("meta"):
+        model, bare = GPT(tiny(engram_layers="1")), GPT(tiny())
+    for scope in SCOPES:
+        check_scope(model, scope)
+    with pytest.raises(ValueError, match="'engram' matches nothing"):
+        check_scope(model, "engram")
+    with pytest.raises((ValueError, KeyError), match="scale"):
+        check_scope(bare, "scale")
+
+
 @pytest.mark.parametrize("mode", EVAL_MODES)
 def test_an_interrupted_evaluation_resumes_and_gives_the_same_sum(mode, tmp_path, monkeypatch):
     tokens, nbytes = stream(150)
     whole = evaluate_modes(Toy(), tokens, nbytes, settings(), [mode], alpha=ALPHA)[mode]
-    honest, seen = modes.within, []
+    honest, scored = modes.adapt_lanes, []
 
-    def cut(spans, deadline, which, s):
-        for span in honest(spans, deadline, which, s):
+    def cut(*arguments):
+        for span in honest(*arguments):
             if span.lane == 3:
                 raise KeyboardInterrupt
             yield span
 
-    def count(spans, deadline, which, s):
-        for span in honest(spans, deadline, which, s):
-            seen.append(span.lane)
+    def count(*arguments):
+        for span in honest(*arguments):
+            scored.append(span.lane)
             yield span
 
-    monkeypatch.setattr(modes, "within", cut)
+    def again(model, folder):
+        return evaluate_modes(model, tokens, nbytes, settings(), [mode], alpha=ALPHA, journal=Journal(folder))[mode]
+
+    monkeypatch.setattr(modes, "adapt_lanes", cut)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_modes(Toy(), tokens, nbytes, settings(), [mode], alpha=ALPHA, resume=tmp_path)
-    monkeypatch.setattr(modes, "within", count)
-    again = evaluate_modes(Toy(), tokens, nbytes, settings(), [mode], alpha=ALPHA, resume=tmp_path)[mode]
-    assert (again.nats, again.nbytes, again.by_position) == (whole.nats, whole.nbytes, whole.by_position)
-    assert set(seen) == {2, 3}  # lanes 0 and 1 were done
+        again(Toy(), tmp_path)
+    monkeypatch.setattr(modes, "adapt_lanes", count)
+    one = again(Toy(), tmp_path)
+    assert (one.nats, one.nbytes, one.by_position) == (whole.nats, whole.nbytes, whole.by_position)
+    assert set(scored) == {2, 3}  # lanes 0 and 1 were done
     other = Toy()
     other.gain.data += 1
-    evaluate_modes(other, tokens, nbytes, settings(), [mode], alpha=ALPHA, resume=tmp_path)
-    assert set(seen) == {0, 1, 2, 3}  # another model's spans are not taken
+    again(other, tmp_path)
+    assert set(scored) == {0, 1, 2, 3}  # another model's spans are not taken
     (tmp_path / "full").write_text("")  # a place that takes no spans
-    kept = evaluate_modes(Toy(), tokens, nbytes, settings(), [mode], alpha=ALPHA, resume=tmp_path / "full")[mode]
-    assert kept.nats == whole.nats
+    assert again(Toy(), tmp_path / "full").nats == whole.nats
+
+
+def test_a_timeout_keeps_the_groups_that_were_finished(tmp_path, monkeypatch):
+    tokens, nbytes = stream(150)
+    clock, place, both = iter(range(100_000)), Journal(tmp_path), ["chunked", "stream"]
+    monkeypatch.setattr(modes.time, "monotonic", lambda: next(clock))  # every look at it takes a second
+    with pytest.raises(TimeoutError, match=r"is spent in mode stream, lane [23]"):
+        evaluate_modes(Toy(), tokens, nbytes, settings(eval_seconds=40), both, journal=place)
+    finished = {"chunked.0.npz", "chunked.1.npz", "stream.0.npz"}
+    assert {path.name for path in tmp_path.glob("*/*")} == finished
+    monkeypatch.setattr("eval.journal.write_spans", lambda path, spans: finished.add(path.name))
+    evaluate_modes(Toy(), tokens, nbytes, settings(eval_seconds=4000), both, journal=place)
+    assert len(finished) == 4  # one more: a larger budget is no other evaluation
+
+
+@pytest.mark.parametrize("mode", ["chunked", "sliding", "all"])
+def test_progress_is_told_as_it_is_made_and_ends_with_all_of_it(mode, tmp_path):
+    tokens, nbytes = stream(700)
+    told = []
+    teller = Journal(tmp_path, lambda **row: told.append(row))
+    one = evaluate_modes(Toy(), tokens, nbytes, settings(), [mode], alpha=ALPHA, journal=teller)[mode]
+    done = [row["done"] for row in told]
+    assert 10 < len(told) <= 21 and done == sorted(set(done))
+    assert told[-1].keys() == {"mode", "done", "of", "seconds"} and told[-1]["mode"] == mode
+    assert {row["of"] for row in told} == {one.tokens} and done[-1] > 0.95 * one.tokens
+    parts = set()
+    teller = Journal(None, lambda **row: parts.add(row["of"]))
+    for rank in range(2):
+        list(score(Toy(), tokens, nbytes, mode, settings(), ranks=(rank, 2), alpha=ALPHA, journal=teller))
+    assert sum(parts) == one.tokens
 
 
 def test_constants_are_fitted_on_training_tokens_before_scoring():

@@ -8,21 +8,14 @@ from hypothesis import strategies as st
 from export.quantise import (
     CODEC_NAMES,
     INT_BITS,
-    from_grid,
     int_grid,
     int_levels,
     int_round,
     int_value,
     row_rms,
-    snap,
     to_grid,
 )
-
-
-@pytest.mark.parametrize("codec", CODEC_NAMES)
-def test_snap_is_what_the_parts_mean(codec):
-    w = torch.randn(6, 64)
-    assert torch.equal(snap(w, codec, group=32), from_grid(codec, to_grid(w, codec, group=32)))
+from tests.grids import snap
 
 
 @pytest.mark.parametrize("bits", INT_BITS.values())

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from export.quantise import snap
-from export.rotate import embedding_and_projection, online, rotate, turn, values_and_output
+from export.rotate import Fold, rotate, turn, values_and_output
+from tests.grids import snap
 
 HEADS, HEAD, WIDTH, VOCAB, FACTOR = 4, 16, 64, 50, 32
 
@@ -19,7 +19,7 @@ def weights():
     return found
 
 
-def logits(w, tokens, turned=False):
+def logits(w, tokens):
     """Two attention layers that share the first layer's values, a factored embedding and a plain layer."""
     x, first = w["emb"][tokens] @ w["proj"].T, None
     for i in range(2):
@@ -27,12 +27,11 @@ def logits(w, tokens, turned=False):
         first = v if first is None else first
         y = F.scaled_dot_product_attention(q, k, 0.7 * v + 0.3 * first, is_causal=True).transpose(1, 2).flatten(-2)
         x = x + y @ w[f"o{i}"].T
-    return (x + (turn(x, WIDTH) if turned else x) @ w["up"].T) @ w["head"].T
+    return (x + x @ w["up"].T) @ w["head"].T
 
 
 FOLDS = [
-    embedding_and_projection("emb", "proj", FACTOR),
-    online("up", WIDTH),
+    Fold("emb", 1, "proj", 1, FACTOR),
     *(values_and_output(f"v{i}", f"o{i}", HEAD) for i in range(2)),
 ]
 
@@ -40,15 +39,18 @@ FOLDS = [
 def test_the_float_function_is_preserved():
     w, tokens = weights(), torch.randint(VOCAB, (2, 12))
     turned = rotate(w, FOLDS, qat=False)
-    assert (logits(w, tokens) - logits(turned, tokens, turned=True)).abs().max() < 1e-4
-    assert all(not torch.equal(w[name], turned[name]) for name in ("emb", "proj", "up", "v0", "o1"))
+    assert (logits(w, tokens) - logits(turned, tokens)).abs().max() < 1e-4
+    assert all(not torch.equal(w[name], turned[name]) for name in ("emb", "proj", "v0", "o1"))
     assert w.keys() == turned.keys()
 
 
-@pytest.mark.parametrize("faulty", [FOLDS[:2] + FOLDS[3:], [FOLDS[0]._replace(other="head")], [online("q0", 16)]])
+HALVES = FOLDS[:1] + FOLDS[2:], [FOLDS[0]._replace(other="head")], [Fold("q0", 1, "up", 0, 16)]
+
+
+@pytest.mark.parametrize("faulty", HALVES)
 def test_half_a_fold_would_be_noticed(faulty):
     w, tokens = weights(), torch.randint(VOCAB, (2, 12))
-    assert (logits(w, tokens) - logits(rotate(w, faulty, qat=False), tokens, turned=True)).abs().max() > 1e-2
+    assert (logits(w, tokens) - logits(rotate(w, faulty, qat=False), tokens)).abs().max() > 1e-2
 
 
 def test_a_gain_between_two_matrices_does_not_commute():
@@ -59,9 +61,8 @@ def test_a_gain_between_two_matrices_does_not_commute():
 
 
 def test_outliers_spread_and_int4_comes_nearer():
-    w = weights()
-    turned = rotate(w, [online("up", WIDTH)], qat=False)
-    errors = [(snap(v["up"], "int4") - v["up"]).square().mean() for v in (w, turned)]
+    w = weights()["up"]
+    errors = [(snap(v, "int4") - v).square().mean() for v in (w, turn(w, WIDTH))]
     assert errors[1] < 0.3 * errors[0]
 
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from eval.bench import VOCAB, engram_speed, overhead, zipf_text
-from eval.score import EvalSettings, Score, Span, bpb, breakdown, cut_windows, red_flags, score
+from eval.modes import evaluate_modes, score
+from eval.score import EvalSettings, Score, Span, bpb, breakdown, cut_windows, red_flags
 
 V = 16
 MODES = ("chunked", "sliding", "stream")
@@ -68,7 +69,9 @@ def test_every_token_is_charged_once_by_any_number_of_ranks(mode, shape):
     s, model = settings(seq_len, stride, lanes, batch), Echo()
     one = sorted(score(model, tokens, nbytes, mode, s))
     for world in (2, 8):
-        many = sorted(span for rank in range(world) for span in score(model, tokens, nbytes, mode, s, rank, world))
+        many = sorted(
+            span for rank in range(world) for span in score(model, tokens, nbytes, mode, s, ranks=(rank, world))
+        )
         assert many == one
         assert all((a.each == b.each).all() for a, b in zip(one, many))
     cover = np.zeros(n, int)
@@ -233,14 +236,14 @@ def test_a_leak_inside_a_window_shows_as_a_broken_order():
 def test_what_cannot_be_scored_is_named():
     tokens, nbytes = stream(40)
     for arguments, words in [
-        ((tokens, nbytes, "striding", settings()), "unknown mode 'striding'"),
-        ((tokens, nbytes, "sliding", settings(stride=17)), "eval_stride=17"),
-        ((tokens, nbytes, "stream", settings(lanes=3)), "eval_lanes=3"),
-        ((tokens[:1], nbytes[:1], "stream", settings()), "validation set is empty: 1 tokens"),
-        ((tokens, nbytes[:39], "stream", settings()), "39 byte counts for 40 tokens"),
+        ((tokens, nbytes, settings(), ["striding"]), "unknown mode 'striding'"),
+        ((tokens, nbytes, settings(stride=17), ["sliding"]), "eval_stride=17"),
+        ((tokens, nbytes, settings(lanes=3), ["stream"]), "eval_lanes=3"),
+        ((tokens[:1], nbytes[:1], settings(), ["stream"]), "validation set is empty: 1 tokens"),
+        ((tokens, nbytes[:39], settings(), ["stream"]), "39 byte counts for 40 tokens"),
     ]:
         with pytest.raises(ValueError, match=words):
-            list(score(Echo(), *arguments))
+            evaluate_modes(Echo(), *arguments)
 
 
 def test_memory_that_runs_out_names_the_field_and_lowers_nothing():
