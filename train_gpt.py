@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from eval.score import EvalSettings, evaluating, red_flags
 from eval.tokens import byte_table, sidecar_bytes, stream_bytes
 from export.budget import BYTE_CAP, check_budget, describe, solve_budget
 from export.container import Row, check_model, check_shipped, pack, read_manifest, row_parts, unpack, write_artifact
-from export.gptq import CurvatureCollector, felt, gptq_rounding, gptq_rows
+from export.gptq import ROUNDINGS, CurvatureCollector, felt, gptq_rounding, gptq_rows
 from export.quantise import STEP_CODECS, int_grid, int_value
 from kernels.attention import attend, attention_mask, positions, rotary_tables, rotate_pairs
 from kernels.capsule import capsule_scan, routing_statistics
@@ -153,6 +152,7 @@ class Config:
     embed_codec: str = structural("int6", "codec of embedding and engram tables", "GRIDS")
     group: int = free(128, "inputs that share a ternary scale", least=1)
     rule: str = structural("ls", "ternary threshold and scale: absmean, rms or ls")
+    rounding: str = structural("gptq", "how matrices that trained on no grid are rounded", "ROUNDINGS")
     clip: float = free(12.0, "int-k clip in standard deviations of the row")
     code_bytes: int = free(48_000, "bytes of the cap set aside for the packed code")
     # optimisation
@@ -266,6 +266,7 @@ def load_config(
     profile = profile or env.get("PROFILE", DEFAULT_PROFILE)
     registries = {"MIXERS": MIXERS, "ACTIVATIONS": ACTIVATIONS, "GRIDS": GRIDS, "OPTIMIZERS": OPTIMIZERS}
     registries |= {"EVAL_MODES": EVAL_MODES, "SCHEDULES": SCHEDULES, "PARTS": PARTS, "SCOPES": SCOPES}
+    registries["ROUNDINGS"] = ROUNDINGS
     c, origin = read_config(Config, words, env, PROFILES, profile, stored, registries)
     check_config(c)
     return c, origin
@@ -726,6 +727,10 @@ class GPT(Part):
         inside = {id(p) for m in self.modules() if isinstance(m, holders) for p in m.parameters()}
         return [p for _, p, family in family_rows(self) if id(p) in inside and family in names]
 
+    def tables(self) -> list[nn.Parameter]:
+        """Packed tables: they ship as they are, and evaluation changes none."""
+        return [] if self.engram is None else list(self.engram.parameters())
+
     def linears(self) -> dict[str, nn.Module]:
         """Places an adapter may sit."""
         return {name: m for name, m in self.blocks.named_modules() if isinstance(m, Linear)}
@@ -738,7 +743,6 @@ SCOPES = {  # what test-time training may adapt: modules, and the families of th
     "capsules": ((Koopman, Capsules), CONTROLS),
     "skc_safe": ((Decay, Conv, Site), CONTROLS),
     "feedback": (Feedback, CONTROLS),
-    "engram": (Engram, ("engram",)),
     "all": (GPT, ("matrix", "control", "embed", "engram", "vector", "gate")),
 }
 
@@ -827,9 +831,6 @@ class Optimizer:
         self.project()
         self.model.zero_grad(set_to_none=True)
         return norms
-
-    def state(self) -> list[dict]:
-        return [g.state() for g in self.groups]
 
     def restore(self, state: list[dict]) -> None:
         for g, row in zip(self.groups, state, strict=True):
@@ -1032,7 +1033,7 @@ def checkpoint(c: Config, rt: Runtime, run: Run, log: Log) -> None:
         "config": field_values(c),
         "clock": {"step": clock.step, "seconds": clock.seconds},
         "multiplier": optimizer.last_multiplier,
-        "optimizer": optimizer.state(),
+        "optimizer": [g.state() for g in optimizer.groups],
         "buffers": {name: b for name, b in model.named_buffers() if name in model.state_dict()},
         "windows": data.feed.order.position * rt.world,
         "rng": torch.get_rng_state(),
@@ -1133,9 +1134,10 @@ def pack_rows(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> by
     if "qat" in c.parts or not c.reserve_seconds:
         clips = {row.codec: c.clip for row in rows}
         return pack(rows, meta, group=c.group, rule=c.rule, clips=clips, coded="plain" not in c.parts)
-    grid, trained, curves = grid_settings(c), trained_on_grid(c, run.model), curvature(c, rt, run, log)
+    grid, trained = grid_settings(c), trained_on_grid(c, run.model)
+    curves = curvature(c, rt, run, log) if ROUNDINGS[c.rounding].feeds_back else {}
     rows = [row._replace(parts=row_parts(row, **grid)) if row.name in trained else row for row in rows]
-    blob = pack(gptq_rows(rows, curves, **grid), meta, **grid)
+    blob = pack(gptq_rows(rows, curves, rounding=c.rounding, **grid), meta, **grid)
     if any(row.codec in STEP_CODECS and row.parts is None and row.name not in curves for row in rows):
         return blob
     target, felts = min(len(blob), BYTE_CAP - c.code_bytes), {name: felt(curve) for name, curve in curves.items()}
@@ -1217,8 +1219,8 @@ def evaluate(c: Config, rt: Runtime, model: GPT, constants: dict, val: Validatio
     for mode, score in scores.items():
         facts = {"bpb": score.bpb, "nats": score.nats, "nbytes": score.nbytes, "seconds": score.seconds}
         log.record("eval", mode=mode, **facts, tokens=score.tokens, spans=score.spans, **score.detail)
-        speed = f"{score.tokens_per_second:,.0f} tokens/s  {score.seconds:.1f} s"
-        log.text(f"{mode:8} bpb {score.bpb:.5f}{' (partial)' * score.partial}  {speed}")
+        speed, note = f"{score.tokens_per_second:,.0f} tokens/s", " (partial)" * score.partial
+        log.text(f"{mode:8} bpb {score.bpb:.5f}{note}  {speed}  {score.seconds:.1f} s")
     for flag in red_flags(scores):
         log.alert("red flag", flag)
     return {f"val_bpb_{mode}": score.bpb for mode, score in scores.items()}
@@ -1233,7 +1235,9 @@ def main(c: Config, rt: Runtime, origin: dict[str, str]) -> None:
     folder = Path(c.runs) / c.run_id
     require_unused(folder)
     require_same(rt.ranks, "the run's name", folder.name)
-    trained = rt.of_rank_zero(trained_before(folder / ARTIFACT, training_identity(c)))
+    identity = {"hash": fields_hash(c), "source": source_hash(), "max_steps": c.max_steps, "max_seconds": c.max_seconds}
+    identity |= {"batch_tokens": c.batch_tokens, "data": c.data}
+    trained = rt.of_rank_zero(trained_before(folder / ARTIFACT, identity))
     saved, complaints = (None, []) if trained else find_checkpoint(folder, c.resume, field_values(c, resumable=False))
     same = f"{fields_hash(c)} {source_hash()} {saved and saved['clock']}"
     require_same(rt.ranks, "config, source and clock", same)
@@ -1247,13 +1251,9 @@ def main(c: Config, rt: Runtime, origin: dict[str, str]) -> None:
         facts = trained or make_artifact(c, rt, val, saved, log)
         log.status = facts["status"]
         if log.status == "finished":
+            log.save("trained.json", {"identity": identity, "facts": facts})
             facts |= score_artifact(c, rt, val, log)
         report(c, rt, facts, log)
-
-
-def training_identity(c: Config) -> dict:
-    limits = [c.max_steps, c.max_seconds, c.batch_tokens, c.data]
-    return {"hash": fields_hash(c), "source": source_hash(), "limits": limits}
 
 
 def open_log(c: Config, rt: Runtime, origin: dict[str, str], resume_at: dict | None) -> Log:
@@ -1284,7 +1284,6 @@ def make_artifact(c: Config, rt: Runtime, val: Validation, saved: dict | None, l
             with log.phase("validate"):
                 live = validate(c, rt, run.model, val, log)
             facts |= {f"live_{name}": value for name, value in live.items()}
-        log.save("trained.json", {"identity": training_identity(c), "facts": facts})
     return facts
 
 
@@ -1319,18 +1318,15 @@ def report(c: Config, rt: Runtime, facts: dict, log: Log) -> None:
     flops, parameters = flops_per_token(c), sum(p.numel() for p in weightless(c).parameters())
     result = {"status": log.status, "run_id": c.run_id, "config_hash": fields_hash(c)} | facts
     result |= {"partial": c.val_tokens > 0, "world_size": rt.world, "flops_per_token": flops, "parameters": parameters}
-    result["mfu"] = facts["tokens_per_second"] * flops / rt.all_flops
-    result["tokens_per_parameter"] = facts["tokens"] / parameters
-    result["device_name"] = torch.cuda.get_device_name() if rt.device.type == "cuda" else platform.machine()
-    result |= {"peak_memory_bytes": memory_in_use(), "data_hash": dataset_hash(c.data)}
-    log.result(result)
+    mfu, per_parameter = facts["tokens_per_second"] * flops / rt.all_flops, facts["tokens"] / parameters
+    result |= {"mfu": mfu, "tokens_per_parameter": per_parameter, "device_name": rt.device_name}
+    log.result(result | {"peak_memory_bytes": memory_in_use(), "data_hash": dataset_hash(c.data)})
 
 
 def score_file(c: Config, rt: Runtime, path: Path) -> None:
     """--evaluate FILE: an artifact read, checked and scored."""
     blob = path.read_bytes()
-    model, constants = load_model(c, rt, blob)
-    val = Validation(c)
+    (model, constants), val = load_model(c, rt, blob), Validation(c)
     with open_log(c, rt, {}, {}) as log:
         log.text(f"loaded {len(blob):,} bytes, sha256 {hashlib.sha256(blob).hexdigest()}: {c.layers}, dim {c.dim}")
         for name, value in evaluate(c, rt, model, constants, val, log).items():

@@ -177,7 +177,7 @@ class LaneLearner(Learner):
 @contextmanager
 def learning(reader: PlainReader, lanes: int) -> Iterator[LaneLearner]:
     """A learner for one group of lanes; afterwards the model is again what it was, bit by bit."""
-    with frozen_tables(reader.model.scope("engram")):
+    with frozen_tables(reader.model.tables()):
         learner = LaneLearner(reader, lanes)
         try:
             yield learner
@@ -212,7 +212,7 @@ def require_linears(linears: dict[str, nn.Module]) -> None:
 
 def adapted_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
     """The scope's parameters by identity, without the packed tables, which nothing may change."""
-    tables = {id(p) for p in model.scope("engram")}
+    tables = {id(p) for p in model.tables()}
     parameters = {id(p) for p in model.parameters()}
     scope = [p for p in model.scope(name) if id(p) not in tables]
     if not scope:

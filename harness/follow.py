@@ -38,7 +38,8 @@ def samples(c: Config, rt: Runtime, run: Run) -> list[dict]:
 def proxy(c: Config, rt: Runtime, run: Run) -> tuple[dict, bytes]:
     """What would ship now, as a file that --evaluate takes: its bytes, and its loss on training tokens."""
     meta = {"config": artifact_config(c, rt), "eval": {"temperature": 1.0, "alpha": []}}
-    blob = pack(gptq_rows(shipping_rows(c, run), {}, **grid_settings(c)), meta, **grid_settings(c))
+    rows = gptq_rows(shipping_rows(c, run), {}, rounding=c.rounding, **grid_settings(c))
+    blob = pack(rows, meta, **grid_settings(c))
     live_loss, parameters = training_loss(c, rt, run), dict(run.model.named_parameters())
     for name, tensor in unpack(blob)[0].items():
         parameters[name].copy_(tensor)

@@ -1,6 +1,7 @@
 """Where a process runs, and what ranks do together: the plain computation on one rank, the same collectives on all."""
 
 import math
+import platform
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,10 @@ class Runtime:
     @property
     def all_flops(self) -> float:
         return self.peak_flops * self.world
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine()
 
     def wait(self) -> None:
         """Until the device has done what it was given."""

@@ -51,6 +51,9 @@ class Toy(nn.Module):
     def scope(self, name):
         return self.scopes[name]
 
+    def tables(self):
+        return self.scopes["engram"]
+
     def linears(self):
         return self.linears_offered
 

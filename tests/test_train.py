@@ -117,7 +117,6 @@ def test_scopes_hold_what_they_say(scope):
         "capsules": ({"blocks.2.mixer.focus", "blocks.1.mixer.mix_in"}, {"blocks.0.mixer.gain", "sites.0.scale"}),
         "skc_safe": ({"blocks.1.mixer.decay.bias", "sites.0.scale", "blocks.0.mixer.conv.weight"}, {"feedback.gate"}),
         "feedback": ({"feedback.gate"}, {"sites.0.scale"}),
-        "engram": ({"engram.table"}, {"embed.weight"}),
         "all": (set(named.values()), set()),
     }
     assert inside[scope][0] <= held and not inside[scope][1] & held
