@@ -46,9 +46,6 @@ class EvalEngram:
         except RuntimeError as error:
             raise MemoryError(f"engram_rows={rows} in {lanes} lanes does not fit in memory; lower it") from error
 
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.tag, self.total, self.held))
-
     def contexts(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tags and rows (B, T, O) of the contexts that end at each input; tag 0 where the lane is too young."""
         history = torch.cat([self.tail, x], 1)

@@ -54,11 +54,6 @@ class EvalSettings:
     ttt_chunk: int = 32  # tokens of a lane between two updates
     ttt_reset: int = 1  # documents between two resets; 0 never resets
 
-    @property
-    def engram_bytes(self) -> int:
-        """Memory of the lanes that run together: a tag and a total a row, a token and a count a way."""
-        return self.eval_batch * self.engram_rows * (8 + 4 + self.engram_ways * (4 + 4))
-
     def check(self) -> None:
         if not 1 <= self.eval_stride <= self.eval_seq_len:
             raise ValueError(f"eval_stride={self.eval_stride} must lie between 1 and eval_seq_len={self.eval_seq_len}")

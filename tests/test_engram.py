@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from eval.engram import ENGRAM_ALPHA_SHAPE, MEMORY_EPS, MEMORY_ORDERS, AlphaFit, EvalEngram
-from eval.score import EvalSettings
 
 V = 12
 HALF = np.full(ENGRAM_ALPHA_SHAPE, 0.5, np.float32)
@@ -186,9 +185,9 @@ def test_a_repetitive_text_gains_and_a_random_one_loses_next_to_nothing():
 
 def test_memory_is_bounded_by_its_field_and_says_so():
     m = memory(lanes=2, rows=50, ways=4)
-    before = m.nbytes()
     absorb(m, text(500, lanes=2), 64)
-    assert m.nbytes() == before == EvalSettings(eval_batch=2, engram_rows=50, engram_ways=4).engram_bytes
+    a_row = 8 + 4 + 4 * (4 + 4)  # a tag, a total, and a token and a count for each way
+    assert sum(t.nbytes for t in (m.tag, m.total, m.held)) == 2 * 50 * a_row
     with pytest.raises(MemoryError, match="engram_rows=1125899906842624"):
         memory(rows=1 << 50)
     with pytest.raises(ValueError, match="alpha table"):
