@@ -6,23 +6,25 @@ generate FILE [--text TEXT]    text from a checkpoint or an artifact
 load FILE                      an artifact read and checked, without data
 export CHECKPOINT              the artifact of a checkpoint
 follow RUN [--sample] [--proxy]  samples and proxies of the artifact from a run's checkpoints, while it trains
+preflight [field=value ...]    whatever could fail later, tried now
+supervise [options] -- COMMAND   a run that may be left alone: watched, told of, published, ended when it hangs
 """
 
 import os
 import sys
+from importlib import import_module
 
-from harness.files import export_command, generate_command, load_command
-from harness.follow import follow_command
-from harness.plan import plan_command, profiles_command
 from runtime.fields import nearest
 
-COMMANDS = {
-    "plan": plan_command,
-    "profiles": profiles_command,
-    "generate": generate_command,
-    "load": load_command,
-    "export": export_command,
-    "follow": follow_command,
+COMMANDS = {  # where each stands: one that only watches needs no tensors, and its memory is the run's
+    "plan": "harness.plan",
+    "profiles": "harness.plan",
+    "preflight": "harness.plan",
+    "generate": "harness.files",
+    "load": "harness.files",
+    "export": "harness.files",
+    "follow": "harness.follow",
+    "supervise": "harness.supervise",
 }
 
 
@@ -33,7 +35,8 @@ def main(argv: list[str], env: dict[str, str]) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise ValueError(f"no command {argv[0]!r}: {nearest(argv[0], COMMANDS)}")
-        return COMMANDS[argv[0]](argv[1:], env) or 0
+        command = getattr(import_module(COMMANDS[argv[0]]), f"{argv[0]}_command")
+        return command(argv[1:], env) or 0
     except (ValueError, TimeoutError, MemoryError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

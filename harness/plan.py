@@ -1,16 +1,23 @@
 """What a configuration costs, without data or weights."""
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
+import torch
+
 from export.budget import BYTE_CAP, plan_bytes
-from harness.preflight import Plan
+from harness.files import stored_config
+from harness.findings import refusal
+from harness.preflight import Plan, check_disk, check_plan, check_price
 from optim.families import family_rows
+from runtime.fields import split_words
 from runtime.ranks import Runtime, detect_runtime
 from train_gpt import (
     PROFILES,
     Config,
+    accumulation,
     families,
     flops_per_token,
     grid_settings,
@@ -68,3 +75,29 @@ def plan_command(words: list[str], env: dict[str, str]) -> None:
 def profiles_command(words: list[str], env: dict[str, str]) -> None:
     for name, text in PROFILES.items():
         sys.stdout.write(f"{name}: {' '.join(text.split())}\n")
+
+
+OPTIONS = "--profile", "--evaluate", "--ranks-per-node", "--nodes", "--publish", "--price-per-hour", "--price-limit"
+
+
+def preflight_command(words: list[str], env: dict[str, str]) -> None:
+    """Every check that a run of these fields might fail later, as a list; --ranks-per-node takes a number or gpu."""
+    words, given = split_words(words, [field.name for field in dataclasses.fields(Config)], OPTIONS)
+    if "--help" in given:
+        sys.stdout.write(f"{preflight_command.__doc__}\n{', '.join(OPTIONS)}; field=value ...\n")
+        return
+    stored = stored_config(Path(given["--evaluate"])) if "--evaluate" in given else None
+    c, _ = load_config(words, env, given.get("--profile"), stored)
+    each = given.get("--ranks-per-node", "1")
+    each = max(1, torch.cuda.device_count()) if each == "gpu" else int(each)
+    rt = dataclasses.replace(detect_runtime(env, c.dtype), world=each * int(given.get("--nodes", 1)))
+    accumulation(c, rt)
+    costs = plan(c, rt)
+    rows = check_plan(costs)
+    if "--price-per-hour" in given:
+        price = float(given["--price-per-hour"]), float(given.get("--price-limit", 0))
+        rows.append(check_price(c.max_seconds + c.eval_seconds, *price))
+    if "--publish" in given:
+        rows.append(check_disk(Path(given["--publish"]).expanduser(), costs.disk()))
+    if reason := refusal(rows, lambda line: sys.stdout.write(line + "\n")):
+        raise ValueError(reason)

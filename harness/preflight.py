@@ -1,6 +1,6 @@
 """Everything that could fail after ten paid minutes, tried in the first one: a list, with a way out for each fault.
 
-Every check takes plain values and gives a Finding; `refusal` prints the list and says why a run must not start.
+Every check takes plain values and gives a Finding.
 """
 
 import importlib.util
@@ -17,6 +17,7 @@ import sentencepiece
 import torch
 
 from data.shards import open_shard, shard_paths, shard_sha256
+from harness.findings import Finding, finding
 
 MARGIN = 0.01  # of the cap: what a prediction may be wrong by, and seeds differ by
 FEW_STEPS = 100
@@ -24,21 +25,6 @@ EFFICIENCY = 1 / 3  # of the measured matmul rate
 MODE_PASSES = {"chunked": 1.0, "stream": 1.0, "engram": 1.3, "ttt": 6.5, "all": 7.0}  # measured time, in plain forwards
 TRAINING_BYTES, CHECKPOINT_BYTES = 24, 16  # a weight: value, gradient, master, two moments, average; what is kept
 PACKERS = ("brotli", "sentencepiece", "python_minifier")
-
-
-class Finding(NamedTuple):
-    verdict: str  # ok, warn or fail
-    what: str
-    found: str
-    way_out: str = ""
-
-    def line(self) -> str:
-        mark = {"ok": "  ok", "warn": "warn", "fail": "FAIL"}[self.verdict]
-        return f"  {mark}  {self.what:11} {self.found}" + (f". {self.way_out}" if self.way_out else "")
-
-
-def finding(what: str, found: str, bad: bool, way_out: str, verdict: str = "fail") -> Finding:
-    return Finding(verdict, what, found, way_out) if bad else Finding("ok", what, found)
 
 
 def check_devices(kind: str, world: int, visible: int) -> Finding:
@@ -135,7 +121,12 @@ def check_artifact(predicted: int, code: int, cap: int) -> Finding:
     left = cap - predicted - code
     found = f"predicted {predicted:,} bytes and {code:,} of code, {left:,} under the cap of {cap:,}"
     if left < 0:
-        return Finding("fail", "artifact", found, "Lower dim, layers or the codecs; --plan shows where the bytes go")
+        return Finding(
+            "fail",
+            "artifact",
+            found,
+            "Lower dim, layers or the codecs; `python -m harness plan` shows where the bytes go",
+        )
     close = left < MARGIN * cap
     return finding("artifact", found, close, f"A prediction may be {MARGIN:.0%} off: keep more room", "warn")
 
@@ -233,12 +224,3 @@ def check_plan(p: Plan) -> list[Finding]:
     rows += [check_artifact(p.predicted, p.code, p.cap), check_steps(step, p.max_seconds, p.max_steps)]
     sound = all(row.verdict != "fail" for row in rows if row.what == "data")
     return [*rows, check_evaluation(p.evaluation(), p.eval_seconds)] if sound else rows
-
-
-def refusal(findings: list[Finding], say) -> str:
-    """All of it as one list; and why the run must not start, if something failed."""
-    say("preflight")
-    for row in findings:
-        say(row.line())
-    reasons = "; ".join(f"{row.what}: {row.found}. {row.way_out}" for row in findings if row.verdict == "fail")
-    return reasons and f"preflight failed, nothing was started. {reasons}"

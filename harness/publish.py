@@ -12,10 +12,12 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 GROWING = (".log", ".jsonl")  # sent as they are at one moment
+FOLDER_STARTS = ("/", "./", "../", "~")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 FIRST_DELAY, LAST_DELAY = 1.0, 60.0  # seconds between tries, doubling
 BLOCK = 1 << 20
@@ -81,7 +83,8 @@ class FolderTarget:
         except PermissionError as error:
             raise Refused(f"{path}: {error.strerror}") from error
         except OSError as error:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()
             raise Unreached(f"{path}: {error.strerror}") from error
         return Receipt(name, str(path), wanted, path.stat().st_size)
 
@@ -137,10 +140,12 @@ def root_cause(error: BaseException) -> BaseException:
 
 def parse_target(text: str, token: str | None) -> FolderTarget | HubTarget:
     """owner/name is a repository; a folder begins with / or ./ or ~."""
-    if text.startswith(("/", "./", "../", "~")):
+    if text.startswith(FOLDER_STARTS):
         return FolderTarget(Path(text).expanduser())
     if not REPOSITORY.match(text):
-        raise ValueError(f"publish={text!r}: give a hub repository as owner/name, or a folder that begins with / or ./")
+        raise ValueError(
+            f"--publish {text!r}: give a hub repository as owner/name, or a folder that begins with / or ./"
+        )
     return HubTarget(text, token)
 
 

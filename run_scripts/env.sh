@@ -16,3 +16,10 @@ if ! imports_all "$PY" "$need"; then
     fi
 fi
 PY=$(command -v "$PY")
+
+# A run that may be left alone: "${supervise[@]}" -- COMMAND. Secrets stay in the environment (NOTIFY_URL, HF_TOKEN),
+# where other users of the machine cannot read them.
+supervise=("$PY" -m harness supervise)
+[ -z "${PUBLISH:-}" ] || supervise+=(--publish "$PUBLISH")
+[ -z "${PRICE_PER_HOUR:-}" ] || supervise+=(--price-per-hour "$PRICE_PER_HOUR")
+[ -z "${PRICE_LIMIT:-}" ] || supervise+=(--price-limit "$PRICE_LIMIT")

@@ -44,7 +44,7 @@ measure() {
     rm -rf "${out:?}/runs/$run"
     timeout --kill-after=10 "$seconds" "$PY" train_gpt.py --profile skc_competition "${fields[@]}" >"$out/$run.txt" 2>&1 &
     local pid=$!
-    while kill -0 $pid 2>/dev/null && ! grep -qs '"name": "train"' "$out/runs/$run/metrics.jsonl"; do sleep 1; done
+    while kill -0 $pid 2>/dev/null && ! grep -qs '"kind": "phase", "name": "train"' "$out/runs/$run/metrics.jsonl"; do sleep 1; done
     kill $pid 2>/dev/null || true
     wait $pid || true
     "$PY" - "$out/runs/$run" "$model" "$seq_len" <<'PYTHON' | tee -a "$out/models.tsv"
@@ -53,11 +53,11 @@ from pathlib import Path
 
 folder, model, seq_len = sys.argv[1:]
 metrics = Path(folder, "metrics.jsonl")
-steps = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-steps = [row for row in steps if row["kind"] == "step"]
+rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+steps, stats = ([row for row in rows if row["kind"] == kind] for kind in ("step", "stats"))
 # from report to report: the totals hold the trace's pause too
 speeds = [(b["tokens"] - a["tokens"]) / (b["seconds"] - a["seconds"]) for a, b in zip(steps, steps[1:])]
-memory = steps[-1]["memory"] if steps else ""
+memory = stats[-1]["memory"] if stats else ""
 print(model, seq_len, round(statistics.median(speeds)) if speeds else "not measured", memory, sep="\t")
 PYTHON
 }

@@ -14,6 +14,5 @@ words=(micro_tokens=32768 val_tokens=4000000 eval_seconds=0 checkpoint_every=500
 if [ "${SMOKE:-}" ]; then . run_scripts/smoke.sh; run=smoke-$run; fi
 
 "$PY" -m data.prepare "${prepare[@]}" --out "$data"
-"$PY" train_gpt.py --profile "$profile" data="$data" run_id="$run" "${words[@]}" resume=auto \
-    publish="${PUBLISH:-}" "$@"
+"${supervise[@]}" -- "$PY" train_gpt.py --profile "$profile" data="$data" run_id="$run" "${words[@]}" resume=auto "$@"
 "$PY" -m records report "runs/$run"

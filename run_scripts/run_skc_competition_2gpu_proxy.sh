@@ -13,6 +13,6 @@ words=(batch_tokens=131072 micro_tokens=32768 max_seconds=300 val_tokens=4000000
 if [ "${SMOKE:-}" ]; then . run_scripts/smoke.sh; run=smoke-$run; fi
 
 "$PY" -m data.prepare "${prepare[@]}" --out "$data"
-"$PY" -m torch.distributed.run --standalone --nproc_per_node=2 train_gpt.py --profile skc_competition data="$data" \
-    run_id="$run" "${words[@]}" eval_modes=chunked resume=auto publish="${PUBLISH:-}" "$@"
+"${supervise[@]}" -- "$PY" -m torch.distributed.run --standalone --nproc_per_node=2 train_gpt.py \
+    --profile skc_competition data="$data" run_id="$run" "${words[@]}" eval_modes=chunked resume=auto "$@"
 "$PY" -m records report "runs/$run"

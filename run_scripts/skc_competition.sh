@@ -31,8 +31,8 @@ for seed in ${SEEDS:-42 1337 7}; do
     run=$prefix-s$seed
     runs+=("runs/$run")
     if grep -qs '"status": "finished"' "runs/$run/result.json"; then echo "runs/$run is finished"; continue; fi
-    forward "$PY" -m torch.distributed.run --standalone --nproc_per_node="$ranks" --max-restarts=1 train_gpt.py \
-        --profile "$profile" data="$data" run_id="$run" seed="$seed" resume=auto publish="${PUBLISH:-}" "${words[@]}" \
+    forward "${supervise[@]}" -- "$PY" -m torch.distributed.run --standalone --nproc_per_node="$ranks" --max-restarts=1 \
+        train_gpt.py --profile "$profile" data="$data" run_id="$run" seed="$seed" resume=auto "${words[@]}" \
         eval_modes=chunked,all "$@"
     grep -qs '"status": "finished"' "runs/$run/result.json" || { echo "runs/$run ended early: run this again to go on"; exit 1; }
 done

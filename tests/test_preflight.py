@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from data.manifest import describe_files, write_manifest
+from harness.findings import Finding, refusal
+from harness.plan import preflight_command
 from harness.preflight import (
-    Finding,
     Plan,
     check_artifact,
     check_data,
@@ -21,7 +22,6 @@ from harness.preflight import (
     check_price,
     check_steps,
     host_memory,
-    refusal,
 )
 from tests.toys import toy_dataset
 
@@ -163,3 +163,28 @@ def test_all_faults_come_as_one_list():
     assert refusal(rows, said.append).endswith("nothing was started. data: gone. Get it; packers: none. pip")
     assert len(said) == 4 and said[2] == "  FAIL  data        gone. Get it"
     assert refusal([Finding("warn", "data", "odd", "Look")], said.append) == ""
+
+
+@pytest.fixture
+def no_measurement(monkeypatch):
+    """Of the machine's speed, which takes long on a slow one."""
+    monkeypatch.setattr("runtime.ranks.matmul_rate", lambda device, dtype: 1e10)
+
+
+def test_the_command_prints_the_list_and_refuses_in_one_line(dataset, tmp_path, capsys, no_measurement):
+    words = ["--profile", "tiny", "--ranks-per-node", "2", "--nodes", "2", "--batch_tokens", "2048"]
+    words += [f"data={dataset}", f"runs={tmp_path}"]
+    prices = ["--price-per-hour", "20", "--price-limit", "1", "--publish", str(tmp_path / "there")]
+    preflight_command([*words, *prices], {})
+    out = capsys.readouterr().out
+    assert "4 ranks on" in out and "ok  data" in out and "warn  price" in out and out.count("ok  disk") == 2
+    next(dataset.glob("*_train_*.bin")).unlink()
+    with pytest.raises(ValueError, match=r"nothing was started. data: .* no \*_train_000000.bin"):
+        preflight_command(words, {})
+    assert "FAIL  data" in capsys.readouterr().out
+
+
+def test_an_impossible_batch_is_told_before_anything_is_checked(dataset, no_measurement):
+    words = ["--profile", "tiny", f"data={dataset}", "batch_tokens=512", "micro_tokens=512"]
+    with pytest.raises(ValueError, match="batch_tokens 512: not a multiple of micro_tokens x ranks, 1024"):
+        preflight_command([*words, "--ranks-per-node", "2"], {})
