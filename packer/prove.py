@@ -11,8 +11,8 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+from packer.bake import bake
 from packer.bundle import bundle
-from packer.config import bake
 from packer.pack import unpack
 from packer.sweep import mark
 from packer.trees import FUNCTIONS, BuildError, is_kernel
