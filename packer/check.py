@@ -15,21 +15,19 @@ ENVIRONMENT = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_A
 TOP_LEVEL = (ast.Import, ast.ImportFrom, *FUNCTIONS, ast.ClassDef, ast.Assign, ast.AnnAssign)
 
 
-def check_top_level(units, b):
+def check_top_level(units):
     for unit in units:
         node = unit.node
         if not (isinstance(node, TOP_LEVEL) or is_main_guard(node) or registration_target(unit)):
             fail(node, f"work at import: `{ast.unparse(node).splitlines()[0]}`")
         if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
             fail(node, f"star import from {node.module}")
-    return units
 
 
-def check_calls(units, b):
+def check_calls(units):
     for unit in units:
         for node in walk(unit.node):
             check_node(node)
-    return units
 
 
 def check_node(node):

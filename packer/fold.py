@@ -1,24 +1,21 @@
 """Pass 3: what the profile decides is decided here."""
 
 import ast
-import copy
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from packer.bake import find_config
 from packer.scopes import Scoped, all_arguments, is_config, own_nodes
-from packer.trees import fail, is_docstring, is_kernel, keeps_value, like, literal, pairs, parts_of, place, walk
-from packer.values import UNKNOWN, evaluate, fixed_tables, is_literal, module_constants
+from packer.trees import fail, is_kernel, keeps_value, like, literal, pairs, parts_of, place, walk
+from packer.values import UNKNOWN, evaluate, is_literal, module_constants
 
 
 @dataclass
 class Facts:
     """What folding may rely on."""
 
-    attributes: dict  # of a Config: structural fields, and properties that come to a literal
+    structure: dict  # structural field of a Config -> its value
     holders: set  # attributes that always hold a Config: {"c"} for `self.c = c`
     constants: dict  # module-level names that are immutable literals, bound once
-    tables: dict  # module-level dict literals that nobody changes: name -> key -> its Name or Constant
 
 
 class Folder(Scoped):
@@ -125,8 +122,8 @@ class Folder(Scoped):
         node.value = self.visit(node.value)
         if not (isinstance(node.ctx, ast.Load) and self.is_config(node.value)):
             return node
-        attributes = self.facts.attributes
-        return literal(attributes[node.attr], node) if node.attr in attributes else node
+        structure = self.facts.structure
+        return literal(structure[node.attr], node) if node.attr in structure else node
 
     def visit_comprehension_expression(self, node):
         node = super().visit_comprehension_expression(node)
@@ -137,15 +134,6 @@ class Folder(Scoped):
         return self.simplify(node)
 
     visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = visit_comprehension_expression
-
-    def visit_Subscript(self, node):
-        node = self.generic_visit(node)
-        match node:
-            case ast.Subscript(value=ast.Name(id=table), slice=ast.Constant(value=key), ctx=ast.Load()):
-                entry = self.facts.tables.get(table, {}).get(key)
-                if entry and self.binding(table) is None:
-                    return like(copy.copy(entry), node)
-        return node
 
     def truth(self, node):
         value = self.value(node)
@@ -201,18 +189,6 @@ class Folder(Scoped):
             return self.visit(node.body if truth else node.orelse)
         return self.generic_visit(node)
 
-    def visit_While(self, node):
-        if self.truth(self.visit_test(node.test)) is False:
-            return self.visit_block(node.orelse)
-        return self.generic_visit(node)
-
-    def visit_For(self, node):
-        items = self.value(self.visit(node.iter))
-        if items is not UNKNOWN and not items:
-            self.branches.append((place(node), f"for {ast.unparse(node.target)} in {ast.unparse(node.iter)}", False))
-            return self.visit_block(node.orelse)
-        return self.generic_visit(node)
-
     def visit_Assert(self, node):
         node.test = self.visit_test(node.test)
         return None if self.truth(node.test) is True else self.generic_visit(node)
@@ -238,18 +214,6 @@ def config_holders(units):
     return {name for name, by_kind in places.items() if True in by_kind}
 
 
-def config_properties(units):
-    """Config properties whose folded body is `return <literal>`."""
-    values = {}
-    for node in find_config(units).body:
-        match node:
-            case ast.FunctionDef(name=name, decorator_list=[ast.Name(id="property")], body=body):
-                match [s for s in body if not is_docstring(s)]:
-                    case [ast.Return(value=ast.expr() as value)]:
-                        values[name] = evaluate(value, {})
-    return {name: value for name, value in values.items() if is_literal(value)}
-
-
 def check_structural_replace(units, structure):
     for node in (n for u in units for n in walk(u.node) if isinstance(n, ast.Call)):
         fixed = [k.arg for k in node.keywords if k.arg in structure]
@@ -260,14 +224,11 @@ def check_structural_replace(units, structure):
 def fold(units, b):
     """Folds until there is nothing new to rely on."""
     holders = config_holders(units)
-    before, facts = None, learn(units, b.structure, holders)
-    while facts != before:
+    before, constants = None, module_constants(units)
+    while constants != before:
+        facts = Facts(b.structure, holders, constants)
         for unit in units:
             unit.node = Folder(facts, b.branches).visit(unit.node)
-        before, facts = facts, learn(units, b.structure, holders)
+        before, constants = constants, module_constants(units)
     check_structural_replace(units, b.structure)
     return units
-
-
-def learn(units, structure, holders):
-    return Facts(structure | config_properties(units), holders, module_constants(units), fixed_tables(units))

@@ -2,14 +2,15 @@
 
     #coding:l1
     import brotli,linecache,sys,traceback
+    d=\"""...\"""
     n="train_gpt.packed"
-    s=brotli.decompress(\"""...\""".encode("l1")).decode()
+    s=brotli.decompress(d.encode("l1")).decode()
     ...
     exec(compile(s,n,"exec"))
 
-The file is Latin-1. Its longest string literal holds the compressed bytes as they are, one letter a byte; only what
-Python would read otherwise is escaped, 1 % of them (base85 takes 25 %). To read the program inside, take that literal,
-encode it as Latin-1, and decompress it with brotli: UTF-8 text. Nothing has to be run for that.
+The file is Latin-1. The string literal `d`, its first assignment, holds the compressed bytes as they are, one letter
+a byte; only what Python would read otherwise is escaped, 1 % of them (base85 takes 25 %). To read the program inside,
+encode that literal as Latin-1 and decompress it with brotli: UTF-8 text. Nothing has to be run for that.
 """
 
 import ast
@@ -21,8 +22,9 @@ import brotli
 PACKED_NAME = "train_gpt.packed"
 FILE = '''#coding:l1
 import brotli,linecache,sys,traceback
+d="""{data}"""
 n="{name}"
-s=brotli.decompress("""{data}""".encode("l1")).decode()
+s=brotli.decompress(d.encode("l1")).decode()
 sys.excepthook=traceback.print_exception
 linecache.cache[n]=len(s),None,s.splitlines(True),n
 exec(compile(s,n,"exec"))
@@ -45,5 +47,5 @@ def pack(text):
 
 def unpack(code):
     """The program inside a packed file, without running it."""
-    literals = [n.value for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-    return brotli.decompress(max(literals, key=len).encode("latin-1")).decode()
+    data = next(s.value.value for s in ast.parse(code).body if isinstance(s, ast.Assign))
+    return brotli.decompress(data.encode("latin-1")).decode()

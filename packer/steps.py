@@ -14,19 +14,21 @@ from packer.pack import pack
 from packer.sweep import sweep
 from packer.trees import Build, as_module
 
-ALWAYS = (check_top_level, bake, check_calls, strip)
-WITH_DCE = (check_top_level, bake, fold, sweep, check_calls, strip)
+PASSES = (bake, fold, sweep, strip)
+WITHOUT_DCE = (bake, strip)
 
 
 def build(files, profile, dce=True):
     """Every pass but the proof: module name -> source text in, the packed file out."""
     b = Build(profile, files)
     units = bundle(files, b.entry)
+    check_top_level(units)
     b.modules = sorted({u.module for u in units})
     b.sizes["source"] = sum(len(files[name].encode()) for name in b.modules)
-    for step in WITH_DCE if dce else ALWAYS:
+    for step in PASSES if dce else WITHOUT_DCE:
         units = step(units, b)
         b.sizes[step.__name__] = len(text_of(units).encode())
+    check_calls(units)
     b.readable = text_of(units)
     check_text(b.readable, as_module(units))
     b.code = pack(minify(b.readable))

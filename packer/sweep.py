@@ -46,7 +46,7 @@ class Mentions(Scoped):
 
     def visit_Attribute(self, node):
         if isinstance(node.ctx, ast.Load) and self.root(node) not in self.imports:
-            self.spoken.add(f"{'Config' * self.is_config(node)}.{node.attr}")
+            self.spoken.add(f".{node.attr}")
         return self.generic_visit(node)
 
     def visit_outside(self, node):
@@ -54,20 +54,6 @@ class Mentions(Scoped):
         if not isinstance(node, ast.Lambda) and not is_kernel(node) and not is_op(node):
             self.skip = self.skip | {id(a) for a in (node.returns, *(a.annotation for a in all_arguments(node.args)))}
         super().visit_outside(node)
-
-    def visit_AnnAssign(self, node):
-        """Nor does a field of Config call what its default names: the profile chooses."""
-        if self.classes[-1:] == ["Config"] and isinstance(node.value, ast.Call):
-            self.skip = self.skip | set(map(id, node.value.args))
-        if self.scopes and not self.scopes[-1].is_class:
-            self.skip = self.skip | {id(node.annotation)}
-        return self.generic_visit(node)
-
-    def visit_Compare(self, node):
-        """A comparison makes no value, so it calls nothing by name."""
-        if all(isinstance(op, (ast.Eq, ast.NotEq)) for op in node.ops):
-            self.skip = self.skip | {id(n) for n in (node.left, *node.comparators) if isinstance(n, ast.Constant)}
-        return self.generic_visit(node)
 
     def visit_Constant(self, node):
         if isinstance(node.value, str):
@@ -79,11 +65,6 @@ class Mentions(Scoped):
             case ast.Call(func=ast.Name(id="getattr" | "hasattr"), args=[_, ast.Constant(value=str(name)), *_]):
                 self.spoken.add(f".{name}")
         return self.generic_visit(node)
-
-    def is_config(self, node):
-        """`c.state` of a Config speaks of no method but its own."""
-        scope = self.binding(node.value.id) if isinstance(node.value, ast.Name) else None
-        return scope is not None and node.value.id in scope.configs
 
     @staticmethod
     def root(node):
@@ -209,19 +190,16 @@ class Marker:
         for item in self.items:
             if item.owner:
                 self.members[item.owner.label].append(item)
-                for word in self.words(item):
-                    self.by_word[word].append(item)
+                self.by_word[self.word(item)].append(item)
                 continue
             target = registration_target(item.unit)
             self.attached[ops.get(target, target)].append(item)
             for name in item.unit.names:
                 self.by_name[name].append(item)
 
-    def words(self, member):
-        """What speaks of it; a Config may be known for one, or not."""
-        if member.owner.label in self.chosen:
-            return [member.key]
-        return [f".{member.key}", f"Config.{member.key}"][: 1 + (member.owner.label == "Config")]
+    def word(self, member):
+        """What speaks of it: `x.method`, or the key of a registry as text."""
+        return member.key if member.owner.label in self.chosen else f".{member.key}"
 
     def live(self, item, because):
         if item.because is None:
@@ -235,7 +213,7 @@ class Marker:
             return "the profile"
         if owner not in self.chosen and (key in self.outside[owner] or (key.startswith("__") and key.endswith("__"))):
             return owner
-        return next((self.speaker[word] for word in self.words(member) if word in self.speaker), None)
+        return self.speaker.get(self.word(member))
 
     def run(self):
         for item in self.items:

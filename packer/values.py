@@ -71,27 +71,3 @@ def module_constants(units):
         if is_literal(result):
             constants[name] = result
     return constants
-
-
-CHANGES = {"clear", "pop", "popitem", "setdefault", "update"}
-
-
-def fixed_tables(units):
-    """The names and constants in dict literals that no statement changes."""
-    changed = set()
-    for node in (n for u in units for n in walk(u.node)):
-        match node:
-            case ast.Subscript(value=ast.Name(id=name), ctx=ast.Store() | ast.Del()):
-                changed.add(name)
-            case ast.Attribute(value=ast.Name(id=name), attr=attr) if attr in CHANGES:
-                changed.add(name)
-    tables = {n: v for n, v in assigned_once(units) if isinstance(v, ast.Dict) and n not in changed}
-    return {
-        name: {
-            k.value: v
-            for k, v in zip(table.keys, table.values, strict=True)
-            if isinstance(k, ast.Constant) and isinstance(v, (ast.Name, ast.Constant))
-        }
-        for name, table in tables.items()
-        if all(isinstance(k, ast.Constant) for k in table.keys)
-    }
