@@ -1,7 +1,6 @@
 """Build the one-file submission: `python build_submission.py --dce --profile skc_competition -o DIR [--prove]`.
 
-bundle -> bake and fold -> sweep -> strip and minify -> pack -> check -> prove: one module of `build` each, functions on
-`ast` trees.
+bundle -> bake -> fold -> sweep -> minify -> pack -> prove: one module of `packer` each.
 Only `python-minifier` is needed beyond the standard library, and only here: the file that comes out does not need it.
 """
 
@@ -10,9 +9,10 @@ import sys
 from pathlib import Path
 
 from packer.bundle import read_tree
-from packer.deliver import deliver
+from packer.deliver import commit_of, deliver
 from packer.prove import proof_lines, prove
-from packer.steps import build, explain, table
+from packer.report import explain, table
+from packer.steps import build
 from packer.trees import BuildError
 
 
@@ -31,13 +31,13 @@ def main(argv):
     args, root = parse_arguments(argv), Path(__file__).resolve().parent
     try:
         files = read_tree(root)
-        b = build(files, args.profile, args.dce, explaining=bool(args.explain))
+        b = build(files, args.profile, args.dce)
         if args.explain:
             sys.stdout.write(explain(b, args.explain) + "\n")
             return 0
         sys.stdout.write(table(b) + "\n")
         proof = prove(b, root) if args.prove else None
-        sys.stdout.write(proof_lines(proof) + deliver(b, args.output, proof, args.run) + "\n")
+        sys.stdout.write(proof_lines(proof) + deliver(b, args.output, proof, args.run, commit_of(root)) + "\n")
     except BuildError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -69,7 +69,7 @@ def check_names_exist(trees, own):
 
 
 def open_statement(node, module, is_entry):
-    """A top-level statement as units: import lists and guarded blocks are taken apart, other modules' mains dropped."""
+    """A top-level statement as units: lists of imports are taken apart, other modules' mains dropped."""
     if is_docstring(node) or (is_main_guard(node) and not is_entry):
         return []
     if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -78,29 +78,21 @@ def open_statement(node, module, is_entry):
             for a in node.names
         ]
         return [Unit(like(s, node), module) for s in split]
-    if isinstance(node, ast.If) and not is_main_guard(node):
-        otherwise = like(ast.UnaryOp(ast.Not(), node.test), node.test)
-        return [
-            Unit(u.node, module, guard)
-            for body, guard in ((node.body, node.test), (node.orelse, otherwise))
-            for s in body
-            for u in open_statement(s, module, is_entry)
-        ]
     return [Unit(node, module)]
 
 
 def unique(units):
-    """One unit per import; any other name bound twice is an error (unless two arms of one `if` bind it)."""
-    seen, bound, kept = set(), {}, []
+    """One unit per import; any other name bound twice is an error."""
+    bound, imports, distinct = {}, set(), []
     for unit in units:
-        key = (ast.dump(unit.node), unit.guard and ast.dump(unit.guard))
-        if isinstance(unit.node, (ast.Import, ast.ImportFrom)) and key in seen:
+        text = ast.dump(unit.node)
+        if text in imports:
             continue
+        if isinstance(unit.node, (ast.Import, ast.ImportFrom)):
+            imports.add(text)
+        distinct.append(unit)
         for name in unit.names:
             before = bound.setdefault(name, unit)
-            same = isinstance(unit.node, ast.Import) and ast.dump(before.node) == key[0]
-            if before is not unit and not same and not (unit.guard and before.guard and unit.module == before.module):
+            if before is not unit:
                 fail(unit.node, f"{name} is bound here and at {place(before.node)}")
-        seen.add(key)
-        kept.append(unit)
-    return kept
+    return distinct

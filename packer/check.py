@@ -1,8 +1,10 @@
-"""Pass 7: what must never leave the builder."""
+"""What must never leave the builder."""
 
 import ast
 import builtins
+import symtable
 
+from packer.pack import unpack
 from packer.sweep import registration_target
 from packer.trees import FUNCTIONS, BuildError, fail, is_main_guard, walk
 
@@ -58,8 +60,6 @@ def check_modules(node, modules):
 
 def undefined_names(text):
     """Names a module reads that neither it nor Python defines."""
-    import symtable
-
     top = symtable.symtable(text, "packed", "exec")
     defined = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
     defined |= set(dir(builtins)) | {"__name__", "__file__", "__doc__"}
@@ -75,8 +75,22 @@ def undefined_names(text):
     return sorted(missing)
 
 
+def check_names(text):
+    if missing := undefined_names(text):
+        raise BuildError(f"undefined in the packed program: {', '.join(missing)}")
+
+
 def check_text(text, tree):
     if ast.dump(ast.parse(text)) != ast.dump(tree):
         raise BuildError("the text does not parse back into the tree it came from")
-    if missing := undefined_names(text):
-        raise BuildError(f"undefined after the sweep: {', '.join(missing)}")
+    check_names(text)
+
+
+def check_code(b):
+    """The packed file holds a whole program, and no more bytes than its profile sets aside."""
+    text = unpack(b.code)
+    check_names(text)
+    b.sizes |= {"minify": len(text.encode()), "pack": len(b.code)}
+    limit = b.fields["code_bytes"].value
+    if len(b.code) > limit:
+        raise BuildError(f"the packed file has {len(b.code):,} bytes, code_bytes={limit:,}: give the profile more")

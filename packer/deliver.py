@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import statistics
+import subprocess
 import sys
 import time
 from importlib import metadata
@@ -59,9 +60,16 @@ def submission_json(b, results, code):
     }  # fmt: skip
 
 
-def manifest(b, code, proof):
+def commit_of(root):
+    """The checkout's commit, with -dirty if a tracked file differs from it; empty where git knows none."""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def manifest(b, code, proof, commit):
     return {
         "profile": b.profile,
+        "commit": commit,
         "train_gpt.py": {"bytes": code, "sha256": hashlib.sha256(b.code).hexdigest()},
         "bytes_after": b.sizes,
         "bytes_left_for_the_artifact": LIMIT - code,
@@ -73,7 +81,7 @@ def manifest(b, code, proof):
     }
 
 
-def deliver(b, folder, proof, runs):
+def deliver(b, folder, proof, runs, commit=""):
     """Writes the folder; a run whose artifact does not fit beside the code is an error."""
     code, results = len(b.code), read_results(runs)
     record = submission_json(b, results, code)
@@ -88,7 +96,7 @@ def deliver(b, folder, proof, runs):
         "README.md": README.format(profile=b.profile, code=code, command=COMMAND, score=score),
         "submission.json": json.dumps(record, indent=2) + "\n",
         "requirements.txt": pins,
-        "manifest.json": json.dumps(manifest(b, code, proof), indent=1) + "\n",
+        "manifest.json": json.dumps(manifest(b, code, proof, commit), indent=1) + "\n",
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():

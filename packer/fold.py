@@ -1,24 +1,29 @@
 """Pass 3: what the profile decides is decided here."""
 
 import ast
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 
-from packer.config import Facts, check_structural_replace, config_holders, config_properties
 from packer.scopes import Scoped, all_arguments, is_config, own_nodes
 from packer.trees import fail, is_kernel, keeps_value, like, literal, pairs, parts_of, place, walk
-from packer.values import UNKNOWN, fixed_tables, is_literal, known, module_constants
+from packer.values import UNKNOWN, evaluate, is_literal, module_constants
 
 
-def is_nothing(node):
-    return isinstance(node, ast.Dict) and not node.keys
+@dataclass
+class Facts:
+    """What folding may rely on."""
+
+    structure: dict  # structural field of a Config -> its value
+    holders: set  # attributes that always hold a Config: {"c"} for `self.c = c`
+    constants: dict  # module-level names that are immutable literals, bound once
 
 
 class Folder(Scoped):
-    """Replaces what Facts decide: config fields, constants, branches, look-ups. `done` lists the branches taken."""
+    """Replaces what Facts decide: config fields, constants, branches, look-ups. `branches` lists those decided."""
 
-    def __init__(self, facts, done):
+    def __init__(self, facts, branches):
         super().__init__()
-        self.facts, self.done, self.generators = facts, done, []
+        self.facts, self.branches, self.generators = facts, branches, []
 
     def is_config(self, node):
         match node:
@@ -91,7 +96,7 @@ class Folder(Scoped):
     def value(self, node):
         if isinstance(node, ast.Constant):
             return node.value
-        value = known(node, self.facts.constants)
+        value = evaluate(node, self.facts.constants)
         free = {n.id for n in walk(node) if isinstance(n, ast.Name)} if value is not UNKNOWN else ()
         return UNKNOWN if any(self.binding(name) for name in free) else value
 
@@ -110,8 +115,6 @@ class Folder(Scoped):
         return new if len(ast.unparse(new)) <= max(24, len(ast.unparse(node))) else node
 
     def visit_Name(self, node):
-        if node.id == "__debug__":
-            return literal(False, node)  # a packed file is what `python -O` would run
         shared = isinstance(node.ctx, ast.Load) and self.binding(node.id) is None
         return self.simplify(node) if shared and node.id in self.facts.constants else node
 
@@ -119,8 +122,8 @@ class Folder(Scoped):
         node.value = self.visit(node.value)
         if not (isinstance(node.ctx, ast.Load) and self.is_config(node.value)):
             return node
-        values = {**self.facts.structural(), **self.facts.properties}
-        return literal(values[node.attr], node) if node.attr in values else node
+        structure = self.facts.structure
+        return literal(structure[node.attr], node) if node.attr in structure else node
 
     def visit_comprehension_expression(self, node):
         node = super().visit_comprehension_expression(node)
@@ -131,42 +134,6 @@ class Folder(Scoped):
         return self.simplify(node)
 
     visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = visit_comprehension_expression
-
-    def visit_Call(self, node):
-        node = self.generic_visit(node)
-        if isinstance(node, ast.Call):
-            node.keywords = [k for k in node.keywords if k.arg or not is_nothing(k.value)]  # **{}
-        return node
-
-    def visit_BinOp(self, node):
-        node = self.generic_visit(node)
-        match node:
-            case ast.BinOp(left=ast.Dict() as left, op=ast.BitOr(), right=ast.Dict() as right):
-                return left if is_nothing(right) else right if is_nothing(left) else node
-        return node
-
-    def visit_Compare(self, node):
-        node = self.generic_visit(node)
-        match node:
-            case ast.Compare(left=left, ops=[ast.Eq() | ast.NotEq() as op], comparators=[ast.Constant(value=str(key))]):
-                if key in self.facts.gone and keeps_value(left):
-                    return literal(isinstance(op, ast.NotEq), node)
-        return node
-
-    def visit_Subscript(self, node):
-        node = self.generic_visit(node)
-        match node:
-            case ast.Subscript(value=ast.Name(id=table), slice=ast.Constant(value=key), ctx=ast.Load()):
-                if table in self.facts.tables and self.binding(table) is None:
-                    return self.look_up(node, table, key)
-        return node
-
-    def look_up(self, node, table, key):
-        entries = self.facts.tables[table]
-        for k, v in zip(entries.keys, entries.values, strict=True):
-            if k.value == key and isinstance(v, (ast.Name, ast.Constant)):
-                return like(ast.parse(ast.unparse(v), mode="eval").body, node)
-        return node
 
     def truth(self, node):
         value = self.value(node)
@@ -201,7 +168,7 @@ class Folder(Scoped):
         node.test = self.visit_test(node.test)
         truth = self.truth(node.test)
         if truth is not UNKNOWN:
-            self.done.append((place(node), words.format(before), truth))
+            self.branches.append((place(node), words.format(before), truth))
         return truth
 
     def visit_If(self, node):
@@ -222,67 +189,46 @@ class Folder(Scoped):
             return self.visit(node.body if truth else node.orelse)
         return self.generic_visit(node)
 
-    def visit_While(self, node):
-        if self.truth(self.visit_test(node.test)) is False:
-            return self.visit_block(node.orelse)
-        return self.generic_visit(node)
-
-    def visit_For(self, node):
-        items = self.value(self.visit(node.iter))
-        if items is not UNKNOWN and not items:
-            self.done.append((place(node), f"for {ast.unparse(node.target)} in {ast.unparse(node.iter)}", False))
-            return self.visit_block(node.orelse)
-        return self.drop_rows(self.generic_visit(node))
-
-    def drop_rows(self, node):
-        """`for bad, text in [(False, ...), ...]: if bad: ...`: rows that cannot matter go."""
-        match node:
-            case ast.For(
-                target=ast.Tuple(elts=[ast.Name(id=name), *_]),
-                iter=ast.List(elts=rows),
-                orelse=[],
-                body=[ast.If(test=ast.Name(id=tested), orelse=[])],
-            ) if name == tested:
-                node.iter.elts = [r for r in rows if not (isinstance(r, ast.Tuple) and self.truth(r.elts[0]) is False)]
-        return node
-
     def visit_Assert(self, node):
         node.test = self.visit_test(node.test)
         return None if self.truth(node.test) is True else self.generic_visit(node)
 
 
-def fold(units, fields, done, folded=None):
-    """Folds to a fixpoint; `done` collects (place, test, outcome), `folded` what need not be folded again."""
-    folded = {} if folded is None else folded
-    holders, known_before = config_holders(units), folded.get("facts")
-    dumps = {id(u): ast.dump(u.node) for u in units}
-    changed = {id(u) for u in units if folded.get(id(u)) != dumps[id(u)]}
-    while changed:
-        facts = Facts(
-            fields,
-            module_constants(units),
-            config_properties(units),
-            fixed_tables(units),
-            folded.get("gone", set()),
-            holders,
-        )
-        told = (facts.constants, facts.properties, facts.gone, {name: ast.dump(t) for name, t in facts.tables.items()})
-        todo = [u for u in units if id(u) in changed or told != known_before]
-        known_before, changed = told, set()
-        for unit in todo:
-            unit.node = Folder(facts, done).visit(unit.node)
-            folded[id(unit)] = ast.dump(unit.node)
-            if folded[id(unit)] != dumps[id(unit)]:
-                changed.add(id(unit))
-                dumps[id(unit)] = folded[id(unit)]
-        folded["facts"] = known_before
-        units = [u for u in units if settle_guard(u, facts)]
-    check_structural_replace(units, facts)
+def config_holders(units):
+    """Attributes that hold a Config wherever they are set: `self.c = c`, c annotated Config."""
+    places = defaultdict(dict)
+
+    class Find(Scoped):
+        def visit_Assign(self, node):
+            for target, value in pairs(node):
+                if isinstance(target, ast.Attribute):
+                    scope = self.binding(value.id) if isinstance(value, ast.Name) else None
+                    places[target.attr].setdefault(scope is not None and value.id in scope.configs, node)
+            return self.generic_visit(node)
+
+    for unit in units:
+        Find().visit(unit.node)
+    for name, by_kind in places.items():
+        if len(by_kind) == 2:
+            fail(by_kind[False], f"attribute {name} holds a Config at {place(by_kind[True])} and something else here")
+    return {name for name, by_kind in places.items() if True in by_kind}
+
+
+def check_structural_replace(units, structure):
+    for node in (n for u in units for n in walk(u.node) if isinstance(n, ast.Call)):
+        fixed = [k.arg for k in node.keywords if k.arg in structure]
+        if fixed and ast.unparse(node.func).split(".")[-1] == "replace":
+            fail(node, f"replace(..., {fixed[0]}=...): {fixed[0]} is structural and decided at build time")
+
+
+def fold(units, b):
+    """Folds until there is nothing new to rely on."""
+    holders = config_holders(units)
+    before, constants = None, module_constants(units)
+    while constants != before:
+        facts = Facts(b.structure, holders, constants)
+        for unit in units:
+            unit.node = Folder(facts, b.branches).visit(unit.node)
+        before, constants = constants, module_constants(units)
+    check_structural_replace(units, b.structure)
     return units
-
-
-def settle_guard(unit, facts):
-    """False if the guard rules the unit out; a guard that is true goes."""
-    value = UNKNOWN if unit.guard is None else known(unit.guard, facts.constants)
-    unit.guard = unit.guard if value is UNKNOWN else None
-    return value is UNKNOWN or bool(value)

@@ -1,41 +1,9 @@
-"""Pass 5: what only readers need goes, names become short."""
+"""Pass 5: what only readers need goes: docstrings, annotations, comments, white space; locals get short names."""
 
 import ast
-import re
 
-from packer.names import shorten_names
 from packer.scopes import all_arguments
 from packer.trees import is_docstring, is_kernel, is_op, like
-
-WORDS = 3  # of an error's text that a packed file keeps
-
-
-class Brief(ast.NodeTransformer):
-    """Errors keep their class and the first words of their text; what they say of values and ways out is for readers.
-
-    A text of values alone, as the refusal of a built structure has, stays.
-    """
-
-    def visit_Raise(self, node):
-        match node.exc:
-            case ast.Call(func=ast.Name(), args=[text], keywords=[]):
-                node.exc.args, node.cause = [self.first_words(text)], None
-        return node
-
-    def visit_For(self, node):
-        """`for bad, text in [(test, text), ...]`: a list of checks."""
-        match node:
-            case ast.For(target=ast.Tuple(elts=[_, ast.Name(id="text")]), iter=ast.List(elts=rows)):
-                for row in rows:
-                    row.elts[1] = self.first_words(row.elts[1])
-        return self.generic_visit(node)
-
-    @staticmethod
-    def first_words(node):
-        pieces = node.values if isinstance(node, ast.JoinedStr) else [node]
-        pieces = [p.value if isinstance(p, ast.Constant) else " " for p in pieces]
-        words = re.findall(r"[\w'/.-]*\w", "".join(p for p in pieces if isinstance(p, str)))
-        return like(ast.Constant(" ".join(words[:WORDS])), node) if words else node  # the text of another error
 
 
 class Strip(ast.NodeTransformer):
@@ -59,8 +27,8 @@ class Strip(ast.NodeTransformer):
         fields = {s for s in node.body if isinstance(s, ast.AnnAssign)} if is_record else set()
         for s in fields:  # the record needs one, nobody reads it
             s.annotation = like(ast.Name("int", ast.Load()), s)
-        body = [s if s in fields else self.visit(s) for s in node.body]
-        node.body = [s for s in body if s] or [like(ast.Pass(), node)]
+        node.body = [new for s in node.body if (new := s if s in fields else self.visit(s))]
+        node.body = node.body or [like(ast.Pass(), node)]
         return node
 
     def visit_AnnAssign(self, node):
@@ -76,16 +44,14 @@ class Strip(ast.NodeTransformer):
         return node
 
 
-def minify(tree, foreign=frozenset()):
-    """Short names and little white space."""
+def strip(units, b):
+    for unit in units:
+        unit.node = Strip().visit(unit.node)
+    return units
+
+
+def minify(text):
+    """Globals keep their names, for tracebacks and Triton, and literals their places, for kernels see no globals."""
     from python_minifier import minify as shorten
 
-    shorten_names(tree, foreign)
-    return shorten(
-        ast.unparse(ast.fix_missing_locations(tree)),
-        remove_annotations=False,
-        hoist_literals=False,
-        rename_locals=False,
-        remove_asserts=True,
-        prefer_single_line=True,
-    )
+    return shorten(text, remove_annotations=False, hoist_literals=False, rename_globals=False)

@@ -1,4 +1,4 @@
-"""Pass 8: the packed file does what the source does."""
+"""The packed file does what the source does, under plain `python`, in an empty folder with a clean environment."""
 
 import ast
 import hashlib
@@ -11,22 +11,23 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+from packer.bake import bake
 from packer.bundle import bundle
-from packer.config import bake
 from packer.pack import unpack
 from packer.sweep import mark
-from packer.trees import FUNCTIONS, BuildError, is_kernel
+from packer.trees import FUNCTIONS, Build, BuildError, is_kernel
 
 PROOF = {  # of what the profile has; no clock decides anything, for time never repeats
-    "max_steps": 3, "max_seconds": 0.0, "log_every": 1, "vocab": 384, "micro_tokens": 128,
-    "dtype": "float32", "run_id": "proof",
+    "max_steps": 3, "max_seconds": 0.0, "log_every": 1, "vocab": 384, "micro_tokens": 128, "checkpoint_every": 2,
+    "dim": 32, "heads": 2, "kv_heads": 1,
+    "resume": "auto", "dtype": "float32", "run_id": "proof",
 }  # fmt: skip
 ARTIFACT = f"{PROOF['run_id']}/final_model.skc"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-VOLATILE = {"seconds", "tokens_per_second", "mfu", "memory", "peak_memory_bytes", "eval_seconds", "train_seconds",
-            "run_id"}  # fmt: skip
-PROMISED = {"step", "val", "artifact", "eval", "end"}  # kinds of records that a packed file writes as its source does
-DECISIVE = {"loss", "grad_norm", "val_bpb", "sha256", "bpb", "nats", "spans"}  # of these it may not leave out one
+VOLATILE = {"time", "seconds", "tokens_per_second", "memory"}  # of a record: no two runs share them
+UNSEALED = {"bytes", "sha256"}  # of a checkpoint, which holds such times
+LASTING = {"step", "val", "artifact", "eval", "end"}  # kinds of records that a run leaves, resumed or not
+WRONG = ("no_such_field=1", "max_steps=many", "max_steps=0")  # the last: no limit at all
 ON_CUDA = "kernels and what launches them, CUDA only"
 KERNELS = """
 import json, train_gpt
@@ -56,6 +57,18 @@ def attend(q, k, v, block_mask, enable_gqa):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, block_mask.mask_mod(*places), enable_gqa=True)
 CustomOpDef.register_kernel, torch.compile, flex.flex_attention = register_here, lambda f: f, attend
 torch.Tensor.is_cuda = property(lambda tensor: first(sys._getframe(1).f_code))
+"""
+# ends with the first checkpoint, as a pulled plug does
+KILLED = """
+import os, runpy, signal, sys
+replace = os.replace
+def replace_and_die(draft, path):
+    replace(draft, path)
+    if "checkpoint_" in os.path.basename(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = replace_and_die
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 TRACER = """
 import json, os, runpy, sys, threading
@@ -87,12 +100,12 @@ def proof_values(fields, tiny, data):
     return values | {name: value for name, value in given.items() if name in known}
 
 
-def start(what, command, folder):
-    """A child in `folder` with a clean environment: no repository on its path, one thread."""
+def start(what, command, folder, code=0):
+    """A child in `folder` with a clean environment: no repository on its path, one thread; it must end with `code`."""
     env = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen([sys.executable, "-s", *map(str, command)], cwd=folder, env=env, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-    child.what = what
+    child.what, child.code = what, code
     return child
 
 
@@ -104,8 +117,8 @@ def finish(*children):
         for child in children:
             child.kill()
     for child, text in zip(children, texts):
-        if child.returncode:
-            raise BuildError(f"{child.what} failed:\n{text[-2000:]}")
+        if child.returncode != child.code:
+            raise BuildError(f"{child.what} ended with {child.returncode}, not {child.code}:\n{text[-2000:]}")
     return texts
 
 
@@ -120,49 +133,59 @@ def make_data(work):
     finish(start("data.prepare", command, here.parent))
 
 
-def steady(value):
-    """A record without what no two runs share: times, rates, names."""
-    if isinstance(value, dict):
-        return {k: steady(v) for k, v in value.items() if k not in VOLATILE}
-    return value
+def steady(record):
+    """A record without what no two runs share."""
+    omitted = VOLATILE | UNSEALED if record["kind"] == "checkpoint" else VOLATILE
+    return {name: value for name, value in record.items() if name not in omitted}
 
 
-def read_records(path):
-    rows = [steady(json.loads(line)) for line in path.read_text().splitlines()]
-    return [r for r in rows if r["kind"] in PROMISED]
+def read_records(folder, kinds=None):
+    """All of them, or those of some kinds; how often an evaluation tells of its progress, the clock decides."""
+    rows = [steady(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in rows if r["kind"] != "progress" and (kinds is None or r["kind"] in kinds)]
 
 
 def same_records(source, packed):
-    """The packed file may say less in a record, but nothing else."""
     for i, (a, b) in enumerate(zip(source, packed)):
-        said = {name: value for name, value in a.items() if name in b or name in DECISIVE}
-        if said != b:
-            raise BuildError(f"record {i} differs: source {said}, packed {b}")
+        if a != b:
+            raise BuildError(f"record {i} differs: source {a}, packed {b}")
     if len(source) != len(packed):
         raise BuildError(f"the source wrote {len(source)} records, the packed file {len(packed)}")
 
 
-def compare_runs(source, packed):
-    """All records and the artifact are the same; returns them."""
-    rows = read_records(source / PROOF["run_id"] / "metrics.jsonl")
-    same_records(rows, read_records(packed / PROOF["run_id"] / "metrics.jsonl"))
-    artifact, own = (source / ARTIFACT).read_bytes(), (packed / ARTIFACT).read_bytes()
-    if artifact != own:
-        raise BuildError(f"the artifacts differ: {len(artifact)} and {len(own)} bytes")
-    return rows, artifact
+def compare_runs(source, packed, kinds=None):
+    """The records, the artifact and the configuration are the same; returns records and artifact."""
+    source, packed = source / PROOF["run_id"], packed / PROOF["run_id"]
+    rows = read_records(source, kinds)
+    same_records(rows, read_records(packed, kinds))
+    artifacts = [(folder / Path(ARTIFACT).name).read_bytes() for folder in (source, packed)]
+    if artifacts[0] != artifacts[1]:
+        raise BuildError(f"the artifacts differ: {len(artifacts[0])} and {len(artifacts[1])} bytes")
+    texts = [json.loads((folder / "config.json").read_text()) for folder in (source, packed)]
+    for name in ("hash", "config"):
+        if texts[0][name] != texts[1][name]:
+            raise BuildError(f"config.json differs in {name}: source {texts[0][name]}, packed {texts[1][name]}")
+    return rows, artifacts[0]
 
 
 def compare_scores(rows, evaluated):
     """The artifact, evaluated on its own, scores what it scored in the run that made it."""
-    own = read_records(evaluated / "metrics.jsonl")
-    same_records(*([r for r in some if r["kind"] == "eval"] for some in (rows, own)))
+    same_records([r for r in rows if r["kind"] == "eval"], read_records(evaluated, {"eval"}))
+
+
+def compare_refusals(texts, line):
+    if texts[0] != texts[1]:
+        raise BuildError(f"{line}: the source says {texts[0]!r}, the packed file {texts[1]!r}")
+
+
+def check_fixed(text, name):
+    if f"{name}=Q: fixed in this build" not in text:
+        raise BuildError(f"{name}=Q, which this build fixes, was answered with {text!r}")
 
 
 def compare_kernels(rows, run):
     """The loss of the first step, most of it by interpreted kernels, is the one of their definitions."""
-    ours, theirs = (
-        next(r["loss"] for r in some if r["kind"] == "step") for some in (rows, read_records(run / "metrics.jsonl"))
-    )
+    ours, theirs = (next(r["loss"] for r in some if r["kind"] == "step") for some in (rows, read_records(run)))
     if abs(ours - theirs) > 1e-4 * abs(ours):
         raise BuildError(f"with interpreted kernels the first loss is {theirs}, by their definitions {ours}")
 
@@ -182,22 +205,24 @@ def check_kernels(code, captured):
 def prove(b, root):
     """Source and packed file train the same structure at small sizes: every record and the artifact must be equal."""
     began, spent = time.perf_counter(), os.times()
-    tiny = {f.name: f.value for f in bake(bundle(b.files, "train_gpt"), "tiny").values()}
+    tiny = {f.name: f.value for f in profile_fields(b.files, "tiny").values()}
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         make_data(work)
         values = [f"{k}={v}" for k, v in proof_values(b.fields, tiny, work / "data").items()]
         (work / "tracer.py").write_text(TRACER)
         (work / "as_on_cuda.py").write_text(AS_ON_CUDA + TRACER)
-        for name, text in {"source": b"", "packed": b.code, "traced": b.readable.encode()}.items():
+        for name, text in {"source": b"", "packed": b.code, "killed": b.code, "traced": b.readable.encode()}.items():
             (work / name).mkdir()  # each runs in a folder of its own, with the same arguments
             (work / name / "train_gpt.py").write_bytes(text)
-        finish(
-            start("the source", ["-O", root / "train_gpt.py", "--profile", b.profile, *values], work / "source"),
-            start("the packed file", ["train_gpt.py", *values], work / "packed"),
-        )
-        rows, artifact = compare_runs(work / "source", work / "packed")
-        lines, captured = trace_all(work, values, rows)
+        on_cuda = start_as_on_cuda(work, values)  # beside all the others
+        source = [root / "train_gpt.py", "--profile", b.profile, *values]
+        rows, artifact = train_both(work, source, values)
+        refuse_both(work, source, values, next(f.name for f in b.fields.values() if f.kind == "structural"))
+        captured = trace_all(work, values, rows)
+        finish(on_cuda)
+        compare_kernels(rows, work / "traced" / "cuda")
+        lines = {n for path in (work / "traced").glob("*.json*") for n in json.loads(path.read_text())}
     silent = unexecuted(b, lines)
     return {
         "steps": [r for r in rows if r["kind"] == "step"],
@@ -212,18 +237,53 @@ def prove(b, root):
     }
 
 
-def trace_all(work, values, rows):
-    """All other runs: the twin's lines that ran, and the sources of the packed file's kernels.
+def profile_fields(files, profile):
+    bake(bundle(files, "train_gpt"), b := Build(profile, files))
+    return b.fields
 
-    The packed file evaluates its artifact and is imported; the readable twin trains, evaluates, trains on two ranks,
-    and takes one step with interpreted kernels.
+
+def train_both(work, source, values):
+    """Source, packed file, and the packed file killed at its first checkpoint and resumed, come to the same end."""
+    finish(
+        start("the source", source, work / "source"),
+        start("the packed file", ["train_gpt.py", *values], work / "packed"),
+        start("the packed file that is killed", ["-c", KILLED, "train_gpt.py", *values], work / "killed", code=-9),
+    )
+    rows, artifact = compare_runs(work / "source", work / "packed")
+    finish(start("the packed file that resumes", ["train_gpt.py", *values], work / "killed"))
+    compare_runs(work / "source", work / "killed", LASTING)
+    return rows, artifact
+
+
+def refuse_both(work, source, values, fixed):
+    """The same one line for the same wrong field; a field that the build fixes is named."""
+    for line in WRONG:
+        children = [
+            start(f"the source, given {line},", [*source, line], work / "source", code=2),
+            start(f"the packed file, given {line},", ["train_gpt.py", *values, line], work / "packed", code=2),
+        ]
+        compare_refusals(finish(*children), line)
+    command = ["train_gpt.py", *values, f"{fixed}=Q"]
+    check_fixed(finish(start("the packed file, given another structure,", command, work / "packed", code=2))[0], fixed)
+
+
+def renamed(values, run_id):
+    return [*(v for v in values if not v.startswith("run_id=")), f"run_id={run_id}"]
+
+
+def start_as_on_cuda(work, values):
+    """One step of the readable twin with every kernel, interpreted."""
+    command = [work / "as_on_cuda.py", "train_gpt.py", "cuda.json", *renamed(values, "cuda"), "max_steps=1"]
+    return start("the twin as on CUDA", command, work / "traced")
+
+
+def trace_all(work, values, rows):
+    """The readable twin trains, evaluates and trains on two ranks, and the lines that ran are written beside it.
+
+    The packed file evaluates its artifact and is imported: returns the sources of its kernels.
     """
-    again = [*(v for v in values if not v.startswith("run_id=")), "run_id=again"]
-    ranks = [*again[:-1], "run_id=ranks"]
-    score = ["train_gpt.py", "--evaluate", ARTIFACT, *again]
+    score = ["train_gpt.py", "--evaluate", ARTIFACT, *renamed(values, "again")]
     trace = [work / "tracer.py", "train_gpt.py"]
-    as_on_cuda = [work / "as_on_cuda.py", "train_gpt.py", "cuda.json", *again[:-1], "run_id=cuda", "max_steps=1"]
-    on_cuda = start("the twin as on CUDA", as_on_cuda, work / "traced")  # beside all the others
     finish(
         start("the readable twin", [*trace, "trained.json", *values], work / "traced"),
         start("the packed file's --evaluate", score, work / "packed"),
@@ -234,10 +294,9 @@ def trace_all(work, values, rows):
         start("the twin's --evaluate", [*trace, "evaluated.json", *score[1:]], work / "traced"),
         start("the import of the packed file", ["-c", KERNELS], work / "packed"),
     )
-    finish(start("the twin on two ranks", [*TORCHRUN, *trace, "ranks.json", *ranks], work / "traced"), on_cuda)
-    compare_kernels(rows, work / "traced" / "cuda")
-    lines = {n for path in (work / "traced").glob("*.json*") for n in json.loads(path.read_text())}
-    return lines, json.loads(captured)
+    ranks = [*TORCHRUN, *trace, "ranks.json", *renamed(values, "ranks")]
+    finish(start("the twin on two ranks", ranks, work / "traced"))
+    return json.loads(captured)
 
 
 def code_lines(text):

@@ -2,13 +2,12 @@
 
 import ast
 import builtins
+import importlib
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from packer.config import iterated, selected
-from packer.foreign import resolve
 from packer.scopes import Scoped, all_arguments, scope_of
-from packer.trees import FUNCTIONS, Unit, is_kernel, is_main_guard, is_op, like, walk
+from packer.trees import FUNCTIONS, Unit, fail, is_kernel, is_main_guard, is_op, like
 
 
 @dataclass
@@ -29,9 +28,9 @@ class Item:
 class Mentions(Scoped):
     """Collects the module-level names and the attributes a piece of code speaks of."""
 
-    def __init__(self, imports, walked, skip):
+    def __init__(self, imports, skip):
         super().__init__()
-        self.imports, self.walked, self.skip, self.names, self.spoken = imports, walked, skip, set(), set()
+        self.imports, self.skip, self.names, self.spoken = imports, skip, set(), set()
 
     def visit(self, node):
         return node if id(node) in self.skip else super().visit(node)
@@ -47,14 +46,7 @@ class Mentions(Scoped):
 
     def visit_Attribute(self, node):
         if isinstance(node.ctx, ast.Load) and self.root(node) not in self.imports:
-            self.spoken.add(f"{'Config' * self.is_config(node)}.{node.attr}")
-        return self.generic_visit(node)
-
-    def visit_Assign(self, node):
-        """A table that is only looked up does not call what its keys name."""
-        names = {n.id for t in node.targets for n in walk(t) if isinstance(n, ast.Name)}
-        if isinstance(node.value, ast.Dict) and not self.scopes and not names & self.walked:
-            self.skip = self.skip | {id(k) for k in node.value.keys}
+            self.spoken.add(f".{node.attr}")
         return self.generic_visit(node)
 
     def visit_outside(self, node):
@@ -62,20 +54,6 @@ class Mentions(Scoped):
         if not isinstance(node, ast.Lambda) and not is_kernel(node) and not is_op(node):
             self.skip = self.skip | {id(a) for a in (node.returns, *(a.annotation for a in all_arguments(node.args)))}
         super().visit_outside(node)
-
-    def visit_AnnAssign(self, node):
-        """Nor does a field of Config call what its default names: the profile chooses."""
-        if self.classes[-1:] == ["Config"] and isinstance(node.value, ast.Call):
-            self.skip = self.skip | set(map(id, node.value.args))
-        if self.scopes and not self.scopes[-1].is_class:
-            self.skip = self.skip | {id(node.annotation)}
-        return self.generic_visit(node)
-
-    def visit_Compare(self, node):
-        """A comparison makes no value, so it calls nothing by name."""
-        if all(isinstance(op, (ast.Eq, ast.NotEq)) for op in node.ops):
-            self.skip = self.skip | {id(n) for n in (node.left, *node.comparators) if isinstance(n, ast.Constant)}
-        return self.generic_visit(node)
 
     def visit_Constant(self, node):
         if isinstance(node.value, str):
@@ -88,16 +66,34 @@ class Mentions(Scoped):
                 self.spoken.add(f".{name}")
         return self.generic_visit(node)
 
-    def is_config(self, node):
-        """`c.state` of a Config speaks of no method but its own."""
-        scope = self.binding(node.value.id) if isinstance(node.value, ast.Name) else None
-        return scope is not None and node.value.id in scope.configs
-
     @staticmethod
     def root(node):
         while isinstance(node, ast.Attribute):
             node = node.value
         return node.id if isinstance(node, ast.Name) else None
+
+
+def selected(units, fields):
+    """Registry name -> keys that its fields select; a free field may select any of them, later."""
+    chosen, by_name = defaultdict(set), {name: u.node for u in units for name in u.names}
+    for f in (f for f in fields.values() if f.registry):
+        keys = table_keys(by_name.get(f.registry))
+        if not keys:
+            fail(f.node, f"Config.{f.name}: registry {f.registry} is not a dict literal of the bundle")
+        picks = {"free": keys, "structural": [f.value] if f.value in keys else f.value or ()}[f.kind]
+        for pick in picks:
+            if pick not in keys:
+                fail(f.node, f"{f.name}={f.value!r}: {pick!r} is not in {f.registry}, which has {keys}")
+        chosen[f.registry].update(picks)
+    return chosen
+
+
+def table_keys(node):
+    """The keys of a dict literal, if they are constants."""
+    match getattr(node, "value", None):
+        case ast.Dict(keys=keys) if all(isinstance(k, ast.Constant) for k in keys):
+            return [k.value for k in keys]
+    return []
 
 
 def parts(unit, chosen):
@@ -114,17 +110,15 @@ def parts(unit, chosen):
 def items_of(units, chosen):
     """Every item, with what it mentions; an owner does not speak for its parts."""
     imports = {n for u in units if isinstance(u.node, (ast.Import, ast.ImportFrom)) for n in u.names}
-    items, walked = [], iterated(units)
+    items = []
     for unit in units:
         owner = Item(unit.names[0] if unit.names else "<main>", unit, unit.node)
         members = [Item(label, unit, node, owner, key, at) for label, node, key, at in parts(unit, chosen)]
         for item in (owner, *members):
-            seen = Mentions(imports, walked, {id(n) for m in members if m is not item for n in (m.node, m.name_node)})
+            seen = Mentions(imports, {id(n) for m in members if m is not item for n in (m.node, m.name_node)})
             if item.owner and isinstance(unit.node, ast.ClassDef):
                 seen.scopes, seen.classes = [scope_of(unit.node)], [unit.node.name]
             seen.visit(item.node)
-            if unit.guard:
-                seen.visit(unit.guard)
             item.names, item.spoken = seen.names - {item.label}, seen.spoken
         items += [owner, *members]
     return items
@@ -157,6 +151,15 @@ def op_names(units):
     }
 
 
+def resolve(dotted):
+    """`torch.nn.Module` as an object: the longest importable prefix, then attributes."""
+    words = dotted.split(".")
+    value = importlib.import_module(words[0])
+    for i, word in enumerate(words[1:], 2):
+        value = getattr(value, word) if hasattr(value, word) else importlib.import_module(".".join(words[:i]))
+    return value
+
+
 def hooks(units):
     """Class -> names its third-party bases know: a method that overrides one is called from outside."""
     imports = {n: u.node for u in units if isinstance(u.node, (ast.Import, ast.ImportFrom)) for n in u.names}
@@ -187,19 +190,16 @@ class Marker:
         for item in self.items:
             if item.owner:
                 self.members[item.owner.label].append(item)
-                for word in self.words(item):
-                    self.by_word[word].append(item)
+                self.by_word[self.word(item)].append(item)
                 continue
             target = registration_target(item.unit)
             self.attached[ops.get(target, target)].append(item)
             for name in item.unit.names:
                 self.by_name[name].append(item)
 
-    def words(self, member):
-        """What speaks of it; a Config may be known for one, or not."""
-        if member.owner.label in self.chosen:
-            return [member.key]
-        return [f".{member.key}", f"Config.{member.key}"][: 1 + (member.owner.label == "Config")]
+    def word(self, member):
+        """What speaks of it: `x.method`, or the key of a registry as text."""
+        return member.key if member.owner.label in self.chosen else f".{member.key}"
 
     def live(self, item, because):
         if item.because is None:
@@ -213,7 +213,7 @@ class Marker:
             return "the profile"
         if owner not in self.chosen and (key in self.outside[owner] or (key.startswith("__") and key.endswith("__"))):
             return owner
-        return next((self.speaker[word] for word in self.words(member) if word in self.speaker), None)
+        return self.speaker.get(self.word(member))
 
     def run(self):
         for item in self.items:
@@ -240,23 +240,14 @@ def mark(units, fields):
     return Marker(units, fields).run()
 
 
-def sweep(units, fields):
-    """The live units, their dead parts gone; and all items, for whoever asks why."""
-    items = mark(units, fields)
-    dead = {id(i.node) for i in items if i.owner and i.because is None}
-    live = [i.unit for i in items if i.because and not i.owner]
+def sweep(units, b):
+    """The live units, their dead parts gone."""
+    b.items = mark(units, b.fields)
+    dead = {id(i.node) for i in b.items if i.owner and i.because is None}
+    live = [i.unit for i in b.items if i.because and not i.owner]
     for unit in live:
         drop_parts(unit.node, dead)
-    return live, items
-
-
-def gone_keys(items, fields):
-    """Keys of registries that the profile does not choose and no live code speaks: nothing can be equal to them."""
-    registries, kept = {f.registry for f in fields.values()} - {None}, set()
-    for f in (f for f in fields.values() if f.registry):
-        kept.update([f.value, *f.value])
-    kept.update(*(i.spoken for i in items if i.because))
-    return {i.key for i in items if i.owner and isinstance(i.key, str) and i.owner.label in registries} - kept
+    return live
 
 
 def drop_parts(node, dead):

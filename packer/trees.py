@@ -1,7 +1,7 @@
 """What every pass stands on: errors that name a place, copies that keep it, and units, the statements of a bundle."""
 
 import ast
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 WORDS = {"ctx", "op", "ops", "id", "attr", "kind", "level", "module", "asname", "conversion", "type_comment"}
@@ -61,12 +61,31 @@ def literal(value, old):
 
 
 @dataclass
+class Build:
+    """What the passes of one build share beside the units: what was asked for, and what they found out."""
+
+    profile: str
+    files: dict  # module name -> source text
+    entry: str = "train_gpt"
+    fields: dict = field(default_factory=dict)  # name -> Field of Config, by bake
+    branches: list = field(default_factory=list)  # (place, test, outcome), by fold
+    items: list = field(default_factory=list)  # what sweep kept and dropped
+    sizes: dict = field(default_factory=dict)  # bytes after each pass
+    modules: list = field(default_factory=list)
+    readable: str = ""  # the program before minifying
+    code: bytes = b""  # the packed file
+
+    @property
+    def structure(self):
+        return {f.name: f.value for f in self.fields.values() if f.kind == "structural"}
+
+
+@dataclass
 class Unit:
-    """One top-level statement: what the sweep keeps or drops. `guard` is the test of the `if` around it, or None."""
+    """One top-level statement: what the sweep keeps or drops."""
 
     node: ast.stmt
     module: str
-    guard: ast.expr | None = None
 
     @property
     def names(self):
@@ -109,19 +128,7 @@ def is_docstring(node):
 
 
 def as_module(units):
-    """The units as one module; neighbours under one guard share one `if`."""
-    body, last = [], None
-    for unit in units:
-        guard = unit.guard and ast.dump(unit.guard)
-        if not guard:
-            body.append(unit.node)
-        elif guard == last:
-            body[-1].body.append(unit.node)
-        else:
-            body.append(like(ast.If(unit.guard, [], []), unit.guard))
-            body[-1].body = [unit.node]
-        last = guard
-    return ast.Module(body, [])
+    return ast.Module([unit.node for unit in units], [])
 
 
 def pairs(node):

@@ -1,88 +1,23 @@
 """What an expression is worth before it runs."""
 
 import ast
-import builtins
 import math
 from collections import Counter
 
 from packer.trees import SCALARS, children, walk
 
 UNKNOWN = object()
-PURE = {
-    name: getattr(builtins, name)
-    for name in (
-        "abs",
-        "all",
-        "any",
-        "bool",
-        "dict",
-        "divmod",
-        "enumerate",
-        "float",
-        "int",
-        "len",
-        "list",
-        "max",
-        "min",
-        "range",
-        "reversed",
-        "round",
-        "sorted",
-        "str",
-        "sum",
-        "tuple",
-        "zip",
-    )
-}
-PURE_METHODS = {
-    "count",
-    "endswith",
-    "find",
-    "get",
-    "index",
-    "isdigit",
-    "items",
-    "join",
-    "keys",
-    "lower",
-    "lstrip",
-    "removeprefix",
-    "removesuffix",
-    "replace",
-    "rstrip",
-    "split",
-    "startswith",
-    "strip",
-    "upper",
-    "values",
-}
-PURE_NODES = (
-    ast.Constant,
-    ast.Tuple,
-    ast.List,
-    ast.Set,
-    ast.Dict,
-    ast.BinOp,
-    ast.UnaryOp,
-    ast.BoolOp,
-    ast.Compare,
-    ast.IfExp,
-    ast.Subscript,
-    ast.Slice,
-    ast.Starred,
-    ast.operator,
-    ast.unaryop,
-    ast.boolop,
-    ast.cmpop,
-    ast.expr_context,
-    ast.comprehension,
-    ast.ListComp,
-    ast.DictComp,
-    ast.GeneratorExp,
-)
+PURE_TYPES = (bool, dict, enumerate, float, int, list, range, reversed, str, tuple, zip)
+PURE_FUNCTIONS = (abs, all, any, divmod, len, max, min, round, sorted, sum)
+PURE = {function.__name__: function for function in (*PURE_TYPES, *PURE_FUNCTIONS)}
+PURE_METHODS = {name for kind in (str, tuple) for name in dir(kind)} | {"get", "items", "keys", "values"}
+DISPLAYS = (ast.Constant, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.Starred)
+OPERATIONS = (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Subscript, ast.Slice)
+LOOPS = (ast.ListComp, ast.DictComp, ast.GeneratorExp, ast.comprehension)
+PURE_NODES = (*DISPLAYS, *OPERATIONS, *LOOPS)
 
 
-def known(node, constants):
+def evaluate(node, constants):
     """The value of an expression made of literals, constants and pure builtins; UNKNOWN for any other."""
     if not isinstance(node, (ast.Name, ast.Call, *PURE_NODES)):
         return UNKNOWN
@@ -116,7 +51,7 @@ def is_literal(value):
 
 
 def assigned_once(units):
-    """Module-level `NAME = value`, bound once, unguarded and never declared global."""
+    """Module-level `NAME = value`, bound once, never declared global."""
     count = Counter(name for u in units for name in u.names)
     stolen = {name for u in units for name in u.stolen}
     for unit in units:
@@ -125,33 +60,14 @@ def assigned_once(units):
                 ast.Assign(targets=[ast.Name(id=name)], value=value)
                 | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)
             ):
-                if count[name] == 1 and unit.guard is None and name not in stolen:
+                if count[name] == 1 and name not in stolen:
                     yield name, value
 
 
 def module_constants(units):
     constants = {}
     for name, value in assigned_once(units):
-        result = known(value, constants)
-        if result is not UNKNOWN and is_literal(result):
+        result = evaluate(value, constants)
+        if is_literal(result):
             constants[name] = result
     return constants
-
-
-CHANGES = {"clear", "pop", "popitem", "setdefault", "update"}
-
-
-def fixed_tables(units):
-    """Dict literals with literal keys that no statement changes."""
-    changed = set()
-    for node in (n for u in units for n in walk(u.node)):
-        match node:
-            case ast.Subscript(value=ast.Name(id=name), ctx=ast.Store() | ast.Del()):
-                changed.add(name)
-            case ast.Attribute(value=ast.Name(id=name), attr=attr) if attr in CHANGES:
-                changed.add(name)
-    return {
-        name: value
-        for name, value in assigned_once(units)
-        if isinstance(value, ast.Dict) and name not in changed and all(isinstance(k, ast.Constant) for k in value.keys)
-    }

@@ -1,15 +1,17 @@
 """Faults planted in a small project: the builder refuses each, and says where."""
 
+import hashlib
 import json
+import subprocess
 import textwrap
 
 import pytest
-from test_packer import CONFIG
+from packer_toys import CONFIG
 
 from packer import pack as packing
 from packer.check import check_text
-from packer.deliver import deliver, requirements
-from packer.prove import KERNELS, check_kernels, compare_runs, finish, start
+from packer.deliver import commit_of, deliver, requirements
+from packer.prove import KERNELS, check_fixed, check_kernels, compare_refusals, compare_runs, finish, start
 from packer.steps import build
 from packer.trees import BuildError, parse
 
@@ -72,17 +74,19 @@ FAULTS = {  # name: (message, project's arguments)
     "computed getattr": ("computed getattr", live("getattr(c, str(c.dim))")),
     "globals": ("dynamic look-up: globals", live("globals()")),
     "exec": ("dynamic look-up: exec", live("exec('1')")),
-    "an undefined name": ("undefined after the sweep: nowhere", live("nowhere(c)")),
-    "a name the profile drops but live code reads": (
-        "undefined after the sweep: gone", {"extra": "if PACKED == 3:\n    gone = 1\n", **live("gone")}),
+    "an undefined name": ("undefined in the packed program: nowhere", live("nowhere(c)")),
     "an unknown registry key": ("'Q' is not in MIXERS, which has", {"changed": [('"AA"', '"AQ"')]}),
     "a registry that is no table": ("registry NONE is not a dict", {"changed": [('"MIXERS")', '"NONE")')]}),
     "a profile that sets no field": (
-        "sets wide, which is no Config field", {"changed": [('"plain": {}', '"plain": dict(wide=1)')]}),
-    "a profile of another type": ("give it the same type", {"changed": [('"plain": {}', '"plain": dict(lr=1)')]}),
+        "sets wide, which is no Config field", {"changed": [('"plain": ""', '"plain": "wide=1"')]}),
+    "a profile of another type": (
+        "the profile sets lr=fast: not a float", {"changed": [('"plain": ""', '"plain": "lr=fast"')]}),
+    "profiles that are computed": ("PROFILES is not a literal", {"changed": [('"plain": ""', '"plain": text()')]}),
     "a field without a mark": ("a Config field is structural", {"changed": [('free(8, "width")', "8")]}),
     "a field without a literal": ("is not a literal", {"changed": [('free(8, "width")', 'free(len(name), "width")')]}),
-    "no PACKED": ("no PACKED in the bundle", {"changed": [("PACKED = False\n", "")]}),
+    "no FIXED": ("no FIXED in the bundle", {"changed": [("FIXED: dict = {}\n", "")]}),
+    "a branch at import": ("work at import: `if", {"extra": "if DEFAULT_PROFILE:\n    x = 1\n"}),
+    "more bytes than are set aside": ("code_bytes=700: give the profile more", {"changed": [("8_000", "700")]}),
     "a generator that stops being one": (
         "no longer be a generator",
         {"extra": "def spans(c: Config):\n    if c.moe:\n        yield 1\n", **live("spans(c)")}),
@@ -97,7 +101,7 @@ FAULTS = {  # name: (message, project's arguments)
 
 
 def test_the_healthy_project_builds():
-    assert build(project(), "plain").sizes["packed"] < 2000
+    assert build(project(), "plain").sizes["pack"] < 2000
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -114,7 +118,7 @@ def test_dead_code_may_do_what_live_code_may_not():
 
 
 def test_an_unknown_profile_names_those_there_are():
-    with pytest.raises(BuildError, match=r"'big': not one of \['other', 'plain', 'tiny'\]"):
+    with pytest.raises(BuildError, match="'big': not one of plain, tiny, other"):
         build(project(), "big")
 
 
@@ -128,18 +132,27 @@ def test_a_tree_that_its_text_does_not_give_back_is_refused():
 # ---- the proof
 
 
-def write_run(folder, loss=1.0, artifact=b"abc", rows=2, seconds=0.0):
+def write_run(folder, loss=1.0, artifact=b"abc", rows=2, seconds=0.0, dim=8):
     top, folder = folder, folder / "proof"
     folder.mkdir(parents=True)
     lines = [json.dumps({"kind": "step", "step": i, "loss": loss, "seconds": seconds}) for i in range(rows)]
+    lines += [json.dumps({"kind": "checkpoint", "step": 1, "sha256": str(seconds)})]
+    lines += [json.dumps({"kind": "progress", "done": i}) for i in range(int(seconds))]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "final_model.skc").write_bytes(artifact)
+    (folder / "config.json").write_text(json.dumps({"hash": "", "config": {"dim": dim}}))
     return top
 
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [({"loss": 1.0000001}, "record 0 differs"), ({"artifact": b"abd"}, "artifacts differ"), ({"rows": 1}, "wrote 2")],
+    [
+        ({"loss": 1.0000001}, "record 0 differs"),
+        ({"artifact": b"abd"}, "artifacts differ"),
+        ({"rows": 1}, "record 1 differs"),
+        ({"rows": 0}, "record 0 differs"),
+        ({"dim": 9}, "config.json differs in config"),
+    ],
 )
 def test_the_proof_fails_on_any_difference(tmp_path, fault, message):
     source = write_run(tmp_path / "source")
@@ -148,18 +161,37 @@ def test_the_proof_fails_on_any_difference(tmp_path, fault, message):
         compare_runs(source, write_run(tmp_path / "packed", **fault))
 
 
+def test_the_proof_fails_on_another_refusal(tmp_path):
+    compare_refusals(["error: no", "error: no"], "x=1")
+    check_fixed("error: layers=Q: fixed in this build, which has A", "layers")
+    with pytest.raises(BuildError, match="x=1: the source says 'error: no', the packed file 'error: yes'"):
+        compare_refusals(["error: no", "error: yes"], "x=1")
+    with pytest.raises(BuildError, match="layers=Q, which this build fixes, was answered with 'error: no field'"):
+        check_fixed("error: no field", "layers")
+
+
+def test_a_child_that_ends_otherwise_than_it_should_is_told(tmp_path):
+    with pytest.raises(BuildError, match="the child ended with 3, not -9:\nwords"):
+        finish(start("the child", ["-c", "print('words'); raise SystemExit(3)"], tmp_path, code=-9))
+
+
 KERNEL = "import triton\nimport triton.language as tl\n\n@triton.jit\ndef kernel(x):\n    tl.store(x, 1)\n"
 LINES = "s.splitlines(True)"
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
-    [(LINES, ""), ("[]", "the import of the packed file failed"), ("['def kernel(x):\\n 2\\n']*9", "holds other code")],
+    [
+        (LINES, ""),
+        ("[]", "the import of the packed file ended with 1"),
+        ("['def kernel(x):\\n 2\\n']*9", "holds other code"),
+    ],
     ids=["the source", "no source", "another source"],
 )
 def test_a_kernel_that_holds_other_code_is_refused(tmp_path, monkeypatch, lines, message):
-    monkeypatch.setattr(packing, "LOADER", packing.LOADER.replace(LINES, lines))
-    code = packing.pack(KERNEL + "# filler\n" * 200)
+    assert LINES in packing.FILE
+    monkeypatch.setattr(packing, "FILE", packing.FILE.replace(LINES, lines.replace("{", "{{")))
+    code = packing.pack(KERNEL)
     (tmp_path / "train_gpt.py").write_bytes(code)
 
     def check():
@@ -194,3 +226,31 @@ def test_an_artifact_that_does_not_fit_beside_the_code_is_refused(tmp_path):
 
 def test_requirements_are_what_the_program_imports():
     assert list(requirements("import json\nimport numpy as np\nfrom torch import nn\n")) == ["numpy", "torch"]
+
+
+def test_the_manifest_says_what_was_built_from_what(tmp_path):
+    b = build(project(), "plain")
+    deliver(b, tmp_path / "out", {"steps": []}, [], "abc-dirty")
+    facts, code = (
+        json.loads((tmp_path / "out" / "manifest.json").read_text()),
+        (tmp_path / "out" / "train_gpt.py").read_bytes(),
+    )
+    assert facts["profile"] == "plain" and facts["commit"] == "abc-dirty" and facts["proof"] == {"steps": []}
+    assert facts["train_gpt.py"] == {"bytes": len(code), "sha256": hashlib.sha256(code).hexdigest()}
+    assert facts["sources"] == {"train_gpt": hashlib.sha256(b.files["train_gpt"].encode()).hexdigest()}
+
+
+def test_the_commit_says_whether_the_checkout_differs_from_it(tmp_path):
+    def git(*words):
+        author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", tmp_path, *author, *words], check=True, capture_output=True)
+
+    assert commit_of(tmp_path) == ""
+    git("init")
+    (tmp_path / "x").write_text("1")
+    git("add", "x")
+    git("commit", "-m", "x")
+    clean = commit_of(tmp_path)
+    assert len(clean) == 40
+    (tmp_path / "x").write_text("2")
+    assert commit_of(tmp_path) == clean + "-dirty"
