@@ -26,13 +26,14 @@ from torch import nn
 
 from data.feed import Feed
 from data.shards import LaneOrder, WindowOrder, dataset_hash, read_sidecar, read_tokens, shard_paths
+from eval.adapters import check_scope
 from eval.engram import ENGRAM_ALPHA_SHAPE
 from eval.journal import Journal
 from eval.modes import EVAL_MODES, evaluate_modes, fit_engram, fit_temperature
 from eval.score import EvalSettings, evaluating, red_flags
 from eval.tokens import byte_table, sidecar_bytes, stream_bytes
 from export.budget import BYTE_CAP, check_budget, describe, solve_budget
-from export.container import Row, check_model, check_shipped, pack, read_manifest, row_parts, unpack, write_artifact
+from export.container import Row, artifact_fields, check_model, check_shipped, pack, row_parts, unpack, write_artifact
 from export.gptq import ROUNDINGS, CurvatureCollector, felt, gptq_rounding, gptq_rows
 from export.quantise import STEP_CODECS, int_grid, int_value
 from kernels.attention import attend, attention_mask, positions, rotary_tables, rotate_pairs
@@ -310,8 +311,8 @@ def check_config(c: Config) -> None:
     ]:  # fmt: skip
         if bad:
             raise ValueError(text)
-    if c.ttt_scope != "lora" and {"ttt", "all"} & set(c.eval_modes) and not weightless(c).scope(c.ttt_scope):
-        raise ValueError(f"ttt_scope {c.ttt_scope}: layers {c.layers} have no such weights; choose another")
+    if any(EVAL_MODES[mode].learns for mode in c.eval_modes):
+        check_scope(weightless(c), c.ttt_scope)
 
 
 # ── Layers ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1131,13 +1132,14 @@ def training_loss(c: Config, rt: Runtime, run: Run, batches: int = 4) -> float:
 def pack_rows(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> bytes:
     """On their grid already, or rounded by what the loss feels, in the bytes that plain steps of `clip` would take."""
     meta = {"config": artifact_config(c, rt), "eval": eval_constants(c, rt, run, log)}
-    if "qat" in c.parts or not c.reserve_seconds:
+    rounding = ROUNDINGS[c.rounding]
+    if "qat" in c.parts or not (c.reserve_seconds or rounding.searches):
         clips = {row.codec: c.clip for row in rows}
         return pack(rows, meta, group=c.group, rule=c.rule, clips=clips, coded="plain" not in c.parts)
     grid, trained = grid_settings(c), trained_on_grid(c, run.model)
-    curves = curvature(c, rt, run, log) if ROUNDINGS[c.rounding].feeds_back else {}
+    curves = curvature(c, rt, run, log) if c.reserve_seconds and rounding.feeds_back else {}
     rows = [row._replace(parts=row_parts(row, **grid)) if row.name in trained else row for row in rows]
-    blob = pack(gptq_rows(rows, curves, rounding=c.rounding, **grid), meta, **grid)
+    blob = pack(gptq_rows(rows, curves, rounding=c.rounding, **grid), meta, coded="plain" not in c.parts, **grid)
     if any(row.codec in STEP_CODECS and row.parts is None and row.name not in curves for row in rows):
         return blob
     target, felts = min(len(blob), BYTE_CAP - c.code_bytes), {name: felt(curve) for name, curve in curves.items()}
@@ -1343,7 +1345,7 @@ def command_line(argv: list[str]) -> int:
             sys.stdout.write(f"{__doc__}\n{describe_fields(fields, PARTS)}\n")
             return 0
         path = Path(options["--evaluate"]) if "--evaluate" in options else None
-        stored = read_manifest(path.read_bytes())[0].meta["config"] if path else None
+        stored = artifact_fields(path.read_bytes()) if path else None
         c, origin = load_config(words, env, options.get("--profile"), stored)
         rt = detect_runtime(env, c.dtype)
         if path:

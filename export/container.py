@@ -21,7 +21,7 @@ SKC_HEAD = struct.Struct("<3sBII")  # magic, version, crc32 of all that follows 
 MAX_WEIGHTS = 1 << 28
 MAX_MANIFEST = 1 << 20  # bytes of its text: some ten thousand tensors
 INFLATE_STEP = 1 << 16
-INFERENCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+INFERENCE_DTYPES = ("float32", "bfloat16")
 BROTLI_TRIAL = 1 << 12  # planes up to this size also try brotli, which is slow
 LEFT_TO_BROTLI = ("low",)
 
@@ -450,12 +450,12 @@ def check_shipped(held: dict[str, torch.Tensor], shipped: dict[str, torch.Tensor
             raise ValueError(f"{name} is not what trained: the file holds other values or another shape")
 
 
-def inference_dtype(meta: dict) -> torch.dtype:
-    """The dtype the file was scored in when it was written: every later evaluation uses it, on whatever machine."""
-    name = meta["config"].get("dtype", "missing")
-    if name not in INFERENCE_DTYPES:
+def artifact_fields(blob: bytes) -> dict:
+    """The fields of the run that wrote the file, with the dtype it was scored in: every later evaluation uses that."""
+    fields = read_manifest(blob)[0].meta["config"]
+    if (name := fields.get("dtype", "missing")) not in INFERENCE_DTYPES:
         raise ValueError(f"dtype {name!r} in the artifact: its writer must store one of {', '.join(INFERENCE_DTYPES)}")
-    return INFERENCE_DTYPES[name]
+    return fields
 
 
 def write_artifact(path: Path, blob: bytes) -> None:

@@ -129,7 +129,7 @@ def certify(script_path: Path, artifact: Path, data: Path, count: int = 96, posi
     blob, hook = artifact.read_bytes(), sys.excepthook
     script = load_script(script_path)
     sys.excepthook = hook  # a packed file sets its own
-    stored = script.read_manifest(blob)[0].meta["config"]
+    stored = script.artifact_fields(blob)
     c, _ = script.load_config([f"data={data}"], {}, None, stored)
     rt = script.detect_runtime({}, c.dtype)
     model, constants = script.load_model(c, rt, blob)

