@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 import brotli
 
-from build.pack import MIXED_START, mixed_parts, unmixed
-
 MAX_UNPACKED = 8 << 20  # a train_gpt.py is 0.2 MB; more is a bomb
 MAX_LAYERS = 4
 MAX_VALUE = 64 << 20
@@ -241,8 +239,6 @@ def unpack(text: str) -> Unpacked:
     for _ in range(MAX_LAYERS):
         if not CALL.search(text):
             return Unpacked(text, tuple(layers))
-        if text.startswith(MIXED_START):
-            return _own(text, layers)
         try:
             tree = ast.parse(text)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -261,14 +257,6 @@ def unpack(text: str) -> Unpacked:
         layers += stub.layers
         text = inner.decode("utf-8", errors="replace") if isinstance(inner, bytes) else str(inner)
     return Unpacked(text, tuple(layers), f"packed more than {MAX_LAYERS} times")
-
-
-def _own(text: str, layers: list[str]) -> Unpacked:
-    """A file of this project's mixer, whose decoder is a program: read by the builder's copy if it is the same."""
-    try:
-        return Unpacked(unmixed(*mixed_parts(text)), (*layers, "brotli.decompress", "mixing.spell"))
-    except (*REFUSED, SyntaxError, StopIteration, ImportError) as error:
-        return Unpacked(text, tuple(layers), f"{type(error).__name__}: {error}")
 
 
 def _executed(tree: ast.Module) -> ast.expr | None:
