@@ -2,52 +2,31 @@
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 
-TRACKS = {"10min_16mb", "non_record_16mb", "non_record_unlimited_compute_16mb"}
 ALIASES = {
-    "val_bpb": ("val_bpb", "mean_val_bpb", "mean_bpb", "val_bpb_mean", "val_bpb_3seed_mean", "bpb"),
-    "val_loss": (
-        "val_loss",
-        "mean_val_loss",
-        "mean_val_loss_nats",
-        "val_loss_nats",
-        "val_loss_mean",
-        "val_loss_sliding",
-    ),
-    "std": ("val_bpb_std", "std_bpb", "std_val_bpb", "mean_val_bpb_std", "val_bpb_3seed_std"),
-    "loss_std": ("val_loss_std", "std_val_loss_nats", "val_loss_nats_std"),
-    "bytes_total": (
-        "bytes_total",
-        "total_submission_bytes_max",
-        "artifact_bytes_max",
-        "artifact_bytes",
-        "artifact_size_bytes",
-        "total_bytes",
-    ),
-    "bytes_code": ("bytes_code", "code_bytes"),
-    "bytes_model": ("bytes_model", "bytes_model_compressed", "bytes_model_int8_zlib", "bytes_model_int6_zstd"),
-    "train_seconds": ("train_time_s", "train_seconds", "train_time_seconds", "wallclock_seconds", "train_time_s_mean"),
-    "eval_seconds": ("eval_time_s", "ttt_eval_time_s", "eval_seconds", "eval_time_seconds", "eval_time_s_mean"),
-    "steps": ("steps", "step_stop", "train_steps", "train_steps_mean"),
-    "name": ("name", "title", "record_name", "submission_name", "run_name"),
-    "author": ("author",),
-    "github": ("github_id", "github"),
-    "hardware": ("hardware", "gpu", "platform"),
+    name: tuple(words.split())
+    for name, words in {
+        "val_bpb": "val_bpb mean_val_bpb mean_bpb val_bpb_mean val_bpb_3seed_mean bpb",
+        "val_loss": "val_loss mean_val_loss mean_val_loss_nats val_loss_nats val_loss_mean val_loss_sliding",
+        "std": "val_bpb_std std_bpb std_val_bpb mean_val_bpb_std val_bpb_3seed_std",
+        "loss_std": "val_loss_std std_val_loss_nats val_loss_nats_std",
+        "bytes_total": "bytes_total total_submission_bytes_max artifact_bytes_max artifact_bytes artifact_size_bytes"
+        " total_bytes",
+        "bytes_code": "bytes_code code_bytes",
+        "bytes_model": "bytes_model bytes_model_compressed bytes_model_int8_zlib bytes_model_int6_zstd",
+        "train_seconds": "train_time_s train_seconds train_time_seconds wallclock_seconds train_time_s_mean",
+        "eval_seconds": "eval_time_s ttt_eval_time_s eval_seconds eval_time_seconds eval_time_s_mean",
+        "steps": "steps step_stop train_steps train_steps_mean",
+        "name": "name title record_name submission_name run_name",
+        "author": "author",
+        "github": "github_id github",
+        "hardware": "hardware gpu platform",
+    }.items()
 }
 MILLISECONDS = {"train_seconds": ("train_time_ms",), "eval_seconds": ("ttt_time_ms", "eval_time_ms")}
-NUMBERS = (
-    "val_bpb",
-    "val_loss",
-    "std",
-    "loss_std",
-    "bytes_total",
-    "bytes_code",
-    "bytes_model",
-    "train_seconds",
-    "eval_seconds",
-    "steps",
-)
+NUMBERS = (*ALIASES,)[:10]
 SEED_TABLES = ("seed_results", "seeds", "per_seed", "seed_scores", "val_bpb_per_seed", "val_bpb_seeds")
 SEED_TOTALS = ("bytes_total", "artifact_bytes", "artifact_size_bytes")
 
@@ -84,6 +63,7 @@ class Claim:
     numbers: dict[str, float] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=list)
     results: dict[int, SeedClaim] = field(default_factory=dict)
+    given: bool = True  # whether there was an object to read
 
     def number(self, name: str) -> float | None:
         return self.numbers.get(name)
@@ -98,7 +78,17 @@ class Claim:
     def track(self) -> str:
         return re.sub(r"[-_ ]+", "_", self.text("track").strip().lower()).removeprefix("track_")
 
-    def bpbs(self) -> list[float]:
+    @property
+    def headlined(self) -> bool:
+        return "val_bpb" in self.numbers
+
+    @property
+    def declared_text(self) -> dict | None:
+        """What the claim says of another validation text than the official one."""
+        declared = self.raw.get("dataset")
+        return declared if isinstance(declared, dict) and declared.get("official") is False else None
+
+    def scores(self) -> list[float]:
         return [r.val_bpb for r in self.results.values() if r.val_bpb is not None]
 
 
@@ -129,12 +119,8 @@ def parse_json(data: bytes) -> tuple[object, list[str]]:
 
 
 def _object(pairs: list, problems: list[str]) -> dict:
-    names = [name for name, _ in pairs]
-    problems += (
-        [f"key {name!r} appears twice" for name in {n for n in names if names.count(n) > 1}]
-        if len(set(names)) < len(names)
-        else []
-    )
+    counts = Counter(name for name, _ in pairs)
+    problems += [f"key {name!r} appears twice" for name, count in counts.items() if count > 1]
     return dict(pairs)
 
 
@@ -200,17 +186,17 @@ def _take_seed(claim: Claim, key: object, row: object) -> None:
     if not isinstance(row, dict):
         claim.problems.append(f"result of seed {seed} should be an object, is {type(row).__name__}")
         return
-    found = SeedClaim(seed)
-    for name in ("val_bpb", "val_loss", "train_seconds", "eval_seconds", "steps"):
-        setattr(found, name, next((n for a in ALIASES[name] if (n := as_number(row.get(a))) is not None), None))
-    for name, aliases in MILLISECONDS.items():
-        scaled = next((n / 1000 for a in aliases if (n := as_number(row.get(a))) is not None), None)
-        setattr(found, name, getattr(found, name) if scaled is None else scaled)
-    total = next((n for a in SEED_TOTALS if (n := as_number(row.get(a))) is not None), None)
-    found.bytes_total = None if total is None else int(total)
-    if found.val_bpb is None:
-        claim.problems.append(f"seed {seed} has no val_bpb")
-    claim.results[seed] = found
+    names = ("val_bpb", "val_loss", "train_seconds", "eval_seconds", "steps")
+    values = {name: first_number(row, ALIASES[name]) for name in names}
+    scaled = {name: first_number(row, aliases) for name, aliases in MILLISECONDS.items()}
+    values |= {name: n / 1000 for name, n in scaled.items() if n is not None}
+    total = first_number(row, SEED_TOTALS)
+    claim.problems += [f"seed {seed} has no val_bpb"] * (values["val_bpb"] is None)
+    claim.results[seed] = SeedClaim(seed, bytes_total=None if total is None else int(total), **values)
+
+
+def first_number(row: dict, names: tuple[str, ...]) -> float | None:
+    return next((n for name in names if (n := as_number(row.get(name))) is not None), None)
 
 
 def _take_seed_list(claim: Claim) -> None:

@@ -10,15 +10,16 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from records.check import RANK, check_folder, find_folders
-from records.compare import compare, load_side
+from records.audit import check_folder, submission_folders
 from records.files import clean
 from records.folder import Folder
-from records.ledger import COLUMNS, LEDGER, MODES, add_runs, leaderboard, read_ledger
-from records.new import Request, build
 from records.page import Raw, cell, page, section, table
-from records.report import write_report
-from records.runs import open_run
+from records.rules import RANK
+from records.run import open_run
+from records.run_compare import compare, load_side
+from records.run_ledger import COLUMNS, LEDGER, MODES, add_runs, leaderboard, read_ledger
+from records.run_record import Request, build
+from records.run_report import write_report
 from records.verify import COMMAND, EXPORT, Trial, verify
 
 MANY = 16  # folders from which starting processes pays
@@ -31,12 +32,14 @@ def say(text: str = "") -> None:
 
 def check(args: argparse.Namespace) -> int:
     paths = [Path(p) for p in args.path]
-    folders = [found for p in paths for found in find_folders(existing(p))]
+    folders = [found for p in paths for found in submission_folders(existing(p))]
     if not folders:
         raise ValueError(f"no submission folder at or below {', '.join(map(str, paths))}")
     reports = []
     baseline = Path(args.baseline) if args.baseline else None
-    for report in reports_of(folders, partial(report_of, policy=args.policy, baseline=baseline, against=args.against)):
+    for report in reports_of(
+        folders, partial(report_of, policy=args.policy, baseline=baseline, against=args.against, repack=args.repack)
+    ):
         reports.append(report)
         say(json.dumps(report, default=str) if args.json else text_of(report, args.all))
     if args.html:
@@ -47,8 +50,8 @@ def check(args: argparse.Namespace) -> int:
     return int("fail" in worst)
 
 
-def report_of(path: Path, policy: str, baseline: Path | None, against: str) -> dict:
-    return check_folder(Folder(path, policy, baseline, against))
+def report_of(path: Path, policy: str, baseline: Path | None, against: str, repack: bool) -> dict:
+    return check_folder(Folder(path, policy, baseline, against, repack))
 
 
 def reports_of(folders: list[Path], one: Callable[[Path], dict]) -> Iterator[dict]:
@@ -262,6 +265,7 @@ def check_options(p: Parser) -> None:
         "--baseline", default="", help="record to test significance against (default: the best earlier one beside it)"
     )
     p.add_argument("--against", default="", metavar="REF", help="git revision that only this folder may differ from")
+    p.add_argument("--repack", action="store_true", help="pack scripts again by python-minifier, seconds each")
     p.add_argument("--json", action="store_true", help="one object a folder and line")
     p.add_argument("--html", default="", metavar="FILE", help="write a page as well")
     p.add_argument("--all", action="store_true", help="show what passed, too")

@@ -8,8 +8,8 @@ import json
 import re
 import sys
 
-from records.flow import token_leaks
-from records.order import learning_first
+from records.script_order import learning_first
+from records.script_tokens import token_leaks
 
 PRINT_FACTS = "import sys; sys.path.insert(0, sys.argv[1]); from records.script import print_facts; print_facts()"
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from records.facts import MARGIN_NATS, P_PRACTICE, P_README
+from records.competition import MARGIN_NATS, P_PRACTICE, P_README
 
 
 def mean(xs: list[float]) -> float:

@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from records.claim import as_number, parse_json
-from records.facts import CAP_BYTES, EVAL_SECONDS, SHARD_HEADER, SHARD_MAGIC, SHARD_VERSION
-from records.folder import Finding, Folder, sha256_file
-from records.logs import read_log
+from records.competition import CAP_BYTES, EVAL_SECONDS, SHARD_HEADER, SHARD_MAGIC, SHARD_VERSION
+from records.folder import Folder, sha256_file
+from records.logs_reader import read_log
+from records.rules import RANK, Finding
 from records.tokenizer import read_vocabulary
 
 GUARD = '''"""Refuses every connection of this process."""
@@ -60,9 +61,7 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        rank = {"na": 0, "pass": 1, "warn": 2, "fail": 3}
-        worst = max((f.status for _, f in self.findings), key=rank.__getitem__, default="na")
-        return "fail" if worst == "fail" else worst
+        return max((f.status for _, f in self.findings), key=RANK.__getitem__, default="na")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +150,7 @@ def export_twice(folder: Folder, trial: Trial, values: dict[str, str], out: Outc
                 return
             made = [p for p in set(box.rglob("*")) - before if p.suffix in ARTIFACTS]
             if not made:
-                out.add("L9", "fail", f"the export leaves no file with a suffix of {', '.join(sorted(ARTIFACTS))}")
+                out.add("L11", "fail", f"the export leaves no file with a suffix of {', '.join(sorted(ARTIFACTS))}")
                 return
             largest = max(made, key=lambda p: p.stat().st_size)
             artifacts.append((largest.stat().st_size, sha256_file(largest)))
@@ -160,7 +159,7 @@ def export_twice(folder: Folder, trial: Trial, values: dict[str, str], out: Outc
     jitter = abs(one - two)
     told = "two exports are the same file" if first == second else f"two exports differ by {jitter:,} bytes"
     status = "fail" if margin < 0 else "pass" if margin >= jitter else "warn"
-    out.add("L9", status, f"{told}; {max(one, two):,} bytes, {margin:,} below the cap with the script", value=margin)
+    out.add("L11", status, f"{told}; {max(one, two):,} bytes, {margin:,} below the cap with the script", value=margin)
 
 
 def fill(command: str, values: dict[str, str]) -> list[str]:
@@ -237,7 +236,7 @@ def judge(folder: Folder, run: Evaluation, data: Path, out: Outcome) -> None:
         out.findings += [("L6", finding) for finding in judge_mode(mode, sorted(spans), weights, run.printed)]
         ordered = in_stream_order(spans)
         order = "in the order of the stream" if ordered else "out of the order of the stream, which has to be declared"
-        out.add("L5", "pass" if ordered else "warn", f"{mode}: scored {order}")
+        out.add("L10", "pass" if ordered else "warn", f"{mode}: scored {order}")
 
 
 def printed_scores(box: Path) -> dict[str, float]:

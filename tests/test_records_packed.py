@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from records.lut import VOCABULARY, Unknown, canonical, deviations
 from records.packed import MAX_UNPACKED, source_text, unpack
 from records.script import PRINT_FACTS, facts
+from records.script_table import VOCABULARY, Unknown, canonical, deviations
 from records.tokenizer import altered_texts, read_vocabulary
 
 CODE = "import os\nprint('hello ▁')\n"

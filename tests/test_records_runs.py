@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from records.check import check_folder
+from records.audit import check_folder
 from records.cli import main
 from records.folder import Folder
-from records.ledger import COLUMNS, leaderboard, read_ledger
-from records.new import Request, build
-from records.report import html_report, md_report
-from records.runs import Curve, Percentiles, Run, open_run, read_metrics
+from records.run import Curve, Percentiles, Run, open_run, read_metrics
+from records.run_ledger import COLUMNS, leaderboard, read_ledger
+from records.run_record import Request, build
+from records.run_report import html_report, md_report
 
 TOKENS, BYTES = 40_540_160, 151_078_222
 SCRIPT = "import numpy as np\nimport torch\n\n\ndef main():\n    print('trained')\n"
@@ -357,8 +357,8 @@ def test_percentiles_are_within_three_percent():
 
 
 def test_a_long_run_is_thinned_and_nothing_rare_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr("records.runs.CHUNK", 1 << 12)
-    monkeypatch.setattr("records.runs.MAX_STEPS", 500)
+    monkeypatch.setattr("records.run.CHUNK", 1 << 12)
+    monkeypatch.setattr("records.run.MAX_STEPS", 500)
     lines = [step_line(s, 4000, 3.0) for s in range(1, 4001)]
     lines[1234] = '{"kind": "step", "step": 1235, "loss": NaN}'
     lines.insert(2000, '{"kind": "alert", "step": 2000, "what": "x"}')
@@ -428,7 +428,7 @@ def test_the_leaderboard_sorts_and_filters(tmp_path, capsys):
 
 
 def test_the_repositorys_ledger_has_the_header_of_this_version():
-    from records.ledger import LEDGER
+    from records.run_ledger import LEDGER
 
     assert LEDGER.read_text().splitlines()[0] == "\t".join(COLUMNS)
 

@@ -135,9 +135,9 @@ def test_an_evaluation_that_wavers_is_told(world, capsys):
 @pytest.mark.unhurried  # starts a Python with numpy
 def test_scores_out_of_the_order_of_the_stream_are_told_but_lanes_are_not(world, capsys):
     notes = run(world, world(spans="spans = spans[::-1]"), capsys)[2]
-    assert "L5 warn: stream: scored out of the order" in notes
+    assert "L10 warn: stream: scored out of the order" in notes
     lanes = "for i, s in enumerate(spans): s['lane'] = i % 2\nspans.sort(key=lambda s: s['lane'])"
-    assert "L5 pass: stream: scored in the order" in run(world, world(spans=lanes), capsys)[2]
+    assert "L10 pass: stream: scored in the order" in run(world, world(spans=lanes), capsys)[2]
 
 
 EXPORTER = """
@@ -167,7 +167,7 @@ def test_a_checkpoint_is_packed_twice_and_its_room_below_the_cap_told(world, cap
     script = folder / "train_gpt.py"
     script.write_text(code + script.read_text())
     notes = run(world, folder, capsys, "--checkpoint", str(world.artifact))[2]
-    assert any(f"L9 {status}" in n and told in n for n in notes.split(" | ")), notes
+    assert any(f"L11 {status}" in n and told in n for n in notes.split(" | ")), notes
 
 
 @pytest.mark.unhurried  # starts a Python

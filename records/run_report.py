@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from records.claim import as_number
-from records.facts import CAP_BYTES
+from records.competition import CAP_BYTES
 from records.files import clean
 from records.page import Raw, cell, figure, grid, page, section, table, tiles
 from records.plot import bars, lines, spark, text_spark
-from records.runs import Curve, Run
+from records.run import Curve, Run
 
 RANGES = 10
 PLOT_POINTS = 200

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from records.claim import as_number
-from records.facts import CAP_BYTES, IMPLIED_BYTES, MARGIN_NATS, VAL_TOKENS, WORLD_SIZE
+from records.competition import CAP_BYTES, IMPLIED_BYTES, MARGIN_NATS, RECORD, VAL_TOKENS
 from records.files import clean
 from records.folder import sha256_file
 from records.page import STYLE
 from records.plot import bars, lines
-from records.report import HEADS, loss_ranges, md_table, span
-from records.runs import Run
+from records.run import Run
+from records.run_report import HEADS, loss_ranges, md_table, span
 from records.stats import deviation, mean
 
 MAX_METRIC_LINES = 4_000  # step lines kept in a record; every other event is kept whole
@@ -205,7 +205,7 @@ def submission(scored: list[Scored], failed: list[Run], request: Request, code: 
     over = {seed: total for seed, total in totals.items() if total > CAP_BYTES}
     if over:
         raise ValueError(f"over the cap of {CAP_BYTES:,} bytes with the script: {over}; nothing was written")
-    record = all(is_official(s) and world_size(s.run) == WORLD_SIZE and "H100" in device(s.run) for s in scored)
+    record = all(is_official(s) and world_size(s.run) == RECORD.ranks and "H100" in device(s.run) for s in scored)
     claim = {
         "author": request.author,
         "github_id": request.github,

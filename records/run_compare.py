@@ -4,11 +4,9 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from records.facts import MARGIN_NATS, P_PRACTICE, P_README, bytes_per_token
+from records.competition import MARGIN_NATS, P_PRACTICE, P_README, bytes_per_token
 from records.folder import Folder
-from records.rules_size import final_total
-from records.rules_time import step_seconds
-from records.runs import Run, open_run
+from records.run import Run, open_run
 from records.stats import deviation, mean, seeds_needed, significance
 
 
@@ -40,21 +38,26 @@ def load_side(path: Path, mode: str = "") -> Side:
 def record_side(folder: Folder) -> Side:
     bpb, nats = folder.scores()
     logs = folder.proven_logs
-    totals = [t.count for log in logs if (t := final_total(log))]
-    seconds = [log.stop[0] / 1000 for log in logs if log.stop]
+    stops = [log.stop for log in logs if log.stop]
+    curves = [log.steps for log in logs if log.steps.count]
     facts: dict[str, object] = {
         "kind": "record",
         "seeds": len(bpb),
-        "bytes (largest)": max(totals, default=folder.claim.number("bytes_total") if folder.claim else None),
-        "training seconds": mean(seconds) if seconds else None,
-        "steps": mean([float(log.stop[1]) for log in logs if log.stop]) if seconds else None,
-        "milliseconds a step": mean([1000 * step_seconds(log) for log in logs]) if logs else None,
+        "bytes (largest)": max(
+            [log.total.count for log in logs if log.total], default=folder.claim.number("bytes_total")
+        ),
+        "training seconds": mean_or_none([stop.seconds for stop in stops]),
+        "steps": mean_or_none([float(stop.step) for stop in stops]),
+        "milliseconds a step": mean_or_none([1000 * log.step_seconds for log in logs]),
         "evaluation seconds": next((p.metric.seconds for p in folder.proofs if p.metric and p.metric.seconds), None),
+        "first logged loss": mean_or_none([curve.first for curve in curves]),
+        "last logged loss": mean_or_none([curve.last for curve in curves]),
     }
-    early = [(log.steps.first, log.steps.last) for log in logs if log.steps.count]
-    if early:
-        facts["first logged loss"], facts["last logged loss"] = (mean([e[i] for e in early]) for i in (0, 1))
     return Side(folder.path.resolve().name, bpb, nats, facts)
+
+
+def mean_or_none(values: list[float]) -> float | None:
+    return mean(values) if values else None
 
 
 def run_side(run: Run, mode: str = "") -> Side:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from records.claim import as_number
 from records.files import clean
-from records.runs import Run
+from records.run import Run
 
 LEDGER = Path(__file__).with_name("ledger.tsv")
 MODES = ("chunked", "sliding", "stream", "engram", "ttt", "all")

@@ -6,7 +6,7 @@ Only a score counts bytes, so the line where bytes are added up is where tokens 
 import ast
 import re
 
-from records.flow import call_name, path_of
+from records.script_tokens import call_name, path_of
 
 BEFORE = "adapts on validation tokens that it has not scored (PR 1376, 672: test-time training before the score)"
 FITTED = "learns from a window and then scores it, legal only if it learns from scored tokens alone (PR 152, 1240)"
