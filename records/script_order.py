@@ -25,36 +25,37 @@ class Order:
     def __init__(self, node: ast.FunctionDef):
         self.name = node.name
         nodes = [n for n in ast.walk(node) if hasattr(n, "lineno")]
-        calls = [n for n in nodes if isinstance(n, ast.Call)]
-        self.calls = [(call_name(n), n.lineno) for n in calls]
+        calls = [(call_name(n), n) for n in nodes if isinstance(n, ast.Call)]
+        self.calls = [(name, n.lineno) for name, n in calls]
         self.scores = [n.lineno for n in nodes if counts_bytes(n)]
         self.epochs = [n for n in nodes if isinstance(n, ast.For) and EPOCH.match(path_of(n.target))]
-        steps = [n.lineno for n in calls if call_name(n) == "step" and "opt" in path_of(n.func).lower()]
-        learns = self.from_validation(nodes) if any(call_name(n) == "backward" for n in calls) else []
+        steps = [n.lineno for name, n in calls if name == "step" and "opt" in path_of(n.func).lower()]
+        learns = self.from_validation(nodes) if any(name == "backward" for name, _ in calls) else []
         self.learns = [line for line in learns if any(step >= line for step in steps)]
 
     def from_validation(self, nodes: list) -> list:
         """Lines of `x.backward()` where x comes from validation tokens, read in the order of the lines."""
-        known = {n.arg for n in nodes if isinstance(n, ast.arg) and self.validation(n.arg)}
-        found = []
+        names = {n.arg for n in nodes if isinstance(n, ast.arg) and self.validation(n.arg)}
+        lines = []
         for node in sorted(nodes, key=lambda n: (n.lineno, isinstance(n, ast.Call))):
-            if isinstance(node, ast.Call) and call_name(node) == "backward" and names_in(node.func) & known:
-                found.append(node.lineno)
-            elif isinstance(node, ast.Assign | ast.For):
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                self.bind(targets, node.value if isinstance(node, ast.Assign) else node.iter, known)
-        return found
+            match node:
+                case ast.Call(func=func) if call_name(node) == "backward" and names_in(func) & names:
+                    lines.append(node.lineno)
+                case ast.Assign(targets=targets, value=value):
+                    self.bind(targets, value, names)
+                case ast.For(target=target, iter=value):
+                    self.bind([target], value, names)
+        return lines
 
-    def bind(self, targets: list, value: ast.expr, known: set) -> None:
-        """A name that is bound anew is known to come from validation tokens, or no longer; a part only adds to it."""
+    def bind(self, targets: list, value: ast.expr, names: set) -> None:
+        """A name that is bound anew comes from validation tokens, or no longer; a part only adds to it."""
         evaluated = isinstance(value, ast.Call) and re.match(r"_*eval(?!_?model)", call_name(value))
-        source = not evaluated and any(n in known or self.validation(n) for n in names_in(value))
+        source = not evaluated and any(n in names or self.validation(n) for n in names_in(value))
         for target in targets:
-            bound = names_in(target) if not isinstance(target, ast.Subscript) else {path_of(target)}
-            if source:
-                known |= bound
-            elif not isinstance(target, ast.Subscript):
-                known -= {n for n in bound if not self.validation(n)}
+            part = isinstance(target, ast.Subscript)
+            bound = {path_of(target)} if part else names_in(target)
+            names |= bound if source else set()
+            names -= {n for n in bound if not (source or part or self.validation(n))}
 
     def validation(self, name: str) -> bool:
         return bool(VALIDATION.match(name) or (IN_EVALUATION.match(name) and EVALUATES.search(self.name)))
@@ -66,35 +67,40 @@ def names_in(node: ast.AST) -> set:
 
 def counts_bytes(node: ast.AST) -> bool:
     """Bytes are added up, here or by a helper that gets the sum: only a score needs that."""
-    if isinstance(node, ast.AugAssign):
-        return bool(COUNTED.search(path_of(node.target)))
-    if isinstance(node, ast.Call):
-        adds = call_name(node) == "add_" and COUNTED.search(path_of(node.func))
-        helper = "accumulate" in call_name(node) and any(COUNTED.search(path_of(a)) for a in node.args)
-        return bool(adds or helper)
+    match node:
+        case ast.AugAssign(target=target):
+            return bool(COUNTED.search(path_of(target)))
+        case ast.Call(func=func) if call_name(node) == "add_":
+            return bool(COUNTED.search(path_of(func)))
+        case ast.Call(args=args) if "accumulate" in call_name(node):
+            return any(COUNTED.search(path_of(a)) for a in args)
     return False
 
 
 def learning_first(functions: list) -> list:
-    """[what, line] of code that learns from validation tokens before their score was counted, or scores them again."""
+    """[what, line] of code that learns from validation tokens before their score was counted, or scores them again.
+
+    `functions` are pairs of a function and its text; only those that call `backward` are read, and their callers.
+    """
     try:
-        orders = [Order(f) for f in functions]
+        learners = [order for node, text in functions if "backward" in text and (order := Order(node)).learns]
+        names = "|".join(re.escape(order.name) for order in learners)
+        callers = [Order(node) for node, text in functions if learners and re.search(rf"\b(?:{names})\b", text)]
     except RecursionError:  # nested deeper than people write
         return []
-    found = []
-    for order in orders:
-        for loop in order.epochs:
-            inside = range(loop.lineno, loop.end_lineno + 1)
-            if any(line in inside for line in order.learns) and any(line in inside for line in order.scores):
-                found.append([AGAIN, loop.lineno])
-        if order.learns and min(order.scores, default=order.learns[0]) >= order.learns[0] and unscored(order, orders):
-            found.append([FITTED if order.scores else BEFORE, order.learns[0]])
-    return found
+    again = [[AGAIN, loop.lineno] for order in learners for loop in order.epochs if scored_again(order, loop)]
+    early = [order for order in learners if min(order.scores, default=order.learns[0]) >= order.learns[0]]
+    first = [[(FITTED if o.scores else BEFORE), o.learns[0]] for o in early if unscored(o, callers)]
+    return again + first
 
 
-def unscored(order: Order, orders: list) -> bool:
+def scored_again(order: Order, loop: ast.For) -> bool:
+    inside = range(loop.lineno, loop.end_lineno + 1)
+    return any(line in inside for line in order.learns) and any(line in inside for line in order.scores)
+
+
+def unscored(order: Order, callers: list) -> bool:
     """Whether the tokens it learns from had no score yet: its own comes later, or a caller has none before the call."""
-    if order.scores or order.name == "main":
-        return True
-    callers = [(o, line) for o in orders for name, line in o.calls if name == order.name and o is not order]
-    return any(min(o.scores, default=line) >= line for o, line in callers)
+    calls = [(o, line) for o in callers for name, line in o.calls if (name, o.name != order.name) == (order.name, True)]
+    before_caller = any(min(o.scores, default=line) >= line for o, line in calls)
+    return bool(order.scores) or order.name == "main" or before_caller
