@@ -33,37 +33,12 @@ SWITCHES = (
 )
 OFF = {"0", "False", "false", ""}
 INSTALLED = frozenset(
-    [
-        "torch",
-        "numpy",
-        "sentencepiece",
-        "triton",
-        "brotli",
-        "zstandard",
-        "flash_attn",
-        "flash_attn_interface",
-        "einops",
-        "scipy",
-        "tqdm",
-        "huggingface_hub",
-        "datasets",
-        "python_minifier",
-        "constriction",
-        "fla",
-        "mamba_ssm",
-        "kernels",
-        "yaml",
-        "transformer_engine",
-        "torchao",
-        "cutlass",
-        "numba",
-        "lz4",
-        "xxhash",
-        "liger_kernel",
-        "psutil",
-        "nvidia",
-        "causal_conv1d",
-    ]
+    re.findall(
+        r"\w+",
+        "torch numpy sentencepiece triton brotli zstandard flash_attn flash_attn_interface einops scipy tqdm kernels"
+        " yaml huggingface_hub datasets python_minifier constriction fla mamba_ssm transformer_engine torchao numba"
+        " cutlass lz4 xxhash liger_kernel psutil nvidia causal_conv1d",
+    )
 )
 
 
@@ -80,7 +55,7 @@ def unpacking(folder: Folder) -> Iterator[Fact]:
     packed = main.unpacked
     beside = packed.reads in folder.scripts
     kinds = {"beside": packed.reads and beside, "elsewhere": packed.reads, "closed": packed.problem}
-    kind = next((k for k, holds in kinds.items() if holds), "opened" if packed.layers else "plain")
+    kind = next((k for k, holds in (kinds | {"opened": packed.layers}).items() if holds), "plain")
     yield fact(kind, main.name, problem=packed.problem, layers=" and ".join(packed.layers), length=len(packed.text))
 
 

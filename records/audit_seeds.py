@@ -67,18 +67,14 @@ def number_of_seeds(folder: Folder) -> Iterator[Fact]:
 
 @rule("F5", "every seed has its own log", LOGS)
 @case("logged", "pass", "seed {seed} has a log")
-@case("unnamed", "sign", "the log of seed {seed} does not name its seed")
 @case(otherwise, "binding", "seed {seed} has no log")
 def log_of_each_seed(folder: Folder) -> Iterator[Fact]:
     """A log that is named for a seed and ran another one is told by `names_of_logs`."""
     by_seed = {log_seed(log): log.name for log in reversed(folder.logs)}
-    named = {seed_in_name(log.name) for log in folder.logs}
-    for seed in folder.claim.seeds:
-        shown = [p.log.name for p in folder.proofs if p.seed == seed and p.log]
-        places = {"logged": by_seed.get(seed), "unnamed": shown and shown[0], "missing": folder.json_name}
-        if seed in by_seed or seed not in named:
-            kind = next(k for k, place in places.items() if place or k == "missing")
-            yield fact(kind, places[kind], seed=seed)
+    shown = {p.seed for p in folder.proofs if p.log} | {seed_in_name(log.name) for log in folder.logs}
+    yield from (fact("logged", by_seed[seed], seed=seed) for seed in folder.claim.seeds if seed in by_seed)
+    missing = [seed for seed in folder.claim.seeds if seed not in by_seed and seed not in shown]
+    yield from (fact("missing", folder.json_name, seed=seed) for seed in missing)
 
 
 @rule("F5", "a log ran the seed of its name", LOGS)
@@ -87,15 +83,7 @@ def names_of_logs(folder: Folder) -> Iterator[Fact]:
     for log in folder.logs:
         named = seed_in_name(log.name)
         if named is not None and log.seeds and named not in log.seeds:
-            yield fact(log.seed, log.name, next(iter(log.seeds.values())), named=named)
-
-
-@rule("F5", "a log ends in a score", LOGS)
-@case(true, "sign", "the run ended in an error")
-def failed_logs(folder: Folder) -> Iterator[Fact]:
-    for log in folder.logs:
-        if "traceback" in log.notes and not log.final_metrics:
-            yield fact(True, log.name, log.notes["traceback"])
+            yield fact(log.seed, log.name, log.seeds[log.seed], named=named)
 
 
 @rule("F5", "no log stands for two seeds", LOGS)
@@ -162,9 +150,7 @@ def losses(folder: Folder) -> Iterator[Fact]:
 @rule("F5", "a log holds one run", "README: reproducible runs")
 @case(true, "sign", "step numbers fall: two runs in one log, or a resumed one")
 def falling_steps(folder: Folder) -> Iterator[Fact]:
-    for log in folder.logs:
-        if log.steps.backwards:
-            yield fact(True, log.name, log.steps.backwards)
+    yield from (fact(True, log.name, log.steps.backwards) for log in folder.logs if log.steps.backwards)
 
 
 @rule("F22", "the headline is no selection of seeds", SELECTION)
@@ -176,10 +162,10 @@ def headline_of_one(folder: Folder) -> Iterator[Fact]:
     if headline is None:
         return
     scores = {p.seed: p.claimed for p in folder.proofs if p.seed is not None}
-    for log in [log for log in folder.logs if log.final_metrics and not claim.results]:
-        if log_seed(log) is not None:
-            nearest = min(log.final_metrics, key=lambda m: abs(m.bpb - headline))
-            scores.setdefault(log_seed(log), nearest.bpb)
+    scored = [log for log in folder.logs if log.final_metrics and log_seed(log) is not None]
+    for log in scored if not claim.results else []:
+        nearest = min(log.final_metrics, key=lambda m: abs(m.bpb - headline))
+        scores.setdefault(log_seed(log), nearest.bpb)
     values, slack = list(scores.values()), tolerance(headline)
     if len(values) > 1:
         best = headline <= min(values) + slack and mean(values) - headline > slack
@@ -192,14 +178,10 @@ def headline_of_one(folder: Folder) -> Iterator[Fact]:
 def undisclosed_seeds(folder: Folder) -> Iterator[Fact]:
     """Runs whose logs are there but whose seeds the claim leaves out."""
     claim = folder.claim
-    failed = claim.raw.get("failed_runs")
-    told = [r.get("seed") for r in failed if isinstance(r, dict)] if isinstance(failed, list) else []
-    others: dict[int, list[Log]] = {}
-    for log in [log for log in folder.logs if log.final_metrics] if claim.headlined else []:
-        seed = log_seed(log)
-        if claim.seeds and seed is not None and seed not in [*claim.seeds, *told]:
-            others.setdefault(seed, []).append(log)
-    for seed, logs in others.items():
+    told = [*claim.seeds, *(row.get("seed") for row in claim.failed_runs), None]
+    scored = [log for log in folder.logs if log.final_metrics and claim.headlined and claim.seeds]
+    for seed in dict.fromkeys(seed for log in scored if (seed := log_seed(log)) not in told):
+        logs = [log for log in scored if log_seed(log) == seed]
         best = min(m.bpb for log in logs for m in log.final_metrics)
         yield fact(best, logs[0].name, seed=seed, count=len(logs), s="s" * (len(logs) > 1))
 
@@ -208,9 +190,9 @@ def undisclosed_seeds(folder: Folder) -> Iterator[Fact]:
 @case(otherwise, "sign", "{value}: the headline is a selection of the seeds that ran{everything}")
 def admitted_selection(folder: Folder) -> Iterator[Fact]:
     claim = folder.claim
-    for key, row in claim.raw.items() if claim.headlined else ():
-        if "disclosure" in key.lower() and isinstance(row, dict):
-            tables = [t for t in row.values() if isinstance(t, dict) and len(t) > len(claim.seeds)]
-            values = [n for t in tables[:1] for v in t.values() if (n := as_number(v)) is not None]
-            everything = f"; the mean of all {len(values)} is {mean(values):.6f}" if values else ""
-            yield fact(key, folder.json_name, everything=everything)
+    admitted = {k: row for k, row in claim.raw.items() if "disclosure" in k.lower() and isinstance(row, dict)}
+    for key, row in admitted.items():
+        tables = [t for t in row.values() if isinstance(t, dict) and len(t) > len(claim.seeds)]
+        values = [n for t in tables[:1] for v in t.values() if (n := as_number(v)) is not None]
+        everything = f"; the mean of all {len(values)} is {mean(values):.6f}" if values else ""
+        yield fact(key, folder.json_name, everything=everything)

@@ -69,10 +69,8 @@ class Claim:
         return self.numbers.get(name)
 
     def text(self, name: str) -> str:
-        for alias in ALIASES.get(name, (name,)):
-            if isinstance(self.raw.get(alias), str):
-                return self.raw[alias]
-        return ""
+        texts = (self.raw.get(alias) for alias in ALIASES.get(name, (name,)))
+        return next((text for text in texts if isinstance(text, str)), "")
 
     @property
     def track(self) -> str:
@@ -87,6 +85,11 @@ class Claim:
         """What the claim says of another validation text than the official one."""
         declared = self.raw.get("dataset")
         return declared if isinstance(declared, dict) and declared.get("official") is False else None
+
+    @property
+    def failed_runs(self) -> list[dict]:
+        rows = self.raw.get("failed_runs")
+        return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
     def scores(self) -> list[float]:
         return [r.val_bpb for r in self.results.values() if r.val_bpb is not None]
@@ -129,14 +132,10 @@ LARGEST = 1e18  # no honest number of a record is larger, and squares stay finit
 
 def as_number(value: object) -> float | None:
     """A finite number of plausible size, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    if not real or not abs(value) <= LARGEST:
         return None
-    try:
-        if not abs(value) <= LARGEST:
-            return None
-        return value if isinstance(value, Written) else float(value)
-    except OverflowError:
-        return None
+    return value if isinstance(value, Written) else float(value)
 
 
 def as_seed(value: object) -> int | None:
@@ -159,14 +158,9 @@ def read_claim(file: str, raw: dict) -> Claim:
 
 
 def _take_number(claim: Claim, name: str) -> None:
-    for alias in ALIASES[name]:
-        if alias not in claim.raw or claim.raw[alias] is None:
-            continue
-        value = claim.raw[alias]
-        number = as_number(value)
-        listed = name.endswith("seconds") and isinstance(value, list) and value  # one a seed
-        if number is None and listed and all(as_number(v) is not None for v in value):
-            number = max(value)
+    for alias, value in [(alias, claim.raw.get(alias)) for alias in ALIASES[name] if claim.raw.get(alias) is not None]:
+        numbers = [as_number(v) for v in (value if name.endswith("seconds") and isinstance(value, list) else [value])]
+        number = None if None in (*numbers, *[None][bool(numbers) :]) else max(numbers)  # a list has one a seed
         if number is None:
             claim.problems.append(f"{alias} should be a number, is {type(value).__name__} {value!r:.60}")
         elif name.startswith("bytes") and (number != int(number) or number < 0):
@@ -181,8 +175,7 @@ def _take_seed(claim: Claim, key: object, row: object) -> None:
     if seed is None:
         claim.problems.append(f"seed {key!r:.40} is not a number")
         return
-    if as_number(row) is not None:
-        row = {"val_bpb": row}
+    row = {"val_bpb": row} if as_number(row) is not None else row
     if not isinstance(row, dict):
         claim.problems.append(f"result of seed {seed} should be an object, is {type(row).__name__}")
         return
@@ -210,9 +203,9 @@ def _take_seed_list(claim: Claim) -> None:
 
 
 def _check_texts(claim: Claim) -> None:
-    for name in ("name", "author", "date", "track", "blurb"):
-        if claim.raw.get(name) is not None and not isinstance(claim.raw[name], str):
-            claim.problems.append(f"{name} should be text, is {type(claim.raw[name]).__name__}")
+    texts = [(name, claim.raw.get(name)) for name in ("name", "author", "date", "track", "blurb")]
+    wrong = [(name, value) for name, value in texts if value is not None and not isinstance(value, str)]
+    claim.problems += [f"{name} should be text, is {type(value).__name__}" for name, value in wrong]
 
 
 def tolerance(value: float) -> float:

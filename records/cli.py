@@ -238,7 +238,7 @@ def list_command(args: argparse.Namespace) -> int:
         for row in rows:
             say(json.dumps(row))
         return 0
-    columns = ("date", "run", args.mode, "bytes", "seconds", "tokens", "device", "status", "flags")
+    columns = ("date", "run", "commit", args.mode, "bytes", "seconds", "tokens", "device", "status", "changed", "flags")
     wide = {c: min(30, max([len(c), *(len(r[c]) for r in rows)])) for c in columns}
     say("  ".join(c.ljust(wide[c]) for c in columns))
     for row in rows:

@@ -1,7 +1,6 @@
 """Which log line proves which claimed score."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from records.claim import Claim, tolerance
@@ -32,21 +31,19 @@ def log_seed(log: Log) -> int | None:
 
 def proofs_of(claim: Claim, logs: list[Log]) -> list[Proof]:
     """One proof per claimed seed, or one for the headline where no table of seeds is given."""
-    if claim.scores():
-        # writers drop trailing zeros, so the longest number of the table says how exact all of them are
-        slack = min(map(tolerance, claim.scores()))
-        return [prove(logs, r.seed, r.val_bpb, slack) for r in claim.results.values() if r.val_bpb is not None]
-    if not claim.headlined:
-        return []
+    # writers drop trailing zeros, so the longest number of the table says how exact all of them are
+    slack = min(map(tolerance, claim.scores()), default=0.0)
+    of_seeds = [prove(logs, r.seed, r.val_bpb, slack) for r in claim.results.values() if r.val_bpb is not None]
+    if of_seeds or not claim.headlined:
+        return of_seeds
     headline = claim.number("val_bpb")
     proof = prove(logs, None, headline, tolerance(headline))
-    return [proof] if proof.metric else prove_mean(logs, headline) or [proof]
+    return (prove_mean(logs, headline) if proof.metric is None else []) or [proof]
 
 
 def prove(logs: list[Log], seed: int | None, value: float, slack: float) -> Proof:
     """The best line for a score: a final metric before others, then the one with most digits, then the nearest."""
-    own: Callable = (lambda log: seed in (log_seed(log), seed_in_name(log.name))) if seed is not None else bool
-    named = [log for log in logs if own(log)]
+    named = [log for log in logs if seed is None or seed in (log_seed(log), seed_in_name(log.name))]
     # a file that names no seed can prove a seed only by showing its number
     unnamed = [log for log in logs if seed is not None and log_seed(log) is None]
     hits = [(log, m) for log in [*named, *unnamed] for m in log.metrics if matches(value, m, slack)]
@@ -57,7 +54,7 @@ def prove(logs: list[Log], seed: int | None, value: float, slack: float) -> Proo
 
 def matches(value: float, metric: Metric, slack: float) -> bool:
     """A claim equals a log line when the rounding of either explains the difference."""
-    return abs(metric.bpb - value) <= slack + (0 if metric.exact else ROUNDING)
+    return abs(metric.bpb - value) <= slack + ROUNDING * (not metric.exact)
 
 
 def prove_mean(logs: list[Log], value: float) -> list[Proof]:
@@ -66,6 +63,6 @@ def prove_mean(logs: list[Log], value: float) -> list[Proof]:
         rows = {log_seed(log): (log, m) for log in logs for m in log.final_metrics if m.tag == tag}
         mean = sum(m.bpb for _, m in rows.values()) / len(rows)
         exact = all(m.exact for _, m in rows.values())
-        if len(rows) > 1 and abs(mean - value) <= tolerance(value) + (0 if exact else ROUNDING):
+        if len(rows) > 1 and abs(mean - value) <= tolerance(value) + ROUNDING * (not exact):
             return [Proof(seed, m.bpb, log, m) for seed, (log, m) in rows.items()]
     return []

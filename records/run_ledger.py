@@ -1,7 +1,10 @@
 """Every run, good or bad, one line each in ledger.tsv; and the leaderboard over it."""
 
+import hashlib
+import operator
 import os
 import re
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from records.run import Run
 
 LEDGER = Path(__file__).with_name("ledger.tsv")
 MODES = ("chunked", "sliding", "stream", "engram", "ttt", "all")
-COLUMNS = (
+FIRST = [
     "date",
     "run",
     "commit",
@@ -24,48 +27,54 @@ COLUMNS = (
     "seconds",
     "bytes",
     "val_bpb",
-    *MODES,
-    "first_loss",
-    "last_loss",
-    "artifact_sha256",
-    "flags",
-    "note",
-)
+]
+LAST = ["first_loss", "last_loss", "artifact_sha256", "flags", "note", "changed"]
+COLUMNS = (*FIRST, *MODES, *LAST)
+OLD_COLUMNS = COLUMNS[:-1]  # rows written before changed fields were told
 
 
 def cell(value: object) -> str:
     """One field of a tab-separated line."""
-    if value is None or value == "" or (isinstance(value, float) and value != value):
+    number = isinstance(value, float)
+    if value is None or value == "" or (number and value != value):
         return "-"
-    if isinstance(value, float):
+    if number:
         return f"{value:.8g}" if abs(value) < 1e6 else f"{value:.0f}"
     return clean(re.sub(r"\s+", " ", str(value)).strip(), 300) or "-"
 
 
 def row_of(run: Run, note: str = "") -> dict[str, str]:
-    modes, metrics = run.modes(), run.metrics
+    metrics, result = run.metrics, run.result
     _, size, digest = run.artifact
-    device = run.fact("device_name") or run.fact("device") or run.machine[0]
     values: dict[str, object] = {
         "date": str(run.fact("date") or file_date(run)),
         "run": run.name,
-        "commit": run.fact("commit"),
+        "commit": run.fact("commit") or commit_of(run),
         "config_hash": run.config_hash,
         "data_hash": run.fact("data_hash"),
-        "device": device,
+        "device": run.fact("device_name") or run.fact("device") or run.machine[0],
         "status": run.status,
-        "steps": as_number(run.result.get("steps")) or metrics.last_step or None,
-        "tokens": as_number(run.result.get("tokens")) or metrics.tokens or None,
-        "seconds": as_number(run.result.get("train_seconds")) or metrics.phases.get("train"),
+        "steps": as_number(result.get("steps")) or metrics.last_step or None,
+        "tokens": as_number(result.get("tokens")) or metrics.tokens or None,
+        "seconds": as_number(result.get("train_seconds")) or metrics.phases.get("train"),
         "bytes": size or None,
-        "val_bpb": as_number(run.result.get("val_bpb")),
-        **{m: modes.get(m) for m in MODES},
+        "val_bpb": as_number(result.get("val_bpb")),
         "first_loss": metrics.first_loss,
         "last_loss": metrics.curves["loss"].last,
         "artifact_sha256": digest,
         "note": note,
-    }
+        "changed": run.changed,
+    } | run.modes()
     return {name: cell(values.get(name)) for name in COLUMNS}
+
+
+def commit_of(run: Run, checkout: Path = LEDGER.parents[1]) -> str:
+    """The commit of this checkout, where its trainer is the source of a run that names no commit."""
+    source, trainer = str(run.config_file.get("source", "")), checkout / "train_gpt.py"
+    same = bool(source) and trainer.exists() and hashlib.sha256(trainer.read_bytes()).hexdigest().startswith(source)
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False) if same else None
+    return done.stdout.strip() if done else ""
 
 
 def file_date(run: Run) -> str:
@@ -76,35 +85,26 @@ def file_date(run: Run) -> str:
 
 def flags_of(run: Run, row: dict[str, str], earlier: list[dict[str, str]]) -> list[str]:
     """Signs that this training never happened."""
-    found = []
-    digest = row["artifact_sha256"]
-    twin = next((r for r in earlier if digest != "-" and r["artifact_sha256"] == digest), None)
-    if twin:
-        found.append(f"same artifact as {twin['run']}")
-    _, loss, low, high = run.metrics.curves["loss"].rows()
-    if len(loss) and high.max() - low.min() <= 1e-9:
-        found.append("losses never moved")
-    elif len(loss) > 20 and loss[-len(loss) // 5 :].mean() >= loss[: max(len(loss) // 10, 1)].mean():
-        found.append("losses never fell")
-    if run.metrics.curves["loss"].bad:
-        found.append("NaN or infinite losses")
-    return found
+    digest, curve = row["artifact_sha256"], run.metrics.curves["loss"]
+    twins = [r["run"] for r in earlier if digest != "-" and r["artifact_sha256"] == digest]
+    _, loss, low, high = curve.rows()
+    still = len(loss) > 0 and high.max() - low.min() <= 1e-9
+    fell = len(loss) <= 20 or loss[-len(loss) // 5 :].mean() < loss[: max(len(loss) // 10, 1)].mean()
+    signs = {"losses never moved": still, "losses never fell": not (still or fell), "NaN or infinite losses": curve.bad}
+    return [f"same artifact as {name}" for name in twins[:1]] + [sign for sign, holds in signs.items() if holds]
 
 
 def read_ledger(path: Path = LEDGER) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    rows = []
-    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        cells = line.split("\t")
-        if i == 0:
-            if tuple(cells) != COLUMNS:
-                raise ValueError(f"{path}: the header is not the one this version writes: {clean(line, 80)}")
-        elif len(cells) == len(COLUMNS):
-            rows.append(dict(zip(COLUMNS, cells)))
-        elif line.strip():
-            raise ValueError(f"{path}: line {i + 1} has {len(cells)} fields, should have {len(COLUMNS)}")
-    return rows
+    """The rows; what an earlier version did not write is a dash."""
+    text = path.read_text(encoding="utf-8") if path.exists() else "\t".join(COLUMNS)
+    head, *lines = text.splitlines() or [""]
+    if tuple(head.split("\t")) not in (COLUMNS, OLD_COLUMNS):
+        raise ValueError(f"{path}: the header is not the one this version writes: {clean(head, 80)}")
+    rows = [(i, line.split("\t")) for i, line in enumerate(lines, 2) if line.strip()]
+    for i, cells in rows:
+        if len(cells) not in (len(COLUMNS), len(OLD_COLUMNS)):
+            raise ValueError(f"{path}: line {i} has {len(cells)} fields, should have {len(COLUMNS)}")
+    return [dict.fromkeys(COLUMNS, "-") | dict(zip(COLUMNS, cells)) for _, cells in rows]
 
 
 def add_runs(runs: list[Run], path: Path = LEDGER, note: str = "") -> list[dict[str, str]]:
@@ -113,30 +113,34 @@ def add_runs(runs: list[Run], path: Path = LEDGER, note: str = "") -> list[dict[
     added = []
     for run in runs:
         row = row_of(run, note)
-        same = [r for r in earlier if all(r[k] == row[k] for k in COLUMNS if k not in {"flags", "note", "date"})]
-        if same:
-            continue
-        row["flags"] = cell("; ".join(flags_of(run, row, earlier)))
-        earlier.append(row)
-        added.append(row)
-    text = "".join("\t".join(row[c] for c in COLUMNS) + "\n" for row in added)
-    if not path.exists() or path.stat().st_size == 0:
-        text = "\t".join(COLUMNS) + "\n" + text
-    if text:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        with os.fdopen(fd, "ab") as stream:
-            stream.write(text.encode())
+        told = [k for k in COLUMNS if k not in {"flags", "note", "date", "commit", "changed"}]
+        if not any(all(r[k] == row[k] for k in told) for r in earlier):
+            row["flags"] = cell("; ".join(flags_of(run, row, earlier)))
+            earlier.append(row)
+            added.append(row)
+    append(path, "".join("\t".join(row[c] for c in COLUMNS) + "\n" for row in added))
     return added
+
+
+def append(path: Path, text: str) -> None:
+    """Add lines below a header; an earlier version's header is replaced, its rows stay as they are."""
+    head, _, rest = (path.read_text(encoding="utf-8") if path.exists() else "").partition("\n")
+    if head != "\t".join(COLUMNS):
+        fresh = path.with_suffix(".new")
+        fresh.write_text("\t".join(COLUMNS) + "\n" + rest, encoding="utf-8")
+        fresh.replace(path)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "ab") as stream:
+        stream.write(text.encode())
 
 
 def leaderboard(
     rows: list[dict[str, str]], mode: str = "val_bpb", where: list[str] | None = None, limit: int = 0
 ) -> list[dict[str, str]]:
     """Rows with a score, best first; `where` holds column=text filters, matched as substrings, or column<number."""
-    for condition in where or []:
-        rows = [r for r in rows if holds(r, condition)]
-    scored = sorted((r for r in rows if number(r.get(mode, "-")) is not None), key=lambda r: number(r[mode]))
-    return scored[:limit] if limit else scored
+    conditions = [condition_of(text) for text in where or []]
+    held = [r for r in rows if all(holds(r) for holds in conditions)]
+    scored = sorted((r for r in held if number(r.get(mode, "-")) is not None), key=lambda r: number(r[mode]))
+    return scored[: limit or None]
 
 
 def number(text: str) -> float | None:
@@ -147,16 +151,17 @@ def number(text: str) -> float | None:
     return value if value == value else None
 
 
-def holds(row: dict[str, str], condition: str) -> bool:
-    m = re.fullmatch(r"(\w+)([=<>~])(.*)", condition)
+def condition_of(text: str):
+    """The test that a filter names."""
+    m = re.fullmatch(r"(\w+)([=<>~])(.*)", text)
     if not m or m[1] not in COLUMNS:
         raise ValueError(
-            f"filter {condition!r}: write COLUMN=TEXT, COLUMN<NUMBER or COLUMN>NUMBER; columns {', '.join(COLUMNS)}"
+            f"filter {text!r}: write COLUMN=TEXT, COLUMN<NUMBER or COLUMN>NUMBER; columns {', '.join(COLUMNS)}"
         )
-    value, wanted = row[m[1]], m[3]
-    if m[2] in "<>":
-        left, right = number(value), number(wanted)
-        if right is None:
-            raise ValueError(f"filter {condition!r}: {wanted!r} is no number")
-        return left is not None and (left < right if m[2] == "<" else left > right)
-    return wanted.lower() in value.lower()
+    column, sign, wanted = m[1], m[2], m[3]
+    if sign not in "<>":
+        return lambda row: wanted.lower() in row[column].lower()
+    limit, compare = number(wanted), {"<": operator.lt, ">": operator.gt}[sign]
+    if limit is None:
+        raise ValueError(f"filter {text!r}: {wanted!r} is no number")
+    return lambda row: number(row[column]) is not None and compare(number(row[column]), limit)

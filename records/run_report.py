@@ -18,35 +18,73 @@ from records.run import Curve, Run
 RANGES = 10
 PLOT_POINTS = 200
 LAYER_STAT = re.compile(r"(?:.*\.)?layers?\.(\d+)\.(.+)$")
+TOKENS_PER_PARAMETER = 20  # the ratio of compute-optimal training
+LABELS = ("from", "upto", "to", "position", "length", "label", "bucket", "start")
+FACTS = (
+    "environment",
+    "versions",
+    "device",
+    "device_name",
+    "devices",
+    "world_size",
+    "commit",
+    "source_hash",
+    "data_hash",
+)
+FACTS += ("config_hash", "hostname", "platform", "python", "torch")
+HEADS = {
+    "ranges": ["from step", "to step", "seconds", "mean loss", "lowest", "highest", "learning rate"],
+    "milestones": ["smoothed loss", "step", "time"],
+    "grad": ["gradient norm", "value"],
+    "time": ["phase", "seconds", "share"],
+    "stats": ["statistic", "first", "last", "lowest", "highest", "", "alerts"],
+    "tensors": ["tensor", "shape", "codec", "bytes", "bits/weight", "entropy", "zeros"],
+    "alerts": ["step", "what", "where", "value"],
+    "spikes": ["step", "loss", "provenance"],
+    "checkpoints": ["step", "path", "bytes", "sha256"],
+    "samples": ["step", "prompt", "text"],
+    "evals": ["mode", "BPB", "nats", "bytes", "tokens", "seconds"],
+    "facts": ["name", "value"],
+    "config": ["field", "value", "set by"],
+}
 
 
 def span(seconds: float) -> str:
     """A duration a person reads."""
-    if not math.isfinite(seconds):
-        return ""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
+    if not math.isfinite(seconds) or seconds < 120:
+        return f"{seconds:.1f} s" if math.isfinite(seconds) else ""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
+
+
+def shown(value: float | None, form: str = ",.0f") -> str:
+    """A number in a form, empty where there is none."""
+    return format(value, form) if value else ""
 
 
 def headline(run: Run, price: float | None) -> list[tuple[str, str]]:
     """The numbers that matter first."""
     metrics, result = run.metrics, run.result
-    modes = run.modes()
-    bpb = as_number(result.get("val_bpb"))
     seconds = as_number(result.get("train_seconds")) or metrics.phases.get("train", math.nan)
     _, nbytes, _ = run.artifact
+    tokens = as_number(result.get("tokens")) or metrics.tokens
     rows = [
         ("status", run.status),
-        ("BPB (headline)" + (", partial" if partial(run) else ""), f"{bpb:.5f}" if bpb else ""),
-        *((f"BPB {m}", f"{v:.5f}") for m, v in modes.items()),
-        ("artifact bytes", f"{nbytes:,}" if nbytes else ""),
-        ("left of the cap", f"{CAP_BYTES - nbytes:,}" if nbytes else ""),
+        ("BPB (headline)" + ", partial" * partial(run), shown(as_number(result.get("val_bpb")), ".5f")),
+        *((f"BPB {m}", f"{v:.5f}") for m, v in run.modes().items()),
+        ("artifact bytes", shown(nbytes, ",")),
+        ("left of the cap", shown(nbytes and CAP_BYTES - nbytes, ",")),
         ("steps", f"{int(as_number(result.get('steps')) or metrics.last_step):,}"),
-        ("tokens", f"{as_number(result.get('tokens')) or metrics.tokens:,.0f}"),
+        ("tokens", f"{tokens:,.0f}"),
+        ("parameters", shown(run.parameters)),
+        (
+            f"tokens a parameter ({TOKENS_PER_PARAMETER} is compute-optimal)",
+            shown(tokens / (run.parameters or math.inf), ".2f"),
+        ),
+        ("utilisation of the peak", shown(run.utilisation, ".1%")),
         ("training", span(seconds)),
         ("all phases", span(sum(run.phases().values()))),
+        ("last train-validation gap, nats", "".join(f"{g:+.4f}" for g in gap_rows(run)[1][-1:])),
         ("alerts", f"{metrics.counts.get('alert', 0):,}"),
         ("loss spikes", f"{metrics.counts.get('spike', 0):,}"),
         ("cost", "" if price is None else f"{price * sum(run.phases().values()) / 3600:,.2f}"),
@@ -63,23 +101,12 @@ def partial(run: Run) -> bool:
 def loss_ranges(run: Run) -> list[list]:
     """Loss by tenth of training: steps, seconds at the end, mean, lowest, highest, learning rate."""
     x, mean, low, high = run.metrics.curves["loss"].rows()
-    if not len(x):
-        return []
     lr, seconds = run.metrics.curves["lr"], run.metrics.curves["seconds"]
     rows = []
-    for part in np.array_split(np.arange(len(x)), min(RANGES, len(x))):
+    for part in np.array_split(np.arange(len(x)), min(RANGES, len(x))) if len(x) else []:
         end = float(x[part[-1]])
-        rows.append(
-            [
-                int(x[part[0]]),
-                int(end),
-                at(seconds, end),
-                float(mean[part].mean()),
-                float(low[part].min()),
-                float(high[part].max()),
-                at(lr, end),
-            ]
-        )
+        losses = [float(mean[part].mean()), float(low[part].min()), float(high[part].max())]
+        rows.append([int(x[part[0]]), int(end), at(seconds, end), *losses, at(lr, end)])
     return rows
 
 
@@ -90,8 +117,8 @@ def at(curve: Curve, x: float) -> float | str:
 
 
 def milestones(run: Run) -> list[list]:
-    found = sorted(run.metrics.milestones.items(), reverse=True)
-    return [[f"{mark:.2f}", step, span(seconds)] for mark, (step, seconds) in found[:40]]
+    passed = sorted(run.metrics.milestones.items(), reverse=True)
+    return [[f"{mark:.2f}", step, span(seconds)] for mark, (step, seconds) in passed[:40]]
 
 
 def gap_rows(run: Run) -> tuple[np.ndarray, np.ndarray]:
@@ -104,12 +131,20 @@ def gap_rows(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def grad_rows(run: Run) -> list[list]:
-    quantiles = run.metrics.grad
-    return (
-        [[f"p{share:g}", quantiles.at(share / 100)] for share in (1, 10, 50, 90, 99, 99.9)]
-        if quantiles.counts.sum()
-        else []
-    )
+    """Percentiles, mean and maximum of the gradient norm, and how often it passes 1, 100 and 1,000."""
+    norms = run.metrics.grad
+    if not norms.count:
+        return []
+    rows = [[f"p{share}", norms.at(share / 100)] for share in (25, 50, 75, 95)]
+    rows += [["mean", norms.mean], ["max", norms.highest]]
+    return rows + [[f"share above {limit:,}", f"{norms.share_above(limit):.2%}"] for limit in norms.limits]
+
+
+def time_rows(run: Run) -> list[list]:
+    """Every phase as it was logged, with its share of all."""
+    phases = sorted(run.phases().items(), key=lambda p: -p[1])
+    total = sum(seconds for _, seconds in phases) or 1.0
+    return [[name, seconds, f"{seconds / total:.1%}"] for name, seconds in phases]
 
 
 def stat_rows(run: Run) -> list[list]:
@@ -118,12 +153,11 @@ def stat_rows(run: Run) -> list[list]:
     rows = []
     for name in sorted(run.metrics.stats, key=natural):
         x, mean, low, high = run.metrics.stats[name].rows()
+        count = sum(bool(w) and (w in name or name in w) for w in alerts)
+        flag = Raw(f'<span class="flag">{count} alert{"s" * (count > 1)}</span>' * bool(count))
         if len(x):
-            count = sum(bool(w) and (w in name or name in w) for w in alerts)
-            flag = Raw(f'<span class="flag">{count} alert{"s" * (count > 1)}</span>') if count else ""
-            rows.append(
-                [name, float(mean[0]), float(mean[-1]), float(low.min()), float(high.max()), Raw(spark(x, mean)), flag]
-            )
+            values = [float(mean[0]), float(mean[-1]), float(low.min()), float(high.max())]
+            rows.append([name, *values, Raw(spark(x, mean)), flag])
     return rows
 
 
@@ -134,84 +168,56 @@ def natural(name: str) -> list:
 def layer_plots(run: Run, limit: int = 12) -> Iterator[Raw]:
     """Statistics that exist in several layers, one chart each, a line a layer."""
     families: dict[str, list[tuple[int, str]]] = {}
-    for name in run.metrics.stats:
-        if m := LAYER_STAT.match(name):
-            families.setdefault(m[2], []).append((int(m[1]), name))
+    for name, match in [(name, LAYER_STAT.match(name)) for name in run.metrics.stats]:
+        families.setdefault(match[2] if match else "", []).append((int(match[1]) if match else 0, name))
+    families.pop("", None)
     for stat, layers in list(families.items())[:limit]:
-        series = []
-        for layer, name in sorted(layers)[:6]:
-            x, mean, _, _ = run.metrics.stats[name].rows()
-            series.append((f"L{layer}", x, mean))
+        series = [(f"L{i}", *run.metrics.stats[name].rows()[:2]) for i, name in sorted(layers)[:6]]
+        more = f" (6 of {len(layers)} layers)" * (len(layers) > 6)
         if any(len(s[1]) > 1 for s in series):
-            yield figure(
-                f"{stat}" + (f" (6 of {len(layers)} layers)" if len(layers) > 6 else ""),
-                lines(stat, series, "step", stat),
-            )
+            yield figure(stat + more, lines(stat, series, "step", stat))
 
 
 def tensor_rows(run: Run) -> list[list]:
     """The bits-per-weight table of the artifact."""
     tensors = run.metrics.artifact.get("tensors")
-    rows = []
-    for t in tensors if isinstance(tensors, list) else []:
-        if isinstance(t, dict):
-            size = as_number(t.get("bytes")) or 0
-            shape = t.get("shape") if isinstance(t.get("shape"), list) else []
-            weights = math.prod(int(n) for n in shape if as_number(n) is not None) if shape else 0
-            bits = as_number(t.get("bits_per_weight")) or (8 * size / weights if weights else math.nan)
-            zeros = as_number(t.get("zeros"))
-            rows.append(
-                [
-                    t.get("name", ""),
-                    "x".join(map(str, shape)),
-                    t.get("codec", ""),
-                    int(size),
-                    bits,
-                    as_number(t.get("entropy_bits")),
-                    zeros,
-                ]
-            )
+    rows = [tensor_row(t) for t in (tensors if isinstance(tensors, list) else []) if isinstance(t, dict)]
     return sorted(rows, key=lambda r: -r[3])
 
 
-def breakdown(event: dict, key: str) -> tuple[list[str], list[float]]:
+def tensor_row(t: dict) -> list:
+    size, bits, entropy, zeros = (as_number(t.get(n)) for n in ("bytes", "bits_per_weight", "entropy_bits", "zeros"))
+    shape = t.get("shape") if isinstance(t.get("shape"), list) else []
+    weights = math.prod(int(n) for n in shape if as_number(n) is not None) * bool(shape)
+    bits = bits or (8 * (size or 0) / weights if weights else math.nan)
+    return [t.get("name", ""), "x".join(map(str, shape)), t.get("codec", ""), int(size or 0), bits, entropy, zeros]
+
+
+def breakdown(event: dict, key: str) -> list[tuple[str, float]]:
     """`by_position` or `by_length` of an evaluation: numbers, [label, value] pairs, or objects with a bpb."""
-    names, values = [], []
+    pairs = []
     for i, row in enumerate(event.get(key) if isinstance(event.get(key), list) else []):
-        if isinstance(row, dict):
-            label = next(
-                (row[k] for k in ("from", "upto", "to", "position", "length", "label", "bucket", "start") if k in row),
-                i,
-            )
-            value = as_number(row.get("bpb"))
-        elif isinstance(row, list) and len(row) >= 2:
-            label, value = row[0], as_number(row[-1])
-        else:
-            label, value = i, as_number(row)
-        if value is not None:
-            names.append(str(label))
-            values.append(value)
-    return names, values
+        match row:
+            case dict():
+                pairs.append((next((row[k] for k in LABELS if k in row), i), row.get("bpb")))
+            case [label, *_, value]:
+                pairs.append((label, value))
+            case _:
+                pairs.append((i, row))
+    return [(str(label), number) for label, value in pairs if (number := as_number(value)) is not None]
 
 
 def breakdown_plot(run: Run, key: str, title: str, x_label: str) -> Raw:
-    series = []
+    """BPB over positions or lengths; beyond 1,000 they are shown as powers of two."""
+    series, wide = [], False
     for mode, event in list(run.metrics.evals.items())[:6]:
-        names, values = breakdown(event, key)
-        if values:
-            numeric = all(as_float(n) is not None for n in names)
-            x = [
-                math.log2(max(as_float(n), 1.0))
-                if numeric and as_float(names[-1]) > 1000
-                else as_float(n)
-                if numeric
-                else i
-                for i, n in enumerate(names)
-            ]
-            logs = numeric and as_float(names[-1]) > 1000
-            series.append((mode, x, values))
-            x_label = f"log2 {x_label}" if logs and not x_label.startswith("log2") else x_label
-    return figure(title, lines(title, series, x_label, "BPB", dots=frozenset(s[0] for s in series)))
+        pairs = breakdown(event, key)
+        numbers = [number for name, _ in pairs if (number := as_float(name)) is not None]
+        x = numbers if len(numbers) == len(pairs) else list(range(len(pairs)))
+        wide = len(numbers) == len(pairs) and x[-1:] > [1000]
+        series += [(mode, np.log2(np.maximum(x, 1.0)) if wide else x, [value for _, value in pairs])] * bool(pairs)
+    label = f"log2 {x_label}" if wide else x_label
+    return figure(title, lines(title, series, label, "BPB", dots=frozenset(s[0] for s in series)))
 
 
 def as_float(text: str) -> float | None:
@@ -221,8 +227,8 @@ def as_float(text: str) -> float | None:
         return None
 
 
-def event_rows(run: Run, kind: str, names: list[str]) -> list[list]:
-    return [[plain(e.get(n)) for n in names] for e in run.metrics.events.get(kind, [])]
+def event_rows(run: Run, kinds: str) -> list[list]:
+    return [[plain(e.get(n)) for n in HEADS[kinds]] for e in run.metrics.events.get(kinds.removesuffix("s"), [])]
 
 
 def plain(value: object) -> object:
@@ -234,148 +240,91 @@ def config_rows(run: Run) -> list[list]:
 
 
 def environment_rows(run: Run) -> list[list]:
-    rows = []
-    for name in (
-        "environment",
-        "versions",
-        "device",
-        "device_name",
-        "devices",
-        "world_size",
-        "commit",
-        "source_hash",
-        "data_hash",
-        "config_hash",
-        "hostname",
-        "platform",
-        "python",
-        "torch",
-    ):
-        value = run.fact(name, None)
-        rows += (
-            [[k, plain(v)] for k, v in value.items()]
-            if isinstance(value, dict)
-            else []
-            if value is None
-            else [[name, value]]
-        )
-    return rows
+    facts = [(name, run.fact(name, None)) for name in FACTS]
+    rows = [list(value.items()) if isinstance(value, dict) else [(name, value)] for name, value in facts]
+    return [[name, plain(value)] for part in rows for name, value in part if value is not None]
+
+
+def eval_rows(run: Run) -> list[list]:
+    names = ("bpb", "nats", "nbytes", "tokens", "seconds")
+    return [[mode, *(as_number(e.get(k)) for k in names)] for mode, e in run.metrics.evals.items()]
+
+
+def certificate_rows(run: Run) -> list[list]:
+    probes = [
+        (name, v.get("status"), plain(v.get("evidence"))) for name, v in run.certificate.items() if isinstance(v, dict)
+    ]
+    known = {"pass", "fail", "na"}
+    return [[n, Raw(f'<span class="{s}">{cell(s)}</span>' * (s in known)), evidence] for n, s, evidence in probes]
+
+
+def cost_rows(run: Run, price: float | None) -> list[list]:
+    return [[name, span(s), round(price * s / 3600, 4)] for name, s, _ in time_rows(run)] if price is not None else []
+
+
+# the page
 
 
 def curve_figure(run: Run, name: str, title: str, label: str, *, log: bool = False) -> Raw:
     x, mean, low, high = run.metrics.curves[name].thin(PLOT_POINTS)
-    return figure(
-        title, lines(title, [(name, x, mean)], "step", label, band=(x, low, high) if len(x) > 1 else None, log=log)
-    )
+    band = (x, low, high) if len(x) > 1 else None
+    return figure(title, lines(title, [(name, x, mean)], "step", label, band=band, log=log))
 
 
 def loss_figure(run: Run) -> Raw:
     x, mean, low, high = run.metrics.curves["loss"].thin(PLOT_POINTS)
-    vx, val, _, _ = run.metrics.val_loss.rows()
-    series = [("train", x, mean)] + ([("validation", vx, val)] if len(vx) else [])
+    series = [("train", x, mean), ("validation", *run.metrics.val_loss.rows()[:2])]
     spikes = [
         (as_number(e.get("step")) or 0, as_number(e.get("loss")) or math.nan)
         for e in run.metrics.events.get("spike", [])
     ]
-    drawing = lines(
-        "loss",
-        series,
-        "step",
-        "nats per token",
-        band=(x, low, high) if len(x) > 1 else None,
-        marks=spikes,
-        dots=frozenset({"validation"}),
-    )
+    band, dots = ((x, low, high) if len(x) > 1 else None), frozenset({"validation"})
+    drawing = lines("loss", series, "step", "nats per token", band=band, marks=spikes, dots=dots)
     return figure("Loss: mean and range of each bucket, validation, spikes in red", drawing)
 
 
-HEADS = {
-    "ranges": ["from step", "to step", "seconds", "mean loss", "lowest", "highest", "learning rate"],
-    "milestones": ["smoothed loss", "step", "time"],
-    "stats": ["statistic", "first", "last", "lowest", "highest", "", "alerts"],
-    "tensors": ["tensor", "shape", "codec", "bytes", "bits/weight", "entropy", "zeros"],
-    "alerts": ["step", "what", "where", "value"],
-    "spikes": ["step", "loss", "provenance"],
-    "checkpoints": ["step", "path", "bytes", "sha256"],
-    "samples": ["step", "prompt", "text"],
-    "evals": ["mode", "BPB", "nats", "bytes", "tokens", "seconds"],
-}
-
-
-def eval_rows(run: Run) -> list[list]:
-    return [
-        [mode, *(as_number(e.get(k)) for k in ("bpb", "nats", "nbytes", "tokens", "seconds"))]
-        for mode, e in run.metrics.evals.items()
-    ]
-
-
-def html_report(run: Run, price: float | None = None) -> str:
-    metrics = run.metrics
-    notes = f'<p class="warn">{metrics.damaged} damaged lines were skipped</p>' if metrics.damaged else ""
-    notes += f'<p class="dim">one step line in {metrics.every} was read</p>' if metrics.every > 1 else ""
-    parts = [
-        f'<p class="dim">seed {run.seed} · configuration {cell(run.config_hash[:12])}</p>{notes}',
-        tiles(headline(run, price)),
-        section("Training", training_plots(run)),
-        section("Loss by range", table(HEADS["ranges"], loss_ranges(run))),
-        section("Milestones", table(HEADS["milestones"], milestones(run))),
-        section("Gradient norm", table(["percentile", "norm"], grad_rows(run))),
-        section("Spikes", event_table(run, "spikes")),
-        section("Time and memory", time_plots(run), table(["fact", "value"], memory_rows(run))),
-        section("Layers", grid(*layer_plots(run)), folded("all statistics", table(HEADS["stats"], stat_rows(run)))),
-        section("Alerts", event_table(run, "alerts")),
-        section("Artifact", *artifact_parts(run)),
-        section("Evaluation", eval_plots(run), table(HEADS["evals"], eval_rows(run)), certificate_table(run)),
-        section("Samples", *map(sample, metrics.events.get("sample", []))),
-        section("Checkpoints", event_table(run, "checkpoints")),
-        section("Cost", cost_line(run, price)),
-        section("Environment", table(["name", "value"], environment_rows(run))),
-        section("Result", table(["name", "value"], [[k, plain(v)] for k, v in sorted(run.result.items())])),
-        section("Configuration", folded("all fields", table(["field", "value", "set by"], config_rows(run)))),
-    ]
-    return page(f"Run {run.name}", "".join(parts))
-
-
-def event_table(run: Run, kinds: str) -> Raw:
-    return table(HEADS[kinds], event_rows(run, kinds.removesuffix("s"), HEADS[kinds]))
-
-
 def training_plots(run: Run) -> Raw:
-    x, gap = gap_rows(run)
-    bx, bpb, _, _ = run.metrics.val_bpb.rows()
-    parts = [(n, c) for n, c in sorted(run.metrics.aux.items()) if c.low.min() < c.high.max()][:12]
+    auxiliary = [(n, c) for n, c in sorted(run.metrics.aux.items()) if c.low.min() < c.high.max()][:12]
+    validation = run.metrics.val_bpb.rows()[:2]
     return grid(
         loss_figure(run),
         curve_figure(run, "lr", "Learning rate", "rate"),
         curve_figure(run, "grad_norm", "Gradient norm before clipping", "norm", log=True),
-        figure("Train-validation gap", lines("gap", [("gap", x, gap)], "step", "nats", dots=frozenset({"gap"}))),
-        figure("Validation BPB", lines("BPB", [("BPB", bx, bpb)], "step", "BPB", dots=frozenset({"BPB"}))),
-        *(figure(n, lines(n, [(n, *c.thin(PLOT_POINTS)[:2])], "step", n)) for n, c in parts),
+        figure(
+            "Train-validation gap", lines("gap", [("gap", *gap_rows(run))], "step", "nats", dots=frozenset({"gap"}))
+        ),
+        figure("Validation BPB", lines("BPB", [("BPB", *validation)], "step", "BPB", dots=frozenset({"BPB"}))),
+        *(figure(n, lines(n, [(n, *c.thin(PLOT_POINTS)[:2])], "step", n)) for n, c in auxiliary),
     )
 
 
 def time_plots(run: Run) -> Raw:
-    phases = sorted(run.phases().items(), key=lambda p: -p[1])
     return grid(
-        figure("Seconds by phase", bars("phases", phases, "s")),
+        figure("Seconds by phase", bars("phases", [(name, seconds) for name, seconds, _ in time_rows(run)], "s")),
         curve_figure(run, "tokens_per_second", "Tokens per second", "tokens/s"),
         curve_figure(run, "memory", "Memory", "bytes"),
     )
 
 
-def artifact_parts(run: Run) -> list[str]:
+def zero_plots(run: Run) -> Raw:
     zeros = [(n.removesuffix("zeros").rstrip("."), *c.rows()[:2]) for n, c in run.metrics.stats.items() if "zero" in n]
-    drawing = lines("zeros", zeros[:3], "step", "share")
-    tensors = table(HEADS["tensors"], tensor_rows(run))
-    return [grid(figure("Share of zeros", drawing)), artifact_line(run), folded("all tensors", tensors)]
+    return grid(figure("Share of zeros", lines("zeros", zeros[:3], "step", "share")))
 
 
 def eval_plots(run: Run) -> Raw:
+    modes = sorted(run.modes().items(), key=lambda m: m[1])
     return grid(
-        figure("BPB by mode", bars("BPB by mode", sorted(run.modes().items(), key=lambda m: m[1]), "", zero=False)),
+        figure("BPB by mode", bars("BPB by mode", modes, "", zero=False)),
         breakdown_plot(run, "by_position", "BPB by position", "position"),
         breakdown_plot(run, "by_length", "BPB by document length", "tokens"),
     )
+
+
+def artifact_line(run: Run) -> Raw:
+    _, size, digest = run.artifact
+    left = CAP_BYTES - size
+    state = f"{left:,} bytes left for the script" if left >= 0 else f"{-left:,} bytes over the cap"
+    return Raw(f"<p>{size:,} bytes, {state}; sha256 <code>{cell(digest)}</code></p>" * bool(size))
 
 
 def sample(event: dict) -> str:
@@ -384,89 +333,94 @@ def sample(event: dict) -> str:
 
 
 def folded(title: str, body: Raw) -> Raw:
-    return Raw(f"<details><summary>{title}</summary>{body}</details>" if body else "")
+    return Raw(f"<details><summary>{title}</summary>{body}</details>" * bool(body))
 
 
-def memory_rows(run: Run) -> list[list]:
-    peak = as_number(run.result.get("peak_memory_bytes"))
-    return [["peak memory", f"{peak / 2**20:,.0f} MiB"]] if peak else []
-
-
-def artifact_line(run: Run) -> Raw:
-    _, size, digest = run.artifact
-    if not size:
-        return Raw("")
-    left = CAP_BYTES - size
-    state = f"{left:,} bytes left for the script" if left >= 0 else f"{-left:,} bytes over the cap"
-    return Raw(f"<p>{size:,} bytes, {state}; sha256 <code>{cell(digest)}</code></p>")
-
-
-def certificate_table(run: Run) -> Raw:
-    rows = [
-        [
-            k,
-            Raw(f'<span class="{v.get("status")}">{cell(v.get("status"))}</span>')
-            if v.get("status") in {"pass", "fail", "na"}
-            else "",
-            plain(v.get("evidence")),
-        ]
-        for k, v in run.certificate.items()
-        if isinstance(v, dict)
+def html_report(run: Run, price: float | None = None) -> str:
+    metrics = run.metrics
+    notes = f'<p class="warn">{metrics.damaged} damaged lines were skipped</p>' * bool(metrics.damaged)
+    notes += f'<p class="dim">one step line in {metrics.every} was read</p>' * (metrics.every > 1)
+    peak = as_number(run.result.get("peak_memory_bytes")) or 0
+    parts = [
+        f'<p class="dim">seed {run.seed} · configuration {cell(run.config_hash[:12])}</p>{notes}',
+        tiles(headline(run, price)),
+        section("Training", training_plots(run)),
+        section("Loss by range", table(HEADS["ranges"], loss_ranges(run))),
+        section("Milestones", table(HEADS["milestones"], milestones(run))),
+        section("Gradient norm", table(HEADS["grad"], grad_rows(run))),
+        section("Spikes", table(HEADS["spikes"], event_rows(run, "spikes"))),
+        section("Time and memory", time_plots(run), table(HEADS["time"], time_rows(run)), memory_line(peak)),
+        section("Layers", grid(*layer_plots(run)), folded("all statistics", table(HEADS["stats"], stat_rows(run)))),
+        section("Alerts", table(HEADS["alerts"], event_rows(run, "alerts"))),
+        section(
+            "Artifact",
+            zero_plots(run),
+            artifact_line(run),
+            folded("all tensors", table(HEADS["tensors"], tensor_rows(run))),
+        ),
+        section(
+            "Evaluation",
+            eval_plots(run),
+            table(HEADS["evals"], eval_rows(run)),
+            table(["probe", "verdict", "evidence"], certificate_rows(run)),
+        ),
+        section("Samples", *map(sample, metrics.events.get("sample", []))),
+        section("Checkpoints", table(HEADS["checkpoints"], event_rows(run, "checkpoints"))),
+        section("Cost", table(["phase", "time", "cost"], cost_rows(run, price))),
+        section("Environment", table(HEADS["facts"], environment_rows(run))),
+        section("Result", table(HEADS["facts"], [[k, plain(v)] for k, v in sorted(run.result.items())])),
+        section("Configuration", folded("all fields", table(HEADS["config"], config_rows(run)))),
     ]
-    return table(["probe", "verdict", "evidence"], rows)
+    return page(f"Run {run.name}", "".join(parts))
 
 
-def cost_line(run: Run, price: float | None) -> Raw:
-    seconds = sum(run.phases().values())
-    if price is None or not seconds:
-        return Raw("")
-    rows = [
-        [name, span(s), round(price * s / 3600, 4)] for name, s in sorted(run.phases().items(), key=lambda p: -p[1])
-    ]
-    return Raw(
-        f"<p>{price:,.2f} an hour for {span(seconds)}: {price * seconds / 3600:,.2f}</p>"
-        + table(["phase", "time", "cost"], rows)
-    )
+def memory_line(peak: float) -> Raw:
+    return Raw(f"<p>peak memory {peak / 2**20:,.0f} MiB</p>" * bool(peak))
+
+
+# Markdown
 
 
 def md_cell(value: object) -> str:
     """A cell of a Markdown table that stays one: no line breaks, pipes, markup or escapes."""
-    if value is None or isinstance(value, Raw):
-        return re.sub(r"<[^>]*>", "", value or "")
-    if isinstance(value, float):
-        return f"{value:,.6g}"
-    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else clean(value, 300)
+    match value:
+        case None | Raw():
+            return re.sub(r"<[^>]*>", "", value or "")
+        case float():
+            return f"{value:,.6g}"
+        case bool() | str():
+            text = clean(value, 300)
+        case int():
+            text = f"{value:,}"
+        case _:
+            text = clean(value, 300)
     return re.sub(r"([|`*_\[\]\\])", r"\\\1", escape(text, quote=False))
 
 
 def md_table(head: list[str], rows: list[list]) -> str:
     keep = [i for i, h in enumerate(head) if h]
-    if not rows:
-        return ""
-    lines_ = ["| " + " | ".join(head[i] for i in keep) + " |", "|" + "---|" * len(keep)]
-    return "\n".join(lines_ + ["| " + " | ".join(md_cell(row[i]) for i in keep) + " |" for row in rows]) + "\n"
+    top = ["| " + " | ".join(head[i] for i in keep) + " |", "|" + "---|" * len(keep)]
+    body = ["| " + " | ".join(md_cell(row[i]) for i in keep) + " |" for row in rows]
+    return ("\n".join(top + body) + "\n") * bool(rows)
 
 
 def md_report(run: Run, price: float | None = None) -> str:
     _, loss, _, _ = run.metrics.curves["loss"].rows()
-    tensors = tensor_rows(run)
+    curve = f"`{text_spark(loss)}`\n\n" * bool(len(loss))
     parts = [
         ("", md_table(["what", "value"], [list(r) for r in headline(run, price)])),
-        ("Loss", f"`{text_spark(loss)}`\n\n" + md_table(HEADS["ranges"], loss_ranges(run)) if len(loss) else ""),
+        ("Loss", curve + md_table(HEADS["ranges"], loss_ranges(run))),
         ("Milestones", md_table(HEADS["milestones"], milestones(run))),
-        ("Gradient norm", md_table(["percentile", "norm"], grad_rows(run))),
-        ("Spikes", md_table(HEADS["spikes"], event_rows(run, "spike", HEADS["spikes"]))),
-        ("Phases", md_table(["phase", "seconds"], [[k, v] for k, v in run.phases().items()])),
+        ("Gradient norm", md_table(HEADS["grad"], grad_rows(run))),
+        ("Phases", md_table(HEADS["time"], time_rows(run))),
         ("Layers", md_table(HEADS["stats"], stat_rows(run))),
-        ("Alerts", md_table(HEADS["alerts"], event_rows(run, "alert", HEADS["alerts"]))),
-        ("Artifact", md_table(HEADS["tensors"], tensors[:40])),
+        ("Artifact", md_table(HEADS["tensors"], tensor_rows(run)[:40])),
         ("Evaluation", md_table(HEADS["evals"], eval_rows(run))),
-        ("Samples", md_table(HEADS["samples"], event_rows(run, "sample", HEADS["samples"]))),
-        ("Checkpoints", md_table(HEADS["checkpoints"], event_rows(run, "checkpoint", HEADS["checkpoints"]))),
-        ("Environment", md_table(["name", "value"], environment_rows(run))),
-        ("Configuration", md_table(["field", "value", "set by"], config_rows(run))),
+        *((k.title(), md_table(HEADS[k], event_rows(run, k))) for k in ("spikes", "alerts", "samples", "checkpoints")),
+        ("Environment", md_table(HEADS["facts"], environment_rows(run))),
+        ("Configuration", md_table(HEADS["config"], config_rows(run))),
     ]
-    body = "\n".join((f"## {title}\n\n{text}" if title else text) for title, text in parts if text)
+    body = "\n".join(f"## {title}\n\n{text}" if title else text for title, text in parts if text)
     return f"# Run {md_cell(run.name)}\n\n{body}"
 
 

@@ -18,9 +18,10 @@ def facts_of(text: str) -> dict:
     ours = facts(text)
     if not ours["error"] or "\0" in text:
         return ours
-    newer = newer_python()
-    theirs = facts_by(newer[0], text) if newer else None
-    return theirs | {"parsed_by": f"Python {newer[1]}"} if theirs else ours
+    for path, version in filter(None, [newer_python()]):
+        theirs = facts_by(path, text)
+        return theirs | {"parsed_by": f"Python {version}"} if theirs else ours
+    return ours
 
 
 @lru_cache(maxsize=1)

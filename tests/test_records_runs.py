@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import tracemalloc
 
 import numpy as np
@@ -15,7 +16,7 @@ from records.audit import check_folder
 from records.cli import main
 from records.folder import Folder
 from records.run import Curve, Percentiles, Run, open_run, read_metrics
-from records.run_ledger import COLUMNS, leaderboard, read_ledger
+from records.run_ledger import COLUMNS, LEDGER, OLD_COLUMNS, commit_of, leaderboard, read_ledger
 from records.run_record import Request, build
 from records.run_report import html_report, md_report
 
@@ -356,6 +357,23 @@ def test_percentiles_are_within_three_percent():
         assert found.at(share) == pytest.approx(np.quantile(values, share), rel=0.04)
 
 
+def test_shares_mean_and_maximum_of_the_norm_are_exact():
+    norms = Percentiles()
+    for part in ([0.5, 2.0, 150.0], [3000.0, float("nan")], []):
+        norms.extend(np.array(part))
+    assert [norms.share_above(limit) for limit in (1, 100, 1000)] == [0.75, 0.5, 0.25]
+    assert (norms.count, norms.highest, norms.mean) == (4, 3000.0, 3152.5 / 4)
+
+
+def test_the_report_tells_the_norms_the_gap_the_tokens_and_the_times(tmp_path):
+    run = make_run(tmp_path / "run", mfu=0.412, parameters=81_920)
+    text = md_report(run, price=36.0)
+    for row in ("| p25 |", "| p50 |", "| p75 |", "| p95 |", "| mean |", "| max |", "| share above 1,000 | 0.00% |"):
+        assert row in text
+    assert "| utilisation of the peak | 41.2% |" in text and "compute-optimal) | 20.00 |" in text
+    assert "last train-validation gap" in text and "| train | 20 |" in text and "| cost |" in text
+
+
 def test_a_long_run_is_thinned_and_nothing_rare_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr("records.run.CHUNK", 1 << 12)
     monkeypatch.setattr("records.run.MAX_STEPS", 500)
@@ -428,9 +446,42 @@ def test_the_leaderboard_sorts_and_filters(tmp_path, capsys):
 
 
 def test_the_repositorys_ledger_has_the_header_of_this_version():
-    from records.run_ledger import LEDGER
-
     assert LEDGER.read_text().splitlines()[0] == "\t".join(COLUMNS)
+
+
+def test_a_row_names_its_commit_and_the_fields_that_were_changed(tmp_path, capsys):
+    run = make_run(tmp_path / "a")
+    stored = json.loads((run.path / "config.json").read_text())
+    origin = {"lr": "command line", "seed": "command line", "layers": "profile local"}
+    (run.path / "config.json").write_text(json.dumps(stored | {"commit": "abc1234-dirty", "origin": origin}))
+    main(["ledger", str(run.path), "--file", str(tmp_path / "l.tsv")])
+    (row,) = read_ledger(tmp_path / "l.tsv")
+    assert (row["commit"], row["changed"]) == ("abc1234-dirty", "lr=0.02")
+    capsys.readouterr()
+    assert main(["list", "--file", str(tmp_path / "l.tsv")]) == 0
+    assert "abc1234-dirty" in (told := capsys.readouterr().out) and "lr=0.02" in told
+
+
+def test_a_run_that_names_no_commit_gets_this_checkouts_only_if_it_is_its_source(tmp_path):
+    run = make_run(tmp_path / "a")
+    trainer = LEDGER.parents[1] / "train_gpt.py"
+    for source, known in (
+        (hashlib.sha256(trainer.read_bytes()).hexdigest()[:12], True),
+        ("0" * 12, False),
+        ("", False),
+    ):
+        stored = json.loads((run.path / "config.json").read_text())
+        (run.path / "config.json").write_text(json.dumps(stored | {"source": source}))
+        assert bool(re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", commit_of(Run(run.path)))) is known
+
+
+def test_rows_of_an_earlier_version_stay_readable_beside_new_ones(tmp_path):
+    path = tmp_path / "l.tsv"
+    path.write_text("\t".join(OLD_COLUMNS) + "\n" + "\t".join(["x"] * len(OLD_COLUMNS)) + "\n")
+    assert read_ledger(path)[0]["changed"] == "-" and read_ledger(path)[0]["note"] == "x"
+    main(["ledger", str(make_run(tmp_path / "a").path), "--file", str(path)])
+    old, new = read_ledger(path)
+    assert old["run"] == "x" and new["run"] == "a" and path.read_text().splitlines()[0] == "\t".join(COLUMNS)
 
 
 def test_a_ledger_of_another_shape_is_refused(tmp_path, capsys):
