@@ -6,12 +6,12 @@ import sys
 from collections.abc import Iterator
 
 from records.competition import VAL_DOCS
-from records.folder import Folder, Script
-from records.logs import Log
+from records.folder import Folder, Script, hash_in
 from records.rules import Fact, case, fact, otherwise, rule, true, word
 from records.script_order import BEFORE, FITTED
 from records.script_table import Unknown, deviations
 
+CHAIN = "what ships is what ran: build.json, certificate.json"
 RUNS = "README: must compile and run in the folder"
 OTHER_LISTING = "the listing in the log is not a shipped script ({length:,} characters; {name} has {ships:,})"
 ADVISORY = "issues 677, 1017; advisory"
@@ -40,6 +40,35 @@ INSTALLED = frozenset(
         " cutlass lz4 xxhash liger_kernel psutil nvidia causal_conv1d",
     )
 )
+
+
+@rule("F9", "and the one that was certified, with the artifact that is claimed", CHAIN)
+@case(true, "pass", "the certificate is of the {part} {sha256}")
+@case(otherwise, "wrong", "the certificate is of another {part}: sha256 {sha256}")
+def certified_parts(folder: Folder) -> Iterator[Fact]:
+    parts = {"script": {folder.main.sha256}, "artifact": folder.artifact_hashes} if folder.main else {}
+    for certificate in folder.certificates:
+        for part, hashes in parts.items():
+            named = hash_in(certificate.table, part)
+            if named and hashes:
+                yield fact(named in hashes, certificate.name, part=part, sha256=named[:12])
+
+
+@rule("F9", "and the one that was built and proven", CHAIN)
+@case("proven", "pass", "the builder proved this file")
+@case("unproven", "sign", "the builder made this file without a proof")
+@case(otherwise, "wrong", "the {value} is of another build: sha256 {sha256}")
+def built_script(folder: Folder) -> Iterator[Fact]:
+    build, proof = folder.build, folder.build.get("proof")
+    if not build or folder.main is None:
+        return
+    hashes = {
+        "manifest": hash_in(build, "train_gpt.py"),
+        "proof": hash_in(proof if isinstance(proof, dict) else {}, "script"),
+    }
+    other = [part for part, digest in hashes.items() if digest not in ("", folder.main.sha256)]
+    kind = [*other, {True: "proven", False: "unproven"}[bool(proof)]][0]
+    yield fact(kind, "build.json", sha256=hashes.get(kind, "")[:12])
 
 
 @rule("F10", "code can be unpacked without running it", RUNS)
@@ -105,11 +134,6 @@ def same_text(text: str) -> str:
     return hashlib.sha256("\n".join(lines).encode("utf-8", errors="replace")).hexdigest()
 
 
-def stated_script(log: Log) -> bool:
-    """Whether a log identifies its script in full."""
-    return bool(log.script)
-
-
 @rule("F9", "or its size", RUNS)
 @case(word("near"), "pass", "the run had {value:,} bytes of code, as shipped")
 @case(otherwise, "waived", "the run had {value:,} bytes of code, {name} has {ships:,}")
@@ -118,7 +142,7 @@ def logged_sizes(folder: Folder) -> Iterator[Fact]:
     if folder.code is None:
         return
     sizes = {n for s in folder.scripts.values() for n in (s.size, len(s.unpacked.text.encode()))}
-    for log in [log for log in folder.proven_logs if not log.source and not stated_script(log)]:
+    for log in [log for log in folder.proven_logs if not log.source and not log.script]:
         for code in [c for c in log.code if c.tag != "compressed"][:1]:
             near = min((abs(code.count - s) for s in sizes), default=0) <= 4
             words = {"near": near, "name": folder.code.name, "ships": folder.code.size}
@@ -130,7 +154,7 @@ def logged_sizes(folder: Folder) -> Iterator[Fact]:
 @case(otherwise, "wrong", "ran sha256 {sha256}, {size:,} bytes; {name} is {shipped}, {ships:,} bytes")
 def logged_scripts(folder: Folder) -> Iterator[Fact]:
     """The sha256 and size of the running file, where a log states them, are those of the shipped script."""
-    for log in [log for log in folder.proven_logs if stated_script(log) and folder.main]:
+    for log in [log for log in folder.all_logs if log.script and folder.main]:
         same = (log.script.sha256, log.script.size) == (folder.main.sha256, folder.main.size)
         words = {"sha256": log.script.sha256[:12], "size": log.script.size, "ships": folder.main.size}
         yield fact(same, log.name, log.script.line, name=folder.main.name, shipped=folder.main.sha256[:12], **words)
@@ -210,12 +234,6 @@ def listed(folder: Folder, kind: str, most: int | None = None) -> Iterator[Fact]
 @case(otherwise, "sign", "network access: {value}")
 def network(folder: Folder) -> Iterator[Fact]:
     return listed(folder, "network")
-
-
-@rule("F18", "no foreign programs", ADVISORY)
-@case(otherwise, "pass", "starts a program: {value}")
-def programs(folder: Folder) -> Iterator[Fact]:
-    return listed(folder, "process", 4)
 
 
 @rule("F18", "no choice among scores", ADVISORY)

@@ -20,7 +20,7 @@ from records.competition import (
     nearest_fingerprint,
 )
 from records.folder import Folder
-from records.logs import Log, Metric
+from records.logs import Metric
 from records.proofs import Proof
 from records.rules import Fact, case, fact, otherwise, rule, true, word
 from records.run_compare import Side, tested
@@ -37,7 +37,6 @@ GAIN = (
 )
 GAIN_IN_NATS = "{gain:+.5f} nats a token, p {value:.4f} that it is above {margin} (written: {rule}; {suffice})"
 MIXED_TAGS = {"final_int8_zlib_roundtrip", "final_int6_sliding_window"}  # one metric under two names in early records
-CASEOPS_TOKENS = 47_851_520
 
 
 @rule("F6", "the claimed score is printed in a log, by a final metric", LOGGED)
@@ -48,15 +47,17 @@ CASEOPS_TOKENS = 47_851_520
 def proof_of_score(folder: Folder) -> Iterator[Fact]:
     """Each claimed score with what the log line that shows it says it is."""
     for proof in folder.proofs:
-        who = f"seed {proof.seed}" if proof.seed is not None else "the headline"
+        words = {"who": who(proof), "claimed": proof.claimed}
         if proof.metric is None:
-            kind = "no line" if folder.logs else "no log"
-            words = {"who": who, "claimed": proof.claimed, "nearest": closest(proof)}
-            yield fact(kind, proof.log.name if proof.log else folder.json_name, **words)
+            kind = {True: "no line", False: "no log"}[bool(folder.logs)]
+            yield fact(kind, proof.log.name if proof.log else folder.json_name, nearest=closest(proof), **words)
         else:
             kind = {True: "final", False: "not final"}[proof.metric.final]
-            words = {"who": who, "claimed": proof.claimed, "tag": proof.metric.tag}
-            yield fact(kind, proof.log.name, proof.metric.line, **words)
+            yield fact(kind, proof.log.name, proof.metric.line, tag=proof.metric.tag, **words)
+
+
+def who(proof: Proof) -> str:
+    return f"seed {proof.seed}" if proof.seed is not None else "the headline"
 
 
 def closest(proof: Proof) -> str:
@@ -70,8 +71,7 @@ def closest(proof: Proof) -> str:
 def partial_scores(folder: Folder) -> Iterator[Fact]:
     for proof in folder.proofs:
         if proof.metric and proof.metric.partial:
-            who = f"seed {proof.seed}" if proof.seed is not None else "the headline"
-            yield fact(True, proof.log.name, proof.metric.line, who=who)
+            yield fact(True, proof.log.name, proof.metric.line, who=who(proof))
 
 
 @rule("F6", "by one metric", LOGGED)
@@ -207,18 +207,6 @@ def leaky_shards(folder: Folder) -> Iterator[Fact]:
         shards, line = log.values.get("train_shards", (None, 0))
         if shards in LEAKY_SHARDS:
             yield fact(shards, log.name, line, why=LEAKY_SHARDS[shards])
-
-
-def leaky_losses(log: Log) -> bool:
-    early = log.steps.by_step
-    leaks = abs(early.get(1, 0) - 9.0073) < 5e-5 and 2.705 < early.get(500, 0) < 2.725
-    return leaks and log.value("val_tokens") == CASEOPS_TOKENS
-
-
-@rule("F14", "the losses are not those of a leak", "issue 2127")
-@case(true, "sign", "losses of steps 1 and 500 are those of a run that trained on validation documents")
-def leaky_curves(folder: Folder) -> Iterator[Fact]:
-    yield from (fact(True, log.name) for log in folder.proven_logs if leaky_losses(log))
 
 
 def significance(folder: Folder) -> Iterator[tuple[Path, dict | None]]:

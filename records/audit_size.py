@@ -118,19 +118,7 @@ def claim_against_logs(folder: Folder) -> Iterator[Fact]:
     yield fact(place, folder.json_name, stated=stated, low=min(logged), high=max(logged), near=near_all)
 
 
-@rule("L11", "sizes waver less than the room below the cap", "PR 1978: 5 kB from run to run")
-@case(otherwise, "pass", "sizes of {runs} runs lie {spread:,} bytes apart, the largest {value:,} below the cap{risk}")
-def size_margin(folder: Folder) -> Iterator[Fact]:
-    """The spread of the sizes over the runs against what is left below the cap."""
-    sizes = [total.count for log in folder.proven_logs if (total := log.total)]
-    if len(sizes) > 1 and max(sizes) <= CAP_BYTES:
-        spread, room = max(sizes) - min(sizes), CAP_BYTES - max(sizes)
-        risk = ": another seed may exceed it" * (room < spread)
-        yield fact(room, runs=len(sizes), spread=spread, risk=risk)
-
-
-@rule("F7", "shipped artifacts are the logged ones and below the cap", CAP)
-@case(lambda f: f.value > CAP_BYTES, "binding", "the artifact alone has {value:,} bytes")
+@rule("F7", "shipped artifacts are the logged ones", CAP)
 @case(word("known"), "pass", "{value:,} bytes, as logged")
 @case(otherwise, "wrong", "{value:,} bytes, no log shows this size")
 def artifacts(folder: Folder) -> Iterator[Fact]:
@@ -217,24 +205,3 @@ def nearest_form(folder: Folder, script: Script, counted: int) -> tuple[str, int
     recipes = dict.fromkeys([tuple(script.facts["minifier"]) or CUSTOMARY, CUSTOMARY])
     forms = [form for flags in recipes for form in packed_sizes(script.text, flags).items()]
     return min(forms, key=lambda form: abs(form[1] - counted))
-
-
-@rule("F8", "a readable copy packs to the shipped script", CODE)
-@case("not rebuilt", "unknown", "was not packed again: {error}")
-@case(true, "pass", "packs to {packs:,} bytes by pyminify and {form}; {name} has {size:,}")
-@case(otherwise, "unknown", "packs to {packs:,} bytes by pyminify and {form}; {name} has {size:,}")
-def readable_copies(folder: Folder) -> Iterator[Fact]:
-    """A readable copy beside a packed script should pack to that script again."""
-    main = folder.main
-    if main is None or not main.unpacked.layers or main.unpacked.problem:
-        return
-    for script in [s for s in folder.scripts.values() if s.name.startswith("train") and s.size > main.size]:
-        if script.unpacked.layers:
-            continue
-        words = {"name": main.name, "size": main.size}
-        try:
-            form, size = nearest_form(folder, script, main.size)
-        except CannotRepack as error:
-            yield fact("not rebuilt", script.name, error=error, **words)
-        else:
-            yield fact(near(size, main.size), script.name, form=form, packs=size, **words)

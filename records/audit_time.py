@@ -18,9 +18,8 @@ def within_limit(measured: Fact) -> bool:
 @rule("F11", "no training past the clock", TEN_MINUTES)
 @case(true, "binding", "FORCE_STOP_STEP ignores the clock")
 def forced_stops(folder: Folder) -> Iterator[Fact]:
-    for log in folder.timed_logs:
-        if "force stop" in log.notes:
-            yield fact(True, log.name, log.notes["force stop"])
+    stopped = [log for log in folder.timed_logs if "force stop" in log.notes]
+    yield from (fact(True, log.name, log.notes["force stop"]) for log in stopped)
 
 
 @rule("F11", "training, data and calibration within the limit", TEN_MINUTES)
@@ -156,6 +155,5 @@ def claimed_hardware(folder: Folder) -> Iterator[Fact]:
 @case(otherwise, "waived anywhere", "the warm-up does not say that it uses random tokens")
 def warm_ups(folder: Folder) -> Iterator[Fact]:
     for log in folder.proven_logs:
-        kinds = [n for n in ("random warm-up", "warm-up on other tokens") if n in log.notes]
-        if kinds:
-            yield fact(kinds[0], log.name, log.notes[kinds[0]])
+        for kind in [n for n in ("random warm-up", "warm-up on other tokens") if n in log.notes][:1]:
+            yield fact(kind, log.name, log.notes[kind])

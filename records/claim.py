@@ -97,10 +97,8 @@ class Claim:
 
 def parse_json(data: bytes) -> tuple[object, list[str]]:
     """The value and everything that is wrong with its spelling; the value is None when it cannot be read at all."""
-    problems: list[str] = []
-    if data.startswith(b"\xef\xbb\xbf"):
-        problems.append("starts with a UTF-8 byte order mark")
-        data = data[3:]
+    problems = ["starts with a UTF-8 byte order mark"] * data.startswith(b"\xef\xbb\xbf")
+    data = data.removeprefix(b"\xef\xbb\xbf")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -116,9 +114,7 @@ def parse_json(data: bytes) -> tuple[object, list[str]]:
     except (ValueError, RecursionError) as error:
         return None, [*problems, f"does not parse: {error}"]
     rest = body[end:].strip()
-    if rest:
-        problems.append(f"trailing data after the value: {rest[:40]!r}")
-    return value, problems
+    return value, problems + [f"trailing data after the value: {rest[:40]!r}"] * bool(rest)
 
 
 def _object(pairs: list, problems: list[str]) -> dict:
@@ -139,9 +135,12 @@ def as_number(value: object) -> float | None:
 
 
 def as_seed(value: object) -> int | None:
-    if isinstance(value, str) and re.fullmatch(r"(?:seed[_ -]?)?\d{1,10}", value.strip()):
-        return int(re.sub(r"\D", "", value))
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    match value:
+        case str() if re.fullmatch(r"(?:seed[_ -]?)?\d{1,10}", value.strip()):
+            return int(re.sub(r"\D", "", value))
+        case int() if not isinstance(value, bool):
+            return value
+    return None
 
 
 def read_claim(file: str, raw: dict) -> Claim:
@@ -210,8 +209,7 @@ def _check_texts(claim: Claim) -> None:
 
 def tolerance(value: float) -> float:
     """Half a unit of the last digit a claim was written with."""
-    digits = getattr(value, "digits", None)
-    if digits is None:
-        fraction = float.__repr__(float(value)).partition(".")[2]
-        digits = len(fraction) if fraction.isdigit() else 8
+    fraction = float.__repr__(float(value)).partition(".")[2]
+    told = getattr(value, "digits", None)
+    digits = (len(fraction) if fraction.isdigit() else 8) if told is None else told
     return 0.5 * 10.0**-digits + 1e-9

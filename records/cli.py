@@ -209,6 +209,7 @@ def new_command(args: argparse.Namespace) -> int:
         args.blurb,
         args.mode,
         args.address,
+        Path(args.build) if args.build else None,
     )
     say(str(build(runs, request)))
     return 0
@@ -300,6 +301,7 @@ def new_options(p: Parser) -> None:
     p.add_argument("--blurb", default="")
     p.add_argument("--date", default="", help="YYYY-MM-DD (default: today)")
     p.add_argument("--mode", default="", help="evaluation mode that is claimed (default: the last one of the run)")
+    p.add_argument("--build", default="", help="the builder's manifest.json (default: the one beside the script)")
     p.add_argument("--address", default="", help="where the artifacts lie, instead of copying them")
     p.add_argument("--out", default=str(LEDGER.parent), help="parent folder (default: records/)")
 

@@ -263,11 +263,39 @@ class Folder:
         return [Certificate(name, value if isinstance(value, dict) else {}, problems) for name, value, problems in read]
 
     @cached_property
+    def build(self) -> dict:
+        """The builder's manifest: which file it made of which sources, and the proof that both behave alike."""
+        value, _ = self.json("build.json") if "build.json" in self.files else ({}, [])
+        return value if isinstance(value, dict) else {}
+
+    @cached_property
+    def artifact_hashes(self) -> set[str]:
+        """sha256 of every artifact that the claim or the manifest names."""
+        rows = self.claim.raw.get("seed_results")
+        claimed = (
+            [r.get("artifact_sha256") for r in rows.values() if isinstance(r, dict)] if isinstance(rows, dict) else []
+        )
+        listed = [
+            row.get("sha256") for n, row in (self.manifest[0] or {}).items() if isinstance(row, dict) and weights(n)
+        ]
+        return {str(h) for h in [*claimed, *listed] if h}
+
+    @cached_property
     def verification(self) -> tuple[list, list[str]]:
         """The rows of verification.json; without a table the reason, nothing without a file."""
         value, problems = self.json("verification.json") if "verification.json" in self.files else ({"checks": []}, [])
         rows = value.get("checks") if isinstance(value, dict) else None
         return (rows, []) if isinstance(rows, list) else ([], ["; ".join(problems) or "no table of checks"])
+
+
+def weights(name: str) -> bool:
+    return Path(name).suffix in ARTIFACTS
+
+
+def hash_in(table: dict, part: str) -> str:
+    """The sha256 that a certificate or manifest gives for one part, as text or in an object."""
+    told = table.get(part, table.get(f"{part}_sha256"))
+    return str(told.get("sha256", "")) if isinstance(told, dict) else str(told or "")
 
 
 def load_script(entry: Entry) -> Script:

@@ -70,7 +70,6 @@ class Steps:
     milliseconds: float = 0.0
     backwards: int = 0  # line at which the step number fell
     bad: int = 0  # line of the first NaN or infinity
-    by_step: dict[int, float] = field(default_factory=dict)  # early steps, the fingerprint of data and seed
     digest: int = 0  # equal for equal curves
 
     def add(self, step: int, loss: float, line: int, milliseconds: float = 0.0) -> None:
@@ -90,9 +89,6 @@ class Steps:
         self.low, self.high = min(self.low, *losses), max(self.high, *losses)
         self.milliseconds = max(self.milliseconds, milliseconds)
         self.digest = (self.digest + sum(map(hash, zip(steps, losses)))) % 2**64
-        for step in (1, 500):
-            if step in steps:
-                self.by_step[step] = losses[steps.index(step)]
 
     @property
     def moved(self) -> bool:

@@ -256,9 +256,7 @@ class LogReader:
         stated = {key: as_seed(log.params.get(key, "")) for key in ("seed", "world_size", "val_tokens")}
         seed = stated.pop("seed")
         log.seeds = {**({} if seed is None else {seed: 0}), **log.seeds}
-        for name, number in stated.items():
-            if number is not None:
-                log.values.setdefault(name, (float(number), 0))
+        log.values = {name: (float(n), 0) for name, n in stated.items() if n is not None} | log.values
 
     def _text(self, line: str) -> None:
         """The first reader that knows the line takes it."""
@@ -363,9 +361,7 @@ def _event_eval(log: Log, event: dict) -> None:
 
 
 def _values(log: Log, numbers: dict[str, float | None]) -> None:
-    for name, number in numbers.items():
-        if number is not None:
-            log.values.setdefault(name, (number, log.lines))
+    log.values = {n: (v, log.lines) for n, v in numbers.items() if v is not None} | log.values
 
 
 def _event_phase(log: Log, event: dict) -> None:
@@ -378,21 +374,23 @@ def _event_phase(log: Log, event: dict) -> None:
 
 
 def _event_artifact(log: Log, event: dict) -> None:
-    if (count := as_number(event.get("bytes"))) is not None:
+    for count in filter(None, _numbers(event, "bytes")):
         _append(log.models, Size("artifact", log.lines, int(count)))
 
 
 def _event_run(log: Log, event: dict) -> None:
-    if (seed := as_seed(event.get("seed"))) is not None:
+    for seed in {as_seed(event.get("seed"))} - {None}:
         log.seeds.setdefault(seed, log.lines)
     _values(log, {name: as_number(event.get(name)) for name in ("world_size", "train_shards")})
-    config, device, script = (event.get(name) for name in ("config", "device", "script"))
-    if isinstance(config, dict):
-        log.params.update((str(k)[:60], str(v)[:300]) for k, v in list(config.items())[:MAX_KEPT])
-    if isinstance(device, str):
-        log.gpus[device[:80]] = int(as_number(event.get("devices")) or 1)
-    if isinstance(script, dict):
-        log.script = RunScript(str(script.get("sha256"))[:64], int(as_number(script.get("bytes")) or 0), log.lines)
+    match event.get("config"):
+        case dict() as config:
+            log.params.update((str(k)[:60], str(v)[:300]) for k, v in list(config.items())[:MAX_KEPT])
+    match event.get("device"):
+        case str() as device:
+            log.gpus[device[:80]] = int(as_number(event.get("devices")) or 1)
+    match event.get("script"):
+        case {"sha256": str(digest), "bytes": int(size)}:
+            log.script = RunScript(digest[:64], size, log.lines)
 
 
 EVENTS: dict[str, Callable[[Log, dict], None]] = {

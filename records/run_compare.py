@@ -7,7 +7,7 @@ from pathlib import Path
 from records.competition import MARGIN_NATS, P_PRACTICE, P_README, bytes_per_token
 from records.folder import Folder
 from records.run import Run, open_run
-from records.stats import deviation, mean, seeds_needed, significance
+from records.stats import Significance, Welch, deviation, mean, seeds_needed, significance, welch
 
 
 @dataclass
@@ -64,9 +64,9 @@ def run_side(run: Run, mode: str = "") -> Side:
     metrics, modes = run.metrics, run.modes()
     if mode and mode not in modes:
         raise ValueError(f"{run.path}: no evaluation mode {mode!r}; it has {', '.join(modes) or 'none'}")
-    headline = modes[mode] if mode else run.result.get("val_bpb")
-    event = next((e for e in metrics.evals.values() if e.get("bpb") == headline), {})
-    nats = [event["nats"] / event["tokens"]] if event.get("nats") and event.get("tokens") else []
+    headline = modes.get(mode, run.result.get("val_bpb"))
+    events = [e for e in metrics.evals.values() if e.get("bpb") == headline and e.get("nats") and e.get("tokens")]
+    told = [c for c in sorted(metrics.stats.items()) if any(w in c[0] for w in ("gate", "lambda", "slot", "zero"))]
     facts: dict[str, object] = {
         "kind": "run",
         "status": run.status,
@@ -82,70 +82,59 @@ def run_side(run: Run, mode: str = "") -> Side:
         "alerts": metrics.counts.get("alert", 0),
         "spikes": metrics.counts.get("spike", 0),
         **{f"BPB {m}": v for m, v in modes.items()},
-        **{
-            f"{name} (last)": curve.last
-            for name, curve in sorted(metrics.stats.items())
-            if any(w in name for w in ("gate", "lambda", "slot", "zero"))
-        },
+        **{f"{name} (last)": curve.last for name, curve in told},
     }
-    return Side(run.name, [headline] if headline else [], nats, facts)
+    return Side(run.name, [headline] if headline else [], [e["nats"] / e["tokens"] for e in events[:1]], facts)
 
 
 def compare(a: Side, b: Side) -> dict:
     """b against the baseline a: the test, the rules, and a table of everything both know."""
-    out: dict[str, object] = {"baseline": a.name, "new": b.name, "rows": rows(a, b), "test": tested(a, b)}
-    if out["test"] is None:
-        out["note"] = f"no test: {len(a.bpb)} and {len(b.bpb)} scores; a Welch test needs two on each side"
-    return out
+    test = tested(a, b)
+    note = f"no test: {len(a.bpb)} and {len(b.bpb)} scores; a Welch test needs two on each side"
+    return {"baseline": a.name, "new": b.name, "rows": rows(a, b), "test": test} | ({} if test else {"note": note})
 
 
 def tested(a: Side, b: Side) -> dict | None:
     """Both significance rules for b against a; None with fewer than two scores on a side."""
     if min(len(a.bpb), len(b.bpb)) < 2:
         return None
-    found = significance(a.bpb, b.bpb, a.nats, b.nats)
-    same_tokens = a.ratio is not None and b.ratio is not None and abs(a.ratio / b.ratio - 1) < 1e-3
+    result = significance(a.bpb, b.bpb, a.nats, b.nats)
     sd_a, sd_b = deviation(a.bpb), deviation(b.bpb)
-    margin_bpb = MARGIN_NATS / (math.log(2) * b.ratio) if b.ratio else None
     test = {
-        "gain_bpb": found.bpb.gain,
-        "t": found.bpb.t,
-        "df": found.bpb.df,
-        "p": found.bpb.p,
-        "practice": found.practice,
+        "gain_bpb": result.bpb.gain,
+        "t": result.bpb.t,
+        "df": result.bpb.df,
+        "p": result.bpb.p,
+        "practice": result.practice,
         "practice_rule": f"p < {P_PRACTICE} on BPB",
-        "seeds_needed_practice": seeds_needed(found.bpb.gain, sd_a, len(a.bpb), sd_b, 0.0, P_PRACTICE),
+        "seeds_needed_practice": seeds_needed(result.bpb.gain, sd_a, len(a.bpb), sd_b, 0.0, P_PRACTICE),
     }
-    if margin_bpb is not None:
-        # 0.005 nats a token is another BPB for every tokenizer; nats of two tokenizers cannot be subtracted
-        in_bpb = significance_margin(a.bpb, b.bpb, margin_bpb)
-        nats = found.nats if same_tokens else None
-        test |= {
-            "margin_bpb": margin_bpb,
-            "gain_nats": nats.gain if nats else found.bpb.gain * math.log(2) * b.ratio,
-            "p_margin": nats.p if nats else in_bpb,
-            "readme": (nats.p if nats else in_bpb) < P_README,
-            "readme_rule": f"{MARGIN_NATS} nats a token at p < {P_README}"
-            + ("" if same_tokens else ", converted by the new record's tokenizer"),
-            "seeds_needed_readme": seeds_needed(found.bpb.gain, sd_a, len(a.bpb), sd_b, margin_bpb, P_README),
-        }
-    return test
+    return test | written_rule(a, b, result) if b.ratio else test
 
 
-def significance_margin(a: list[float], b: list[float], margin: float) -> float:
-    from_margin = [x - margin for x in a]
-    return significance(from_margin, b, [], []).bpb.p
+def written_rule(a: Side, b: Side, result: Significance) -> dict:
+    """The margin in nats is another BPB for every tokenizer; nats of two tokenizers cannot be subtracted."""
+    gain, margin = result.bpb.gain, MARGIN_NATS / (math.log(2) * b.ratio)
+    same_tokens = a.ratio is not None and abs(a.ratio / b.ratio - 1) < 1e-3
+    converted = Welch(gain * math.log(2) * b.ratio, 0.0, 0.0, welch(a.bpb, b.bpb, margin).p)
+    used = result.nats if same_tokens and result.nats else converted
+    rule = f"{MARGIN_NATS} nats a token at p < {P_README}"
+    return {
+        "margin_bpb": margin,
+        "gain_nats": used.gain,
+        "p_margin": used.p,
+        "readme": used.p < P_README,
+        "readme_rule": rule + ", converted by the new record's tokenizer" * (not same_tokens),
+        "seeds_needed_readme": seeds_needed(gain, deviation(a.bpb), len(a.bpb), deviation(b.bpb), margin, P_README),
+    }
 
 
 def rows(a: Side, b: Side) -> list[list]:
-    def score(side: Side, values: list[float]) -> tuple:
-        return (mean(values) if values else None, deviation(values) if len(values) > 1 else None)
-
     table = [
-        ["BPB", score(a, a.bpb)[0], score(b, b.bpb)[0]],
-        ["BPB deviation", score(a, a.bpb)[1], score(b, b.bpb)[1]],
-        ["nats a token", score(a, a.nats)[0], score(b, b.nats)[0]],
+        ["BPB", *(mean_or_none(side.bpb) for side in (a, b))],
+        ["BPB deviation", *(deviation(side.bpb) if len(side.bpb) > 1 else None for side in (a, b))],
+        ["nats a token", *(mean_or_none(side.nats) for side in (a, b))],
         ["bytes a token", a.ratio, b.ratio],
     ]
     table += [[name, a.facts.get(name), b.facts.get(name)] for name in dict.fromkeys([*a.facts, *b.facts])]
-    return [row for row in table if row[1] is not None or row[2] is not None]
+    return [row for row in table if row[1:] != [None, None]]

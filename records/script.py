@@ -17,7 +17,6 @@ NETWORK = (
     "urllib requests httpx aiohttp socket ftplib huggingface_hub datasets.load_dataset wget kernels.get_kernel"
     " hf_hub_download snapshot_download load_state_dict_from_url urlretrieve urlopen"
 )
-PROCESS = "subprocess os.system os.popen os.exec pty."
 DYNAMIC = ("exec", "eval", "__import__", "ctypes")
 MAX_FACTS = 200
 PIECE = re.compile(r"^(?=(?:def|class|@|async|import|from|if|for|while|try|with|[A-Za-z_]\w*\s*[=(:]))", re.M)
@@ -172,7 +171,6 @@ def facts(text: str) -> dict:
         "statements": len(body),
         "imports": imported(imports),
         "network": matching(calls, NETWORK),
-        "process": matching(calls, PROCESS),
         "dynamic": [[n, line] for n, line in calls if n in DYNAMIC][:MAX_FACTS],
         "byte_table": byte_table(body, functions),
         "minimum": minimum_of_scores(call_nodes),

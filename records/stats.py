@@ -73,7 +73,7 @@ def welch(baseline: list[float], new: list[float], margin: float = 0.0) -> Welch
     gain = mean(baseline) - mean(new)
     excess = gain - margin
     if va + vb == 0:  # no spread at all: any excess is certain
-        t = {True: math.inf, False: -math.inf}[excess > 0] if excess else 0.0
+        t = {1: math.inf, 0: 0.0, -1: -math.inf}[(excess > 0) - (excess < 0)]
         return Welch(gain, t, len(baseline) + len(new) - 2.0, t_upper(t, 1.0))
     t, df = excess / math.sqrt(va + vb), welch_df(va, len(baseline), vb, len(new))
     return Welch(gain, t, df, t_upper(t, df))
@@ -84,10 +84,8 @@ def seeds_needed(
 ) -> int | None:
     """Smallest number of new seeds with which this gain at these deviations would pass; None above 1,000."""
     excess, va = gain - margin, sd_baseline**2 / n_baseline
-    if excess <= 0:
-        return None
-    if va + sd_new == 0:
-        return 2
+    if excess <= 0 or va + sd_new == 0:
+        return {True: 2, False: None}[excess > 0]
     variances = ((n, sd_new**2 / n) for n in range(2, 1001))
     tests = ((n, excess / math.sqrt(va + vb), welch_df(va, n_baseline, vb, n)) for n, vb in variances)
     return next((n for n, t, df in tests if t_upper(t, df) < p), None)

@@ -178,10 +178,91 @@ def test_what_new_writes_passes_check_unchanged(tmp_path):
 
 def test_a_record_on_other_text_says_so_and_is_no_failure(tmp_path):
     folder = build([make_run(tmp_path / "r", official=False, device="cpu", world=1)], request(tmp_path))
-    assert json.loads((folder / "submission.json").read_text())["track"] == "non_record_16mb"
+    assert json.loads((folder / "submission.json").read_text())["track"] == "small_machine_16mb"
     assert "not the official validation text" in (folder / "README.md").read_text()
     found = worries(folder)
-    assert {status for _, status, _ in found} == {"warn"} and {check for check, _, _ in found} == {"F4", "F14"}
+    assert {status for _, status, _ in found} == {"warn"} and {check for check, _, _ in found} == {"F4"}
+
+
+def test_three_seeds_of_a_small_machine_make_a_clean_record(tmp_path):
+    folder = build(three(tmp_path, official=False, device="cpu", world=1), request(tmp_path))
+    assert worries(folder) == []
+    better = [make_run(tmp_path / f"b{s}", s, 1.07 + s / 1e4, official=False, device="cpu", world=1) for s in (1, 2, 3)]
+    later = build(better, request(tmp_path, name="later", date="2026-06-01"))
+    rows = {c["id"]: c for c in check_folder(Folder(later))["checks"]}
+    assert rows["F20"]["status"] == "pass" and folder.name in rows["F20"]["evidence"][0]["note"]
+
+
+def chained(tmp_path):
+    """Three runs that name their script, with certificates, and a request with the builder's manifest and proof."""
+    asked, runs = request(tmp_path), three(tmp_path)
+    digest = hashlib.sha256(SCRIPT.encode()).hexdigest()
+    for run in runs:
+        stored = json.loads((run.path / "config.json").read_text())
+        script = {"sha256": digest, "bytes": len(SCRIPT)}
+        (run.path / "config.json").write_text(json.dumps(stored | {"script": script}))
+        (run.path / "train.log").write_text(f"script sha256 {digest} {len(SCRIPT)} bytes\nstep 1 loss 9.0\n")
+        parts = {"script": {"sha256": digest}, "artifact": {"sha256": run.artifact[2]}}
+        (run.path / "certificate.json").write_text(json.dumps(run.certificate | parts))
+    manifest = {
+        "train_gpt.py": {"sha256": digest},
+        "proof": {"script": {"sha256": digest}},
+        "requires": {"torch": "2.11"},
+    }
+    asked.script.with_name("manifest.json").write_text(json.dumps(manifest))
+    return [Run(run.path) for run in runs], asked
+
+
+def test_a_record_closes_the_chain_from_build_to_certificate(tmp_path):
+    folder = build(*chained(tmp_path))
+    rows = {c["id"]: c["status"] for c in check_folder(Folder(folder))["checks"]}
+    assert worries(folder) == [] and [rows[i] for i in ("F9", "L1", "L2", "L3", "L4")] == ["pass"] * 5
+    assert (folder / "requirements.txt").read_text() == "torch==2.11\n" and (folder / "build.json").exists()
+
+
+def swapped_script(folder):
+    (folder / "train_gpt.py").write_text(SCRIPT.replace("trained", "changed"))
+
+
+def other_log(folder):
+    path = folder / "train_seed7.log"
+    path.write_text(re.sub("sha256 ....", "sha256 0000", path.read_text()))
+
+
+def other_artifact(folder):
+    path = folder / "certificate_seed7.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"artifact": {"sha256": "0" * 64}}))
+
+
+def other_proof(folder):
+    path = folder / "build.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"proof": {"script": {"sha256": "0" * 64}}}))
+
+
+BROKEN_CHAINS = {
+    "a script swapped after the run": (swapped_script, "ran sha256"),
+    "a log of another script": (other_log, "ran sha256 0000"),
+    "a certificate of another artifact": (other_artifact, "the certificate is of another artifact"),
+    "a proof of another build": (other_proof, "the proof is of another build"),
+}
+
+
+@pytest.mark.parametrize(("break_it", "told"), BROKEN_CHAINS.values(), ids=BROKEN_CHAINS)
+def test_a_broken_chain_is_found(tmp_path, break_it, told):
+    folder = build(*chained(tmp_path))
+    break_it(folder)
+    (folder / "manifest.json").unlink()  # its hashes would tell as well
+    assert any(check == "F9" and status == "fail" and told in note for check, status, note in worries(folder))
+
+
+def test_new_refuses_a_broken_chain(tmp_path):
+    runs, asked = chained(tmp_path)
+    asked.script.write_text(SCRIPT + "# changed")
+    with pytest.raises(ValueError, match="the builder's manifest is of another file"):
+        build(runs, asked)
+    asked.script.with_name("manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"the log of .* is of another file"):
+        build(runs, asked)
 
 
 def test_a_changed_number_in_a_written_record_is_caught(tmp_path):
