@@ -110,7 +110,7 @@ def missing_imports(folder: Folder) -> Iterator[Fact]:
     """A script must run inside its folder: what it imports is installed, declared or beside it."""
     present = sys.stdlib_module_names | INSTALLED | folder.modules_beside
     for script in folder.sources:
-        for name, line in script.facts["imports"].items():
+        for name, line in script.facts["needs"].items():
             spelled = {name.lower(), name.lower().replace("_", "-")}
             if name not in present and not any(s in folder.declared for s in spelled):
                 yield fact(name, script.name, line)
@@ -224,10 +224,10 @@ def prepared_documents(folder: Folder) -> Iterator[Fact]:
                 yield fact(value, script.name, line, right=right, option=option, docs=VAL_DOCS)
 
 
-def listed(folder: Folder, kind: str, most: int | None = None) -> Iterator[Fact]:
+def listed(folder: Folder, kind: str) -> Iterator[Fact]:
     """The [name, line] facts of one kind that were read from each script."""
     for script in folder.sources:
-        yield from (fact(name, script.name, line) for name, line in script.facts[kind][:most])
+        yield from (fact(name, script.name, line) for name, line in script.facts[kind])
 
 
 @rule("F18", "no network", ADVISORY)
@@ -240,12 +240,6 @@ def network(folder: Folder) -> Iterator[Fact]:
 @case(otherwise, "sign", "takes the smaller of several scores: {value}")
 def choices(folder: Folder) -> Iterator[Fact]:
     return listed(folder, "minimum")
-
-
-@rule("F18", "no dynamic code", ADVISORY)
-@case(otherwise, "sign", "dynamic code: {value}")
-def dynamic_code(folder: Folder) -> Iterator[Fact]:
-    return listed(folder, "dynamic", 4)
 
 
 @rule("F18", "no knowledge of a token before its score", ADVISORY)

@@ -70,17 +70,12 @@ def changes_outside(folder: Folder) -> Iterator[Fact]:
 @rule("F1", "files are the ones the manifest names", "manifest.json of the record")
 @case("same", "pass", "{name} is as listed")
 @case("elsewhere", "pass", "{name} lies at an address")
-@case("no table", "sign", "{note}")
 @case("outside", "wrong", "names a path outside the folder: {name}")
 @case("missing", "wrong", "{name} is missing and has no address")
 @case(otherwise, "wrong", "{name} is not the file whose sha256 is listed")
 def manifest_files(folder: Folder) -> Iterator[Fact]:
     """Our records carry the sha256 of every file; anybody's may."""
-    listed, problems = folder.manifest
-    if listed is None:
-        yield from (fact("no table", "manifest.json", note=note) for note in problems[:1])
-        return
-    for name, row in listed.items():
+    for name, row in (folder.manifest or {}).items():
         table = row if isinstance(row, dict) else {"sha256": row}
         kinds = {
             "outside": not inside(folder.path, name),
@@ -95,7 +90,7 @@ def manifest_files(folder: Folder) -> Iterator[Fact]:
 @rule("F1", "and no others", "manifest.json of the record")
 @case(otherwise, "sign", "files the manifest does not name: {names}")
 def unlisted_files(folder: Folder) -> Iterator[Fact]:
-    listed, _ = folder.manifest
+    listed = folder.manifest
     extra = sorted(set(folder.files) - set(listed or ()) - {"manifest.json"})
     if listed is not None and extra:
         yield fact(len(extra), "manifest.json", names=", ".join(extra[:5]))
@@ -166,7 +161,7 @@ def spelling(folder: Folder) -> Iterator[Fact]:
         grave = broken or "trailing" in problem or "is not JSON" in problem
         yield fact(problem, folder.json_name, grave=grave)
     for problem in folder.claim.problems:
-        yield fact(problem, folder.json_name, grave=problem.startswith("val_bpb"))
+        yield fact(problem, folder.json_name, grave=problem.startswith("val_bpb "))
 
 
 @rule("F3", "with a score in bits per byte", PROCESS)

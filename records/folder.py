@@ -97,14 +97,11 @@ class Folder:
         return self.text(next((n for n in self.files if n.lower() == "readme.md"), ""))
 
     @cached_property
-    def manifest(self) -> tuple[dict | None, list[str]]:
-        """The rows of the manifest by file name; without a table of files the reasons, none without a manifest."""
-        if "manifest.json" not in self.files:
-            return None, []
-        value, problems = self.json("manifest.json")
+    def manifest(self) -> dict | None:
+        """The rows of the manifest by file name; others mean something else by a file of that name."""
+        value, _ = self.json("manifest.json") if "manifest.json" in self.files else (None, [])
         listed = value.get("files") if isinstance(value, dict) else None
-        known = isinstance(listed, dict)
-        return (listed if known else None), ["; ".join(problems) or "no table of files"]
+        return listed if isinstance(listed, dict) else None
 
     @cached_property
     def artifacts(self) -> list[Entry]:
@@ -275,9 +272,7 @@ class Folder:
         claimed = (
             [r.get("artifact_sha256") for r in rows.values() if isinstance(r, dict)] if isinstance(rows, dict) else []
         )
-        listed = [
-            row.get("sha256") for n, row in (self.manifest[0] or {}).items() if isinstance(row, dict) and weights(n)
-        ]
+        listed = [row.get("sha256") for n, row in (self.manifest or {}).items() if isinstance(row, dict) and weights(n)]
         return {str(h) for h in [*claimed, *listed] if h}
 
     @cached_property

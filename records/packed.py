@@ -40,7 +40,7 @@ def source_text(data: bytes) -> str:
         latin = codecs.lookup(tokenize.detect_encoding(io.BytesIO(data).readline)[0]).name == "iso8859-1"
     except (SyntaxError, LookupError):
         latin = False
-    return data.decode("latin-1" if latin else "utf-8", errors="replace")
+    return data.removeprefix(codecs.BOM_UTF8).decode("latin-1" if latin else "utf-8", errors="replace")
 
 
 def bounded(decoder, data: bytes) -> bytes:

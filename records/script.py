@@ -14,10 +14,9 @@ from records.script_tokens import token_leaks
 PRINT_FACTS = "import sys; sys.path.insert(0, sys.argv[1]); from records.script import print_facts; print_facts()"
 
 NETWORK = (
-    "urllib requests httpx aiohttp socket ftplib huggingface_hub datasets.load_dataset wget kernels.get_kernel"
-    " hf_hub_download snapshot_download load_state_dict_from_url urlretrieve urlopen"
+    "urllib requests httpx aiohttp socket.socket socket.create_connection ftplib huggingface_hub datasets.load_dataset"
+    " wget kernels.get_kernel hf_hub_download snapshot_download load_state_dict_from_url urlretrieve urlopen"
 )
-DYNAMIC = ("exec", "eval", "__import__", "ctypes")
 MAX_FACTS = 200
 PIECE = re.compile(r"^(?=(?:def|class|@|async|import|from|if|for|while|try|with|[A-Za-z_]\w*\s*[=(:]))", re.M)
 
@@ -170,8 +169,8 @@ def facts(text: str) -> dict:
         "failed": failed,
         "statements": len(body),
         "imports": imported(imports),
+        "needs": imported([n for n in imports if n in body]),  # what is imported under a condition may be absent
         "network": matching(calls, NETWORK),
-        "dynamic": [[n, line] for n, line in calls if n in DYNAMIC][:MAX_FACTS],
         "byte_table": byte_table(body, functions),
         "minimum": minimum_of_scores(call_nodes),
         "leaks": leaks(functions, call_nodes, text),

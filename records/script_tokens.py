@@ -21,6 +21,7 @@ WHOLE = re.compile(r"^(?:all_(?:tok|tokens|ids)|vocab_ids|candidates?|cands?)$")
 VOCABULARY = re.compile(r"vocab|^V$|n_tokens$", re.I)
 TRAITS = re.compile(r"space|boundary|word|starts", re.I)
 BYTES = re.compile(r"byte", re.I)
+COUNTS = re.compile(r"count", re.I)
 SCORER = re.compile(r"log_?p|prob|nll|score|lookup", re.I)
 LEARNER = re.compile(r"^_*(?:update|insert|observe|ingest|learn|record|add|push|fill|build)")
 SAME = re.compile(
@@ -297,7 +298,8 @@ class Reader:
             self.choose(node, given[0], given[1] | given[2])
             return given[1] | given[2]
         pair = len(given) == 2 and all("score" in states(g) for g in given)
-        picks = name in {"min", "max", "minimum", "maximum"} and node.lineno not in self.sums
+        counts = any(COUNTS.search(path_of(a)) for a in node.args)  # a quotient of counts is clipped, not chosen
+        picks = name in {"min", "max", "minimum", "maximum"} and node.lineno not in self.sums and not counts
         self.tell(pair and picks, BETTER, node)
         return owner.union(*given)
 

@@ -890,6 +890,25 @@ def test_nothing_that_is_inspected_is_executed(tmp_path):
     assert not trap.exists()
 
 
+def test_what_was_told_wrongly_once_is_told_no_more(tmp_path):
+    made = record("B")
+    optional = "try:\n    import secret_sauce\nexcept ImportError:\n    secret_sauce = None\n"
+    optional += "import socket\nsocket.gethostname()\n"
+    script(lambda t: "\ufeff" + optional + t)(made)
+    made["files"]["manifest.json"] = '{"version": 3}'
+    made["claim"]["val_bpb_std"] = ""
+    _, report = findings(write(tmp_path, made))
+    assert worries(report) == [("F3", "warn", "val_bpb_std should be a number, is str ''")]
+
+
+@pytest.mark.parametrize(("off", "status"), [(1.9e-4, "pass"), (4e-4, "warn"), (2e-3, "fail")])
+def test_windows_cut_otherwise_are_told_from_bytes_counted_otherwise(tmp_path, off, status):
+    made = record("B")
+    scaled_bytes(1 + off)(made)
+    _, report = findings(write(tmp_path, made))
+    assert next(c for c in report["checks"] if c["id"] == "F14")["status"] == status
+
+
 def test_a_pipe_does_not_block_the_check(tmp_path):
     folder = write(tmp_path, record("B"))
     os.mkfifo(folder / "train_seed9.log")

@@ -216,6 +216,11 @@ def score(self, y_np):
         h = (h * 31 + tgt) % self.buckets
     return p
 """,
+    "a quotient of counts that is clipped": """
+def score(self, ctx, y):
+    full_counts, ctx_counts = self.rows[(ctx * 31) & self.mask][y], self.totals[y]
+    return np.minimum(full_counts, ctx_counts) / np.maximum(ctx_counts, 1.0)
+""",
     "an exact table of pairs": """
 def score(self, prev, y, vocab):
     return self.counts[prev * vocab + y] / self.totals[prev]
