@@ -49,6 +49,10 @@ def summary(folder: Folder) -> dict:
     return found | ({"name": clean(claim.text("name"))} if claim.given else {})
 
 
+def report_of(path: Path, policy: str, baseline: Path | None, against: str, repack: bool) -> dict:
+    return check_folder(Folder(path, policy, baseline, against, repack))
+
+
 def looks_like_submission(path: Path) -> bool:
     """A folder with a claim, a training script or a log directly in it, or with a dated name."""
     if not path.is_dir() or path.is_symlink():

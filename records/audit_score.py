@@ -23,7 +23,7 @@ from records.folder import Folder
 from records.logs import Metric
 from records.proofs import Proof
 from records.rules import Fact, case, fact, otherwise, rule, true, word
-from records.run_compare import Side, tested
+from records.significance import Side, tested
 
 BYTES = "README: val_bpb correctly calculated"
 LOGGED = "README: logs automatically produced"

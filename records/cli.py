@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from records.audit import check_folder, submission_folders
+from records.audit import report_of, submission_folders
 from records.files import clean
 from records.folder import Folder
 from records.page import Raw, cell, page, section, table
@@ -36,22 +36,18 @@ def check(args: argparse.Namespace) -> int:
     if not folders:
         raise ValueError(f"no submission folder at or below {', '.join(map(str, paths))}")
     reports = []
-    baseline = Path(args.baseline) if args.baseline else None
-    for report in reports_of(
-        folders, partial(report_of, policy=args.policy, baseline=baseline, against=args.against, repack=args.repack)
-    ):
+    options = {"policy": args.policy, "against": args.against, "repack": args.repack}
+    options["baseline"] = Path(args.baseline) if args.baseline else None
+    shown = {True: partial(json.dumps, default=str), False: partial(text_of, everything=args.all)}[args.json]
+    for report in reports_of(folders, partial(report_of, **options)):
         reports.append(report)
-        say(json.dumps(report, default=str) if args.json else text_of(report, args.all))
+        say(shown(report))
     if args.html:
         Path(args.html).write_text(html_of(reports), encoding="utf-8")
     worst = [r["verdict"] for r in reports]
     if not args.json and len(reports) > 1:
         say(f"{len(reports)} folders: " + ", ".join(f"{worst.count(v)} {v}" for v in ("pass", "warn", "fail")))
     return int("fail" in worst)
-
-
-def report_of(path: Path, policy: str, baseline: Path | None, against: str, repack: bool) -> dict:
-    return check_folder(Folder(path, policy, baseline, against, repack))
 
 
 def reports_of(folders: list[Path], one: Callable[[Path], dict]) -> Iterator[dict]:
@@ -235,15 +231,12 @@ def ledger_command(args: argparse.Namespace) -> int:
 
 def list_command(args: argparse.Namespace) -> int:
     rows = leaderboard(read_ledger(Path(args.file)), args.mode, args.where, args.limit)
-    if args.json:
-        for row in rows:
-            say(json.dumps(row))
-        return 0
-    columns = ("date", "run", "commit", args.mode, "bytes", "seconds", "tokens", "device", "status", "changed", "flags")
+    columns = ["date", "run", "commit", args.mode, "bytes", "seconds", "tokens", "device", "status", "changed", "flags"]
     wide = {c: min(30, max([len(c), *(len(r[c]) for r in rows)])) for c in columns}
-    say("  ".join(c.ljust(wide[c]) for c in columns))
-    for row in rows:
-        say("  ".join(clean(row[c], wide[c]).ljust(wide[c]) for c in columns))
+    lines = [dict(zip(columns, columns)), *rows]
+    told = ["  ".join(clean(row[c], wide[c]).ljust(wide[c]) for c in columns) for row in lines]
+    for line in map(json.dumps, rows) if args.json else told:
+        say(line)
     return 0
 
 

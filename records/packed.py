@@ -90,6 +90,7 @@ def un_brotli(data: bytes, **_: object) -> bytes:
 
 
 CALL = re.compile(r"(?<![\w.])(?:exec|eval)\s*\(")
+BASES = ("b85decode", "b64decode", "a85decode", "b32decode", "standard_b64decode", "urlsafe_b64decode")
 DECODERS = {
     "lzma.decompress": un_lzma,
     "zlib.decompress": un_zlib,
@@ -98,14 +99,13 @@ DECODERS = {
     "brotli.decompress": un_brotli,
     "binascii.unhexlify": binascii.unhexlify,
     "bytes.fromhex": bytes.fromhex,
+    **{f"base64.{name}": getattr(base64, name) for name in BASES},
 }
-BASES = ("b85decode", "b64decode", "a85decode", "b32decode", "standard_b64decode", "urlsafe_b64decode")
-DECODERS |= {f"base64.{name}": getattr(base64, name) for name in BASES}
 CONSTANTS = {f"lzma.{k}": getattr(lzma, k) for k in dir(lzma) if k.isupper()}
 METHODS = {"decode", "encode", "replace", "strip"}
 WRAPPERS = {"compile", "bytes", "str"}
-REFUSED = (Unpackable, ValueError, TypeError, lzma.LZMAError, zlib.error, OSError, EOFError, brotli.error)
-REFUSED += (binascii.Error, RecursionError, MemoryError, LookupError)
+DECODING = (lzma.LZMAError, zlib.error, brotli.error, binascii.Error, EOFError, OSError)
+REFUSED = (Unpackable, ValueError, TypeError, RecursionError, MemoryError, LookupError, *DECODING)
 
 
 class _Stub:

@@ -20,18 +20,8 @@ PLOT_POINTS = 200
 LAYER_STAT = re.compile(r"(?:.*\.)?layers?\.(\d+)\.(.+)$")
 TOKENS_PER_PARAMETER = 20  # the ratio of compute-optimal training
 LABELS = ("from", "upto", "to", "position", "length", "label", "bucket", "start")
-FACTS = (
-    "environment",
-    "versions",
-    "device",
-    "device_name",
-    "devices",
-    "world_size",
-    "commit",
-    "source_hash",
-    "data_hash",
-)
-FACTS += ("config_hash", "hostname", "platform", "python", "torch")
+WHERE = ("environment", "versions", "device", "device_name", "devices", "world_size", "hostname", "platform")
+FACTS = (*WHERE, "commit", "source_hash", "data_hash", "config_hash", "python", "torch")
 HEADS = {
     "ranges": ["from step", "to step", "seconds", "mean loss", "lowest", "highest", "learning rate"],
     "milestones": ["smoothed loss", "step", "time"],

@@ -24,7 +24,7 @@ PIECE = re.compile(r"^(?=(?:def|class|@|async|import|from|if|for|while|try|with|
 FAULTS = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
-def parse(text: str) -> tuple[list[ast.stmt], int, str]:
+def parse(text: str, pieces: bool) -> tuple[list[ast.stmt], int, str]:
     """Top-level statements, the number of pieces that did not parse, and the first error.
 
     A script in a newer grammar is cut at its top-level statements, so that one f-string does not hide the rest.
@@ -34,7 +34,7 @@ def parse(text: str) -> tuple[list[ast.stmt], int, str]:
     except FAULTS as error:
         first = f"line {getattr(error, 'lineno', None) or '?'}: {getattr(error, 'msg', None) or error}"
     statements, failed, line = [], 0, 0
-    for piece in PIECE.split(text[: 1 << 20]):
+    for piece in PIECE.split(text[: 1 << 20]) if pieces else []:
         try:
             body = ast.parse(piece).body
         except FAULTS:
@@ -154,9 +154,9 @@ def leaks(functions: list, calls: list, text: str) -> list:
     return told + learning_first(functions)
 
 
-def facts(text: str) -> dict:
-    """Everything the rules want to know about a script."""
-    body, failed, error = parse(text)
+def facts(text: str, pieces: bool = True) -> dict:
+    """Everything the rules want to know about a script; of one that does not parse, what its pieces say, if wanted."""
+    body, failed, error = parse(text, pieces)
     by_type = every(body)
     imports = by_type.get(ast.Import, []) + [n for n in by_type.get(ast.ImportFrom, []) if n.module and not n.level]
     call_nodes = by_type.get(ast.Call, [])

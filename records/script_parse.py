@@ -15,13 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 @lru_cache(maxsize=256)
 def facts_of(text: str) -> dict:
     """Facts by our own parser, or by a newer one where the grammar is newer than ours."""
-    ours = facts(text)
-    if not ours["error"] or "\0" in text:
+    ours = facts(text, pieces=False)
+    if not ours["error"]:
         return ours
     for path, version in filter(None, [newer_python()]):
-        theirs = facts_by(path, text)
-        return theirs | {"parsed_by": f"Python {version}"} if theirs else ours
-    return ours
+        theirs = facts_by(path, text.replace("\0", "?"))
+        if theirs:
+            return theirs | {"parsed_by": f"Python {version}"}
+    return facts(text)
 
 
 @lru_cache(maxsize=1)

@@ -91,8 +91,8 @@ def short_range(*bounds: int) -> range:
     return numbers
 
 
-BUILTINS = {f.__name__: f for f in (int, len, max, min, bool, str, enumerate, float, ord, abs, list, sum)}
-BUILTINS |= {"range": short_range}
+SAFE = (int, len, max, min, bool, str, enumerate, float, ord, abs, list, sum)
+BUILTINS = {f.__name__: f for f in SAFE} | {"range": short_range}
 TEXT_METHODS = {"startswith", "encode", "lstrip", "strip", "endswith", "removeprefix", "upper", "lower"}
 OPERATORS = {
     ast.Add: operator.add,
@@ -108,8 +108,8 @@ OPERATORS = {
     ast.Is: operator.is_,
     ast.IsNot: operator.is_not,
 }
-ARRAYS = {"zeros": 0, "ones": 1, "full": None, "tensor": None, "as_tensor": None, "array": None, "asarray": None}
-ARRAYS |= {"from_numpy": None}
+FILLS = {"zeros": 0, "ones": 1, "full": None}
+ARRAYS = {*FILLS, "tensor", "as_tensor", "array", "asarray", "from_numpy"}
 
 
 def operate(op: ast.AST, a: object, b: object) -> object:
@@ -266,12 +266,12 @@ class Walker:
 
     def array(self, name: str, node: ast.Call) -> object:
         first = self.value(node.args[0])
-        if name not in {"zeros", "ones", "full"}:
+        if name not in FILLS:
             return first
         size = int(first[0] if isinstance(first, list | tuple) else first)
         if size > 10 * TABLE_SIZE:
             raise Unknown(f"an array of {size}")
-        return [self.value(node.args[1]) if name == "full" else ARRAYS[name]] * size
+        return [self.value(node.args[1]) if name == "full" else FILLS[name]] * size
 
 
 REFUSED = (TypeError, IndexError, KeyError, AttributeError, StopIteration, SyntaxError, RecursionError, ValueError)

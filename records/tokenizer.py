@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-import numpy as np
-
 KINDS = {1: "normal", 2: "unknown", 3: "control", 4: "user", 5: "unused", 6: "byte"}
 MAX_PIECES = 1 << 20
+FIXED = {1: 8, 5: 4}  # bytes of the wire types that carry no length
 UNCOUNTED = {"control", "unknown", "unused"}
 NORMALISERS = {"", "identity", "nmt_nfkc", "nfkc"}  # those that keep every letter
 # texts that the official normalisation leaves as they are, each hard for some tokenizer
@@ -53,8 +52,8 @@ def fields(data: bytes) -> Iterator[tuple[int, object]]:
         number, wire = key >> 3, key & 7
         if wire not in (0, 1, 2, 5):
             raise ValueError(f"not a SentencePiece model: wire type {wire} at byte {at}")
-        value, at = varint(data, at) if wire in (0, 2) else ({1: 8, 5: 4}[wire], at)
-        if wire:  # the number was the length of what follows
+        value, at = (FIXED[wire], at) if wire in FIXED else varint(data, at)
+        if wire:  # the number is the length of what follows
             value, at = data[at : at + value], at + value
         if at > len(data):
             raise ValueError("not a SentencePiece model: truncated")
@@ -86,20 +85,20 @@ class Vocabulary:
         odd = [f"{p!r} is a byte piece" for p, k in rows if k == "byte" and not re.fullmatch(r"<0x..>", p, re.S)]
         return [problem for problem, holds in wrong.items() if holds] + odd[:3]
 
-    def byte_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def byte_table(self) -> tuple[list[int], list[bool], list[bool]]:
         """base bytes, leading space, boundary by token id, as the competition counts them.
 
         The official vocabularies have no ▁ inside a piece and drop a document's leading space; those that keep every
         space count each as one byte, so that the sum is the length of the text.
         """
         n = len(self.pieces)
-        base, space, boundary = np.zeros(n, np.int64), np.zeros(n, bool), np.ones(n, bool)
+        base, space, boundary = [0] * n, [False] * n, [not self.keeps_spaces] * n
         counted = [(i, p, k) for i, (p, k) in enumerate(zip(self.pieces, self.kinds)) if k not in UNCOUNTED]
         for i, piece, kind in counted:
             boundary[i] = False
             space[i] = kind != "byte" and piece.startswith("▁")
             base[i] = 1 if kind == "byte" else len(piece.removeprefix("▁").replace("▁", " ").encode())
-        return base, space, boundary & (not self.keeps_spaces)
+        return base, space, boundary
 
 
 def read_vocabulary(data: bytes) -> Vocabulary:
@@ -110,7 +109,7 @@ def read_vocabulary(data: bytes) -> Vocabulary:
         raise ValueError("not a SentencePiece model: no pieces")
     spec = dict(fields(next((value for number, value in reversed(messages) if number == 3), b"")))
     keeps = bool(spec) and not (spec.get(3, 1) or spec.get(4, 1))
-    names = [KINDS.get(kind, "normal") if isinstance(kind, int) else "normal" for kind in kinds]
+    names = [KINDS.get(kind, "normal") for kind in kinds]
     return Vocabulary(pieces, names, text_of(spec.get(1)), keeps)
 
 

@@ -312,7 +312,7 @@ def byte_weights(data: Path) -> np.ndarray | None:
     if sidecars:
         weights = np.concatenate([read_shard(p) for p in sidecars]).astype(np.int64)
     else:
-        base, space, boundary = read_vocabulary(models[0].read_bytes()).byte_table()
+        base, space, boundary = map(np.array, read_vocabulary(models[0].read_bytes()).byte_table())
         tokens = np.concatenate([read_shard(p) for p in shards])
         weights = base[tokens]
         weights[1:] += space[tokens[1:]] & ~boundary[tokens[:-1]]
