@@ -81,42 +81,32 @@ def text_of(report: dict, everything: bool) -> str:
 
 
 def html_of(reports: list[dict]) -> str:
-    overview = table(
-        ["verdict", "folder", "track", "val_bpb", "bytes", "seeds", "fail", "warn"],
-        [
-            [
-                colour(r["verdict"]),
-                Path(r["folder"]).name,
-                r["track"],
-                r["claim"]["val_bpb"],
-                r["claim"]["bytes_total"],
-                " ".join(map(str, r["claim"]["seeds"])),
-                count(r, "fail"),
-                count(r, "warn"),
-            ]
-            for r in reports
-        ],
+    head = ["verdict", "folder", "track", "val_bpb", "bytes", "seeds", "fail", "warn"]
+    return page(
+        "Records checked",
+        section(f"{len(reports)} folders", table(head, list(map(overview, reports)))) + "".join(map(details, reports)),
     )
-    parts = [section(f"{len(reports)} folders", overview)]
-    for r in reports:
-        found = [(c, e) for c in r["checks"] for e in c["evidence"]]
-        found.sort(key=lambda pair: -RANK[pair[1]["status"]])  # what needs a reader first; stable within
-        rows = [
-            [c["id"], colour(e["status"]), where(e), e["note"], c["rule"] if RANK[e["status"]] > RANK["pass"] else ""]
-            for c, e in found
-        ]
-        name = Path(r["folder"]).name
-        parts.append(
-            section(
-                name,
-                Raw(f"<p>{colour(r['verdict'])} · {cell(r['claim'].get('name', ''))}</p>"),
-                Raw(
-                    f"<details{' open' if r['verdict'] == 'fail' else ''}><summary>{len(rows)} findings</summary>"
-                    f"{table(['check', 'status', 'where', 'finding', 'rule'], rows)}</details>"
-                ),
-            )
-        )
-    return page("Records checked", "".join(parts))
+
+
+def overview(r: dict) -> list:
+    claim = [r["claim"]["val_bpb"], r["claim"]["bytes_total"], " ".join(map(str, r["claim"]["seeds"]))]
+    return [colour(r["verdict"]), Path(r["folder"]).name, r["track"], *claim, count(r, "fail"), count(r, "warn")]
+
+
+def details(r: dict) -> Raw:
+    """The findings of one folder: what needs a reader first."""
+    pairs = [(c, e) for c in r["checks"] for e in c["evidence"]]
+    pairs.sort(key=lambda pair: -RANK[pair[1]["status"]])
+    told = [[c["id"], colour(e["status"]), where(e), e["note"], c["rule"] * grave(e["status"])] for c, e in pairs]
+    rows = table(["check", "status", "where", "finding", "rule"], told)
+    unfolded = " open" * (r["verdict"] == "fail")
+    name = Raw(f"<p>{colour(r['verdict'])} · {cell(r['claim'].get('name', ''))}</p>")
+    body = Raw(f"<details{unfolded}><summary>{len(told)} findings</summary>{rows}</details>")
+    return section(Path(r["folder"]).name, name, body)
+
+
+def grave(status: str) -> bool:
+    return RANK[status] > RANK["pass"]
 
 
 def count(report: dict, status: str) -> int:
@@ -195,19 +185,9 @@ def shown(value: object) -> str:
 
 def new_command(args: argparse.Namespace) -> int:
     runs = [open_run(Path(p)) for p in args.from_]
-    request = Request(
-        args.name,
-        args.author,
-        args.github,
-        Path(args.script),
-        Path(args.out),
-        args.date,
-        args.blurb,
-        args.mode,
-        args.address,
-        Path(args.build) if args.build else None,
-    )
-    say(str(build(runs, request)))
+    texts = {name: getattr(args, name) for name in ("name", "author", "github", "date", "blurb", "mode", "address")}
+    made = Path(args.build) if args.build else None
+    say(str(build(runs, Request(script=Path(args.script), out=Path(args.out), build=made, **texts))))
     return 0
 
 
@@ -247,117 +227,103 @@ def report_command(args: argparse.Namespace) -> int:
     return 0
 
 
-Parser = argparse.ArgumentParser
+def option(*names: str, **details: object) -> tuple:
+    return names, details
 
 
-def check_options(p: Parser) -> None:
-    p.add_argument("path", nargs="+", help="a submission folder, or a folder that holds some")
-    p.add_argument(
+def switch(name: str, text: str = "") -> tuple:
+    return option(name, action="store_true", help=text)
+
+
+def text(name: str, text: str = "", **details: object) -> tuple:
+    return option(name, default="", help=text, **details)
+
+
+JSON = switch("--json", "one object a line")
+FILE = option("--file", default=str(LEDGER))
+CHECK = (
+    option("path", nargs="+", help="a submission folder, or a folder that holds some"),
+    option(
         "--policy", choices=("readme", "practice"), default="practice", help="written rules, or as applied (default)"
-    )
-    p.add_argument(
-        "--baseline", default="", help="record to test significance against (default: the best earlier one beside it)"
-    )
-    p.add_argument("--against", default="", metavar="REF", help="git revision that only this folder may differ from")
-    p.add_argument("--repack", action="store_true", help="pack scripts again by python-minifier, seconds each")
-    p.add_argument("--json", action="store_true", help="one object a folder and line")
-    p.add_argument("--html", default="", metavar="FILE", help="write a page as well")
-    p.add_argument("--all", action="store_true", help="show what passed, too")
-
-
-def verify_options(p: Parser) -> None:
-    p.add_argument("folder")
-    p.add_argument("--artifact", required=True, help="the shipped model")
-    p.add_argument("--data", required=True, help="folder with tokenizer and validation shards")
-    p.add_argument("--execute", action="store_true", help="allow the submission's code to run")
-    p.add_argument("--command", default=COMMAND, help=f"how to evaluate (default: {COMMAND})")
-    p.add_argument("--repeat", type=int, default=1, help="evaluations; two show how far they lie apart")
-    p.add_argument("--checkpoint", default="", help="quantise and pack this one twice, and compare the sizes")
-    p.add_argument("--export", default=EXPORT, help=f"how to do that (default: {EXPORT})")
-    p.add_argument("--timeout", type=float, default=3600.0, help="seconds each")
-    p.add_argument("--json", action="store_true")
-
-
-def compare_options(p: Parser) -> None:
-    p.add_argument("baseline")
-    p.add_argument("new")
-    p.add_argument("--mode", default="", help="evaluation mode of runs (default: the headline)")
-    p.add_argument("--json", action="store_true")
-
-
-def new_options(p: Parser) -> None:
-    p.add_argument("--from", dest="from_", nargs="+", required=True, metavar="RUN")
-    p.add_argument("--script", default="train_gpt.py", help="the packed script (build_submission.py writes it)")
-    p.add_argument("--name", required=True)
-    p.add_argument("--author", required=True)
-    p.add_argument("--github", default="")
-    p.add_argument("--blurb", default="")
-    p.add_argument("--date", default="", help="YYYY-MM-DD (default: today)")
-    p.add_argument("--mode", default="", help="evaluation mode that is claimed (default: the last one of the run)")
-    p.add_argument("--build", default="", help="the builder's manifest.json (default: the one beside the script)")
-    p.add_argument("--address", default="", help="where the artifacts lie, instead of copying them")
-    p.add_argument("--out", default=str(LEDGER.parent), help="parent folder (default: records/)")
-
-
-def ledger_options(p: Parser) -> None:
-    p.add_argument("run", nargs="*")
-    p.add_argument("--file", default=str(LEDGER))
-    p.add_argument("--note", default="")
-
-
-def list_options(p: Parser) -> None:
-    p.add_argument("--file", default=str(LEDGER))
-    p.add_argument("--mode", choices=("val_bpb", *MODES), default="val_bpb", help="score to sort by")
-    p.add_argument(
-        "--where",
-        action="append",
-        default=[],
-        metavar="COLUMN=TEXT",
-        help=f"filter; also < and >; columns {', '.join(COLUMNS)}",
-    )
-    p.add_argument("--limit", type=int, default=0)
-    p.add_argument("--json", action="store_true")
-
-
-def report_options(p: Parser) -> None:
-    p.add_argument("run")
-    p.add_argument("-o", "--out", default="", help="folder (default: the run's own)")
-    p.add_argument("--price", type=float, default=None, help="price of the machine per hour")
-
-
-COMMANDS: tuple[tuple[str, Callable, Callable, str], ...] = (
-    ("check", check, check_options, "Check submission folders, anybody's, without running anything in them."),
-    (
-        "verify",
-        verify_command,
-        verify_options,
-        "Run a submission's evaluation without network and compare it with the claim.",
     ),
-    (
-        "compare",
-        compare_command,
-        compare_options,
-        "Compare two records or runs: one-sided Welch test, both rules, all facts.",
+    text("--baseline", "record to test significance against (default: the best earlier one beside it)"),
+    text("--against", "git revision that only this folder may differ from", metavar="REF"),
+    switch("--repack", "pack scripts again by python-minifier, seconds each"),
+    JSON,
+    text("--html", "write a page as well", metavar="FILE"),
+    switch("--all", "show what passed, too"),
+)
+VERIFY = (
+    option("folder"),
+    option("--artifact", required=True, help="the shipped model"),
+    option("--data", required=True, help="folder with tokenizer and validation shards"),
+    switch("--execute", "allow the submission's code to run"),
+    option("--command", default=COMMAND, help=f"how to evaluate (default: {COMMAND})"),
+    option("--repeat", type=int, default=1, help="evaluations; two show how far they lie apart"),
+    text("--checkpoint", "quantise and pack this one twice, and compare the sizes"),
+    option("--export", default=EXPORT, help=f"how to do that (default: {EXPORT})"),
+    option("--timeout", type=float, default=3600.0, help="seconds each"),
+    JSON,
+)
+COMPARE = (
+    option("baseline"),
+    option("new"),
+    text("--mode", "evaluation mode of runs (default: the headline)"),
+    JSON,
+)
+NEW = (
+    option("--from", dest="from_", nargs="+", required=True, metavar="RUN"),
+    option("--script", default="train_gpt.py", help="the packed script that ran"),
+    text("--build", "the builder's manifest.json (default: the one beside the script)"),
+    option("--name", required=True),
+    option("--author", required=True),
+    text("--github"),
+    text("--blurb"),
+    text("--date", "YYYY-MM-DD (default: today)"),
+    text("--mode", "evaluation mode that is claimed (default: the last one of the run)"),
+    text("--address", "where the artifacts lie, instead of copying them"),
+    option("--out", default=str(LEDGER.parent), help="parent folder (default: records/)"),
+)
+LIST = (
+    FILE,
+    option("--mode", choices=("val_bpb", *MODES), default="val_bpb", help="score to sort by"),
+    option(
+        "--where", action="append", metavar="COLUMN=TEXT", help=f"filter; also < and >; columns {', '.join(COLUMNS)}"
     ),
-    ("new", new_command, new_options, "Write a record folder from finished runs."),
+    option("--limit", type=int, default=0),
+    JSON,
+)
+REPORT = (
+    option("run"),
+    option("-o", "--out", default="", help="folder (default: the run's own)"),
+    option("--price", type=float, help="price of the machine per hour"),
+)
+COMMANDS: tuple[tuple[str, Callable, tuple, str], ...] = (
+    ("check", check, CHECK, "Check submission folders, anybody's, without running anything in them."),
+    ("verify", verify_command, VERIFY, "Run a submission's evaluation without network and compare it with the claim."),
+    ("compare", compare_command, COMPARE, "Compare two records or runs: one-sided Welch test, both rules, all facts."),
+    ("new", new_command, NEW, "Write a record folder from finished runs."),
     (
         "ledger",
         ledger_command,
-        ledger_options,
-        "Append runs to the ledger, good or bad; without a run, show what is flagged.",
+        (option("run", nargs="*"), FILE, text("--note")),
+        "Append runs to the ledger, or show flags.",
     ),
-    ("list", list_command, list_options, "The leaderboard over the ledger."),
-    ("report", report_command, report_options, "Write report.md and report.html of a run."),
+    ("list", list_command, LIST, "The leaderboard over the ledger."),
+    ("report", report_command, REPORT, "Write report.md and report.html of a run."),
 )
 
 
-def parser() -> Parser:
-    top = Parser(prog="python -m records", description="Check, verify, compare, write and list records.")
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m records", description="Check, verify, compare, write and list records."
+    )
     commands = top.add_subparsers(dest="command_name", required=True)
-    for name, run, options, text in COMMANDS:
-        sub = commands.add_parser(name, help=text, description=text)
+    for name, run, options, summary in COMMANDS:
+        sub = commands.add_parser(name, help=summary, description=summary)
         sub.set_defaults(run_command=run)
-        options(sub)
+        for names, details in options:
+            sub.add_argument(*names, **details)
     return top
 
 
