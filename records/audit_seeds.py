@@ -178,7 +178,7 @@ def headline_of_one(folder: Folder) -> Iterator[Fact]:
 def undisclosed_seeds(folder: Folder) -> Iterator[Fact]:
     """Runs whose logs are there but whose seeds the claim leaves out."""
     claim = folder.claim
-    told = [*claim.seeds, *(row.get("seed") for row in claim.failed_runs), None]
+    told = [*claim.seeds, *claim.results, *(row.get("seed") for row in claim.failed_runs), None]
     scored = [log for log in folder.logs if log.final_metrics and claim.headlined and claim.seeds]
     for seed in dict.fromkeys(seed for log in scored if (seed := log_seed(log)) not in told):
         logs = [log for log in scored if log_seed(log) == seed]
