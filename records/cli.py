@@ -75,8 +75,8 @@ def text_of(report: dict, everything: bool) -> str:
     for row in report["checks"]:
         for e in row["evidence"]:
             if everything or e["status"] in {"warn", "fail"}:
-                where = f"{e['file']}{':' + str(e['line']) if e['line'] else ''}: " if e["file"] else ""
-                rows.append(f"  {row['id']:4}{MARKS[e['status']]:5} {where}{e['note']}")
+                place = (where(e) + ": ") * bool(e["file"])
+                rows.append(f"  {row['id']:4}{MARKS[e['status']]:5} {place}{e['note']}")
     return "\n".join(rows)
 
 
@@ -118,7 +118,7 @@ def colour(status: str) -> Raw:
 
 
 def where(e: dict) -> str:
-    return f"{e['file']}{':' + str(e['line']) if e['line'] else ''}"
+    return e["file"] + f":{e['line']}" * bool(e["line"])
 
 
 def verify_command(args: argparse.Namespace) -> int:
@@ -172,15 +172,20 @@ def compare_command(args: argparse.Namespace) -> int:
 
 
 def verdict(passed: bool) -> str:
-    return "significant" if passed else "not significant"
+    return {True: "significant", False: "not significant"}[bool(passed)]
 
 
 def shown(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:,.8f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:,.1f}"
-    return f"{value:,}" if isinstance(value, int) else clean(value, 36)
+    match value:
+        case None:
+            return ""
+        case float() if abs(value) < 1000:
+            return f"{value:,.8f}".rstrip("0").rstrip(".")
+        case float():
+            return f"{value:,.1f}"
+        case int():
+            return f"{value:,}"
+    return clean(value, 36)
 
 
 def new_command(args: argparse.Namespace) -> int:
@@ -194,10 +199,8 @@ def new_command(args: argparse.Namespace) -> int:
 def ledger_command(args: argparse.Namespace) -> int:
     added = add_runs([open_run(Path(p)) for p in args.run], Path(args.file), args.note)
     for row in added:
-        say(
-            f"{row['run']}: {row['status']}, {row['val_bpb']} BPB, {row['bytes']} bytes"
-            + (f", FLAG {row['flags']}" if row["flags"] != "-" else "")
-        )
+        flag = f", FLAG {row['flags']}" * (row["flags"] != "-")
+        say(f"{row['run']}: {row['status']}, {row['val_bpb']} BPB, {row['bytes']} bytes{flag}")
     rows = read_ledger(Path(args.file))
     if not args.run:
         flagged = [r for r in rows if r["flags"] != "-"]

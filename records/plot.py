@@ -99,7 +99,8 @@ def lines(
     xs, ys = (np.concatenate([d[i] for d in drawn]) for i in (1, 2))
     bx, low, high = (np.asarray(v, float) for v in band or (xs[:0], ys[:0], ys[:0]))
     bottom = min(ys.min(), np.quantile(low, 0.01) if len(low) else np.inf)
-    top = max(ys.max(), np.quantile(high, 0.99) if len(high) else -np.inf)
+    inside = [(a, b) for a, b in marks if math.isfinite(a) and math.isfinite(b) and xs.min() <= a <= xs.max()]
+    top = max(ys.max(), np.quantile(high, 0.99) if len(high) else -np.inf, *(b for _, b in inside))
     axes = Axes((xs.min(), xs.max()), (bottom, top), log)
     low, high = np.clip(low, bottom, top), np.clip(high, bottom, top)
     area = f'<polygon class="band" points="{points(axes, bx, high)} {points(axes, bx[::-1], low[::-1])}"/>'
@@ -109,7 +110,6 @@ def lines(
         body.append(f'<polyline class="l" style="stroke:{colour}" points="{points(axes, x, y)}"/>')
         if name in dots or len(x) == 1:
             body += [circle(axes, a, b, f'r="3" style="fill:{colour}"') for a, b in zip(x, y)]
-    inside = [(a, b) for a, b in marks if math.isfinite(a) and math.isfinite(b) and xs.min() <= a <= xs.max()]
     body += [circle(axes, a, b, 'class="mark" r="4"') for a, b in inside]
     return svg("".join([*body, legend([d[0] for d in drawn])]), title)
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from records.audit import check_folder
 from records.cli import main
 from records.folder import Folder
+from records.plot import lines
 from records.run import Curve, Percentiles, Run, open_run, read_metrics
 from records.run_ledger import COLUMNS, LEDGER, OLD_COLUMNS, commit_of, leaderboard, read_ledger
 from records.run_record import Request, build
@@ -365,6 +366,12 @@ def test_the_report_shows_everything_and_runs_nothing(tmp_path):
     assert "&lt;script&gt;" in text and text.count("<svg") == text.count("</svg>") >= 10
     markdown = md_report(run)
     assert "<script" not in markdown and "\x1b" not in markdown and "stream" in markdown and "gate\\_mean" in markdown
+
+
+def test_a_spike_is_drawn_inside_the_frame(tmp_path):
+    drawing = lines("loss", [("train", [1, 2], [3.0, 2.0])], "step", "nats", marks=[(1, 11.0), (9, 5.0)])
+    (height,) = re.findall(r'cy="([-\d.]+)" class="mark"', drawing)
+    assert float(height) >= 0
 
 
 def test_a_report_of_a_run_that_died_early_is_still_a_report(tmp_path):
