@@ -2,52 +2,31 @@
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 
-TRACKS = {"10min_16mb", "non_record_16mb", "non_record_unlimited_compute_16mb"}
 ALIASES = {
-    "val_bpb": ("val_bpb", "mean_val_bpb", "mean_bpb", "val_bpb_mean", "val_bpb_3seed_mean", "bpb"),
-    "val_loss": (
-        "val_loss",
-        "mean_val_loss",
-        "mean_val_loss_nats",
-        "val_loss_nats",
-        "val_loss_mean",
-        "val_loss_sliding",
-    ),
-    "std": ("val_bpb_std", "std_bpb", "std_val_bpb", "mean_val_bpb_std", "val_bpb_3seed_std"),
-    "loss_std": ("val_loss_std", "std_val_loss_nats", "val_loss_nats_std"),
-    "bytes_total": (
-        "bytes_total",
-        "total_submission_bytes_max",
-        "artifact_bytes_max",
-        "artifact_bytes",
-        "artifact_size_bytes",
-        "total_bytes",
-    ),
-    "bytes_code": ("bytes_code", "code_bytes"),
-    "bytes_model": ("bytes_model", "bytes_model_compressed", "bytes_model_int8_zlib", "bytes_model_int6_zstd"),
-    "train_seconds": ("train_time_s", "train_seconds", "train_time_seconds", "wallclock_seconds", "train_time_s_mean"),
-    "eval_seconds": ("eval_time_s", "ttt_eval_time_s", "eval_seconds", "eval_time_seconds", "eval_time_s_mean"),
-    "steps": ("steps", "step_stop", "train_steps", "train_steps_mean"),
-    "name": ("name", "title", "record_name", "submission_name", "run_name"),
-    "author": ("author",),
-    "github": ("github_id", "github"),
-    "hardware": ("hardware", "gpu", "platform"),
+    name: tuple(words.split())
+    for name, words in {
+        "val_bpb": "val_bpb mean_val_bpb mean_bpb val_bpb_mean val_bpb_3seed_mean bpb",
+        "val_loss": "val_loss mean_val_loss mean_val_loss_nats val_loss_nats val_loss_mean val_loss_sliding",
+        "std": "val_bpb_std std_bpb std_val_bpb mean_val_bpb_std val_bpb_3seed_std",
+        "loss_std": "val_loss_std std_val_loss_nats val_loss_nats_std",
+        "bytes_total": "bytes_total total_submission_bytes_max artifact_bytes_max artifact_bytes artifact_size_bytes"
+        " total_bytes",
+        "bytes_code": "bytes_code code_bytes",
+        "bytes_model": "bytes_model bytes_model_compressed bytes_model_int8_zlib bytes_model_int6_zstd",
+        "train_seconds": "train_time_s train_seconds train_time_seconds wallclock_seconds train_time_s_mean",
+        "eval_seconds": "eval_time_s ttt_eval_time_s eval_seconds eval_time_seconds eval_time_s_mean",
+        "steps": "steps step_stop train_steps train_steps_mean",
+        "name": "name title record_name submission_name run_name",
+        "author": "author",
+        "github": "github_id github",
+        "hardware": "hardware gpu platform",
+    }.items()
 }
 MILLISECONDS = {"train_seconds": ("train_time_ms",), "eval_seconds": ("ttt_time_ms", "eval_time_ms")}
-NUMBERS = (
-    "val_bpb",
-    "val_loss",
-    "std",
-    "loss_std",
-    "bytes_total",
-    "bytes_code",
-    "bytes_model",
-    "train_seconds",
-    "eval_seconds",
-    "steps",
-)
+NUMBERS = (*ALIASES,)[:10]
 SEED_TABLES = ("seed_results", "seeds", "per_seed", "seed_scores", "val_bpb_per_seed", "val_bpb_seeds")
 SEED_TOTALS = ("bytes_total", "artifact_bytes", "artifact_size_bytes")
 
@@ -84,30 +63,42 @@ class Claim:
     numbers: dict[str, float] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=list)
     results: dict[int, SeedClaim] = field(default_factory=dict)
+    given: bool = True  # whether there was an object to read
 
     def number(self, name: str) -> float | None:
         return self.numbers.get(name)
 
     def text(self, name: str) -> str:
-        for alias in ALIASES.get(name, (name,)):
-            if isinstance(self.raw.get(alias), str):
-                return self.raw[alias]
-        return ""
+        texts = (self.raw.get(alias) for alias in ALIASES.get(name, (name,)))
+        return next((text for text in texts if isinstance(text, str)), "")
 
     @property
     def track(self) -> str:
         return re.sub(r"[-_ ]+", "_", self.text("track").strip().lower()).removeprefix("track_")
 
-    def bpbs(self) -> list[float]:
+    @property
+    def headlined(self) -> bool:
+        return "val_bpb" in self.numbers
+
+    @property
+    def declared_text(self) -> dict | None:
+        """What the claim says of another validation text than the official one."""
+        declared = self.raw.get("dataset")
+        return declared if isinstance(declared, dict) and declared.get("official") is False else None
+
+    @property
+    def failed_runs(self) -> list[dict]:
+        rows = self.raw.get("failed_runs")
+        return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+    def scores(self) -> list[float]:
         return [r.val_bpb for r in self.results.values() if r.val_bpb is not None]
 
 
 def parse_json(data: bytes) -> tuple[object, list[str]]:
     """The value and everything that is wrong with its spelling; the value is None when it cannot be read at all."""
-    problems: list[str] = []
-    if data.startswith(b"\xef\xbb\xbf"):
-        problems.append("starts with a UTF-8 byte order mark")
-        data = data[3:]
+    problems = ["starts with a UTF-8 byte order mark"] * data.startswith(b"\xef\xbb\xbf")
+    data = data.removeprefix(b"\xef\xbb\xbf")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -123,18 +114,12 @@ def parse_json(data: bytes) -> tuple[object, list[str]]:
     except (ValueError, RecursionError) as error:
         return None, [*problems, f"does not parse: {error}"]
     rest = body[end:].strip()
-    if rest:
-        problems.append(f"trailing data after the value: {rest[:40]!r}")
-    return value, problems
+    return value, problems + [f"trailing data after the value: {rest[:40]!r}"] * bool(rest)
 
 
 def _object(pairs: list, problems: list[str]) -> dict:
-    names = [name for name, _ in pairs]
-    problems += (
-        [f"key {name!r} appears twice" for name in {n for n in names if names.count(n) > 1}]
-        if len(set(names)) < len(names)
-        else []
-    )
+    counts = Counter(name for name, _ in pairs)
+    problems += [f"key {name!r} appears twice" for name, count in counts.items() if count > 1]
     return dict(pairs)
 
 
@@ -143,20 +128,19 @@ LARGEST = 1e18  # no honest number of a record is larger, and squares stay finit
 
 def as_number(value: object) -> float | None:
     """A finite number of plausible size, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    if not real or not abs(value) <= LARGEST:
         return None
-    try:
-        if not abs(value) <= LARGEST:
-            return None
-        return value if isinstance(value, Written) else float(value)
-    except OverflowError:
-        return None
+    return value if isinstance(value, Written) else float(value)
 
 
 def as_seed(value: object) -> int | None:
-    if isinstance(value, str) and re.fullmatch(r"(?:seed[_ -]?)?\d{1,10}", value.strip()):
-        return int(re.sub(r"\D", "", value))
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    match value:
+        case str() if re.fullmatch(r"(?:seed[_ -]?)?\d{1,10}", value.strip()):
+            return int(re.sub(r"\D", "", value))
+        case int() if not isinstance(value, bool):
+            return value
+    return None
 
 
 def read_claim(file: str, raw: dict) -> Claim:
@@ -173,14 +157,9 @@ def read_claim(file: str, raw: dict) -> Claim:
 
 
 def _take_number(claim: Claim, name: str) -> None:
-    for alias in ALIASES[name]:
-        if alias not in claim.raw or claim.raw[alias] is None:
-            continue
-        value = claim.raw[alias]
-        number = as_number(value)
-        listed = name.endswith("seconds") and isinstance(value, list) and value  # one a seed
-        if number is None and listed and all(as_number(v) is not None for v in value):
-            number = max(value)
+    for alias, value in [(alias, claim.raw.get(alias)) for alias in ALIASES[name] if claim.raw.get(alias) is not None]:
+        numbers = [as_number(v) for v in (value if name.endswith("seconds") and isinstance(value, list) else [value])]
+        number = None if None in (*numbers, *[None][bool(numbers) :]) else max(numbers)  # a list has one a seed
         if number is None:
             claim.problems.append(f"{alias} should be a number, is {type(value).__name__} {value!r:.60}")
         elif name.startswith("bytes") and (number != int(number) or number < 0):
@@ -195,22 +174,21 @@ def _take_seed(claim: Claim, key: object, row: object) -> None:
     if seed is None:
         claim.problems.append(f"seed {key!r:.40} is not a number")
         return
-    if as_number(row) is not None:
-        row = {"val_bpb": row}
+    row = {"val_bpb": row} if as_number(row) is not None else row
     if not isinstance(row, dict):
         claim.problems.append(f"result of seed {seed} should be an object, is {type(row).__name__}")
         return
-    found = SeedClaim(seed)
-    for name in ("val_bpb", "val_loss", "train_seconds", "eval_seconds", "steps"):
-        setattr(found, name, next((n for a in ALIASES[name] if (n := as_number(row.get(a))) is not None), None))
-    for name, aliases in MILLISECONDS.items():
-        scaled = next((n / 1000 for a in aliases if (n := as_number(row.get(a))) is not None), None)
-        setattr(found, name, getattr(found, name) if scaled is None else scaled)
-    total = next((n for a in SEED_TOTALS if (n := as_number(row.get(a))) is not None), None)
-    found.bytes_total = None if total is None else int(total)
-    if found.val_bpb is None:
-        claim.problems.append(f"seed {seed} has no val_bpb")
-    claim.results[seed] = found
+    names = ("val_bpb", "val_loss", "train_seconds", "eval_seconds", "steps")
+    values = {name: first_number(row, ALIASES[name]) for name in names}
+    scaled = {name: first_number(row, aliases) for name, aliases in MILLISECONDS.items()}
+    values |= {name: n / 1000 for name, n in scaled.items() if n is not None}
+    total = first_number(row, SEED_TOTALS)
+    claim.problems += [f"seed {seed} has no val_bpb"] * (values["val_bpb"] is None)
+    claim.results[seed] = SeedClaim(seed, bytes_total=None if total is None else int(total), **values)
+
+
+def first_number(row: dict, names: tuple[str, ...]) -> float | None:
+    return next((n for name in names if (n := as_number(row.get(name))) is not None), None)
 
 
 def _take_seed_list(claim: Claim) -> None:
@@ -224,15 +202,14 @@ def _take_seed_list(claim: Claim) -> None:
 
 
 def _check_texts(claim: Claim) -> None:
-    for name in ("name", "author", "date", "track", "blurb"):
-        if claim.raw.get(name) is not None and not isinstance(claim.raw[name], str):
-            claim.problems.append(f"{name} should be text, is {type(claim.raw[name]).__name__}")
+    texts = [(name, claim.raw.get(name)) for name in ("name", "author", "date", "track", "blurb")]
+    wrong = [(name, value) for name, value in texts if value is not None and not isinstance(value, str)]
+    claim.problems += [f"{name} should be text, is {type(value).__name__}" for name, value in wrong]
 
 
 def tolerance(value: float) -> float:
     """Half a unit of the last digit a claim was written with."""
-    digits = getattr(value, "digits", None)
-    if digits is None:
-        fraction = float.__repr__(float(value)).partition(".")[2]
-        digits = len(fraction) if fraction.isdigit() else 8
+    fraction = float.__repr__(float(value)).partition(".")[2]
+    told = getattr(value, "digits", None)
+    digits = (len(fraction) if fraction.isdigit() else 8) if told is None else told
     return 0.5 * 10.0**-digits + 1e-9

@@ -10,15 +10,16 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from records.check import RANK, check_folder, find_folders
-from records.compare import compare, load_side
+from records.audit import report_of, submission_folders
 from records.files import clean
 from records.folder import Folder
-from records.ledger import COLUMNS, LEDGER, MODES, add_runs, leaderboard, read_ledger
-from records.new import Request, build
 from records.page import Raw, cell, page, section, table
-from records.report import write_report
-from records.runs import open_run
+from records.rules import RANK
+from records.run import open_run
+from records.run_compare import compare, load_side
+from records.run_ledger import COLUMNS, LEDGER, MODES, add_runs, leaderboard, read_ledger
+from records.run_record import Request, build
+from records.run_report import write_report
 from records.verify import COMMAND, EXPORT, Trial, verify
 
 MANY = 16  # folders from which starting processes pays
@@ -31,24 +32,22 @@ def say(text: str = "") -> None:
 
 def check(args: argparse.Namespace) -> int:
     paths = [Path(p) for p in args.path]
-    folders = [found for p in paths for found in find_folders(existing(p))]
+    folders = [found for p in paths for found in submission_folders(existing(p))]
     if not folders:
         raise ValueError(f"no submission folder at or below {', '.join(map(str, paths))}")
     reports = []
-    baseline = Path(args.baseline) if args.baseline else None
-    for report in reports_of(folders, partial(report_of, policy=args.policy, baseline=baseline, against=args.against)):
+    options = {"policy": args.policy, "against": args.against, "repack": args.repack}
+    options["baseline"] = Path(args.baseline) if args.baseline else None
+    shown = {True: partial(json.dumps, default=str), False: partial(text_of, everything=args.all)}[args.json]
+    for report in reports_of(folders, partial(report_of, **options)):
         reports.append(report)
-        say(json.dumps(report, default=str) if args.json else text_of(report, args.all))
+        say(shown(report))
     if args.html:
         Path(args.html).write_text(html_of(reports), encoding="utf-8")
     worst = [r["verdict"] for r in reports]
     if not args.json and len(reports) > 1:
         say(f"{len(reports)} folders: " + ", ".join(f"{worst.count(v)} {v}" for v in ("pass", "warn", "fail")))
     return int("fail" in worst)
-
-
-def report_of(path: Path, policy: str, baseline: Path | None, against: str) -> dict:
-    return check_folder(Folder(path, policy, baseline, against))
 
 
 def reports_of(folders: list[Path], one: Callable[[Path], dict]) -> Iterator[dict]:
@@ -76,48 +75,38 @@ def text_of(report: dict, everything: bool) -> str:
     for row in report["checks"]:
         for e in row["evidence"]:
             if everything or e["status"] in {"warn", "fail"}:
-                where = f"{e['file']}{':' + str(e['line']) if e['line'] else ''}: " if e["file"] else ""
-                rows.append(f"  {row['id']:4}{MARKS[e['status']]:5} {where}{e['note']}")
+                place = (where(e) + ": ") * bool(e["file"])
+                rows.append(f"  {row['id']:4}{MARKS[e['status']]:5} {place}{e['note']}")
     return "\n".join(rows)
 
 
 def html_of(reports: list[dict]) -> str:
-    overview = table(
-        ["verdict", "folder", "track", "val_bpb", "bytes", "seeds", "fail", "warn"],
-        [
-            [
-                colour(r["verdict"]),
-                Path(r["folder"]).name,
-                r["track"],
-                r["claim"]["val_bpb"],
-                r["claim"]["bytes_total"],
-                " ".join(map(str, r["claim"]["seeds"])),
-                count(r, "fail"),
-                count(r, "warn"),
-            ]
-            for r in reports
-        ],
+    head = ["verdict", "folder", "track", "val_bpb", "bytes", "seeds", "fail", "warn"]
+    return page(
+        "Records checked",
+        section(f"{len(reports)} folders", table(head, list(map(overview, reports)))) + "".join(map(details, reports)),
     )
-    parts = [section(f"{len(reports)} folders", overview)]
-    for r in reports:
-        found = [(c, e) for c in r["checks"] for e in c["evidence"]]
-        found.sort(key=lambda pair: -RANK[pair[1]["status"]])  # what needs a reader first; stable within
-        rows = [
-            [c["id"], colour(e["status"]), where(e), e["note"], c["rule"] if RANK[e["status"]] > RANK["pass"] else ""]
-            for c, e in found
-        ]
-        name = Path(r["folder"]).name
-        parts.append(
-            section(
-                name,
-                Raw(f"<p>{colour(r['verdict'])} · {cell(r['claim'].get('name', ''))}</p>"),
-                Raw(
-                    f"<details{' open' if r['verdict'] == 'fail' else ''}><summary>{len(rows)} findings</summary>"
-                    f"{table(['check', 'status', 'where', 'finding', 'rule'], rows)}</details>"
-                ),
-            )
-        )
-    return page("Records checked", "".join(parts))
+
+
+def overview(r: dict) -> list:
+    claim = [r["claim"]["val_bpb"], r["claim"]["bytes_total"], " ".join(map(str, r["claim"]["seeds"]))]
+    return [colour(r["verdict"]), Path(r["folder"]).name, r["track"], *claim, count(r, "fail"), count(r, "warn")]
+
+
+def details(r: dict) -> Raw:
+    """The findings of one folder: what needs a reader first."""
+    pairs = [(c, e) for c in r["checks"] for e in c["evidence"]]
+    pairs.sort(key=lambda pair: -RANK[pair[1]["status"]])
+    told = [[c["id"], colour(e["status"]), where(e), e["note"], c["rule"] * grave(e["status"])] for c, e in pairs]
+    rows = table(["check", "status", "where", "finding", "rule"], told)
+    unfolded = " open" * (r["verdict"] == "fail")
+    name = Raw(f"<p>{colour(r['verdict'])} · {cell(r['claim'].get('name', ''))}</p>")
+    body = Raw(f"<details{unfolded}><summary>{len(told)} findings</summary>{rows}</details>")
+    return section(Path(r["folder"]).name, name, body)
+
+
+def grave(status: str) -> bool:
+    return RANK[status] > RANK["pass"]
 
 
 def count(report: dict, status: str) -> int:
@@ -129,7 +118,7 @@ def colour(status: str) -> Raw:
 
 
 def where(e: dict) -> str:
-    return f"{e['file']}{':' + str(e['line']) if e['line'] else ''}"
+    return e["file"] + f":{e['line']}" * bool(e["line"])
 
 
 def verify_command(args: argparse.Namespace) -> int:
@@ -183,41 +172,35 @@ def compare_command(args: argparse.Namespace) -> int:
 
 
 def verdict(passed: bool) -> str:
-    return "significant" if passed else "not significant"
+    return {True: "significant", False: "not significant"}[bool(passed)]
 
 
 def shown(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:,.8f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:,.1f}"
-    return f"{value:,}" if isinstance(value, int) else clean(value, 36)
+    match value:
+        case None:
+            return ""
+        case float() if abs(value) < 1000:
+            return f"{value:,.8f}".rstrip("0").rstrip(".")
+        case float():
+            return f"{value:,.1f}"
+        case int():
+            return f"{value:,}"
+    return clean(value, 36)
 
 
 def new_command(args: argparse.Namespace) -> int:
     runs = [open_run(Path(p)) for p in args.from_]
-    request = Request(
-        args.name,
-        args.author,
-        args.github,
-        Path(args.script),
-        Path(args.out),
-        args.date,
-        args.blurb,
-        args.mode,
-        args.address,
-    )
-    say(str(build(runs, request)))
+    texts = {name: getattr(args, name) for name in ("name", "author", "github", "date", "blurb", "mode", "address")}
+    made = Path(args.build) if args.build else None
+    say(str(build(runs, Request(script=Path(args.script), out=Path(args.out), build=made, **texts))))
     return 0
 
 
 def ledger_command(args: argparse.Namespace) -> int:
     added = add_runs([open_run(Path(p)) for p in args.run], Path(args.file), args.note)
     for row in added:
-        say(
-            f"{row['run']}: {row['status']}, {row['val_bpb']} BPB, {row['bytes']} bytes"
-            + (f", FLAG {row['flags']}" if row["flags"] != "-" else "")
-        )
+        flag = f", FLAG {row['flags']}" * (row["flags"] != "-")
+        say(f"{row['run']}: {row['status']}, {row['val_bpb']} BPB, {row['bytes']} bytes{flag}")
     rows = read_ledger(Path(args.file))
     if not args.run:
         flagged = [r for r in rows if r["flags"] != "-"]
@@ -231,15 +214,12 @@ def ledger_command(args: argparse.Namespace) -> int:
 
 def list_command(args: argparse.Namespace) -> int:
     rows = leaderboard(read_ledger(Path(args.file)), args.mode, args.where, args.limit)
-    if args.json:
-        for row in rows:
-            say(json.dumps(row))
-        return 0
-    columns = ("date", "run", args.mode, "bytes", "seconds", "tokens", "device", "status", "flags")
+    columns = ["date", "run", "commit", args.mode, "bytes", "seconds", "tokens", "device", "status", "changed", "flags"]
     wide = {c: min(30, max([len(c), *(len(r[c]) for r in rows)])) for c in columns}
-    say("  ".join(c.ljust(wide[c]) for c in columns))
-    for row in rows:
-        say("  ".join(clean(row[c], wide[c]).ljust(wide[c]) for c in columns))
+    lines = [dict(zip(columns, columns)), *rows]
+    told = ["  ".join(clean(row[c], wide[c]).ljust(wide[c]) for c in columns) for row in lines]
+    for line in map(json.dumps, rows) if args.json else told:
+        say(line)
     return 0
 
 
@@ -250,115 +230,103 @@ def report_command(args: argparse.Namespace) -> int:
     return 0
 
 
-Parser = argparse.ArgumentParser
+def option(*names: str, **details: object) -> tuple:
+    return names, details
 
 
-def check_options(p: Parser) -> None:
-    p.add_argument("path", nargs="+", help="a submission folder, or a folder that holds some")
-    p.add_argument(
+def switch(name: str, text: str = "") -> tuple:
+    return option(name, action="store_true", help=text)
+
+
+def text(name: str, text: str = "", **details: object) -> tuple:
+    return option(name, default="", help=text, **details)
+
+
+JSON = switch("--json", "one object a line")
+FILE = option("--file", default=str(LEDGER))
+CHECK = (
+    option("path", nargs="+", help="a submission folder, or a folder that holds some"),
+    option(
         "--policy", choices=("readme", "practice"), default="practice", help="written rules, or as applied (default)"
-    )
-    p.add_argument(
-        "--baseline", default="", help="record to test significance against (default: the best earlier one beside it)"
-    )
-    p.add_argument("--against", default="", metavar="REF", help="git revision that only this folder may differ from")
-    p.add_argument("--json", action="store_true", help="one object a folder and line")
-    p.add_argument("--html", default="", metavar="FILE", help="write a page as well")
-    p.add_argument("--all", action="store_true", help="show what passed, too")
-
-
-def verify_options(p: Parser) -> None:
-    p.add_argument("folder")
-    p.add_argument("--artifact", required=True, help="the shipped model")
-    p.add_argument("--data", required=True, help="folder with tokenizer and validation shards")
-    p.add_argument("--execute", action="store_true", help="allow the submission's code to run")
-    p.add_argument("--command", default=COMMAND, help=f"how to evaluate (default: {COMMAND})")
-    p.add_argument("--repeat", type=int, default=1, help="evaluations; two show how far they lie apart")
-    p.add_argument("--checkpoint", default="", help="quantise and pack this one twice, and compare the sizes")
-    p.add_argument("--export", default=EXPORT, help=f"how to do that (default: {EXPORT})")
-    p.add_argument("--timeout", type=float, default=3600.0, help="seconds each")
-    p.add_argument("--json", action="store_true")
-
-
-def compare_options(p: Parser) -> None:
-    p.add_argument("baseline")
-    p.add_argument("new")
-    p.add_argument("--mode", default="", help="evaluation mode of runs (default: the headline)")
-    p.add_argument("--json", action="store_true")
-
-
-def new_options(p: Parser) -> None:
-    p.add_argument("--from", dest="from_", nargs="+", required=True, metavar="RUN")
-    p.add_argument("--script", default="train_gpt.py", help="the packed script (build_submission.py writes it)")
-    p.add_argument("--name", required=True)
-    p.add_argument("--author", required=True)
-    p.add_argument("--github", default="")
-    p.add_argument("--blurb", default="")
-    p.add_argument("--date", default="", help="YYYY-MM-DD (default: today)")
-    p.add_argument("--mode", default="", help="evaluation mode that is claimed (default: the last one of the run)")
-    p.add_argument("--address", default="", help="where the artifacts lie, instead of copying them")
-    p.add_argument("--out", default=str(LEDGER.parent), help="parent folder (default: records/)")
-
-
-def ledger_options(p: Parser) -> None:
-    p.add_argument("run", nargs="*")
-    p.add_argument("--file", default=str(LEDGER))
-    p.add_argument("--note", default="")
-
-
-def list_options(p: Parser) -> None:
-    p.add_argument("--file", default=str(LEDGER))
-    p.add_argument("--mode", choices=("val_bpb", *MODES), default="val_bpb", help="score to sort by")
-    p.add_argument(
-        "--where",
-        action="append",
-        default=[],
-        metavar="COLUMN=TEXT",
-        help=f"filter; also < and >; columns {', '.join(COLUMNS)}",
-    )
-    p.add_argument("--limit", type=int, default=0)
-    p.add_argument("--json", action="store_true")
-
-
-def report_options(p: Parser) -> None:
-    p.add_argument("run")
-    p.add_argument("-o", "--out", default="", help="folder (default: the run's own)")
-    p.add_argument("--price", type=float, default=None, help="price of the machine per hour")
-
-
-COMMANDS: tuple[tuple[str, Callable, Callable, str], ...] = (
-    ("check", check, check_options, "Check submission folders, anybody's, without running anything in them."),
-    (
-        "verify",
-        verify_command,
-        verify_options,
-        "Run a submission's evaluation without network and compare it with the claim.",
     ),
-    (
-        "compare",
-        compare_command,
-        compare_options,
-        "Compare two records or runs: one-sided Welch test, both rules, all facts.",
+    text("--baseline", "record to test significance against (default: the best earlier one beside it)"),
+    text("--against", "git revision that only this folder may differ from", metavar="REF"),
+    switch("--repack", "pack scripts again by python-minifier, seconds each"),
+    JSON,
+    text("--html", "write a page as well", metavar="FILE"),
+    switch("--all", "show what passed, too"),
+)
+VERIFY = (
+    option("folder"),
+    option("--artifact", required=True, help="the shipped model"),
+    option("--data", required=True, help="folder with tokenizer and validation shards"),
+    switch("--execute", "allow the submission's code to run"),
+    option("--command", default=COMMAND, help=f"how to evaluate (default: {COMMAND})"),
+    option("--repeat", type=int, default=1, help="evaluations; two show how far they lie apart"),
+    text("--checkpoint", "quantise and pack this one twice, and compare the sizes"),
+    option("--export", default=EXPORT, help=f"how to do that (default: {EXPORT})"),
+    option("--timeout", type=float, default=3600.0, help="seconds each"),
+    JSON,
+)
+COMPARE = (
+    option("baseline"),
+    option("new"),
+    text("--mode", "evaluation mode of runs (default: the headline)"),
+    JSON,
+)
+NEW = (
+    option("--from", dest="from_", nargs="+", required=True, metavar="RUN"),
+    option("--script", default="train_gpt.py", help="the packed script that ran"),
+    text("--build", "the builder's manifest.json (default: the one beside the script)"),
+    option("--name", required=True),
+    option("--author", required=True),
+    text("--github"),
+    text("--blurb"),
+    text("--date", "YYYY-MM-DD (default: today)"),
+    text("--mode", "evaluation mode that is claimed (default: the last one of the run)"),
+    text("--address", "where the artifacts lie, instead of copying them"),
+    option("--out", default=str(LEDGER.parent), help="parent folder (default: records/)"),
+)
+LIST = (
+    FILE,
+    option("--mode", choices=("val_bpb", *MODES), default="val_bpb", help="score to sort by"),
+    option(
+        "--where", action="append", metavar="COLUMN=TEXT", help=f"filter; also < and >; columns {', '.join(COLUMNS)}"
     ),
-    ("new", new_command, new_options, "Write a record folder from finished runs."),
+    option("--limit", type=int, default=0),
+    JSON,
+)
+REPORT = (
+    option("run"),
+    option("-o", "--out", default="", help="folder (default: the run's own)"),
+    option("--price", type=float, help="price of the machine per hour"),
+)
+COMMANDS: tuple[tuple[str, Callable, tuple, str], ...] = (
+    ("check", check, CHECK, "Check submission folders, anybody's, without running anything in them."),
+    ("verify", verify_command, VERIFY, "Run a submission's evaluation without network and compare it with the claim."),
+    ("compare", compare_command, COMPARE, "Compare two records or runs: one-sided Welch test, both rules, all facts."),
+    ("new", new_command, NEW, "Write a record folder from finished runs."),
     (
         "ledger",
         ledger_command,
-        ledger_options,
-        "Append runs to the ledger, good or bad; without a run, show what is flagged.",
+        (option("run", nargs="*"), FILE, text("--note")),
+        "Append runs to the ledger, or show flags.",
     ),
-    ("list", list_command, list_options, "The leaderboard over the ledger."),
-    ("report", report_command, report_options, "Write report.md and report.html of a run."),
+    ("list", list_command, LIST, "The leaderboard over the ledger."),
+    ("report", report_command, REPORT, "Write report.md and report.html of a run."),
 )
 
 
-def parser() -> Parser:
-    top = Parser(prog="python -m records", description="Check, verify, compare, write and list records.")
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m records", description="Check, verify, compare, write and list records."
+    )
     commands = top.add_subparsers(dest="command_name", required=True)
-    for name, run, options, text in COMMANDS:
-        sub = commands.add_parser(name, help=text, description=text)
+    for name, run, options, summary in COMMANDS:
+        sub = commands.add_parser(name, help=summary, description=summary)
         sub.set_defaults(run_command=run)
-        options(sub)
+        for names, details in options:
+            sub.add_argument(*names, **details)
     return top
 
 

@@ -3,7 +3,9 @@
 import os
 import stat
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 MAX_ENTRIES = 5_000
@@ -34,29 +36,23 @@ def _visible(c: str) -> str:
 
 
 def _kind(mode: int) -> str:
-    if stat.S_ISLNK(mode):
-        return "link"
-    return "file" if stat.S_ISREG(mode) else "other"
+    return {stat.S_IFLNK: "link", stat.S_IFREG: "file"}.get(stat.S_IFMT(mode), "other")
 
 
 def walk(folder: Path) -> list[Entry]:
     """Every entry below `folder`, sorted; links are listed and never entered."""
-    found: list[Entry] = []
-    stack = [(folder, 0)]
-    while stack and len(found) < MAX_ENTRIES:
-        here, depth = stack.pop()
-        with os.scandir(here) as items:
-            for item in items:
-                info = item.stat(follow_symlinks=False)
-                if stat.S_ISDIR(info.st_mode):
-                    if depth < MAX_DEPTH and item.name not in SKIP:
-                        stack.append((Path(item.path), depth + 1))
-                    continue
-                name = Path(item.path).relative_to(folder).as_posix()
-                found.append(Entry(name, Path(item.path), info.st_size, _kind(info.st_mode)))
-                if len(found) >= MAX_ENTRIES:
-                    break
-    return sorted(found, key=lambda e: e.name)
+    return sorted(islice(_entries(folder, folder, 0), MAX_ENTRIES), key=lambda e: e.name)
+
+
+def _entries(folder: Path, here: Path, depth: int) -> Iterator[Entry]:
+    with os.scandir(here) as items:
+        for item in items:
+            info = item.stat(follow_symlinks=False)
+            name = Path(item.path).relative_to(folder).as_posix()
+            if not stat.S_ISDIR(info.st_mode):
+                yield Entry(name, Path(item.path), info.st_size, _kind(info.st_mode))
+            elif depth < MAX_DEPTH and item.name not in SKIP:
+                yield from _entries(folder, Path(item.path), depth + 1)
 
 
 def open_regular(path: Path):
@@ -80,6 +76,5 @@ def read_text(path: Path, limit: int) -> str:
 
 def inside(folder: Path, name: str) -> bool:
     """Whether a file name that a record mentions stays in the record's folder."""
-    if "\0" in name or name.startswith(("/", "\\", "~")) or (len(name) > 1 and name[1] == ":"):
-        return False
-    return ".." not in name.replace("\\", "/").split("/")
+    absolute = name.startswith(("/", "\\", "~")) or name[1:2] == ":"
+    return not ("\0" in name or absolute or ".." in name.replace("\\", "/").split("/"))

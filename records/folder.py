@@ -1,44 +1,37 @@
-"""One submission folder, loaded once: files, claim, logs, scripts, and which log proves which claimed number."""
+"""One submission folder, read once into facts: files, claim, logs, scripts, and which log proves which score."""
 
 import hashlib
 import re
-import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
-from records.claim import Claim, parse_json, read_claim, tolerance
-from records.files import Entry, clean, read_bytes, read_text, walk
-from records.logs import Log, Metric, read_log
+from records.claim import Claim, parse_json, read_claim
+from records.competition import NON_RECORD, RECORD, TOKENIZERS, TRACKS, Track
+from records.files import Entry, open_regular, read_bytes, read_text, walk
+from records.logs import Log
+from records.logs_reader import read_log
 from records.packed import Unpacked, source_text, unpack
-from records.script import PRINT_FACTS, facts
+from records.proofs import Proof, log_seed, proofs_of
+from records.script_parse import facts_of
+from records.tokenizer import altered_texts, read_vocabulary
 
 MAX_JSON = 4 << 20
 MAX_SCRIPT = 4 << 20
+MAX_MODEL = 16 << 20
 MAX_LOGS = 64
-ROOT = Path(__file__).resolve().parents[1]
 NOT_LOGS = re.compile(r"(^|/)(requirements\w*|constraints|license|notes?|readme)[^/]*$", re.I)
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    status: str  # pass, warn, fail, na
-    note: str
-    file: str = ""
-    line: int = 0
-    value: object = None
-
-    def as_json(self) -> dict:
-        shown = {"status": self.status, "note": clean(self.note, 400), "file": clean(self.file), "line": self.line}
-        return shown | {"value": clean(self.value) if isinstance(self.value, str) else self.value}
+ARTIFACTS = {".skc", ".ptz", ".pt", ".bin"}
+NATIVE = {".cpp", ".cu", ".cc", ".c", ".so", ".rs"}
+UNTRUSTED = ("-c", "core.fsmonitor=false", "-c", "diff.external=", "-c", "core.attributesFile=/dev/null")
 
 
 @dataclass(frozen=True)
 class Script:
     name: str
     size: int
+    sha256: str
     text: str
     unpacked: Unpacked
 
@@ -49,13 +42,22 @@ class Script:
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
-    """A claimed score and the log line that shows it, if one does."""
+class Certificate:
+    name: str
+    table: dict
+    problems: list[str]
 
-    seed: int | None
-    claimed: float
-    log: Log | None
-    metric: Metric | None
+
+@dataclass(frozen=True)
+class Tokenizer:
+    name: str
+    path: Path
+    official: str  # the name of a known one, or empty
+    problems: list[str]
+    broken: bool = False
+
+    def altered(self) -> list[str]:
+        return altered_texts(str(self.path))
 
 
 @dataclass
@@ -64,10 +66,13 @@ class Folder:
     policy: str = "practice"
     baseline: Path | None = None
     against: str = ""  # a git revision: the folder should be all that differs from it
+    repack: bool = False  # whether packed sizes are built again, which costs seconds a script
 
-    def either(self, readme: str, practice: str) -> str:
-        """The verdict where the written and the applied rules differ."""
-        return readme if self.policy == "readme" else practice
+    # files
+
+    @cached_property
+    def name(self) -> str:
+        return self.path.resolve().name
 
     @cached_property
     def entries(self) -> list[Entry]:
@@ -77,42 +82,74 @@ class Folder:
     def files(self) -> dict[str, Entry]:
         return {e.name: e for e in self.entries if e.kind == "file"}
 
-    def text(self, name: str, limit: int = MAX_JSON) -> str:
-        return read_text(self.files[name].path, limit) if name in self.files else ""
+    def text(self, name: str) -> str:
+        return read_text(self.files[name].path, MAX_JSON) if name in self.files else ""
+
+    def sha256(self, name: str) -> str:
+        return sha256_file(self.files[name].path)
+
+    def json(self, name: str) -> tuple[object, list[str]]:
+        """The value of a JSON file, and what is wrong with its spelling."""
+        return parse_json(read_bytes(self.files[name].path, MAX_JSON))
 
     @cached_property
     def readme(self) -> str:
-        name = next((n for n in self.files if n.lower() == "readme.md"), "")
-        return self.text(name)
+        return self.text(next((n for n in self.files if n.lower() == "readme.md"), ""))
+
+    @cached_property
+    def manifest(self) -> dict | None:
+        """The rows of the manifest by file name; others mean something else by a file of that name."""
+        value, _ = self.json("manifest.json") if "manifest.json" in self.files else (None, [])
+        listed = value.get("files") if isinstance(value, dict) else None
+        return listed if isinstance(listed, dict) else None
+
+    @cached_property
+    def artifacts(self) -> list[Entry]:
+        return [e for e in self.files.values() if e.suffix in ARTIFACTS and e.size > 1000]
+
+    def changed_outside(self) -> list[str]:
+        """Files outside the folder that differ from the revision `against`."""
+        here = self.path.resolve()
+        top = git(here, self.against, "rev-parse", "--show-toplevel")
+        span = f"{self.against}...HEAD"
+        names = git(here, self.against, *UNTRUSTED, "diff", "--name-only", "-z", "--end-of-options", span)
+        inside = here.relative_to(top).as_posix() + "/"
+        return [n for n in names.split("\0") if n and not n.startswith(inside)]
+
+    # claim
 
     @cached_property
     def json_name(self) -> str:
-        names = [n for n in self.files if re.fullmatch(r"submission\w*\.json", n)]
-        return min(names, key=len, default="")
+        return min((n for n in self.files if re.fullmatch(r"submission\w*\.json", n)), key=len, default="")
 
     @cached_property
-    def _parsed(self) -> tuple[Claim | None, list[str]]:
-        if not self.json_name:
-            return None, []
-        value, problems = parse_json(read_bytes(self.files[self.json_name].path, MAX_JSON))
-        if value is not None and not isinstance(value, dict):
-            problems.append(f"should be an object, is {type(value).__name__}")
-        return (read_claim(self.json_name, value) if isinstance(value, dict) else None), problems
+    def parsed_claim(self) -> tuple[object, list[str]]:
+        return self.json(self.json_name) if self.json_name else (None, [])
 
-    @property
-    def claim(self) -> Claim | None:
-        return self._parsed[0]
+    @cached_property
+    def claim(self) -> Claim:
+        """What submission.json claims; nothing where there is none that can be read."""
+        value, _ = self.parsed_claim
+        return read_claim(self.json_name, value) if isinstance(value, dict) else Claim(self.json_name, {}, given=False)
 
-    @property
+    @cached_property
     def json_problems(self) -> list[str]:
-        return self._parsed[1]
+        value, problems = self.parsed_claim
+        wrong = value is not None and not isinstance(value, dict)
+        return problems + [f"should be an object, is {type(value).__name__}"] * wrong
 
     @cached_property
+    def track(self) -> Track:
+        """The row of the track that is claimed; a folder that says nothing is held to the rules of the record."""
+        track, where = self.claim.track, "/".join(self.path.resolve().parts[-3:]).lower()
+        elsewhere = "non_record" in track or "non_record" in where
+        return TRACKS.get(track, NON_RECORD if elsewhere else RECORD)
+
+    @property
     def record(self) -> bool:
-        """Whether record rules bind (600 s on 8xH100); a folder that says nothing is held to them."""
-        track = self.claim.track if self.claim else ""
-        where = "/".join(self.path.resolve().parts[-3:]).lower()
-        return not ("non_record" in track or ("non_record" in where and track != "10min_16mb"))
+        return self.track.binding
+
+    # logs
 
     @cached_property
     def log_names(self) -> list[str]:
@@ -127,6 +164,36 @@ class Folder:
     def logs(self) -> list[Log]:
         """The logs that show a run; texts that show none are judged by F2 only."""
         return [log for log in self.all_logs if log.is_run]
+
+    @cached_property
+    def proofs(self) -> list[Proof]:
+        return proofs_of(self.claim, self.logs)
+
+    @cached_property
+    def proven_logs(self) -> list[Log]:
+        """The logs behind the claim; all run logs where the claim points at none.
+
+        A seed may be proven by a log of the evaluation alone; the log of its training then belongs to the evidence too.
+        """
+        proven = {p.log.name: p.log for p in self.proofs if p.log}
+        for seed in [log_seed(log) for log in proven.values() if not log.steps.count]:
+            proven.update({log.name: log for log in self.logs if log.steps.count and log_seed(log) == seed})
+        return list(proven.values()) or [log for log in self.logs if log.steps.count]
+
+    @property
+    def timed_logs(self) -> list[Log]:
+        """The proven logs, where the track limits time."""
+        return self.proven_logs if self.track.train_seconds else []
+
+    def scores(self) -> tuple[list[float], list[float]]:
+        """Per-seed BPB and nats a token, exact from the logs where they show them, else as claimed."""
+        bpb = [p.metric.bpb if p.metric and p.metric.exact else p.claimed for p in self.proofs]
+        shown = [p.metric.loss for p in self.proofs if p.metric]
+        stated = [r.val_loss for r in self.claim.results.values() if r.val_loss is not None]
+        nats = shown if len(shown) >= len(bpb) or not self.claim.results else stated
+        return bpb, nats if len(nats) == len(bpb) else []
+
+    # code
 
     @cached_property
     def scripts(self) -> dict[str, Script]:
@@ -148,144 +215,111 @@ class Folder:
     @cached_property
     def helpers(self) -> list[Script]:
         """First-party files that the main script imports or executes."""
-        if self.main is None:
-            return []
         names = {n.removesuffix(".py"): s for n, s in self.scripts.items() if "/" not in n and s is not self.main}
-        found, todo = {}, [self.main, *([self.code] if self.code is not self.main else [])]
+        reached = {s.name: s for s in (self.main, self.code) if s}
+        todo = list(reached.values())
         while todo:
-            script = todo.pop()
-            if script is not self.main:
-                found[script.name] = script
-            todo += [names[m] for m in script.facts["imports"] if m in names and names[m].name not in found]
-        return list(found.values())
+            fresh = [names[m] for m in todo.pop().facts["imports"] if m in names and names[m].name not in reached]
+            reached.update({s.name: s for s in fresh})
+            todo += fresh
+        return [s for s in reached.values() if s is not self.main]
+
+    @property
+    def sources(self) -> list[Script]:
+        """The script whose text runs, and what it imports from beside it."""
+        return [self.code, *(h for h in self.helpers if h is not self.code)] if self.code else []
 
     @cached_property
     def native(self) -> list[Entry]:
         """Compiled or compilable helpers that the code names."""
         text = "\n".join(s.unpacked.text for s in [self.main, self.code, *self.helpers] if s)
-        kinds = {".cpp", ".cu", ".cc", ".c", ".so", ".rs"}
-        return [e for e in self.files.values() if e.suffix in kinds and Path(e.name).name in text]
+        return [e for e in self.files.values() if e.suffix in NATIVE and Path(e.name).name in text]
 
     @cached_property
-    def tokenizers(self) -> list[Entry]:
-        return [e for e in self.files.values() if e.suffix == ".model"]
-
-    def log_seed(self, log: Log) -> int | None:
-        named = seed_in_name(log.name)
-        return log.seed if log.seed is not None else named
+    def modules_beside(self) -> set[str]:
+        """Names that an import can mean because a file or folder of the submission has them."""
+        return {n.removesuffix(".py").partition("/")[0] for n in self.scripts} | {
+            n.partition("/")[0] for n in self.files
+        }
 
     @cached_property
-    def proofs(self) -> list[Proof]:
-        """One proof per claimed seed, or one for the headline where no table of seeds is given."""
-        claim = self.claim
-        if claim is None:
-            return []
-        if claim.bpbs():
-            # writers drop trailing zeros, so the longest number of the table says how exact all of them are
-            slack = min(map(tolerance, claim.bpbs()))
-            return [self._prove(r.seed, r.val_bpb, slack) for r in claim.results.values() if r.val_bpb is not None]
-        headline = claim.number("val_bpb")
-        if headline is None:
-            return []
-        proof = self._prove(None, headline, tolerance(headline))
-        return [proof] if proof.metric else self._prove_mean(headline) or [proof]
+    def declared(self) -> str:
+        """Where a submission may say what it needs, in lower case."""
+        return " ".join(self.text(n) for n in self.files if "requirements" in n.lower()).lower() + self.readme.lower()
 
-    def _prove(self, seed: int | None, value: float, slack: float) -> Proof:
-        logs = [g for g in self.logs if seed is None or seed in (self.log_seed(g), seed_in_name(g.name))]
-        # a file that names no seed can prove a seed only by showing its number
-        spare = [log for log in self.logs if self.log_seed(log) is None] if seed is not None else []
-        hits = [(log, m) for log in [*logs, *spare] for m in log.metrics if matches(value, m, slack)]
-        hits.sort(key=lambda hit: (not hit[1].final, -hit[1].digits, abs(hit[1].bpb - value)))
-        if hits:
-            return Proof(seed, value, *hits[0])
-        return Proof(seed, value, next((log for log in logs if any(m.final for m in log.metrics)), None), None)
+    @cached_property
+    def tokenizers(self) -> list[Tokenizer]:
+        return [load_tokenizer(e) for e in self.files.values() if e.suffix == ".model"]
 
-    def _prove_mean(self, value: float) -> list[Proof]:
-        """A headline without a table may be the mean over logs of one final metric."""
-        tags = {m.tag for log in self.logs for m in log.metrics if m.final}
-        for tag in sorted(tags):
-            rows = {}
-            for log in self.logs:
-                last = [m for m in log.metrics if m.tag == tag]
-                if last:
-                    rows[self.log_seed(log)] = (log, last[-1])
-            mean = sum(m.bpb for _, m in rows.values()) / len(rows)
-            exact = all(m.exact for _, m in rows.values())
-            if len(rows) > 1 and abs(mean - value) <= tolerance(value) + (0 if exact else 5e-5):
-                return [Proof(seed, m.bpb, log, m) for seed, (log, m) in rows.items()]
-        return []
+    # what was proven of it
 
-    @property
-    def proven_logs(self) -> list[Log]:
-        """The logs behind the claim; all run logs where the claim points at none.
+    @cached_property
+    def certificates(self) -> list[Certificate]:
+        names = [n for n in self.files if re.fullmatch(r"certificate(?!_failed)\w*\.json", n.rpartition("/")[2])]
+        read = [(name, *self.json(name)) for name in names]
+        return [Certificate(name, value if isinstance(value, dict) else {}, problems) for name, value, problems in read]
 
-        A seed may be proven by a log of the evaluation alone; the log of its training then belongs to the evidence too.
-        """
-        found = {p.log.name: p.log for p in self.proofs if p.log}
-        for seed in [self.log_seed(log) for log in found.values() if not log.steps.count]:
-            found.update({log.name: log for log in self.logs if log.steps.count and self.log_seed(log) == seed})
-        return list(found.values()) or [log for log in self.logs if log.steps.count]
+    @cached_property
+    def build(self) -> dict:
+        """The builder's manifest: which file it made of which sources, and the proof that both behave alike."""
+        value, _ = self.json("build.json") if "build.json" in self.files else ({}, [])
+        return value if isinstance(value, dict) else {}
 
-    def scores(self) -> tuple[list[float], list[float]]:
-        """Per-seed BPB and nats a token, exact from the logs where they show them, else as claimed."""
-        claim = self.claim
-        bpb = [p.metric.bpb if p.metric and p.metric.exact else p.claimed for p in self.proofs]
-        nats = [p.metric.loss for p in self.proofs if p.metric]
-        if len(nats) < len(bpb) and claim and claim.results:
-            nats = [r.val_loss for r in claim.results.values() if r.val_loss is not None]
-        return bpb, nats if len(nats) == len(bpb) else []
+    @cached_property
+    def artifact_hashes(self) -> set[str]:
+        """sha256 of every artifact that the claim or the manifest names."""
+        rows = self.claim.raw.get("seed_results")
+        claimed = (
+            [r.get("artifact_sha256") for r in rows.values() if isinstance(r, dict)] if isinstance(rows, dict) else []
+        )
+        listed = [row.get("sha256") for n, row in (self.manifest or {}).items() if isinstance(row, dict) and weights(n)]
+        return {str(h) for h in [*claimed, *listed] if h}
+
+    @cached_property
+    def verification(self) -> tuple[list, list[str]]:
+        """The rows of verification.json; without a table the reason, nothing without a file."""
+        value, problems = self.json("verification.json") if "verification.json" in self.files else ({"checks": []}, [])
+        rows = value.get("checks") if isinstance(value, dict) else None
+        return (rows, []) if isinstance(rows, list) else ([], ["; ".join(problems) or "no table of checks"])
 
 
-def matches(value: float, metric: Metric, slack: float) -> bool:
-    """A claim equals a log line when the rounding of either explains the difference."""
-    return abs(metric.bpb - value) <= slack + (0 if metric.exact else 5e-5)
+def weights(name: str) -> bool:
+    return Path(name).suffix in ARTIFACTS
 
 
-def seed_in_name(name: str) -> int | None:
-    found = re.search(r"(?:seed|_s|-s)[-_]?(\d{1,10})(?=\D|$)", name.rpartition("/")[2], re.I)
-    return int(found[1]) if found else None
+def hash_in(table: dict, part: str) -> str:
+    """The sha256 that a certificate or manifest gives for one part, as text or in an object."""
+    told = table.get(part, table.get(f"{part}_sha256"))
+    return str(told.get("sha256", "")) if isinstance(told, dict) else str(told or "")
 
 
 def load_script(entry: Entry) -> Script:
-    text = source_text(read_bytes(entry.path, MAX_SCRIPT))
-    return Script(entry.name, entry.size, text, unpack(text))
+    data = read_bytes(entry.path, MAX_SCRIPT)
+    text = source_text(data)
+    return Script(entry.name, entry.size, hashlib.sha256(data).hexdigest(), text, unpack(text))
 
 
-@lru_cache(maxsize=256)
-def facts_of(text: str) -> dict:
-    """Facts by our own parser, or by a newer one where the grammar is newer than ours."""
-    found = facts(text)
-    if not found["error"] or "\0" in text:
-        return found
-    exe = newer_python()
-    newer = facts_by(exe, text) if exe else None
-    return newer | {"parsed_by": f"Python {exe[1]}"} if newer else found
+def load_tokenizer(entry: Entry) -> Tokenizer:
+    data = read_bytes(entry.path, MAX_MODEL)
+    official = TOKENIZERS.get(hashlib.sha256(data).hexdigest(), "")
+    try:
+        problems = [] if official else read_vocabulary(data).problems()
+    except (ValueError, RecursionError) as error:
+        return Tokenizer(entry.name, entry.path, "", [str(error)], broken=True)
+    return Tokenizer(entry.name, entry.path, official, problems)
 
 
-@lru_cache(maxsize=1)
-def newer_python() -> tuple[str, str] | None:
-    """Path and version of a Python on this machine with a newer grammar than ours; it only ever parses."""
-    ours = sys.version_info[1]
-    names = [f"python3.{minor}" for minor in range(ours + 6, ours, -1)]
-    homes = sorted(Path.home().glob(".pyenv/versions/3.*/bin"), reverse=True)
-    for name in names:
-        for exe in filter(None, [shutil.which(name), *(str(h / name) for h in homes if (h / name).exists())]):
-            if facts_by((exe, name), "f'{'a'}'"):
-                return exe, name.removeprefix("python")
-    return None
-
-
-def facts_by(exe: tuple[str, str], text: str) -> dict | None:
-    """The same facts from another interpreter; None when it does not run or does not parse the text either."""
-    command = [exe[0], "-I", "-S", "-c", PRINT_FACTS, str(ROOT)]
-    done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=60, check=False)
-    value, _ = parse_json(done.stdout)
-    return value if isinstance(value, dict) and not value.get("error") else None
+def git(where: Path, revision: str, *words: str) -> str:
+    """What git says, or an error that names the revision it cannot compare with."""
+    done = subprocess.run(["git", *words], cwd=where, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        raise ValueError(f"{where}: git cannot compare it with {revision!r}: {done.stderr.strip()}")
+    return done.stdout.strip("\n")
 
 
 def sha256_file(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 import brotli
 
-from packer.pack import MIXED_START, mixed_parts, unmixed
-
 MAX_UNPACKED = 8 << 20  # a train_gpt.py is 0.2 MB; more is a bomb
 MAX_LAYERS = 4
 MAX_VALUE = 64 << 20
@@ -42,15 +40,20 @@ def source_text(data: bytes) -> str:
         latin = codecs.lookup(tokenize.detect_encoding(io.BytesIO(data).readline)[0]).name == "iso8859-1"
     except (SyntaxError, LookupError):
         latin = False
-    return data.decode("latin-1" if latin else "utf-8", errors="replace")
+    return data.removeprefix(codecs.BOM_UTF8).decode("latin-1" if latin else "utf-8", errors="replace")
 
 
 def bounded(decoder, data: bytes) -> bytes:
     """Run a streaming decompressor to its end, or stop at the limit."""
     out = decoder.decompress(data, MAX_UNPACKED + 1)
+    return whole(out, decoder.eof)
+
+
+def whole(out: bytes, ended: bool) -> bytes:
+    """What a decompressor gave, if it is not too long and its stream came to an end."""
     if len(out) > MAX_UNPACKED:
         raise Unpackable(f"unpacks to more than {MAX_UNPACKED:,} bytes: a decompression bomb")
-    if not decoder.eof:
+    if not ended:
         raise Unpackable("the compressed stream is truncated")
     return out
 
@@ -82,45 +85,27 @@ def un_brotli(data: bytes, **_: object) -> bytes:
     for i in range(0, len(data), FEED):
         out += decoder.process(data[i : i + FEED])
         if len(out) > MAX_UNPACKED:
-            raise Unpackable(f"unpacks to more than {MAX_UNPACKED:,} bytes: a decompression bomb")
-    if not decoder.is_finished():
-        raise Unpackable("the brotli stream is truncated")
-    return bytes(out)
+            break
+    return whole(bytes(out), decoder.is_finished())
 
 
 CALL = re.compile(r"(?<![\w.])(?:exec|eval)\s*\(")
+BASES = ("b85decode", "b64decode", "a85decode", "b32decode", "standard_b64decode", "urlsafe_b64decode")
 DECODERS = {
     "lzma.decompress": un_lzma,
     "zlib.decompress": un_zlib,
     "gzip.decompress": un_gzip,
     "bz2.decompress": un_bz2,
     "brotli.decompress": un_brotli,
-    "base64.b85decode": base64.b85decode,
-    "base64.b64decode": base64.b64decode,
-    "base64.a85decode": base64.a85decode,
-    "base64.b32decode": base64.b32decode,
     "binascii.unhexlify": binascii.unhexlify,
-    "base64.standard_b64decode": base64.b64decode,
-    "base64.urlsafe_b64decode": base64.urlsafe_b64decode,
     "bytes.fromhex": bytes.fromhex,
+    **{f"base64.{name}": getattr(base64, name) for name in BASES},
 }
 CONSTANTS = {f"lzma.{k}": getattr(lzma, k) for k in dir(lzma) if k.isupper()}
 METHODS = {"decode", "encode", "replace", "strip"}
 WRAPPERS = {"compile", "bytes", "str"}
-REFUSED = (
-    Unpackable,
-    ValueError,
-    TypeError,
-    lzma.LZMAError,
-    zlib.error,
-    OSError,
-    EOFError,
-    brotli.error,
-    binascii.Error,
-    RecursionError,
-    MemoryError,
-    LookupError,
-)
+DECODING = (lzma.LZMAError, zlib.error, brotli.error, binascii.Error, EOFError, OSError)
+REFUSED = (Unpackable, ValueError, TypeError, RecursionError, MemoryError, LookupError, *DECODING)
 
 
 class _Stub:
@@ -135,78 +120,69 @@ class _Stub:
             self._bind(node)
 
     def _bind(self, node: ast.AST) -> None:
-        if isinstance(node, ast.Import):
-            self.names.update({a.asname or a.name: a.name for a in node.names})
-        elif isinstance(node, ast.ImportFrom):
-            self.names.update({a.asname or a.name: f"{node.module}.{a.name}" for a in node.names})
-        elif isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            self.values.setdefault(node.targets[0].id, node.value)
-        elif isinstance(node, ast.NamedExpr):
-            self.values.setdefault(node.target.id, node.value)
+        match node:
+            case ast.Import(names=names):
+                self.names.update({a.asname or a.name: a.name for a in names})
+            case ast.ImportFrom(module=module, names=names):
+                self.names.update({a.asname or a.name: f"{module}.{a.name}" for a in names})
+            case ast.Assign(targets=[ast.Name(id=name)]) | ast.NamedExpr(target=ast.Name(id=name)):
+                self.values.setdefault(name, node.value)
 
     def dotted(self, node: ast.expr) -> str:
-        if isinstance(node, ast.Attribute):
-            return f"{self.dotted(node.value)}.{node.attr}"
-        if isinstance(node, ast.Name):
-            return self.names.get(node.id, node.id)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "__import__":
-            return str(self.value(node.args[0], 0))
+        match node:
+            case ast.Attribute(value=owner, attr=name):
+                return f"{self.dotted(owner)}.{name}"
+            case ast.Name(id=name):
+                return self.names.get(name, name)
+            case ast.Call(func=ast.Name(id="__import__"), args=[name, *_]):
+                return str(self.value(name, 0))
         return "?"
 
     def value(self, node: ast.expr, depth: int = 0) -> object:
         self.steps += 1
         if depth > 40 or self.steps > MAX_STEPS:
             raise Unpackable("the packing expression is nested too deep")
-        rule = getattr(self, f"_{type(node).__name__.lower()}", None)
-        if rule is None:
-            raise Unpackable(f"line {node.lineno}: {type(node).__name__} is not a packing expression")
-        found = rule(node, depth + 1)
-        if isinstance(found, str | bytes) and len(found) > MAX_VALUE:
+        value = self._value(node, depth + 1)
+        if isinstance(value, str | bytes) and len(value) > MAX_VALUE:
             raise Unpackable("the packing expression grows without end")
-        return found
+        return value
 
-    def _constant(self, node: ast.Constant, _: int) -> object:
-        return node.value
+    def _value(self, node: ast.expr, depth: int) -> object:
+        match node:
+            case ast.Constant(value=value):
+                return value
+            case ast.NamedExpr(value=inner):
+                return self.value(inner, depth)
+            case ast.Name(id=name) if name in self.values:
+                return self.value(self.values[name], depth)
+            case ast.Name() | ast.Attribute():
+                return self._known(node)
+            case ast.List(elts=members) | ast.Tuple(elts=members):
+                return [self.value(x, depth) for x in members]
+            case ast.Dict(keys=keys, values=values):
+                return {self.value(k, depth): self.value(v, depth) for k, v in zip(keys, values) if k}
+            case ast.Subscript(value=whole, slice=ast.Slice() as cut):
+                bounds = [part and self.value(part, depth) for part in (cut.lower, cut.upper, cut.step)]
+                return self.value(whole, depth)[slice(*bounds)]
+            case ast.Subscript(value=whole, slice=index):
+                return self.value(whole, depth)[self.value(index, depth)]
+            case ast.BinOp():
+                return self._joined(node, self.value(node.left, depth), self.value(node.right, depth))
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int(number))):
+                return -number
+            case ast.Call():
+                return self._call(node, depth)
+        raise Unpackable(f"line {node.lineno}: {type(node).__name__} is not a packing expression")
 
-    def _namedexpr(self, node: ast.NamedExpr, depth: int) -> object:
-        return self.value(node.value, depth)
+    def _known(self, node: ast.expr) -> object:
+        if self.dotted(node) not in CONSTANTS:
+            raise Unpackable(f"line {node.lineno}: {self.dotted(node)} is not a known constant")
+        return CONSTANTS[self.dotted(node)]
 
-    def _name(self, node: ast.Name, depth: int) -> object:
-        if node.id in self.values:
-            return self.value(self.values[node.id], depth)
-        return self._attribute(node, depth)
-
-    def _attribute(self, node: ast.expr, _: int) -> object:
-        name = self.dotted(node)
-        if name not in CONSTANTS:
-            raise Unpackable(f"line {node.lineno}: {name} is not a known constant")
-        return CONSTANTS[name]
-
-    def _list(self, node: ast.List, depth: int) -> list:
-        return [self.value(x, depth) for x in node.elts]
-
-    _tuple = _list
-
-    def _dict(self, node: ast.Dict, depth: int) -> dict:
-        return {self.value(k, depth): self.value(v, depth) for k, v in zip(node.keys, node.values) if k}
-
-    def _subscript(self, node: ast.Subscript, depth: int) -> object:
-        if isinstance(node.slice, ast.Slice):
-            parts = (node.slice.lower, node.slice.upper, node.slice.step)
-            return self.value(node.value, depth)[slice(*(p and self.value(p, depth) for p in parts))]
-        return self.value(node.value, depth)[self.value(node.slice, depth)]
-
-    def _binop(self, node: ast.BinOp, depth: int) -> object:
-        left, right = self.value(node.left, depth), self.value(node.right, depth)
+    def _joined(self, node: ast.BinOp, left: object, right: object) -> object:
         if not (isinstance(node.op, ast.Add) and isinstance(left, str | bytes) and type(left) is type(right)):
             raise Unpackable(f"line {node.lineno}: only text is joined in a packed script")
         return left + right
-
-    def _unaryop(self, node: ast.UnaryOp, depth: int) -> object:
-        operand = self.value(node.operand, depth)
-        if not (isinstance(node.op, ast.USub) and isinstance(operand, int)):
-            raise Unpackable(f"line {node.lineno}: {ast.dump(node.op)} is not a packing expression")
-        return -operand
 
     def _call(self, node: ast.Call, depth: int) -> object:
         name = self.dotted(node.func)
@@ -217,40 +193,28 @@ class _Stub:
         if name in DECODERS:
             self.layers.append(name)
             return DECODERS[name](*args, **options)
-        owner = getattr(node.func, "value", None)
-        module = isinstance(owner, ast.Name) and owner.id in self.names
-        if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS and not module:
-            return self._method(self._text_of(node.func.value, depth), node.func.attr, args, options)
+        match node.func:
+            case ast.Attribute(value=ast.Name(id=module)) if module in self.names:
+                pass
+            case ast.Attribute(value=owner, attr=method) if method in METHODS:
+                return self._method(node, self.value(owner, depth), method, args, options)
         raise Unpackable(f"line {node.lineno}: call of {name} is not a known decoder")
 
-    def _method(self, owner: str | bytes, name: str, args: list, options: dict) -> object:
+    def _method(self, node: ast.Call, owner: object, name: str, args: list, options: dict) -> object:
+        if not isinstance(owner, str | bytes):
+            raise Unpackable(f"line {node.lineno}: a method of {type(owner).__name__}")
         if name == "replace" and (owner.count(args[0]) + 1) * len(args[1]) > MAX_VALUE:
             raise Unpackable("the packing expression grows without end")
         return getattr(owner, name)(*args, **options)
-
-    def _text_of(self, node: ast.expr, depth: int) -> str | bytes:
-        found = self.value(node, depth)
-        if not isinstance(found, str | bytes):
-            raise Unpackable(f"line {node.lineno}: a method of {type(found).__name__}")
-        return found
 
 
 def unpack(text: str) -> Unpacked:
     """The code a script really runs. Plain scripts come back as they are."""
     layers: list[str] = []
     for _ in range(MAX_LAYERS):
-        if not CALL.search(text):
-            return Unpacked(text, tuple(layers))
-        if text.startswith(MIXED_START):
-            return _own(text, layers)
-        try:
-            tree = ast.parse(text)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return Unpacked(text, tuple(layers))
-        hidden = _executed(tree)
+        stub, hidden = _hidden(text)
         if hidden is None:
             return Unpacked(text, tuple(layers))
-        stub = _Stub(tree)
         reads = _reads(stub, hidden)
         if reads:
             return Unpacked(text, tuple(layers), f"executes another file: {reads}", reads)
@@ -263,35 +227,26 @@ def unpack(text: str) -> Unpacked:
     return Unpacked(text, tuple(layers), f"packed more than {MAX_LAYERS} times")
 
 
-def _own(text: str, layers: list[str]) -> Unpacked:
-    """A file of this project's mixer, whose decoder is a program: read by the builder's copy if it is the same."""
+def _hidden(text: str) -> tuple[_Stub | None, ast.expr | None]:
+    """The argument of a module-level exec; a large plain script that mentions exec further down is not a stub."""
     try:
-        return Unpacked(unmixed(*mixed_parts(text)), (*layers, "brotli.decompress", "mixing.spell"))
-    except (*REFUSED, SyntaxError, StopIteration, ImportError) as error:
-        return Unpacked(text, tuple(layers), f"{type(error).__name__}: {error}")
-
-
-def _executed(tree: ast.Module) -> ast.expr | None:
-    """The argument of a module-level exec of a small stub; a large plain script that mentions exec is not a stub."""
+        tree = ast.parse(text if CALL.search(text) else "")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None, None
     for node in tree.body:
-        call = node.value if isinstance(node, ast.Expr | ast.Assign) else None
-        if (
-            isinstance(call, ast.Call)
-            and isinstance(call.func, ast.Name)
-            and call.func.id in {"exec", "eval"}
-            and call.args
-        ):
-            return call.args[0]
-    return None
+        match node:
+            case ast.Expr(value=call) | ast.Assign(value=call):
+                match call:
+                    case ast.Call(func=ast.Name(id="exec" | "eval"), args=[hidden, *_]):
+                        return _Stub(tree), hidden
+    return None, None
 
 
 def _reads(stub: _Stub, node: ast.expr) -> str:
     """Name of the file when the executed text comes from one."""
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.Call) and (
-            stub.dotted(inner.func) == "open"
-            or stub.dotted(inner.func).endswith((".read_text", ".read_bytes", ".urlopen", ".get"))
-        ):
-            names = [c.value for c in ast.walk(inner) if isinstance(c, ast.Constant) and isinstance(c.value, str)]
-            return names[-1] if names else ast.unparse(inner)[:80]
+    for inner in [n for n in ast.walk(node) if isinstance(n, ast.Call)]:
+        name = stub.dotted(inner.func)
+        if name == "open" or name.endswith((".read_text", ".read_bytes", ".urlopen", ".get")):
+            texts = [c.value for c in ast.walk(inner) if isinstance(c, ast.Constant) and isinstance(c.value, str)]
+            return [ast.unparse(inner)[:80], *texts][-1]
     return ""

@@ -40,14 +40,17 @@ class Raw(str):
 
 
 def cell(value: object) -> str:
-    if isinstance(value, Raw):
-        return value
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        value = int(value)
-    if isinstance(value, float):
-        return escape(f"{value:,.8g}")
-    if isinstance(value, int) and not isinstance(value, bool):
-        return escape(f"{value:,}")
+    match value:
+        case Raw():
+            return value
+        case bool():
+            return str(value)
+        case float() if value.is_integer() and abs(value) < 1e15:
+            return f"{int(value):,}"
+        case float():
+            return f"{value:,.8g}"
+        case int():
+            return f"{value:,}"
     return escape(clean(value, 2_000))
 
 

@@ -13,13 +13,8 @@ COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)", "var(--e)", "var(--f)
 
 def number(x: float) -> str:
     """A tick label: short, no superfluous digits."""
-    if x == 0:
-        return "0"
-    if abs(x) >= 1e6:
-        return f"{x / 1e6:.4g}M"
-    if abs(x) >= 1e4:
-        return f"{x / 1e3:.4g}k"
-    return f"{x:.1e}" if abs(x) < 1e-3 else f"{x:.4g}"
+    forms = ((1e6, f"{x / 1e6:.4g}M"), (1e4, f"{x / 1e3:.4g}k"), (1e-3, f"{x:.4g}"), (1e-300, f"{x:.1e}"), (0, "0"))
+    return next(form for limit, form in forms if abs(x) >= limit)
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -98,39 +93,36 @@ def lines(
     dots: frozenset = frozenset(),
 ) -> str:
     """A line chart; `band` is (x, low, high) behind the lines, `marks` are red points, `dots` names dotted series."""
-    kept = []
-    for name, x, y in series:
-        x, y = np.asarray(x, float), np.asarray(y, float)
-        good = np.isfinite(x) & np.isfinite(y) & ((y > 0) | (not log))
-        if good.any():
-            kept.append((name, x[good], y[good]))
-    if not kept:
+    drawn = [d for d in (finite(*row, log=log) for row in series) if len(d[1])]
+    if not drawn:
         return ""
-    xs, ys = np.concatenate([k[1] for k in kept]), np.concatenate([k[2] for k in kept])
-    bottom, top = ys.min(), ys.max()
-    if band is not None:
-        bx, low, high = (np.asarray(v, float) for v in band)
-        bottom, top = min(bottom, np.quantile(low, 0.01)), max(top, np.quantile(high, 0.99))
+    xs, ys = (np.concatenate([d[i] for d in drawn]) for i in (1, 2))
+    bx, low, high = (np.asarray(v, float) for v in band or (xs[:0], ys[:0], ys[:0]))
+    bottom = min(ys.min(), np.quantile(low, 0.01) if len(low) else np.inf)
+    inside = [(a, b) for a, b in marks if math.isfinite(a) and math.isfinite(b) and xs.min() <= a <= xs.max()]
+    top = max(ys.max(), np.quantile(high, 0.99) if len(high) else -np.inf, *(b for _, b in inside))
     axes = Axes((xs.min(), xs.max()), (bottom, top), log)
-    body = [axes.frame(x_label, y_label)]
-    if band is not None:
-        low, high = np.clip(low, bottom, top), np.clip(high, bottom, top)
-        body.append(f'<polygon class="band" points="{points(axes, bx, high)} {points(axes, bx[::-1], low[::-1])}"/>')
-    for i, (name, x, y) in enumerate(kept):
+    low, high = np.clip(low, bottom, top), np.clip(high, bottom, top)
+    area = f'<polygon class="band" points="{points(axes, bx, high)} {points(axes, bx[::-1], low[::-1])}"/>'
+    body = [axes.frame(x_label, y_label), area * bool(len(bx))]
+    for i, (name, x, y) in enumerate(drawn):
         colour = COLOURS[i % len(COLOURS)]
         body.append(f'<polyline class="l" style="stroke:{colour}" points="{points(axes, x, y)}"/>')
         if name in dots or len(x) == 1:
-            body += [
-                f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" style="fill:{colour}"/>'
-                for a, b in zip(axes.px(x), axes.py(y))
-            ]
-    body += [
-        f'<circle class="mark" cx="{axes.px(a):.1f}" cy="{axes.py(b):.1f}" r="4"/>'
-        for a, b in marks
-        if math.isfinite(a) and math.isfinite(b) and xs.min() <= a <= xs.max()
-    ]
-    body.append(legend([k[0] for k in kept]))
-    return svg("".join(body), title)
+            body += [circle(axes, a, b, f'r="3" style="fill:{colour}"') for a, b in zip(x, y)]
+    body += [circle(axes, a, b, 'class="mark" r="4"') for a, b in inside]
+    return svg("".join([*body, legend([d[0] for d in drawn])]), title)
+
+
+def finite(name: str, x: Sequence[float], y: Sequence[float], *, log: bool) -> tuple[str, np.ndarray, np.ndarray]:
+    """The points of a series that can be drawn."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    good = np.isfinite(x) & np.isfinite(y) & ((y > 0) | (not log))
+    return name, x[good], y[good]
+
+
+def circle(axes: Axes, x: float, y: float, look: str) -> str:
+    return f'<circle cx="{axes.px(x):.1f}" cy="{axes.py(y):.1f}" {look}/>'
 
 
 def legend(names: list[str]) -> str:

@@ -3,7 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from records.facts import MARGIN_NATS, P_PRACTICE, P_README
+from records.competition import MARGIN_NATS, P_PRACTICE, P_README
+
+TINY = 1e-300
 
 
 def mean(xs: list[float]) -> float:
@@ -16,20 +18,19 @@ def deviation(xs: list[float], ddof: int = 1) -> float:
     return math.sqrt(math.fsum((x - m) ** 2 for x in xs) / (len(xs) - ddof))
 
 
+def not_zero(x: float) -> float:
+    return math.copysign(max(abs(x), TINY), x)
+
+
 def beta_fraction(a: float, b: float, x: float) -> float:
     """Continued fraction of the incomplete beta function by Lentz's method."""
-    tiny, c, d = 1e-300, 1.0, 1.0 - (a + b) * x / (a + 1)
-    d = 1 / (d if abs(d) > tiny else tiny)
+    c, d = 1.0, 1 / not_zero(1.0 - (a + b) * x / (a + 1))
     h = d
     for m in range(1, 500):
-        for term in (
-            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
-        ):
-            d = 1 + term * d
-            d = 1 / (d if abs(d) > tiny else tiny)
-            c = 1 + term / c
-            c = c if abs(c) > tiny else tiny
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for term in (even, odd):
+            c, d = not_zero(1 + term / c), 1 / not_zero(1 + term * d)
             h *= c * d
         if abs(c * d - 1) < 1e-15:
             break
@@ -48,9 +49,7 @@ def beta_regularised(a: float, b: float, x: float) -> float:
 
 def t_upper(t: float, df: float) -> float:
     """P(T > t) for Student's t."""
-    if math.isinf(t):
-        return float(t < 0)
-    half = beta_regularised(df / 2, 0.5, df / (df + t * t)) / 2
+    half = 0.0 if math.isinf(t) else beta_regularised(df / 2, 0.5, df / (df + t * t)) / 2
     return half if t >= 0 else 1 - half
 
 
@@ -62,6 +61,10 @@ class Welch:
     p: float  # one-sided: that the new mean is not lower by more than the margin
 
 
+def welch_df(va: float, na: int, vb: float, nb: int) -> float:
+    return (va + vb) ** 2 / (va**2 / (na - 1) + vb**2 / (nb - 1))
+
+
 def welch(baseline: list[float], new: list[float], margin: float = 0.0) -> Welch:
     """One-sided Welch test that `new` is lower than `baseline` by more than `margin`."""
     if min(len(baseline), len(new)) < 2:
@@ -69,11 +72,10 @@ def welch(baseline: list[float], new: list[float], margin: float = 0.0) -> Welch
     va, vb = (deviation(x) ** 2 / len(x) for x in (baseline, new))
     gain = mean(baseline) - mean(new)
     excess = gain - margin
-    if va + vb == 0:
-        t = math.copysign(math.inf, excess) if excess else 0.0
-        return Welch(gain, t, float(len(baseline) + len(new) - 2), t_upper(t, 1.0))
-    t = excess / math.sqrt(va + vb)
-    df = (va + vb) ** 2 / (va**2 / (len(baseline) - 1) + vb**2 / (len(new) - 1))
+    if va + vb == 0:  # no spread at all: any excess is certain
+        t = {1: math.inf, 0: 0.0, -1: -math.inf}[(excess > 0) - (excess < 0)]
+        return Welch(gain, t, len(baseline) + len(new) - 2.0, t_upper(t, 1.0))
+    t, df = excess / math.sqrt(va + vb), welch_df(va, len(baseline), vb, len(new))
     return Welch(gain, t, df, t_upper(t, df))
 
 
@@ -81,14 +83,12 @@ def seeds_needed(
     gain: float, sd_baseline: float, n_baseline: int, sd_new: float, margin: float, p: float
 ) -> int | None:
     """Smallest number of new seeds with which this gain at these deviations would pass; None above 1,000."""
-    for n in range(2, 1001):
-        va, vb = sd_baseline**2 / n_baseline, sd_new**2 / n
-        if gain <= margin or va + vb == 0:
-            return 2 if gain > margin else None
-        df = (va + vb) ** 2 / (va**2 / (n_baseline - 1) + vb**2 / (n - 1))
-        if t_upper((gain - margin) / math.sqrt(va + vb), df) < p:
-            return n
-    return None
+    excess, va = gain - margin, sd_baseline**2 / n_baseline
+    if excess <= 0 or va + sd_new == 0:
+        return {True: 2, False: None}[excess > 0]
+    variances = ((n, sd_new**2 / n) for n in range(2, 1001))
+    tests = ((n, excess / math.sqrt(va + vb), welch_df(va, n_baseline, vb, n)) for n, vb in variances)
+    return next((n for n, t, df in tests if t_upper(t, df) < p), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,5 +105,5 @@ def significance(
     """Both rules: 0.005 nats a token at p < 0.01 (README), any gain in BPB at p < 0.25 (applied in the last weeks)."""
     bpb = welch(base_bpb, new_bpb)
     nats = welch(base_nats, new_nats, MARGIN_NATS) if min(len(base_nats), len(new_nats)) > 1 else None
-    readme = None if nats is None else nats.gain > MARGIN_NATS and nats.p < P_README
+    readme = nats and nats.gain > MARGIN_NATS and nats.p < P_README
     return Significance(bpb, nats, readme, bpb.gain > 0 and bpb.p < P_PRACTICE)

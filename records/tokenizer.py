@@ -2,15 +2,17 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import numpy as np
+from itertools import islice
 
 KINDS = {1: "normal", 2: "unknown", 3: "control", 4: "user", 5: "unused", 6: "byte"}
 MAX_PIECES = 1 << 20
+FIXED = {1: 8, 5: 4}  # bytes of the wire types that carry no length
+UNCOUNTED = {"control", "unknown", "unused"}
 NORMALISERS = {"", "identity", "nmt_nfkc", "nfkc"}  # those that keep every letter
 # texts that the official normalisation leaves as they are, each hard for some tokenizer
 HARD_TEXTS = (
@@ -48,16 +50,11 @@ def fields(data: bytes) -> Iterator[tuple[int, object]]:
     while at < len(data):
         key, at = varint(data, at)
         number, wire = key >> 3, key & 7
-        if wire == 0:
-            value, at = varint(data, at)
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
-            value, at = data[at : at + size], at + size
-        elif wire == 2:
-            size, at = varint(data, at)
-            value, at = data[at : at + size], at + size
-        else:
+        if wire not in (0, 1, 2, 5):
             raise ValueError(f"not a SentencePiece model: wire type {wire} at byte {at}")
+        value, at = (FIXED[wire], at) if wire in FIXED else varint(data, at)
+        if wire:  # the number is the length of what follows
+            value, at = data[at : at + value], at + value
         if at > len(data):
             raise ValueError("not a SentencePiece model: truncated")
         yield number, value
@@ -72,60 +69,52 @@ class Vocabulary:
 
     def problems(self) -> list[str]:
         """What would make byte counts wrong."""
-        found = []
-        if "▁" not in self.pieces:
-            found.append("no standalone ▁ piece: spaces fall into byte pieces and are counted three times (issue 897)")
+        rows = list(zip(self.pieces, self.kinds))
         count = self.kinds.count("byte")
-        if count not in (0, 256):
-            found.append(f"{count} byte pieces, should be 256 or none")
-        if count == 0:
-            found.append("no byte fallback: unknown text is scored as <unk> with 0 bytes")
-        if self.normaliser not in NORMALISERS:
-            found.append(f"normalises by {self.normaliser!r}: the text that is scored is another one (issue 1604)")
-        names = [p for p, k in zip(self.pieces, self.kinds) if k != "unused"]
-        if len(set(names)) < len(names):
-            found.append("a piece appears twice")
-        found += [
-            f"{p!r} is a byte piece"
-            for p, k in zip(self.pieces, self.kinds)
-            if k == "byte" and not (len(p) == 6 and p.startswith("<0x") and p.endswith(">"))
-        ][:3]
-        return found
+        names = [p for p, k in rows if k != "unused"]
+        wrong = {
+            "no standalone ▁ piece: spaces fall into byte pieces and are counted three times (issue 897)": "▁"
+            not in names,
+            f"{count} byte pieces, should be 256 or none": count not in (0, 256),
+            "no byte fallback: unknown text is scored as <unk> with 0 bytes": count == 0,
+            f"normalises by {self.normaliser!r}: the text that is scored is another one (issue 1604)": (
+                self.normaliser not in NORMALISERS
+            ),
+            "a piece appears twice": len(set(names)) < len(names),
+        }
+        odd = [f"{p!r} is a byte piece" for p, k in rows if k == "byte" and not re.fullmatch(r"<0x..>", p, re.S)]
+        return [problem for problem, holds in wrong.items() if holds] + odd[:3]
 
-    def byte_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def byte_table(self) -> tuple[list[int], list[bool], list[bool]]:
         """base bytes, leading space, boundary by token id, as the competition counts them.
 
         The official vocabularies have no ▁ inside a piece and drop a document's leading space; those that keep every
         space count each as one byte, so that the sum is the length of the text.
         """
         n = len(self.pieces)
-        base, space, boundary = np.zeros(n, np.int64), np.zeros(n, bool), np.ones(n, bool)
-        for i, (piece, kind) in enumerate(zip(self.pieces, self.kinds)):
-            if kind in {"control", "unknown", "unused"}:
-                continue
+        base, space, boundary = [0] * n, [False] * n, [not self.keeps_spaces] * n
+        counted = [(i, p, k) for i, (p, k) in enumerate(zip(self.pieces, self.kinds)) if k not in UNCOUNTED]
+        for i, piece, kind in counted:
             boundary[i] = False
             space[i] = kind != "byte" and piece.startswith("▁")
             base[i] = 1 if kind == "byte" else len(piece.removeprefix("▁").replace("▁", " ").encode())
-        return base, space, np.zeros(n, bool) if self.keeps_spaces else boundary
+        return base, space, boundary
 
 
 def read_vocabulary(data: bytes) -> Vocabulary:
-    pieces, kinds, normaliser, keeps = [], [], "", False
-    for number, value in fields(data):
-        if number == 1 and isinstance(value, bytes):
-            parts = dict(fields(value))
-            text = parts.get(1, b"")
-            pieces.append(text.decode("utf-8", errors="replace") if isinstance(text, bytes) else "")
-            kinds.append(KINDS.get(parts.get(3, 1) if isinstance(parts.get(3, 1), int) else 1, "normal"))
-            if len(pieces) > MAX_PIECES:
-                raise ValueError(f"not a SentencePiece model: more than {MAX_PIECES:,} pieces")
-        elif number == 3 and isinstance(value, bytes):
-            spec = dict(fields(value))
-            name, keeps = spec.get(1, b""), not (spec.get(3, 1) or spec.get(4, 1))
-            normaliser = name.decode("utf-8", errors="replace") if isinstance(name, bytes) else ""
+    messages = [(number, value) for number, value in islice(fields(data), MAX_PIECES) if isinstance(value, bytes)]
+    rows = [dict(fields(value)) for number, value in messages if number == 1]
+    pieces, kinds = [text_of(row.get(1)) for row in rows], [row.get(3, 1) for row in rows]
     if not pieces:
         raise ValueError("not a SentencePiece model: no pieces")
-    return Vocabulary(pieces, kinds, normaliser, keeps)
+    spec = dict(fields(next((value for number, value in reversed(messages) if number == 3), b"")))
+    keeps = bool(spec) and not (spec.get(3, 1) or spec.get(4, 1))
+    names = [KINDS.get(kind, "normal") for kind in kinds]
+    return Vocabulary(pieces, names, text_of(spec.get(1)), keeps)
+
+
+def text_of(value: object) -> str:
+    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else ""
 
 
 def altered_texts(path: str) -> list[str]:
@@ -135,11 +124,9 @@ def altered_texts(path: str) -> list[str]:
     """
     if importlib.util.find_spec("sentencepiece") is None:
         raise LookupError("sentencepiece is not installed")
-    command = [sys.executable, "-I", "-c", ROUND_TRIP, path]
+    command, texts = [sys.executable, "-I", "-c", ROUND_TRIP, path], json.dumps(HARD_TEXTS).encode()
     try:
-        done = subprocess.run(
-            command, input=json.dumps(HARD_TEXTS).encode(), capture_output=True, timeout=60, check=False
-        )
+        done = subprocess.run(command, input=texts, capture_output=True, timeout=60, check=False)
     except subprocess.TimeoutExpired:
         raise LookupError("sentencepiece was stopped after 60 s") from None
     if done.returncode:

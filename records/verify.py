@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from records.claim import as_number, parse_json
-from records.facts import CAP_BYTES, EVAL_SECONDS, SHARD_HEADER, SHARD_MAGIC, SHARD_VERSION
-from records.folder import Finding, Folder, sha256_file
-from records.logs import read_log
+from records.competition import CAP_BYTES, EVAL_SECONDS, SHARD_HEADER, SHARD_MAGIC, SHARD_VERSION
+from records.folder import Folder, sha256_file
+from records.logs_reader import read_log
+from records.rules import RANK, Finding
 from records.tokenizer import read_vocabulary
 
 GUARD = '''"""Refuses every connection of this process."""
@@ -60,9 +61,7 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        rank = {"na": 0, "pass": 1, "warn": 2, "fail": 3}
-        worst = max((f.status for _, f in self.findings), key=rank.__getitem__, default="na")
-        return "fail" if worst == "fail" else worst
+        return max((f.status for _, f in self.findings), key=RANK.__getitem__, default="na")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,15 +127,19 @@ def noise_floor(runs: list[Evaluation], out: Outcome) -> None:
         out.add("L9", "na", "one evaluation; --repeat 2 shows how far two lie apart")
         return
     names = set.intersection(*(set(r.printed) for r in runs))
-    spread = {name: max(values) - min(values) for name in names if (values := [r.printed[name] for r in runs])}
+    spread = {name: max(r.printed[name] for r in runs) - min(r.printed[name] for r in runs) for name in names}
     if not spread:
         out.add("L9", "warn", "the evaluations print no score in common")
         return
     name = max(spread, key=spread.__getitem__)
-    status = "pass" if spread[name] <= TOLERANCE else "warn" if spread[name] <= NOISE else "fail"
-    same = "" if spread[name] else ", to the last digit"
+    same = ", to the last digit" * (not spread[name])
     note = f"{len(runs)} evaluations of one artifact lie {spread[name]:.2e} BPB apart ({name}{same})"
-    out.add("L9", status, note, value=spread[name])
+    out.add("L9", closeness(spread[name]), note, value=spread[name])
+
+
+def closeness(off: float) -> str:
+    """Whether two scores are the same, as near as honest evaluations lie, or different."""
+    return next((status for status, limit in (("pass", TOLERANCE), ("warn", NOISE)) if off <= limit), "fail")
 
 
 def export_twice(folder: Folder, trial: Trial, values: dict[str, str], out: Outcome) -> None:
@@ -151,16 +154,16 @@ def export_twice(folder: Folder, trial: Trial, values: dict[str, str], out: Outc
                 return
             made = [p for p in set(box.rglob("*")) - before if p.suffix in ARTIFACTS]
             if not made:
-                out.add("L9", "fail", f"the export leaves no file with a suffix of {', '.join(sorted(ARTIFACTS))}")
+                out.add("L11", "fail", f"the export leaves no file with a suffix of {', '.join(sorted(ARTIFACTS))}")
                 return
             largest = max(made, key=lambda p: p.stat().st_size)
             artifacts.append((largest.stat().st_size, sha256_file(largest)))
     (one, first), (two, second) = artifacts
-    margin = CAP_BYTES - max(one, two) - folder.main.size
-    jitter = abs(one - two)
-    told = "two exports are the same file" if first == second else f"two exports differ by {jitter:,} bytes"
-    status = "fail" if margin < 0 else "pass" if margin >= jitter else "warn"
-    out.add("L9", status, f"{told}; {max(one, two):,} bytes, {margin:,} below the cap with the script", value=margin)
+    margin, jitter = CAP_BYTES - max(one, two) - folder.main.size, abs(one - two)
+    told = {True: "two exports are the same file", False: f"two exports differ by {jitter:,} bytes"}[first == second]
+    statuses = (("fail", margin < 0), ("pass", margin >= jitter), ("warn", True))
+    status = next(status for status, holds in statuses if holds)
+    out.add("L11", status, f"{told}; {max(one, two):,} bytes, {margin:,} below the cap with the script", value=margin)
 
 
 def fill(command: str, values: dict[str, str]) -> list[str]:
@@ -185,15 +188,10 @@ def execute(box: Path, command: list[str], seconds: float, out: Outcome) -> floa
         "WANDB_MODE": "disabled",
     }
     isolated = has_network_namespace()
-    full = ["unshare", "-rn", *command] if isolated else command
-    out.add(
-        "L7",
-        "pass" if isolated else "warn",
-        "no network: an empty network namespace"
-        if isolated
-        else "no network namespace here; sockets of Python processes are refused instead",
-    )
-    start = os.times().elapsed
+    refused = "no network namespace here; sockets of Python processes are refused instead"
+    told = {True: ("pass", "no network: an empty network namespace"), False: ("warn", refused)}[isolated]
+    out.add("L7", *told)
+    full, start = ["unshare", "-rn"] * isolated + command, os.times().elapsed
     with open(box / "output.txt", "wb") as sink:
         try:
             done = subprocess.run(
@@ -210,7 +208,7 @@ def execute(box: Path, command: list[str], seconds: float, out: Outcome) -> floa
         last = next((line for line in reversed(out.output.splitlines()) if line.strip()), "")
         out.add("L7", "fail", f"the evaluation exits with {done.returncode}: {last}", value=done.returncode)
         return None
-    status = "pass" if took <= EVAL_SECONDS else "warn"
+    status = {True: "pass", False: "warn"}[took <= EVAL_SECONDS]
     out.add("L8", status, f"{took:.1f} s from process start to end", value=round(took, 1))
     return took
 
@@ -220,24 +218,21 @@ def judge(folder: Folder, run: Evaluation, data: Path, out: Outcome) -> None:
     if not run.printed:
         out.add("L6", "fail", "the evaluation printed no val_bpb")
         return
-    claims = [p.claimed for p in folder.proofs] or ([folder.claim.number("val_bpb")] if folder.claim else [])
-    claims = [c for c in claims if c is not None]
-    near = min(((abs(v - c), name, v, c) for name, v in run.printed.items() for c in claims), default=None)
-    if near is None:
+    claims = [p.claimed for p in folder.proofs] or list(filter(None, [folder.claim.number("val_bpb")]))
+    pairs = [(abs(v - claimed), name, v, claimed) for name, v in run.printed.items() for claimed in claims]
+    for off, name, value, claimed in sorted(pairs)[:1]:
+        out.add("L6", closeness(off), f"{name} gives {value:.8f}, a seed claims {claimed}", value=off)
+    if not pairs:
         out.add("L6", "na", f"no claim to compare with; the evaluation says {run.printed}")
-    else:
-        off, name, value, claimed = near
-        status = "pass" if off <= TOLERANCE else "warn" if off <= NOISE else "fail"
-        out.add("L6", status, f"{name} gives {value:.8f}, a seed claims {claimed}", value=off)
     if not run.spans:
         out.add("L6", "na", "the evaluation leaves no spans (spans*.jsonl or MODE.N.npz); its sums were not recomputed")
-        return
-    weights = byte_weights(data)
+    weights = byte_weights(data) if run.spans else None
+    orders = {True: ("pass", "in the order of the stream")}
+    orders[False] = ("warn", "out of the order of the stream, which has to be declared")
     for mode, spans in run.spans.items():
         out.findings += [("L6", finding) for finding in judge_mode(mode, sorted(spans), weights, run.printed)]
-        ordered = in_stream_order(spans)
-        order = "in the order of the stream" if ordered else "out of the order of the stream, which has to be declared"
-        out.add("L5", "pass" if ordered else "warn", f"{mode}: scored {order}")
+        status, order = orders[in_stream_order(spans)]
+        out.add("L10", status, f"{mode}: scored {order}")
 
 
 def printed_scores(box: Path) -> dict[str, float]:
@@ -276,12 +271,10 @@ def spans_by_mode(box: Path) -> dict[str, list[tuple]]:
 
 def in_stream_order(spans: list[tuple]) -> bool:
     """Whether every lane walks the stream from front to back."""
-    last: dict[tuple, int] = {}
+    lanes: dict[tuple, list[int]] = {}
     for start, *_, lane in spans:
-        if start < last.get(lane, 0):
-            return False
-        last[lane] = start
-    return True
+        lanes.setdefault(lane, []).append(start)
+    return all(starts == sorted(starts) for starts in lanes.values())
 
 
 def judge_mode(
@@ -293,41 +286,33 @@ def judge_mode(
             yield Finding("fail", f"{mode}: gap or overlap at token {at}, the next span is {start} to {stop}")
             return
         at = stop
-    if spans[0][0] not in (0, 1):
-        yield Finding("fail", f"{mode}: scoring starts at token {spans[0][0]}")
     nbytes = sum(int(s[3]) for s in spans)
+    faults = {f"scoring starts at token {spans[0][0]}": spans[0][0] not in (0, 1)}
     if weights is not None:
-        if at != len(weights):
-            yield Finding("fail", f"{mode}: {at:,} of {len(weights):,} tokens are scored")
-        wrong = [(a, b, n) for a, b, _, n, _ in spans if int(weights[a:b].sum()) != n]
-        if wrong:
-            a, b, n = wrong[0]
-            yield Finding(
-                "fail",
-                f"{mode}: span {a} to {b} counts {n} bytes, our table {int(weights[a:b].sum())}",
-                value=len(wrong),
-            )
+        faults[f"{at:,} of {len(weights):,} tokens are scored"] = at != len(weights)
+        counts = [(a, b, n, int(weights[a:b].sum())) for a, b, _, n, _ in spans]
+        faults |= {f"span {a} to {b} counts {n} bytes, our table {own}": own != n for a, b, n, own in counts}
+    for note in [note for note, holds in faults.items() if holds][:4]:
+        yield Finding("fail", f"{mode}: {note}")
     bpb = math.fsum(s[2] for s in spans) / math.log(2) / nbytes
-    shown = next((v for name, v in printed.items() if mode and mode in name), None)
-    if shown is None:
+    named = [v for name, v in printed.items() if mode and mode in name][:1]
+    for score in named:
+        status = {True: "pass", False: "fail"}[abs(score - bpb) <= TOLERANCE]
+        yield Finding(status, f"{mode}: spans give {bpb:.8f}, printed {score:.8f}", value=bpb)
+    if not named:
         yield Finding("pass", f"{mode}: spans give {bpb:.8f}; no printed score names the mode", value=bpb)
-    else:
-        status = "pass" if abs(shown - bpb) <= TOLERANCE else "fail"
-        yield Finding(status, f"{mode}: spans give {bpb:.8f}, printed {shown:.8f}", value=bpb)
 
 
 def byte_weights(data: Path) -> np.ndarray | None:
     """Bytes of every validation token by our own reading of sidecar or tokenizer; the first is context and counts 0."""
     sidecars, shards = sorted(data.glob("*_val_bytes_*.bin")), sorted(data.glob("*_val_[0-9]*.bin"))
-    if not shards:
+    models = sorted(data.glob("*.model"))
+    if not shards or not (sidecars or models):
         return None
     if sidecars:
         weights = np.concatenate([read_shard(p) for p in sidecars]).astype(np.int64)
     else:
-        models = sorted(data.glob("*.model"))
-        if not models:
-            return None
-        base, space, boundary = read_vocabulary(models[0].read_bytes()).byte_table()
+        base, space, boundary = map(np.array, read_vocabulary(models[0].read_bytes()).byte_table())
         tokens = np.concatenate([read_shard(p) for p in shards])
         weights = base[tokens]
         weights[1:] += space[tokens[1:]] & ~boundary[tokens[:-1]]
@@ -347,34 +332,21 @@ def read_shard(path: Path) -> np.ndarray:
 
 def claimed_artifact(folder: Folder, artifact: Path, out: Outcome) -> None:
     """The given file must be the one the record names, where it names one."""
-    digest = sha256_file(artifact)
-    named = (
-        {
-            str(r.get("artifact_sha256"))
-            for r in (folder.claim.raw.get("seed_results") or {}).values()
-            if isinstance(r, dict) and r.get("artifact_sha256")
-        }
-        if folder.claim and isinstance(folder.claim.raw.get("seed_results"), dict)
-        else set()
-    )
-    if not named:
-        out.add("L7", "na", f"the record names no artifact; sha256 {digest}")
-    else:
-        right = digest in named
-        out.add(
-            "L7",
-            "pass" if right else "fail",
-            "the artifact is one the record names" if right else "the artifact is none that the record names",
-            value=digest,
-        )
+    digest, rows = sha256_file(artifact), folder.claim.raw.get("seed_results")
+    rows = list(rows.values()) if isinstance(rows, dict) else []
+    named = {str(r["artifact_sha256"]) for r in rows if isinstance(r, dict) and r.get("artifact_sha256")}
+    verdicts = {
+        (True, True): ("pass", "the artifact is one the record names"),
+        (True, False): ("fail", "the artifact is none that the record names"),
+    }
+    unnamed = ("na", f"the record names no artifact; sha256 {digest}")
+    out.add("L7", *verdicts.get((bool(named), digest in named), unnamed), value=digest)
 
 
 def certificate_agrees(folder: Folder, out: Outcome) -> None:
-    names = [n for n in folder.files if re.fullmatch(r"certificate\w*\.json", n)]
-    for name in names:
-        value, problems = parse_json(folder.files[name].path.read_bytes()[: 4 << 20])
-        legal = value.get("legal") if isinstance(value, dict) else None
-        note = "; ".join(problems) or f"legal: {legal}"
-        out.add("L1-L5", "pass" if legal is True else "fail" if legal is False else "warn", note, file=name)
-    if not names:
+    for certificate in folder.certificates:
+        legal = certificate.table.get("legal")
+        status = {"True": "pass", "False": "fail"}.get(str(legal), "warn")
+        out.add("L1-L5", status, "; ".join(certificate.problems) or f"legal: {legal}", file=certificate.name)
+    if not folder.certificates:
         out.add("L1-L5", "na", "no certificate in the folder")

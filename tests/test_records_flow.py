@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from records.flow import BETTER, GATED, HASHED
-from records.order import AGAIN, BEFORE, FITTED
 from records.script import facts
+from records.script_order import AGAIN, BEFORE, FITTED
+from records.script_tokens import BETTER, GATED, HASHED
 
 SCORE = """
 def eval_val(model, val_tokens, base_bytes_lut, space_lut, boundary_lut):
@@ -215,6 +215,11 @@ def score(self, y_np):
         p[t] = self.rows[h][tgt] / self.rows[h].sum()
         h = (h * 31 + tgt) % self.buckets
     return p
+""",
+    "a quotient of counts that is clipped": """
+def score(self, ctx, y):
+    full_counts, ctx_counts = self.rows[(ctx * 31) & self.mask][y], self.totals[y]
+    return np.minimum(full_counts, ctx_counts) / np.maximum(ctx_counts, 1.0)
 """,
     "an exact table of pairs": """
 def score(self, prev, y, vocab):

@@ -10,13 +10,14 @@ import sys
 import zlib
 from pathlib import Path
 
+import brotli
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from records.lut import VOCABULARY, Unknown, canonical, deviations
-from records.packed import MAX_UNPACKED, unpack
+from records.packed import MAX_UNPACKED, source_text, unpack
 from records.script import PRINT_FACTS, facts
+from records.script_table import VOCABULARY, Unknown, canonical, deviations
 from records.tokenizer import altered_texts, read_vocabulary
 
 CODE = "import os\nprint('hello ▁')\n"
@@ -73,6 +74,20 @@ exec(compile(s.decode('utf-8'),'b','exec'),globals())""",
 def test_every_form_of_packing_gives_back_the_code(stub):
     found = unpack(stub)
     assert (found.text, found.problem) == (CODE, "") and found.layers
+
+
+QUOTED = {i: f"\\{chr(i)}" if chr(i) in "'\\" else chr(i) for i in range(256)} | {0: "\\x00", 10: "\\n", 13: "\\r"}
+
+
+@pytest.mark.parametrize("module", ["brotli", "lzma"])
+def test_a_file_of_raw_latin_1_bytes_is_opened(module):
+    """The builder's own form: compressed bytes stand in a literal as they are."""
+    raw = lzma.compress(DATA, lzma.FORMAT_ALONE) if module == "lzma" else brotli.compress(DATA)
+    literal = "".join(QUOTED[b] for b in raw)
+    text = f"#coding:l1\nimport {module},sys\ns={module}.decompress('{literal}'.encode('l1')).decode()\n"
+    text += "exec(compile(s,'x','exec'))\n"
+    found = unpack(source_text(text.encode("latin-1")))
+    assert (found.text, found.problem, found.layers) == (CODE, "", (f"{module}.decompress",))
 
 
 REFUSED = {
@@ -204,7 +219,6 @@ def test_any_bytes_are_a_tokenizer_or_a_clean_error(data):
         assert "not a SentencePiece model" in str(error)
 
 
-@pytest.mark.unhurried  # trains a tokenizer
 def test_a_tokenizer_that_loses_letters_is_told_by_the_texts_it_alters(tmp_path, monkeypatch):
     spm = pytest.importorskip("sentencepiece")
     text = tmp_path / "t.txt"

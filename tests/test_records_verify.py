@@ -80,7 +80,6 @@ def run(world, folder, capsys, *more):
     return code, row["verdict"], " | ".join(f"{c['id']} {c['status']}: {c['note']}" for c in row["checks"])
 
 
-@pytest.mark.unhurried  # starts a Python with numpy
 def test_an_honest_record_is_confirmed_by_independent_sums(world, capsys):
     code, verdict, notes = run(world, world(), capsys)
     assert code == 0 and verdict in ("pass", "warn"), notes
@@ -88,7 +87,6 @@ def test_an_honest_record_is_confirmed_by_independent_sums(world, capsys):
     assert not (world.artifact.parent / "2026-05-01_Try" / "runs").exists()
 
 
-@pytest.mark.unhurried  # starts a Python with numpy
 def test_spans_in_numpy_archives_count_as_well(world, capsys):
     lines = [
         "kind = [('lane', 'i8'), ('start', 'i8'), ('stop', 'i8'), ('nats', 'f8'), ('nbytes', 'i8')]",
@@ -111,33 +109,29 @@ LIES = {
 }
 
 
-@pytest.mark.unhurried  # starts a Python with numpy
 @pytest.mark.parametrize(("lie", "told"), LIES.values(), ids=LIES)
 def test_each_lie_is_caught(world, capsys, lie, told):
     code, verdict, notes = run(world, world(**lie), capsys)
     assert (code, verdict) == (1, "fail") and told in notes, notes
 
 
-@pytest.mark.unhurried  # starts a Python with numpy twice
 def test_two_evaluations_of_one_artifact_show_the_noise(world, capsys):
     _, verdict, notes = run(world, world(), capsys, "--repeat", "2")
     assert "L9 pass: 2 evaluations of one artifact lie 0.00e+00 BPB apart" in notes and verdict != "fail", notes
     assert "L9 na: one evaluation" in run(world, world(), capsys)[2]
 
 
-@pytest.mark.unhurried  # starts a Python with numpy twice
 def test_an_evaluation_that_wavers_is_told(world, capsys):
     wavers = 'each *= 1 + 10 * int.from_bytes(os.urandom(6), "big") / 2**48'
     _, verdict, notes = run(world, world(extra=wavers), capsys, "--repeat", "2")
     assert "L9 fail" in notes and verdict == "fail", notes
 
 
-@pytest.mark.unhurried  # starts a Python with numpy
 def test_scores_out_of_the_order_of_the_stream_are_told_but_lanes_are_not(world, capsys):
     notes = run(world, world(spans="spans = spans[::-1]"), capsys)[2]
-    assert "L5 warn: stream: scored out of the order" in notes
+    assert "L10 warn: stream: scored out of the order" in notes
     lanes = "for i, s in enumerate(spans): s['lane'] = i % 2\nspans.sort(key=lambda s: s['lane'])"
-    assert "L5 pass: stream: scored in the order" in run(world, world(spans=lanes), capsys)[2]
+    assert "L10 pass: stream: scored in the order" in run(world, world(spans=lanes), capsys)[2]
 
 
 EXPORTER = """
@@ -150,7 +144,6 @@ if "--export" in sys.argv:
 """
 
 
-@pytest.mark.unhurried  # starts Python six times
 @pytest.mark.parametrize(
     ("size", "jitter", "status", "told"),
     [
@@ -167,10 +160,9 @@ def test_a_checkpoint_is_packed_twice_and_its_room_below_the_cap_told(world, cap
     script = folder / "train_gpt.py"
     script.write_text(code + script.read_text())
     notes = run(world, folder, capsys, "--checkpoint", str(world.artifact))[2]
-    assert any(f"L9 {status}" in n and told in n for n in notes.split(" | ")), notes
+    assert any(f"L11 {status}" in n and told in n for n in notes.split(" | ")), notes
 
 
-@pytest.mark.unhurried  # starts a Python
 def test_a_hanging_evaluation_is_stopped(world, capsys):
     folder = world(extra="import time; time.sleep(60)")
     assert "stopped after 1 s" in run(world, folder, capsys, "--timeout", "1")[2]

@@ -25,7 +25,7 @@ from tests.stubs import (
 from tests.test_notify import KEY, service  # noqa: F401 (a fixture)
 from tests.test_publish import TOKEN, start_hub, stop_hub
 
-pytestmark = [pytest.mark.unhurried, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # real processes
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # processes are forked
 LONG = "steps=100000"
 
 
@@ -293,9 +293,7 @@ def test_a_price_limit_ends_the_run_in_time_and_says_so(place, service):  # noqa
     flags = ["--price-per-hour", "120", "--price-limit", "1.2"]  # 36 s, 30 of them for the end
     ended(begin(place, LONG, flags=flags, NOTIFY_URL=url), place, 143)
     reason = next(row for row in rows(place / "r" / "supervisor.jsonl", "alert") if row["what"] == "stopping")
-    assert (
-        reason["where"].startswith("price limit 1.2 is near: ")
-    )
+    assert reason["where"].startswith("price limit 1.2 is near: ")
     assert [message["title"] for message in server.taken][1:] == ["r: stopping", "r: killed"]
 
 

@@ -21,6 +21,8 @@ STEP_LINE = (b'{"kind": "step"', b'{"kind":"step"')
 MAX_NAMES = 1_000  # distinct statistics
 MAX_EVENTS = 500  # kept of each rare kind; all are counted
 LINE_LIMIT = 8 << 20
+UNCHANGED = re.compile(r"default|profile|file")
+FREE_FIELDS = {"seed", "run_id", "runs", "data", "profile"}
 
 
 class Curve:
@@ -81,21 +83,34 @@ class Curve:
 
 
 class Percentiles:
-    """Quantiles of positive numbers from a logarithmic histogram, within 3 %."""
+    """Quantiles of positive numbers from a logarithmic histogram, within 3 %; mean, maximum and shares are exact."""
 
-    def __init__(self) -> None:
-        self.counts = np.zeros(800, np.int64)
+    def __init__(self, limits: tuple[float, ...] = (1, 100, 1000)) -> None:
+        self.counts, self.limits = np.zeros(800, np.int64), limits
+        self.total, self.highest, self.above = 0.0, 0.0, np.zeros(len(limits), np.int64)
 
     def extend(self, y: np.ndarray) -> None:
         y = y[np.isfinite(y) & (y > 0)]
         at = np.clip((np.log10(y) + 10) * 40, 0, 799).astype(int)
         self.counts += np.bincount(at, minlength=800)
+        self.total += float(y.sum())
+        self.highest = float(y.max(initial=self.highest))
+        self.above += [(y > limit).sum() for limit in self.limits]
+
+    @property
+    def count(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else math.nan
+
+    def share_above(self, limit: float) -> float:
+        return int(self.above[self.limits.index(limit)]) / max(self.count, 1)
 
     def at(self, share: float) -> float:
-        if not self.counts.sum():
-            return math.nan
-        i = int(np.searchsorted(np.cumsum(self.counts), share * self.counts.sum(), side="left"))
-        return float(10 ** ((i + 0.5) / 40 - 10))
+        i = int(np.searchsorted(np.cumsum(self.counts), share * self.count, side="left"))
+        return float(10 ** ((i + 0.5) / 40 - 10)) if self.count else math.nan
 
 
 STEP_FIELDS = ("loss", "lr", "grad_norm", "tokens_per_second", "seconds", "memory")
@@ -130,15 +145,13 @@ class Metrics:
     def steps(self, events: list[dict]) -> None:
         column = {name: numbers(events, name) for name in (*STEP_FIELDS, "step")}
         x = column["step"]
-        for name in STEP_FIELDS:
-            if any(name in e for e in events):
-                self.curves[name].extend(x, column[name])
+        for name in [name for name in STEP_FIELDS if any(name in e for e in events)]:
+            self.curves[name].extend(x, column[name])
         self.grad.extend(column["grad_norm"])
-        for name in {k for e in (events[0], events[-1]) for k in e if k.startswith("aux.")}:
-            if name in self.aux or len(self.aux) < MAX_NAMES:
-                self.aux.setdefault(name, Curve(512)).extend(x, numbers(events, name))
-        if math.isnan(self.first_loss):
-            self.first_loss = float(column["loss"][0])
+        names = {k for e in (events[0], events[-1]) for k in e if k.startswith("aux.")}
+        for name in [n for n in names if n in self.aux or len(self.aux) < MAX_NAMES]:
+            self.aux.setdefault(name, Curve(512)).extend(x, numbers(events, name))
+        self.first_loss = float(column["loss"][0]) if math.isnan(self.first_loss) else self.first_loss
         self.last_step = int(as_number(events[-1].get("step")) or self.last_step)
         self.tokens = max(self.tokens, float(np.nanmax(numbers(events, "tokens"), initial=0.0)))
         self._milestones(column)
@@ -154,17 +167,15 @@ class Metrics:
                     self.milestones[mark] = (int(step), float(seconds))
 
     def other(self, event: dict) -> None:
-        kind = event.get("kind")
-        kind = kind if isinstance(kind, str) else "?"
+        kind = str(event.get("kind"))
         self.counts[kind] = self.counts.get(kind, 0) + 1
-        rule = getattr(self, f"on_{kind}", None)
-        if rule is not None:
-            rule(event)
-        elif kind in {"alert", "spike", "sample", "checkpoint"}:
-            kept = self.events.setdefault(kind, [])
-            if len(kept) >= MAX_EVENTS:
-                del kept[MAX_EVENTS // 2]  # the first and the latest stay
-            kept.append(event)
+        getattr(self, f"on_{kind}", self.rare)(event)
+
+    def rare(self, event: dict) -> None:
+        if event.get("kind") in ("alert", "spike", "sample", "checkpoint"):
+            rows = self.events.setdefault(event["kind"], [])
+            del rows[MAX_EVENTS // 2 : max(MAX_EVENTS // 2, len(rows) + 1 - MAX_EVENTS // 2)]  # first and latest stay
+            rows.append(event)
 
     def on_val(self, event: dict) -> None:
         x = np.array([as_number(event.get("step")) or 0.0])
@@ -274,9 +285,8 @@ class Run:
     path: Path
 
     def _json(self, name: str) -> dict:
-        if not (self.path / name).exists():
-            return {}
-        value, problems = parse_json(read_bytes(self.path / name, 16 << 20))
+        present = (self.path / name).exists()
+        value, problems = parse_json(read_bytes(self.path / name, 16 << 20)) if present else ({}, [])
         if not isinstance(value, dict):
             raise ValueError(f"{self.path / name}: {'; '.join(problems) or 'should hold an object'}")
         return value
@@ -292,20 +302,21 @@ class Run:
     @property
     def config(self) -> dict:
         """Resolved fields, whether the file nests them or not."""
-        nested = next(
-            (
-                self.config_file[k]
-                for k in ("config", "values", "resolved", "fields")
-                if isinstance(self.config_file.get(k), dict)
-            ),
-            None,
-        )
-        return nested or {k: v for k, v in self.config_file.items() if k not in {"origins", "hash"}}
+        tables = [self.config_file.get(k) for k in ("config", "values", "resolved", "fields")]
+        flat = {k: v for k, v in self.config_file.items() if k not in {"origin", "origins", "hash"}}
+        return next((t for t in tables if isinstance(t, dict)), None) or flat
 
     @property
     def origins(self) -> dict:
-        found = self.config_file.get("origins")
-        return found if isinstance(found, dict) else {}
+        """Who set each field: a profile, the command line, the environment."""
+        told = self.config_file.get("origin", self.config_file.get("origins"))
+        return told if isinstance(told, dict) else {}
+
+    @property
+    def changed(self) -> str:
+        """The fields that no profile or default set, as key=value words."""
+        fields = [(k, self.config.get(k)) for k, who in sorted(self.origins.items()) if not UNCHANGED.match(str(who))]
+        return " ".join(f"{k}={v}" for k, v in fields if k not in FREE_FIELDS)
 
     @cached_property
     def metrics(self) -> Metrics:
@@ -315,6 +326,12 @@ class Run:
     @cached_property
     def certificate(self) -> dict:
         return self._json("certificate.json")
+
+    @property
+    def script(self) -> dict:
+        """sha256 and bytes of the file that ran, as the trainer logged them."""
+        told = self.config_file.get("script")
+        return told if isinstance(told, dict) else {}
 
     @property
     def name(self) -> str:
@@ -336,20 +353,27 @@ class Run:
     def config_hash(self) -> str:
         return str(self.config_file.get("hash") or self.result.get("config_hash") or "")
 
+    @property
+    def parameters(self) -> float:
+        return as_number(self.result.get("parameters")) or 0.0
+
+    @property
+    def utilisation(self) -> float:
+        """The share of the machine's peak that training used."""
+        return as_number(self.result.get("mfu")) or 0.0
+
     @cached_property
     def machine(self) -> tuple[str, int]:
         """Device and ranks as the first lines of train.log name them."""
         log = self.path / "train.log"
         head = read_bytes(log, 1 << 16).decode("utf-8", errors="replace") if log.exists() else ""
-        found = re.search(r"^device (\S+), (\d{1,5}) ranks", head, re.M)
-        return (found[1], int(found[2])) if found else ("unknown", 1)
+        match = re.search(r"^device (\S+), (\d{1,5}) ranks", head, re.M)
+        return (match[1], int(match[2])) if match else ("unknown", 1)
 
     def fact(self, name: str, default: object = "") -> object:
         """A fact from result.json, the run line of the metrics, or the configuration file."""
-        for table in (self.result, self.metrics.run, self.config_file):
-            if table.get(name) is not None:
-                return table[name]
-        return default
+        told = (table.get(name) for table in (self.result, self.metrics.run, self.config_file))
+        return next((value for value in told if value is not None), default)
 
     @cached_property
     def artifact(self) -> tuple[Path | None, int, str]:
@@ -362,18 +386,16 @@ class Run:
 
     def phases(self) -> dict[str, float]:
         """Seconds of every phase; training and evaluation from the result where no phase line names them."""
-        found = dict(self.metrics.phases)
         training = as_number(self.result.get("train_seconds"))
-        if "train" not in found and training:
-            found["train"] = training
         scoring = sum(as_number(e.get("seconds")) or 0.0 for e in self.metrics.evals.values())
-        return found if "evaluate" in found or not scoring else found | {"evaluate": scoring}
+        stated = {"train": training, "evaluate": scoring}
+        return self.metrics.phases | {n: s for n, s in stated.items() if s and n not in self.metrics.phases}
 
     def modes(self) -> dict[str, float]:
         """BPB of every evaluation mode."""
-        found = {m: n for m, e in self.metrics.evals.items() if (n := as_number(e.get("bpb"))) is not None}
-        named = {k.removeprefix("val_bpb_"): v for k, v in self.result.items() if k.startswith("val_bpb_")}
-        return {m: n for m, v in named.items() if (n := as_number(v)) is not None} | found
+        scores = {k.removeprefix("val_bpb_"): v for k, v in self.result.items() if k.startswith("val_bpb_")}
+        scores |= {mode: event.get("bpb") for mode, event in self.metrics.evals.items()}
+        return {mode: number for mode, v in scores.items() if (number := as_number(v)) is not None}
 
 
 def open_run(path: Path) -> Run:

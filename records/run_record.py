@@ -9,14 +9,23 @@ from pathlib import Path
 
 import numpy as np
 
-from records.claim import as_number
-from records.facts import CAP_BYTES, IMPLIED_BYTES, MARGIN_NATS, VAL_TOKENS, WORLD_SIZE
+from records.claim import as_number, parse_json
+from records.competition import (
+    CAP_BYTES,
+    IMPLIED_BYTES,
+    MARGIN_NATS,
+    NON_RECORD,
+    RECORD,
+    SMALL_MACHINE,
+    VAL_TOKENS,
+    Track,
+)
 from records.files import clean
-from records.folder import sha256_file
+from records.folder import hash_in, sha256_file
 from records.page import STYLE
 from records.plot import bars, lines
-from records.report import HEADS, loss_ranges, md_table, span
-from records.runs import Run
+from records.run import Run
+from records.run_report import HEADS, loss_ranges, md_table, span
 from records.stats import deviation, mean
 
 MAX_METRIC_LINES = 4_000  # step lines kept in a record; every other event is kept whole
@@ -35,6 +44,15 @@ class Request:
     blurb: str = ""
     mode: str = ""
     address: str = ""  # where the artifact lies, when the folder does not carry it
+    build: Path | None = None  # the builder's manifest; by default the one beside the script
+
+    @property
+    def manifest(self) -> dict:
+        path = self.build or self.script.with_name("manifest.json")
+        value, problems = parse_json(path.read_bytes()) if path.is_file() else ({}, [])
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: {'; '.join(problems) or 'should hold an object'}")
+        return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +107,7 @@ def build(runs: list[Run], request: Request) -> Path:
     different = differing_fields(good)
     if different and len(hashes) > 1:
         raise ValueError(f"the runs differ in {', '.join(different)}; a record needs one configuration")
+    one_chain(good, request)
     scored = [score_of(run, request.mode) for run in good]
     if len({s.mode for s in scored}) > 1:
         raise ValueError(
@@ -102,6 +121,19 @@ def build(runs: list[Run], request: Request) -> Path:
         shutil.rmtree(folder)
         raise
     return folder
+
+
+def one_chain(runs: list[Run], request: Request) -> None:
+    """What ships must be what was built, what ran and what was certified, as far as each of them says."""
+    shipped = sha256_file(request.script)
+    named = [("the builder's manifest", hash_in(request.manifest, "train_gpt.py"), shipped)]
+    for run in runs:
+        named.append((f"the log of {run.path}", str(run.script.get("sha256", "")), shipped))
+        named.append((f"the certificate of {run.path}", hash_in(run.certificate, "script"), shipped))
+        named.append((f"the certificate of {run.path}", hash_in(run.certificate, "artifact"), run.artifact[2]))
+    for who, digest, right in named:
+        if digest and digest != right:
+            raise ValueError(f"{who} is of another file: sha256 {digest[:12]}, should be {right[:12]}")
 
 
 FREE_FIELDS = re.compile(r"seed|run_id|path|dir$|folder|resume|log|out$|publish|notify", re.I)
@@ -144,7 +176,13 @@ def write_all(folder: Path, scored: list[Scored], failed: list[Run], request: Re
     claim = submission(scored, failed, request, (folder / "train_gpt.py").stat().st_size)
     write_json(folder / "submission.json", claim)
     plots(folder, scored)
-    (folder / "requirements.txt").write_text("torch\ntriton\nnumpy\nbrotli\nsentencepiece\n", encoding="utf-8")
+    pins = request.manifest.get("requires") or dict.fromkeys(
+        ("torch", "triton", "numpy", "brotli", "sentencepiece"), ""
+    )
+    needed = "".join(f"{name}{'==' * bool(version)}{version}\n" for name, version in pins.items())
+    (folder / "requirements.txt").write_text(needed, encoding="utf-8")
+    if request.manifest:
+        write_json(folder / "build.json", request.manifest)
     (folder / "README.md").write_text(readme(claim, scored, failed, request), encoding="utf-8")
     listed = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(folder.iterdir())}
     write_json(folder / "manifest.json", {"files": listed | addresses})
@@ -177,6 +215,7 @@ def copy_run(folder: Path, run: Run, label: str) -> None:
         "device": device(run),
         "devices": world_size(run),
         "step_lines": f"1 of {every}",
+        "script": run.script,
         "config": {k: v for k, v in run.config.items() if isinstance(v, str | int | float | bool)},
     }
     with open(run.path / "metrics.jsonl", "rb") as source, open(folder / f"metrics_{label}.jsonl", "wb") as target:
@@ -198,6 +237,14 @@ def is_official(s: Scored) -> bool:
     return s.tokens in VAL_TOKENS and IMPLIED_BYTES[0] <= s.nbytes <= IMPLIED_BYTES[1]
 
 
+def track_of(scored: list[Scored]) -> Track:
+    """The track whose row every run meets."""
+    if not all(is_official(s) for s in scored):
+        return SMALL_MACHINE
+    met = all(world_size(s.run) == RECORD.ranks and RECORD.hardware in device(s.run) for s in scored)
+    return {True: RECORD, False: NON_RECORD}[met]
+
+
 def submission(scored: list[Scored], failed: list[Run], request: Request, code: int) -> dict:
     bpb, nats = [s.bpb for s in scored], [s.nats / s.tokens for s in scored]
     first = scored[0]
@@ -205,14 +252,13 @@ def submission(scored: list[Scored], failed: list[Run], request: Request, code: 
     over = {seed: total for seed, total in totals.items() if total > CAP_BYTES}
     if over:
         raise ValueError(f"over the cap of {CAP_BYTES:,} bytes with the script: {over}; nothing was written")
-    record = all(is_official(s) and world_size(s.run) == WORLD_SIZE and "H100" in device(s.run) for s in scored)
     claim = {
         "author": request.author,
         "github_id": request.github,
         "name": request.name,
         "blurb": request.blurb or request.name,
         "date": date_of(request),
-        "track": "10min_16mb" if record else "non_record_16mb",
+        "track": track_of(scored).name,
         "val_bpb": round(mean(bpb), 8),
         "val_loss": round(mean(nats), 8),
         **(

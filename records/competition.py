@@ -1,11 +1,10 @@
-"""The numbers of the competition that checks compare against, each with where it comes from."""
+"""The numbers of the competition that rules compare with, each with where it comes from, and the tracks as rows."""
 
 import math
+from dataclasses import dataclass
 
 CAP_BYTES = 16_000_000  # README: code bytes plus compressed model bytes, decimal
-TRAIN_SECONDS = 600.0
 EVAL_SECONDS = 600.0
-WORLD_SIZE = 8
 VAL_DOCS = 50_000
 MARGIN_NATS = 0.005  # README: beat the record by this much
 P_README = 0.01
@@ -45,6 +44,28 @@ TOKENIZERS = {
     "4e979c92754cc9d7bdebd9dfe5edf3fc0b41b38714b394e4297fa851e3afd516": "sp8192 of the ternary records",
     "97754754561f20def5edd99765ca0668f880bd94e67316d54aa10ab25f45cc4d": "caseops 8192",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """What one track asks of a record; a limit of None is not asked for."""
+
+    name: str
+    binding: bool  # whether its rules decide over a place on the leaderboard
+    ranks: int | None
+    train_seconds: float | None
+    eval_seconds: float | None
+    hardware: str  # a word in the name of every GPU
+    not_hardware: str  # variants of it that the rules exclude, as a pattern
+    official_text: bool  # whether the score must be one of the official validation text
+    baseline: bool  # whether it must beat the best earlier record of its track
+
+
+RECORD = Track("10min_16mb", True, 8, 600.0, EVAL_SECONDS, "H100", "PCIe|NVL", True, True)
+NON_RECORD = Track("non_record_16mb", False, None, None, None, "", "", True, False)
+UNLIMITED = Track("non_record_unlimited_compute_16mb", False, None, None, None, "", "", True, False)
+SMALL_MACHINE = Track("small_machine_16mb", False, None, None, None, "", "", False, True)
+TRACKS = {t.name: t for t in (RECORD, NON_RECORD, UNLIMITED, SMALL_MACHINE)}
 
 
 def bytes_per_token(loss: float, bpb: float) -> float:

@@ -1,0 +1,207 @@
+"""Size: sixteen million bytes of code and weights, under each accounting that has been applied."""
+
+import re
+import zlib
+from collections.abc import Callable, Iterator
+
+from records.competition import CAP_BYTES
+from records.folder import Folder, Script
+from records.logs import Log, Size
+from records.repack import CUSTOMARY, CannotRepack, packed_sizes
+from records.rules import Fact, at_most, case, fact, otherwise, rule, true, word
+
+SLACK = 16  # bytes: version drift of packers
+PACKED = 0.7  # of the script; what is claimed above it is no packed form
+TIGHTEST = 0.85  # of the customary packing; renaming and stronger settings save less
+CAP = "README: 16 MB cap; PR 1809, 1835"
+CODE = "README: all counted code lives in train_gpt.py"
+SAYS = "{who} counts {counted:,} bytes of code; {name} ships as {ships:,}"
+PACKS = SAYS + " and packs to {size:,} by pyminify and {form}"
+
+
+def near(a: float, b: float) -> bool:
+    return abs(a - b) <= SLACK
+
+
+@rule("F7", "code + compressed model <= 16,000,000 bytes as claimed", CAP)
+@case(at_most(CAP_BYTES), "pass", "claims {value:,.0f} bytes")
+@case(otherwise, "binding", "claims {value:,.0f} bytes")
+def claimed_total(folder: Folder) -> Iterator[Fact]:
+    stated = folder.claim.number("bytes_total")
+    if stated is not None:
+        yield fact(int(stated), folder.json_name)
+
+
+def logged_total(folder: Folder, log: Log) -> Size | None:
+    """What the log counts; our own log counts the artifact, to which the shipped script is added."""
+    counts_artifact = log.family == "J" and folder.main and log.models
+    ours = [Size("", m.line, m.count + folder.main.size) for m in log.models[-1:] if counts_artifact]
+    return log.total or next(iter(ours), None)
+
+
+@rule("F7", "code + compressed model <= 16,000,000 bytes, every seed", CAP)
+@case(at_most(CAP_BYTES), "pass", "{value:,} bytes, {off:,} to spare")
+@case(otherwise, "binding", "{value:,} bytes, {off:,} over the cap")
+def logged_totals(folder: Folder) -> Iterator[Fact]:
+    for log in folder.proven_logs:
+        for total in filter(None, [logged_total(folder, log)]):
+            yield fact(total.count, log.name, total.line, off=abs(total.count - CAP_BYTES))
+
+
+def other_total(folder: Folder, total: Callable[[int, int], int]) -> Iterator[Fact]:
+    """Another way to count: it is told where it would break the cap and the log's own way does not."""
+    models = [m.count for log in folder.proven_logs if (m := log.model)]
+    if not models or folder.main is None:
+        return
+    code = max([c.count for log in folder.proven_logs if (c := log.counted_code)], default=folder.main.size)
+    raw, counted = max(models) + folder.main.size, max(models) + code
+    if total(raw, counted) > CAP_BYTES >= counted:
+        over = total(raw, counted) - CAP_BYTES
+        yield fact(total(raw, counted), folder.main.name, over=over, counted=counted)
+
+
+@rule("F7", "the script counts as it is shipped", CAP)
+@case(true, "waived", "{value:,} bytes with the script as shipped, {over:,} over; the log counts {counted:,}")
+def total_as_shipped(folder: Folder) -> Iterator[Fact]:
+    return other_total(folder, lambda raw, counted: raw)
+
+
+@rule("F7", "helpers count", CAP)
+@case(true, "sign", "{value:,} bytes with the helpers it imports, {over:,} over; the log counts {counted:,}")
+def total_with_helpers(folder: Folder) -> Iterator[Fact]:
+    helpers = sum(s.size for s in [*folder.helpers, *folder.native])
+    return other_total(folder, lambda raw, counted: helpers and min(raw, counted) + helpers)
+
+
+@rule("F7", "model and code add up to the total", "README: submission.json")
+@case(False, "binding", "{model:,} model + {code:,} code is not the logged total {total:,}")
+def sums(folder: Folder) -> Iterator[Fact]:
+    for log in folder.proven_logs:
+        total, model, code = log.total, log.model, log.counted_code
+        if total and model and code:
+            right = near(total.count, model.count + code.count)
+            yield fact(right, log.name, total.line, model=model.count, code=code.count, total=total.count)
+
+
+@rule("F7", "claimed sizes of the seeds are the logged ones", "README: submission.json")
+@case(true, "pass", "seed {seed}: {claimed:,} bytes as logged")
+@case(word("short"), "binding", "seed {seed} claims {claimed:,} bytes, its log shows {shown:,}")
+@case(otherwise, "sign", "seed {seed} claims {claimed:,} bytes, its log shows {shown:,}")
+def totals_of_seeds(folder: Folder) -> Iterator[Fact]:
+    for proof in folder.proofs:
+        total = proof.log.total if proof.log else None
+        stated = folder.claim.results.get(proof.seed)
+        claimed = stated.bytes_total if stated else None
+        if total and claimed is not None:
+            same = claimed in (total.count, *((proof.log.model and [proof.log.model.count]) or []))
+            short = claimed < total.count - SLACK
+            words = {"claimed": claimed, "shown": total.count, "short": short, "seed": proof.seed}
+            yield fact(same, proof.log.name, total.line, **words)
+
+
+@rule("F7", "the claimed size is the largest logged one", "README: submission.json")
+@case("with script", "pass", "claims {stated:,.0f}, the largest logged model and the shipped script")
+@case("not below", "pass", "claims {stated:,.0f}, the largest log shows {high:,}")
+@case("below some", "sign", "claims {stated:,.0f}, less than the largest seed: {low:,} to {high:,}")
+@case(word("near"), "sign", "claims {stated:,.0f}, less than every log: {low:,} to {high:,}")
+@case(otherwise, "binding", "claims {stated:,.0f}, less than every log: {low:,} to {high:,}")
+def claim_against_logs(folder: Folder) -> Iterator[Fact]:
+    stated = folder.claim.number("bytes_total")
+    logged = [t.count for log in folder.proven_logs if (t := log.total)]
+    if stated is None or not logged:
+        return
+    models = [m.count for log in folder.proven_logs if (m := log.model)]
+    with_script = {max(models) + folder.main.size} if models and folder.main else set()
+    order = ["below all"] * (stated < min(logged)) + ["below some"] * (stated < max(logged)) + ["not below"]
+    place = "with script" if stated in with_script else order[0]
+    near_all = stated >= min(logged) - SLACK
+    yield fact(place, folder.json_name, stated=stated, low=min(logged), high=max(logged), near=near_all)
+
+
+@rule("F7", "shipped artifacts are the logged ones", CAP)
+@case(word("known"), "pass", "{value:,} bytes, as logged")
+@case(otherwise, "wrong", "{value:,} bytes, no log shows this size")
+def artifacts(folder: Folder) -> Iterator[Fact]:
+    """Weights in the folder must be what the logs measured."""
+    logged = {m.count for log in folder.logs for m in log.models}
+    for entry in folder.artifacts:
+        yield fact(entry.size, entry.name, known=not logged or entry.size in logged)
+
+
+def counted_code(folder: Folder) -> dict[int, Size]:
+    return {code.count: code for log in folder.proven_logs if (code := log.counted_code)}
+
+
+@rule("F8", "bytes_code is the size of the shipped script", CODE)
+@case("shipped", "pass", "claims {stated:,.0f} bytes of code, the size of a shipped script")
+@case("logged", "waived", "claims {stated:,.0f} bytes of code as logged, but ships {size:,}")
+@case("other", "waived", "claims {stated:,.0f} bytes of code; {name} has {size:,}")
+def claimed_code(folder: Folder) -> Iterator[Fact]:
+    """The claimed size of the code, and which of the sizes that could be meant it is."""
+    main, stated = folder.main, folder.claim.number("bytes_code")
+    if main is None or stated is None:
+        return
+    shipped = any(near(stated, s.size) for s in folder.scripts.values())
+    kinds = {"shipped": shipped, "logged": stated in counted_code(folder), "packed": stated < PACKED * main.size}
+    kind = next((k for k, holds in kinds.items() if holds), "other")
+    yield fact(kind, folder.json_name, stated=stated, size=main.size, name=main.name)
+
+
+@rule("F8", "the log counts the shipped script", CODE)
+@case(word("same"), "pass", "the log counts {value:,} bytes of code, {name} has {size:,}")
+@case(otherwise, "sign", "the log counts {value:,} bytes of code, {name} has {size:,}")
+def logged_code(folder: Folder) -> Iterator[Fact]:
+    """The code bytes that a log counts as they stand, not as a packed form."""
+    for code in counted_code(folder).values():
+        main = folder.main
+        if main and (code.tag != "compressed" or near(code.count, main.size)):
+            same = near(code.count, main.size)
+            yield fact(code.count, main.name, same=same, name=main.name, size=main.size)
+
+
+@rule("F8", "a packed size that is counted can be reached", CODE)
+@case("below the floor", "binding", SAYS + " and cannot pack below about {floor:,.0f}")
+@case("not rebuilt", "unknown", SAYS + "; the packed size was not rebuilt: {error}")
+@case("exact", "tolerated", PACKS)
+@case("impossible", "binding", PACKS + ": no packing gets there")
+@case(otherwise, "waived", PACKS + ", {off:+,} bytes off")
+def packed_code(folder: Folder) -> Iterator[Fact]:
+    """Sizes of a packed form that is not shipped: they must come out again when the shipped file is packed."""
+    main = folder.main
+    if main is None:
+        return
+    for claimed in claimed_code.measure(folder):
+        if claimed.value == "packed":
+            yield repacked(folder, int(claimed["stated"]), "the claim", folder.json_name)
+    for code in counted_code(folder).values():
+        if code.tag == "compressed" and not near(code.count, main.size):
+            yield repacked(folder, code.count, "the log", main.name)
+
+
+def repacked(folder: Folder, counted: int, who: str, file: str) -> Fact:
+    """How a counted size compares with a packing of the shipped file, or with the least that one could reach."""
+    main = folder.main
+    words = {"who": who, "name": main.name, "ships": main.size, "counted": counted}
+    try:
+        name, size = nearest_form(folder, main, counted)
+    except CannotRepack as error:
+        floor = 0.4 * 1.25 * len(zlib.compress(bare(main.text), 9))  # minified, lzma, base85
+        kinds = {True: "below the floor", False: "not rebuilt"}
+        return fact(kinds[counted < floor], file, **words, floor=floor, error=error)
+    kinds = {"exact": near(size, counted), "impossible": counted < TIGHTEST * size}
+    kind = next((k for k, holds in kinds.items() if holds), "off")
+    return fact(kind, file, **words, form=name, size=size, off=size - counted)
+
+
+def bare(text: str) -> bytes:
+    """The script without comments and line ends, a bound on what minifying saves."""
+    return re.sub(r"(?m)^\s*#.*\n|[ \t]+$", "", text).encode()
+
+
+def nearest_form(folder: Folder, script: Script, counted: int) -> tuple[str, int]:
+    """The wrapper whose rebuilt size is closest to a counted one, with the options the script names for itself."""
+    if not folder.repack:
+        raise CannotRepack("--repack asks for it")
+    recipes = dict.fromkeys([tuple(script.facts["minifier"]) or CUSTOMARY, CUSTOMARY])
+    forms = [form for flags in recipes for form in packed_sizes(script.text, flags).items()]
+    return min(forms, key=lambda form: abs(form[1] - counted))

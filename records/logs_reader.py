@@ -1,0 +1,403 @@
+"""Read training logs of every family as evidence: streamed, bounded in memory, never trusting a line.
+
+Families: A `step:1/20000 train_loss:`, B `1/20000 train_loss: `, C phased test-time training on top of B, D one line of
+`k=v` pairs and `loss:`, J the JSON lines of this project. A log may carry a source listing, an nvidia-smi table, time
+stamps and colours.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from records.claim import as_number, as_seed
+from records.files import open_regular
+from records.logs import Log, Metric, RunScript, Size, Stop
+
+BLOCK = 1 << 20
+MAX_READ = 96 << 20  # of a longer log, this much from the start and TAIL from the end are read
+MAX_LINE = 1 << 13  # characters of a line that patterns look at
+TAIL = 8 << 20
+MAX_KEPT = 2_000  # metrics, sizes, parameters, notes: more than any honest log has
+MAX_SOURCE = 1 << 20
+RANDOM = "random warm-up"
+
+NUM = r"[-+]?(?:\d{1,18}(?:\.\d{0,18})?(?:[eE][-+]?\d{1,3})?|nan|inf)"  # bounded: a hostile line must not cost seconds
+CLOCK = r"(?:\d{10}\.\d{3} |\[?(?:\d{4}-\d\d-\d\d[ T])?\d\d:\d\d:\d\d(?:[.,]\d{1,6})?\]? )?"  # before a line
+PLAIN = r"\d{1,9}(?:\.\d{1,18})?"  # a number that no conversion can make infinite
+STEP_ROWS = re.compile(rf"(?:{CLOCK}(?:step:)?\d{{1,9}}/\d+ (?:train_)?loss: ?{PLAIN}(?![\d.e])[^\n]*\n){{1,512}}")
+STEP_PAIR = re.compile(rf"\n{CLOCK}(?:step:)?(\d+)/\d+ (?:train_)?loss: ?([\d.]+)")
+STEP = re.compile(rf"(?:step:)?(\d{{1,9}})/\d+ (?:train_)?loss: ?({NUM})(?: (?:train_time|t): ?({NUM})(ms|m|s)\b)?")
+VAL = re.compile(rf"\b(?:val_)?loss[:=] ?({NUM})[ ,]+(?:val_)?bpb[:=] ?({NUM})")
+NOISE = re.compile(  # running scores, thousands of lines
+    rf"(?:{CLOCK}(?:ttp:|ttpp:|ttpr:|tttg:|ttt_progress:|  ttt_chunk \[)[^\n]*\n)+"
+)
+EVAL_TIME = re.compile(rf"\b(?:eval_time|elapsed|time)[:=]({NUM})(ms|s)")
+PARAM = re.compile(r"  (\w{1,60}): (.*)")
+PAIR = re.compile(r"(\w{1,60})=(\S*)")
+STAMP = re.compile(CLOCK)
+RULER = "=" * 60
+END_OF_LISTING = re.compile(rf"^(?:{RULER}|(?:step:)?\d{{1,9}}/\d+ (?:train_)?loss: ?[\d.naif]+)", re.M)
+ESCAPE = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|[@-Z\\-_])")
+CODE_START = re.compile(r'(?:import \w|from [\w.]+ import |"""|\'\'\'|#!/|"\w.*"$)')
+GPU = re.compile(r"\|\s+(\d{1,3})\s+((?:NVIDIA|AMD|Tesla|GeForce)[\w /+-]{0,60}?(?:\d{1,4}GB[\w ]{0,30}?)?)\s{2,}")
+SCALE = {"ms": 0.001, "s": 1.0, "m": 60.0}
+MILLISECONDS = {unit: 1000 * seconds for unit, seconds in SCALE.items()}
+
+
+def _number(log: Log, m: re.Match, line: int, name: str) -> None:
+    log.values.setdefault(name, (float(m[1]), line))
+
+
+def _phase(log: Log, m: re.Match, line: int, name: str) -> None:
+    _append(log.phases.setdefault(name, []), (float(m[1]), line))
+
+
+def _size(log: Log, m: re.Match, line: int, where: str) -> None:
+    _append(getattr(log, where), Size(m[1] or "", line, int(m[2])))
+
+
+def _note(log: Log, m: re.Match, line: int, name: str) -> None:
+    log.notes.setdefault(name, line)
+
+
+def _seed(log: Log, m: re.Match, line: int, _: str) -> None:
+    log.seeds.setdefault(int(m[1]), line)
+
+
+def _stop(log: Log, m: re.Match, line: int, _: str) -> None:
+    log.stop = Stop(float(m[1]), int(m[2]), line)
+
+
+def _budget(log: Log, m: re.Match, line: int, _: str) -> None:
+    _append(log.totals, Size("budget", line, int(m[1])))
+
+
+def _script(log: Log, m: re.Match, line: int, _: str) -> None:
+    log.script = RunScript(m[1], int(m[2]), line)
+
+
+def _append(items: list, item: object) -> None:
+    items += [item][: MAX_KEPT - len(items)]
+
+
+# (a substring that must be there, the pattern, what to do, its argument): the substring keeps the regex off most lines
+LINES: tuple[tuple[str, re.Pattern, Callable, str], ...] = (
+    ("stopping_early", re.compile(rf"stopping_early: wallclock_cap train_time: ?({NUM})ms step: ?(\d+)/"), _stop, ""),
+    ("submission size", re.compile(r"Total submission size(?: ([^:]+))?: (\d{1,15}) bytes"), _size, "totals"),
+    ("Serialized model", re.compile(r"Serialized model(?: ([^:]+))?: (\d{1,15}) bytes"), _size, "models"),
+    ("Code size", re.compile(r"Code size(?: \((\w+)\))?: (\d{1,15}) bytes"), _size, "code"),
+    ("budget:", re.compile(r"budget:(\d{1,15})/\d+ .*?(FITS|OVER|$)"), _budget, ""),
+    (" code:", re.compile(r"artifact:.*\b(code):(\d{1,15})"), _size, "code"),
+    ("seed:", re.compile(r"seed:(\d{1,10})\b"), _seed, ""),
+    (" s:", re.compile(r"params:\d+ .*\bs:(\d{1,10})$"), _seed, ""),
+    (" ws:", re.compile(r"params:\d+ .*\bws:(\d{1,5})\b"), _number, "world_size"),
+    ("world_size:", re.compile(r"world_size:(\d{1,5}) grad_accum"), _number, "world_size"),
+    ("train_shards", re.compile(r"(?:train_loader:dataset:\S+ )?train_shards: ?(\d{1,9})"), _number, "train_shards"),
+    ("val_tokens", re.compile(r"val_tokens: ?(\d{1,15})"), _number, "val_tokens"),
+    ("tokens:", re.compile(r"val_loader:\S+ pattern=\S* tokens:(\d{1,15})"), _number, "val_tokens"),
+    ("total_docs", re.compile(r"ttt_phased: total_docs:(\d{1,12})"), _number, "total_docs"),
+    ("total_eval_time", re.compile(rf"total_eval_time:({NUM})s"), _number, "eval_seconds"),
+    ("reserving", re.compile(rf"gptq:reserving ({NUM})s"), _number, "gptq_reserve"),
+    ("essians", re.compile(rf"GPTQ:collected \d+ Hessians in ({NUM})s"), _phase, "hessian"),
+    ("sequences in", re.compile(rf"gptq:generated \d+ sequences in ({NUM})s"), _phase, "generate"),
+    ("decompression done", re.compile(rf"Deserialize: .*decompression done in ({NUM})s"), _phase, "decompress"),
+    ("compression done", re.compile(rf"Serialize: .*\bcompression done in ({NUM})s"), _phase, "compress"),
+    ("warmup done", re.compile(rf"ttt_lora:compile warmup done \(({NUM})s\)"), _phase, "warmup"),
+    ("precompute", re.compile(rf"\w{{1,30}}:precompute .*?elapsed=({NUM})s"), _phase, "precompute"),
+    ("warming up compile", re.compile(r"ttt_lora:warming up compile \(random tokens, no val data\)"), _note, RANDOM),
+    ("warming up compile", re.compile(r"ttt_lora:warming up compile(?! \(random)"), _note, "warm-up on other tokens"),
+    ("GPTQ", re.compile(r"GPTQ:collecting Hessians from calibration data"), _note, "gptq"),
+    ("autoregressive", re.compile(r"gptq:generating autoregressive calibration"), _note, "gptq on own text"),
+    ("FORCE_STOP", re.compile(r".*FORCE_STOP_STEP(?!\S*[=:] ?(?:0|None|$))"), _note, "force stop"),
+    ("Traceback", re.compile(r"(?:\[rank\d+\]: )?Traceback \(most recent call last\)"), _note, "traceback"),
+    ("script sha256", re.compile(r".*\bscript sha256 ([0-9a-f]{64}) (\d{1,12}) bytes"), _script, ""),
+)
+
+
+def read_log(path: Path, name: str) -> Log:
+    """Parse one log file; unreadable content becomes facts of the result, never an exception."""
+    log = Log(name)
+    reader = LogReader(log)
+    digest = hashlib.sha256()
+    with open_regular(path) as stream:
+        for block in _blocks(stream, log):
+            digest.update(block)
+            reader.feed(block)
+        log.size = stream.seek(0, 2)
+    log.sha256 = digest.hexdigest()
+    reader.close()
+    return log
+
+
+def _blocks(stream, log: Log) -> Iterator[bytes]:
+    """Pieces of whole lines; a line without end is cut at a block's length."""
+    rest, position = b"", 0
+    while data := stream.read(BLOCK):
+        position += len(data)
+        data = rest + data
+        cut = data.rfind(b"\n") + 1 or len(data) * (len(data) > BLOCK)
+        rest = data[cut:]
+        if cut:
+            yield data[:cut]
+        if position > MAX_READ and not log.cut:
+            size = stream.seek(0, 2)
+            stream.seek(max(position, size - TAIL))
+            log.cut, position = size - TAIL > position, float("-inf")
+    if rest:
+        yield rest
+
+
+class LogReader:
+    """State between lines: are we inside a source listing, a block of hyper-parameters, which line is it."""
+
+    def __init__(self, log: Log):
+        self.log = log
+        self.in_code = self.in_params = self.after_header = False
+        self.fresh = True  # at the start of a section
+        self.source: list[str] = []
+        self.source_size = 0
+
+    def feed(self, block: bytes) -> None:
+        """Read a piece of whole lines: what comes in thousands by the run, the rest line by line."""
+        text = block.decode("utf-8", errors="replace")
+        if self.log.name.endswith(".jsonl"):
+            self._events(text.removesuffix("\n").split("\n"))
+            return
+        if re.search("[\0\x1b\r]", text):
+            text = "\n".join(self._plain(line, self.log.lines + i) for i, line in enumerate(text.split("\n"), 1))
+        at = 0
+        while at < len(text):
+            at = self._listed(text, at) or self._noise(text, at) or self._steps(text, at) or self._line(text, at)
+
+    def _events(self, lines: list[str]) -> None:
+        for line in lines:
+            self.log.lines += 1
+            _read_event(self.log, self._plain(line, self.log.lines))
+
+    def _listed(self, text: str, at: int) -> int:
+        """Skip to the end of an embedded source listing; it is full of text that looks like results."""
+        if not self.in_code:
+            return 0
+        end = END_OF_LISTING.search(text, at)
+        stop = end.start() if end else len(text)
+        if self.source_size < MAX_SOURCE:
+            self.source.append(text[at:stop])
+            self.source_size += stop - at
+        self.log.lines += text.count("\n", at, stop) + (stop == len(text) and text[-1] != "\n")
+        self.in_code = end is None
+        return stop * (stop > at)
+
+    def _noise(self, text: str, at: int) -> int:
+        match = NOISE.match(text, at)
+        if match is None or self.after_header:
+            return 0
+        self.fresh = self.in_params = False
+        self.log.lines += text.count("\n", at, match.end())
+        return match.end()
+
+    def _steps(self, text: str, at: int) -> int:
+        """A run of lines of the training curve."""
+        match = STEP_ROWS.match(text, at)
+        if match is None or self.after_header:
+            return 0
+        steps, losses = zip(*STEP_PAIR.findall("\n" + match[0]))
+        first = STAMP.match(text, at).end()
+        last = STAMP.match(text, text.rfind("\n", at, match.end() - 1) + 1 or at).end()
+        end = STEP.match(text, last)
+        self.log.family = self.log.family or family_of_step(text[first : first + 40])
+        took = float(end[3] or 0) * MILLISECONDS.get(end[4], 0)
+        self.log.steps.extend([*map(int, steps)], [*map(float, losses)], self.log.lines + 1, took)
+        self.log.lines += len(steps)
+        self.fresh = self.in_params = False
+        return match.end()
+
+    def _line(self, text: str, at: int) -> int:
+        end = text.find("\n", at)
+        stop = end if end >= 0 else len(text)
+        self.log.lines += 1
+        line = text[STAMP.match(text, at).end() : stop]
+        if line.startswith(RULER):
+            self._end_listing()
+            self.fresh = True
+        elif not self._begins_listing(line):
+            self._text(line[:MAX_LINE])
+        return stop + 1
+
+    def _plain(self, line: str, number: int) -> str:
+        """A line without colours and without what a progress bar overwrote; empty when it is no text."""
+        if "\0" in line:
+            self.log.nul += line.count("\0")
+            return ""
+        if "\x1b" in line:
+            self.log.escapes = self.log.escapes or number
+            line = ESCAPE.sub("", line)
+        return line.rstrip("\r").rpartition("\r")[2]
+
+    def _begins_listing(self, line: str) -> bool:
+        if self.fresh and line.strip():
+            self.fresh = False
+            self.in_code = bool(CODE_START.match(line))
+            if self.in_code:
+                self.source, self.source_size = [line + "\n"], len(line) + 1
+        return self.in_code
+
+    def _end_listing(self) -> None:
+        text = "".join(self.source).removesuffix("\n")
+        if self.source_size > len(self.log.source) and re.search(r"^(?:import|from|def|class) ", text, re.M):
+            self.log.source = text
+        self.source, self.source_size = [], 0
+
+    def close(self) -> None:
+        self._end_listing()
+        log = self.log
+        log.family = {("B", True): "C"}.get((log.family, "total_docs" in log.values), log.family)
+        stated = {key: as_seed(log.params.get(key, "")) for key in ("seed", "world_size", "val_tokens")}
+        seed = stated.pop("seed")
+        log.seeds = {**({} if seed is None else {seed: 0}), **log.seeds}
+        log.values = {name: (float(n), 0) for name, n in stated.items() if n is not None} | log.values
+
+    def _text(self, line: str) -> None:
+        """The first reader that knows the line takes it."""
+        any(reader(line) for reader in (self._param, self._header, self._pairs, self._step, self._metric, self._facts))
+
+    def _param(self, line: str) -> bool:
+        """A line of the block of hyper-parameters."""
+        match = self.in_params and PARAM.match(line)
+        self.in_params = bool(match) and len(self.log.params) < MAX_KEPT
+        if self.in_params:
+            self.log.params[match[1]] = match[2][:300]
+        return self.in_params
+
+    def _header(self, line: str) -> bool:
+        self.in_params = line.startswith("Hyperparameters:")
+        pairs_follow = line.startswith("--- Hyperparameters ---")
+        self.log.family = self.log.family or "B" * self.in_params
+        self.after_header = self.after_header or pairs_follow
+        return self.in_params or pairs_follow
+
+    def _pairs(self, line: str) -> bool:
+        """The line of `k=v` pairs below its header."""
+        here, self.after_header = self.after_header, False
+        if here:
+            self.log.family = "D"
+            self.log.params.update((k, v[:300]) for k, v in PAIR.findall(line)[:MAX_KEPT])
+        return here
+
+    def _step(self, line: str) -> bool:
+        m = STEP.match(line)
+        if m is None or "val_" in line[: m.end()]:
+            return False
+        self.log.family = self.log.family or family_of_step(line)
+        self.log.steps.add(int(m[1]), float(m[2]), self.log.lines, float(m[3] or 0) * SCALE.get(m[4], 0) * 1000)
+        return True
+
+    def _metric(self, line: str) -> bool:
+        m = VAL.search(line) if "loss" in line and "bpb" in line else None
+        if m is None:
+            return False
+        loss, bpb, rest = float(m[1]), float(m[2]), line[m.end() :]
+        digits = min(len(x.partition(".")[2]) for x in (m[1], m[2]))
+        took = EVAL_TIME.search(rest)
+        seconds = float(took[1]) * SCALE[took[2]] if took and "train_time" not in rest else None
+        metric = Metric(line[: m.start()].strip(" :")[:80], self.log.lines, loss, bpb, digits, seconds)
+        if not (abs(loss) < 1e9 and abs(bpb) < 1e9):
+            self.log.steps.bad = self.log.steps.bad or self.log.lines
+        elif metric.final or len(self.log.metrics) < MAX_KEPT // 2:
+            _append(self.log.metrics, metric)
+        return True
+
+    def _facts(self, line: str) -> bool:
+        for needle, pattern, act, argument in LINES:
+            if needle in line and (m := pattern.match(line)):
+                act(self.log, m, self.log.lines, argument)
+        if "|" in line and (m := GPU.match(line)):
+            self.log.gpus[m[2].strip()] = max(int(m[1]) + 1, self.log.gpus.get(m[2].strip(), 0))
+        return True
+
+
+def family_of_step(line: str) -> str:
+    """A, B or D by the form of a line of the training curve."""
+    forms = {"A": line.startswith("step:") and " train_loss" in line, "D": line.startswith("s")}
+    return next((family for family, holds in forms.items() if holds), "B")
+
+
+def _read_event(log: Log, line: str) -> None:
+    """One line of metrics.jsonl; a damaged line is counted, a run that was killed may end in one."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        log.notes.setdefault("unreadable line", log.lines)
+        return
+    log.family = "J"
+    if isinstance(event, dict):
+        EVENTS.get(str(event.get("kind")), lambda *_: None)(log, event)
+
+
+def _numbers(event: dict, *names: str) -> list[float | None]:
+    return [as_number(event.get(name)) for name in names]
+
+
+def _event_step(log: Log, event: dict) -> None:
+    step, loss = as_number(event.get("step")), event.get("loss")
+    if step is not None and isinstance(loss, int | float):
+        log.steps.add(int(step), float(loss), log.lines, 1000 * (as_number(event.get("seconds")) or 0))
+
+
+def _event_val(log: Log, event: dict) -> None:
+    loss, bpb = _numbers(event, "val_loss", "val_bpb")
+    if None not in (loss, bpb):
+        _append(log.metrics, Metric("val", log.lines, loss, bpb, 12, None, bool(event.get("partial"))))
+
+
+def _event_eval(log: Log, event: dict) -> None:
+    bpb, nats, tokens, seconds, nbytes = _numbers(event, "bpb", "nats", "tokens", "seconds", "nbytes")
+    if None in (bpb, nats) or not tokens:
+        return
+    tag = f"eval {event.get('mode', '')}"[:80]
+    _append(log.metrics, Metric(tag, log.lines, nats / tokens, bpb, 12, seconds, bool(event.get("partial"))))
+    _values(log, {"val_tokens": tokens, "val_bytes": nbytes})
+
+
+def _values(log: Log, numbers: dict[str, float | None]) -> None:
+    log.values = {n: (v, log.lines) for n, v in numbers.items() if v is not None} | log.values
+
+
+def _event_phase(log: Log, event: dict) -> None:
+    seconds, name = as_number(event.get("seconds")), event.get("name")
+    if seconds is None or not isinstance(name, str):
+        return
+    _append(log.phases.setdefault(name[:40], []), (seconds, log.lines))
+    if name == "train":
+        log.stop = Stop(seconds * 1000, log.steps.last_step, log.lines)
+
+
+def _event_artifact(log: Log, event: dict) -> None:
+    for count in filter(None, _numbers(event, "bytes")):
+        _append(log.models, Size("artifact", log.lines, int(count)))
+
+
+def _event_run(log: Log, event: dict) -> None:
+    for seed in {as_seed(event.get("seed"))} - {None}:
+        log.seeds.setdefault(seed, log.lines)
+    _values(log, {name: as_number(event.get(name)) for name in ("world_size", "train_shards")})
+    match event.get("config"):
+        case dict() as config:
+            log.params.update((str(k)[:60], str(v)[:300]) for k, v in list(config.items())[:MAX_KEPT])
+    match event.get("device"):
+        case str() as device:
+            log.gpus[device[:80]] = int(as_number(event.get("devices")) or 1)
+    match event.get("script"):
+        case {"sha256": str(digest), "bytes": int(size)}:
+            log.script = RunScript(digest[:64], size, log.lines)
+
+
+EVENTS: dict[str, Callable[[Log, dict], None]] = {
+    "step": _event_step,
+    "val": _event_val,
+    "eval": _event_eval,
+    "phase": _event_phase,
+    "artifact": _event_artifact,
+    "run": _event_run,
+}

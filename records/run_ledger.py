@@ -1,0 +1,167 @@
+"""Every run, good or bad, one line each in ledger.tsv; and the leaderboard over it."""
+
+import hashlib
+import operator
+import os
+import re
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+from records.claim import as_number
+from records.files import clean
+from records.run import Run
+
+LEDGER = Path(__file__).with_name("ledger.tsv")
+MODES = ("chunked", "sliding", "stream", "engram", "ttt", "all")
+FIRST = [
+    "date",
+    "run",
+    "commit",
+    "config_hash",
+    "data_hash",
+    "device",
+    "status",
+    "steps",
+    "tokens",
+    "seconds",
+    "bytes",
+    "val_bpb",
+]
+LAST = ["first_loss", "last_loss", "artifact_sha256", "flags", "note", "changed"]
+COLUMNS = (*FIRST, *MODES, *LAST)
+OLD_COLUMNS = COLUMNS[:-1]  # rows written before changed fields were told
+
+
+def cell(value: object) -> str:
+    """One field of a tab-separated line."""
+    number = isinstance(value, float)
+    if value is None or value == "" or (number and value != value):
+        return "-"
+    if number:
+        return f"{value:.8g}" if abs(value) < 1e6 else f"{value:.0f}"
+    return clean(re.sub(r"\s+", " ", str(value)).strip(), 300) or "-"
+
+
+def row_of(run: Run, note: str = "") -> dict[str, str]:
+    metrics, result = run.metrics, run.result
+    _, size, digest = run.artifact
+    values: dict[str, object] = {
+        "date": str(run.fact("date") or file_date(run)),
+        "run": run.name,
+        "commit": run.fact("commit") or commit_of(run),
+        "config_hash": run.config_hash,
+        "data_hash": run.fact("data_hash"),
+        "device": run.fact("device_name") or run.fact("device") or run.machine[0],
+        "status": run.status,
+        "steps": as_number(result.get("steps")) or metrics.last_step or None,
+        "tokens": as_number(result.get("tokens")) or metrics.tokens or None,
+        "seconds": as_number(result.get("train_seconds")) or metrics.phases.get("train"),
+        "bytes": size or None,
+        "val_bpb": as_number(result.get("val_bpb")),
+        "first_loss": metrics.first_loss,
+        "last_loss": metrics.curves["loss"].last,
+        "artifact_sha256": digest,
+        "note": note,
+        "changed": run.changed,
+    } | run.modes()
+    return {name: cell(values.get(name)) for name in COLUMNS}
+
+
+def commit_of(run: Run, checkout: Path = LEDGER.parents[1]) -> str:
+    """The commit of this checkout, where its trainer is the source of a run that names no commit."""
+    source, trainer = str(run.config_file.get("source", "")), checkout / "train_gpt.py"
+    same = bool(source) and trainer.exists() and hashlib.sha256(trainer.read_bytes()).hexdigest().startswith(source)
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False) if same else None
+    return done.stdout.strip() if done else ""
+
+
+def file_date(run: Run) -> str:
+    """The day the run last wrote, for runs that do not say."""
+    newest = max((p.stat().st_mtime for p in run.path.iterdir() if p.is_file()), default=0.0)
+    return datetime.fromtimestamp(newest, UTC).strftime("%Y-%m-%d")
+
+
+def flags_of(run: Run, row: dict[str, str], earlier: list[dict[str, str]]) -> list[str]:
+    """Signs that this training never happened."""
+    digest, curve = row["artifact_sha256"], run.metrics.curves["loss"]
+    twins = [r["run"] for r in earlier if digest != "-" and r["artifact_sha256"] == digest]
+    _, loss, low, high = curve.rows()
+    still = len(loss) > 0 and high.max() - low.min() <= 1e-9
+    fell = len(loss) <= 20 or loss[-len(loss) // 5 :].mean() < loss[: max(len(loss) // 10, 1)].mean()
+    signs = {"losses never moved": still, "losses never fell": not (still or fell), "NaN or infinite losses": curve.bad}
+    return [f"same artifact as {name}" for name in twins[:1]] + [sign for sign, holds in signs.items() if holds]
+
+
+def read_ledger(path: Path = LEDGER) -> list[dict[str, str]]:
+    """The rows; what an earlier version did not write is a dash."""
+    text = path.read_text(encoding="utf-8") if path.exists() else "\t".join(COLUMNS)
+    head, *lines = text.splitlines() or [""]
+    if tuple(head.split("\t")) not in (COLUMNS, OLD_COLUMNS):
+        raise ValueError(f"{path}: the header is not the one this version writes: {clean(head, 80)}")
+    rows = [(i, line.split("\t")) for i, line in enumerate(lines, 2) if line.strip()]
+    for i, cells in rows:
+        if len(cells) not in (len(COLUMNS), len(OLD_COLUMNS)):
+            raise ValueError(f"{path}: line {i} has {len(cells)} fields, should have {len(COLUMNS)}")
+    return [dict.fromkeys(COLUMNS, "-") | dict(zip(COLUMNS, cells)) for _, cells in rows]
+
+
+def add_runs(runs: list[Run], path: Path = LEDGER, note: str = "") -> list[dict[str, str]]:
+    """Append one line a run; a run that is there already with the same values is left alone."""
+    earlier = read_ledger(path)
+    added = []
+    for run in runs:
+        row = row_of(run, note)
+        told = [k for k in COLUMNS if k not in {"flags", "note", "date", "commit", "changed"}]
+        if not any(all(r[k] == row[k] for k in told) for r in earlier):
+            row["flags"] = cell("; ".join(flags_of(run, row, earlier)))
+            earlier.append(row)
+            added.append(row)
+    append(path, "".join("\t".join(row[c] for c in COLUMNS) + "\n" for row in added))
+    return added
+
+
+def append(path: Path, text: str) -> None:
+    """Add lines below a header; an earlier version's header is replaced, its rows stay as they are."""
+    head, _, rest = (path.read_text(encoding="utf-8") if path.exists() else "").partition("\n")
+    if head != "\t".join(COLUMNS):
+        fresh = path.with_suffix(".new")
+        fresh.write_text("\t".join(COLUMNS) + "\n" + rest, encoding="utf-8")
+        fresh.replace(path)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "ab") as stream:
+        stream.write(text.encode())
+
+
+def leaderboard(
+    rows: list[dict[str, str]], mode: str = "val_bpb", where: list[str] | None = None, limit: int = 0
+) -> list[dict[str, str]]:
+    """Rows with a score, best first; `where` holds column=text filters, matched as substrings, or column<number."""
+    conditions = [condition_of(text) for text in where or []]
+    held = [r for r in rows if all(holds(r) for holds in conditions)]
+    scored = sorted((r for r in held if number(r.get(mode, "-")) is not None), key=lambda r: number(r[mode]))
+    return scored[: limit or None]
+
+
+def number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if value == value else None
+
+
+def condition_of(text: str):
+    """The test that a filter names."""
+    m = re.fullmatch(r"(\w+)([=<>~])(.*)", text)
+    if not m or m[1] not in COLUMNS:
+        raise ValueError(
+            f"filter {text!r}: write COLUMN=TEXT, COLUMN<NUMBER or COLUMN>NUMBER; columns {', '.join(COLUMNS)}"
+        )
+    column, sign, wanted = m[1], m[2], m[3]
+    if sign not in "<>":
+        return lambda row: wanted.lower() in row[column].lower()
+    limit, compare = number(wanted), {"<": operator.lt, ">": operator.gt}[sign]
+    if limit is None:
+        raise ValueError(f"filter {text!r}: {wanted!r} is no number")
+    return lambda row: number(row[column]) is not None and compare(number(row[column]), limit)

@@ -1,0 +1,298 @@
+"""Does a script count bytes as the competition does? Walk its table function over a small vocabulary and compare.
+
+The function is never executed: a tree walker knows a few statements, the sentencepiece questions and array stores,
+counts its steps, and gives up (`Unknown`) on anything else.
+"""
+
+import ast
+import operator
+from typing import NamedTuple
+
+MAX_STEPS = 50_000
+# every class of piece that has been counted wrongly by some submission, by kind
+KINDS = {
+    "control": "<pad> <s> </s>",
+    "unknown": "<unk>",
+    "byte": "<0x00> <0xFF>",
+    "normal": "▁ ▁the ing é ▁ñandú 日本 ▁▁ a \U0001f600 ▁<0x",
+    "unused": "dead",
+}
+VOCABULARY = tuple((piece, kind) for kind, pieces in KINDS.items() for piece in pieces.split())
+UNKNOWN_ID = 3
+TABLE_SIZE = len(VOCABULARY) + 2  # two padding rows
+UNCOUNTED = {"control", "unknown", "unused"}
+
+
+class Unknown(ValueError):
+    """The function does something this walker does not know."""
+
+
+class _Break(Exception):
+    pass
+
+
+class _Continue(Exception):
+    pass
+
+
+class _Return(Exception):
+    def __init__(self, value: object):
+        self.value = value
+
+
+class Tables(NamedTuple):
+    base: list
+    space: list
+    boundary: list
+
+
+def canonical() -> Tables:
+    """What the competition's own function answers for VOCABULARY."""
+    base, space, boundary = [0] * TABLE_SIZE, [False] * TABLE_SIZE, [True] * TABLE_SIZE
+    for i, (piece, kind) in enumerate(VOCABULARY):
+        boundary[i] = kind in UNCOUNTED
+        space[i] = kind == "normal" and piece.startswith("▁")
+        sizes = {"byte": 1, "normal": len(piece.removeprefix("▁").encode())}
+        base[i] = sizes.get(kind, 0)
+    return Tables(base, space, boundary)
+
+
+class Tokenizer:
+    """The part of a SentencePieceProcessor that table functions ask."""
+
+    def ask(self, method: str, args: list) -> object:
+        match method, args:
+            case ("is_control" | "IsControl", [i]):
+                return VOCABULARY[int(i)][1] == "control"
+            case ("is_unknown" | "IsUnknown", [i]):
+                return VOCABULARY[int(i)][1] == "unknown"
+            case ("is_byte" | "IsByte", [i]):
+                return VOCABULARY[int(i)][1] == "byte"
+            case ("is_unused" | "IsUnused", [i]):
+                return VOCABULARY[int(i)][1] == "unused"
+            case ("id_to_piece" | "IdToPiece", [i]):
+                return VOCABULARY[int(i)][0]
+            case ("vocab_size" | "get_piece_size" | "GetPieceSize" | "__len__", []):
+                return len(VOCABULARY)
+            case ("unk_id", []):
+                return UNKNOWN_ID
+            case ("decode", [list() as ids]):
+                return "".join(VOCABULARY[int(i)][0] for i in ids).replace("▁", " ").removeprefix(" ")
+            case ("piece_to_id" | "PieceToId", [piece]):
+                return next((i for i, (p, _) in enumerate(VOCABULARY) if p == piece), UNKNOWN_ID)
+        raise Unknown(f"sp.{method}")
+
+
+def short_range(*bounds: int) -> range:
+    """A range that fits the step budget."""
+    numbers = range(*map(int, bounds))
+    if len(numbers) > MAX_STEPS:
+        raise Unknown(f"a range of {len(numbers)}")
+    return numbers
+
+
+SAFE = (int, len, max, min, bool, str, enumerate, float, ord, abs, list, sum)
+BUILTINS = {f.__name__: f for f in SAFE} | {"range": short_range}
+TEXT_METHODS = {"startswith", "encode", "lstrip", "strip", "endswith", "removeprefix", "upper", "lower"}
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.In: lambda a, b: a in b,
+    ast.NotIn: lambda a, b: a not in b,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+}
+FILLS = {"zeros": 0, "ones": 1, "full": None}
+ARRAYS = {*FILLS, "tensor", "as_tensor", "array", "asarray", "from_numpy"}
+
+
+def operate(op: ast.AST, a: object, b: object) -> object:
+    if type(op) not in OPERATORS:
+        raise Unknown(type(op).__name__)
+    if any(isinstance(x, str | bytes | list) and len(x) > MAX_STEPS for x in (a, b)):
+        raise Unknown("a value that grows without end")
+    return OPERATORS[type(op)](a, b)
+
+
+class Walker:
+    """Interprets one table function over VOCABULARY."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.env: dict[str, object] = {}
+
+    def run(self, source: str) -> list:
+        body = ast.parse(source).body
+        function = next(n for n in body if isinstance(n, ast.FunctionDef))
+        self.block([s for s in body if isinstance(s, ast.Assign)])
+        for i, name in enumerate(a.arg for a in function.args.args):
+            self.env[name] = Tokenizer() if i == 0 or name in {"sp", "tokenizer"} else TABLE_SIZE
+        try:
+            self.block(function.body)
+        except _Return as done:
+            return list(done.value) if isinstance(done.value, list | tuple) else [done.value]
+        raise Unknown("the function returns nothing")
+
+    def count(self, node: ast.AST) -> None:
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            raise Unknown(f"too many steps at {type(node).__name__}")
+
+    def block(self, body: list) -> None:
+        for statement in body:
+            self.count(statement)
+            self.statement(statement)
+
+    def statement(self, node: ast.stmt) -> None:
+        match node:
+            case ast.Pass() | ast.Assert() | ast.Expr() | ast.AnnAssign(value=None):
+                return
+            case ast.Continue():
+                raise _Continue
+            case ast.Break():
+                raise _Break
+            case ast.Return():
+                raise _Return(self.value(node.value))
+            case ast.AnnAssign():
+                self.store(node.target, self.value(node.value))
+            case ast.Assign():
+                value = self.value(node.value)
+                for target in node.targets:
+                    self.store(target, value)
+            case ast.AugAssign():
+                self.store(node.target, operate(node.op, self.value(node.target), self.value(node.value)))
+            case ast.If():
+                self.block(node.body if self.value(node.test) else node.orelse)
+            case ast.For():
+                self.loop(node)
+            case _:
+                raise Unknown(type(node).__name__)
+
+    def loop(self, node: ast.For) -> None:
+        for item in self.value(node.iter):
+            self.store(node.target, item)
+            try:
+                self.block(node.body)
+            except _Continue:
+                continue
+            except _Break:
+                return
+
+    def store(self, target: ast.expr, value: object) -> None:
+        match target:
+            case ast.Name(id=name):
+                self.env[name] = value
+            case ast.Tuple(elts=parts):
+                for part, item in zip(parts, value):
+                    self.store(part, item)
+            case ast.Subscript() if isinstance(self.value(target.value), list):
+                self.value(target.value)[int(self.value(target.slice))] = value
+            case _:
+                raise Unknown(f"store to {type(target).__name__}")
+
+    def value(self, node: ast.expr) -> object:
+        self.count(node)
+        match node:
+            case ast.Constant(value=value):
+                return value
+            case ast.Name(id=name) if name in self.env:
+                return self.env[name]
+            case ast.Tuple(elts=parts) | ast.List(elts=parts):
+                return [self.value(x) for x in parts]
+            case ast.BoolOp() | ast.UnaryOp() | ast.BinOp() | ast.Compare():
+                return self.computed(node)
+            case ast.IfExp():
+                return self.value(node.body if self.value(node.test) else node.orelse)
+            case ast.Subscript(value=whole, slice=ast.Slice() as cut):
+                bounds = [part and self.value(part) for part in (cut.lower, cut.upper, cut.step)]
+                return self.value(whole)[slice(*bounds)]
+            case ast.Subscript(value=whole, slice=index):
+                return self.value(whole)[int(self.value(index))]
+            case ast.Call():
+                return self.call(node)
+        raise Unknown(getattr(node, "id", type(node).__name__))
+
+    def computed(self, node: ast.expr) -> object:
+        match node:
+            case ast.BoolOp(op=ast.And(), values=values):
+                return all(bool(self.value(v)) for v in values)
+            case ast.BoolOp(values=values):
+                return any(bool(self.value(v)) for v in values)
+            case ast.UnaryOp(op=ast.Not(), operand=inner):
+                return not self.value(inner)
+            case ast.UnaryOp(operand=inner):
+                return -self.value(inner)
+            case ast.BinOp(left=left, op=op, right=right):
+                return operate(op, self.value(left), self.value(right))
+            case _:
+                sides = [self.value(n) for n in (node.left, *node.comparators)]
+                return all(operate(op, a, b) for op, a, b in zip(node.ops, sides, sides[1:]))
+
+    def call(self, node: ast.Call) -> object:
+        match node.func:
+            case ast.Attribute(attr=name) if name in ARRAYS:  # they carry dtypes and devices, which have no value here
+                return self.array(name, node)
+            case ast.Attribute(value=owner, attr="to" | "copy" | "cpu" | "contiguous" | "astype"):
+                return self.value(owner)
+        args = [self.value(a) for a in node.args if not isinstance(a, ast.Starred)]
+        match node.func, args:
+            case ast.Name(id=name), _ if name in BUILTINS:
+                return BUILTINS[name](*args)
+            case ast.Name(), [Tokenizer() as loaded]:
+                return loaded  # a loader of tokenizers
+            case ast.Name(), [list(), list(), list(), *_]:
+                return args  # a record that holds the three tables
+            case ast.Attribute(value=owner, attr=name), _:
+                return self.method(self.value(owner), name, args)
+        raise Unknown(ast.unparse(node.func)[:60])
+
+    def method(self, owner: object, name: str, args: list) -> object:
+        match owner, name, args:
+            case Tokenizer(), _, _:
+                return owner.ask(name, args)
+            case list(), "append", [item]:
+                return owner.append(item)
+            case str(), "replace", [_, str(new)] if len(new) < 8:
+                return owner.replace(*args)
+            case str(), _, _ if name in TEXT_METHODS:
+                return getattr(owner, name)(*args)
+        raise Unknown(f"{type(owner).__name__}.{name}")
+
+    def array(self, name: str, node: ast.Call) -> object:
+        first = self.value(node.args[0])
+        if name not in FILLS:
+            return first
+        size = int(first[0] if isinstance(first, list | tuple) else first)
+        if size > 10 * TABLE_SIZE:
+            raise Unknown(f"an array of {size}")
+        return [self.value(node.args[1]) if name == "full" else FILLS[name]] * size
+
+
+REFUSED = (TypeError, IndexError, KeyError, AttributeError, StopIteration, SyntaxError, RecursionError, ValueError)
+
+
+def deviations(source: str) -> list[str]:
+    """How the table of `source` differs from the competition's, piece by piece; empty when it does not."""
+    try:
+        rows = Walker().run(source)
+    except REFUSED as error:
+        raise Unknown(f"{type(error).__name__}: {error}") from error
+    if len(rows) < 3 or not all(isinstance(r, list) and len(r) >= len(VOCABULARY) for r in rows[:3]):
+        raise Unknown("does not return three tables")
+    different = [
+        (i, name, row[i], right[i])
+        for name, row, right in zip(("bytes", "leading space", "boundary"), rows, canonical())
+        for i in range(len(VOCABULARY))
+        if row[i] != right[i]
+    ]
+    return [
+        f"{VOCABULARY[i][0]!r} ({VOCABULARY[i][1]}): {name} {told!r}, should be {right!r}"
+        for i, name, told, right in different
+        if not (name == "bytes" and (VOCABULARY[i][0], told) == ("▁▁", 1))  # as text that inner space is one byte
+    ]
