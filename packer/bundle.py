@@ -16,31 +16,29 @@ def read_tree(root):
 def bundle(files, entry):
     """The units of `entry` and of every first-party module it reaches, each module after those it imports."""
     packages = {name.split(".")[0] for name in files if "." in name}
-    own = packages | {name for name in files if "." not in name}
+    ours = packages | {name for name in files if "." not in name}
     units, trees = [], {}
 
     def visit(name):
         trees[name] = tree = parse(name, files[name], name in packages)
-        for node in walk(tree):
-            if not is_first_party(node, own):
-                continue
+        for node in (n for n in walk(tree) if is_first_party(n, ours)):
             check_import(node, tree, files)
             if node.module not in trees:
                 visit(node.module)
         for node in tree.body:
-            units.extend(u for u in open_statement(node, name, name == entry) if not is_first_party(u.node, own))
+            units.extend(u for u in open_statement(node, name, name == entry) if not is_first_party(u.node, ours))
 
     visit(entry)
-    check_names_exist(trees, own)
+    check_names_exist(trees, ours)
     return unique(units)
 
 
-def is_first_party(node, own):
+def is_first_party(node, ours):
     match node:
         case ast.Import(names=names):
-            return any(alias.name.split(".")[0] in own for alias in names)
+            return any(alias.name.split(".")[0] in ours for alias in names)
         case ast.ImportFrom(module=module, level=level):
-            return level > 0 or module.split(".")[0] in own
+            return level > 0 or module.split(".")[0] in ours
     return False
 
 
@@ -56,13 +54,13 @@ def check_import(node, tree, files):
             fail(node, f"`{ast.unparse(node)}`: names one by one, without star, alias or module")
 
 
-def check_names_exist(trees, own):
+def check_names_exist(trees, ours):
     bound = {
         name: {n for s in tree.body for u in open_statement(s, name, True) for n in u.names}
         for name, tree in trees.items()
     }
     for tree in trees.values():
-        for node in (n for n in tree.body if isinstance(n, ast.ImportFrom) and is_first_party(n, own)):
+        for node in (n for n in tree.body if isinstance(n, ast.ImportFrom) and is_first_party(n, ours)):
             for alias in node.names:
                 if alias.name not in bound[node.module]:
                     fail(node, f"{node.module} has no name {alias.name}")
@@ -83,16 +81,13 @@ def open_statement(node, module, is_entry):
 
 def unique(units):
     """One unit per import; any other name bound twice is an error."""
-    bound, imports, distinct = {}, set(), []
+    bound, distinct = {}, {}
     for unit in units:
-        text = ast.dump(unit.node)
-        if text in imports:
-            continue
-        if isinstance(unit.node, (ast.Import, ast.ImportFrom)):
-            imports.add(text)
-        distinct.append(unit)
+        is_import = isinstance(unit.node, (ast.Import, ast.ImportFrom))
+        distinct.setdefault(ast.dump(unit.node) if is_import else id(unit), unit)
+    for unit in distinct.values():
         for name in unit.names:
             before = bound.setdefault(name, unit)
             if before is not unit:
                 fail(unit.node, f"{name} is bound here and at {place(before.node)}")
-    return distinct
+    return list(distinct.values())

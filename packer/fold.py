@@ -55,9 +55,9 @@ class Folder(Scoped):
         if isinstance(node, ast.Lambda):
             scope.configs |= {a.arg for a in all_arguments(node.args)} & self.facts.holders
         bound = Counter(n.id for n in own if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load))
-        for target, value in (p for n in own if isinstance(n, ast.Assign) for p in pairs(n)):
-            if isinstance(target, ast.Name) and bound[target.id] == 1 and self.is_config(value):
-                scope.configs.add(target.id)
+        assigned = [pair for n in own if isinstance(n, ast.Assign) for pair in pairs(n)]
+        once = [(t.id, value) for t, value in assigned if isinstance(t, ast.Name) and bound[t.id] == 1]
+        scope.configs.update(name for name, value in once if self.is_config(value))
 
     @staticmethod
     def check_config(own, arguments):
@@ -94,22 +94,22 @@ class Folder(Scoped):
         return self.simplify(node) if isinstance(node, ast.expr) else node
 
     def value(self, node):
-        if isinstance(node, ast.Constant):
-            return node.value
         value = evaluate(node, self.facts.constants)
-        free = {n.id for n in walk(node) if isinstance(n, ast.Name)} if value is not UNKNOWN else ()
-        return UNKNOWN if any(self.binding(name) for name in free) else value
+        if value is not UNKNOWN and any(self.binding(n.id) for n in walk(node) if isinstance(n, ast.Name)):
+            return UNKNOWN  # a local hides the constant
+        return value
 
     def simplify(self, node):
         stored = isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del))
         if stored or isinstance(node, (ast.Constant, ast.Starred, ast.Slice)):
             return node
         match node:
-            case ast.Compare(left=left, ops=[ast.In() | ast.NotIn() as op], comparators=[ast.Tuple(elts=[])]):
-                if keeps_value(left):
-                    return literal(isinstance(op, ast.NotIn), node)
+            case ast.Compare(left=left, ops=[ast.In() | ast.NotIn() as op], comparators=[ast.Tuple(elts=[])]) if (
+                keeps_value(left)
+            ):
+                return literal(isinstance(op, ast.NotIn), node)
         value = self.value(node)
-        if value is UNKNOWN or not is_literal(value):
+        if not is_literal(value):
             return node
         new = literal(value, node)
         return new if len(ast.unparse(new)) <= max(24, len(ast.unparse(node))) else node
@@ -126,12 +126,7 @@ class Folder(Scoped):
         return literal(structure[node.attr], node) if node.attr in structure else node
 
     def visit_comprehension_expression(self, node):
-        node = super().visit_comprehension_expression(node)
-        first = self.value(node.generators[0].iter)
-        if first is not UNKNOWN and not first and not isinstance(node, ast.SetComp):
-            text = {ast.ListComp: "[]", ast.DictComp: "{}", ast.GeneratorExp: "()"}[type(node)]
-            return like(ast.parse(text, mode="eval").body, node)
-        return self.simplify(node)
+        return self.simplify(super().visit_comprehension_expression(node))
 
     visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = visit_comprehension_expression
 
@@ -173,25 +168,13 @@ class Folder(Scoped):
 
     def visit_If(self, node):
         truth = self.decided(node, "if {}")
-        if truth is not UNKNOWN:
-            return self.visit_block(node.body if truth else node.orelse)
-        node.body = self.visit_block(node.body)
-        node.orelse = self.visit_block(node.orelse)
-        if not node.body and not node.orelse and keeps_value(node.test):
-            return None
-        if not node.body:
-            node.test, node.body, node.orelse = like(ast.UnaryOp(ast.Not(), node.test), node), node.orelse, []
-        return node
+        taken = {True: node.body, False: node.orelse}
+        return self.generic_visit(node) if truth is UNKNOWN else self.visit_block(taken[truth])
 
     def visit_IfExp(self, node):
         truth = self.decided(node, "... if {} else ...")
-        if truth is not UNKNOWN:
-            return self.visit(node.body if truth else node.orelse)
-        return self.generic_visit(node)
-
-    def visit_Assert(self, node):
-        node.test = self.visit_test(node.test)
-        return None if self.truth(node.test) is True else self.generic_visit(node)
+        taken = {True: node.body, False: node.orelse}
+        return self.generic_visit(node) if truth is UNKNOWN else self.visit(taken[truth])
 
 
 def config_holders(units):
@@ -200,10 +183,9 @@ def config_holders(units):
 
     class Find(Scoped):
         def visit_Assign(self, node):
-            for target, value in pairs(node):
-                if isinstance(target, ast.Attribute):
-                    scope = self.binding(value.id) if isinstance(value, ast.Name) else None
-                    places[target.attr].setdefault(scope is not None and value.id in scope.configs, node)
+            for target, value in ((t, v) for t, v in pairs(node) if isinstance(t, ast.Attribute)):
+                scope = self.binding(value.id) if isinstance(value, ast.Name) else None
+                places[target.attr].setdefault(scope is not None and value.id in scope.configs, node)
             return self.generic_visit(node)
 
     for unit in units:

@@ -92,12 +92,12 @@ finally:
 
 def proof_values(fields, tiny, data):
     """Small values of the free sizes; what the profile switches off stays off, rates and shares stay what they are."""
-    values, known = {}, {f.name: f.value for f in fields.values() if f.kind == "free"}
-    for name, value in known.items():
+    values, defaults = {}, {f.name: f.value for f in fields.values() if f.kind == "free"}
+    for name, value in defaults.items():
         if type(value) is int and value:
             values[name] = min(value, tiny.get(name) or 32)
     given = PROOF | {"data": data, "runs": "."}
-    return values | {name: value for name, value in given.items() if name in known}
+    return values | {name: value for name, value in given.items() if name in defaults}
 
 
 def start(what, command, folder, code=0):
@@ -320,28 +320,28 @@ def cuda_only(b):
     return {n for u in units for n in u.names} - {n for i in without if i.because for n in i.unit.names}
 
 
-def unexecuted(b, seen):
+def unexecuted(b, executed):
     """Lines of code the proof did not run, by the reason that shows, or else by definition."""
-    source, cuda, found = b.readable.splitlines(), cuda_only(b), defaultdict(list)
+    source, cuda, silent = b.readable.splitlines(), cuda_only(b), defaultdict(list)
     owner = {
         line: node
         for node in ast.parse(b.readable).body
         if isinstance(node, (*FUNCTIONS, ast.ClassDef))
         for line in range(node.lineno, node.end_lineno + 1)
     }
-    for line in sorted(code_lines(b.readable) - seen):
+    for line in sorted(code_lines(b.readable) - executed):
         node, code = owner.get(line), source[line - 1].strip()
         if node is None:
-            found["<top level>"].append(code)
+            silent["<top level>"].append(code)
         elif node.name in cuda:
-            found[ON_CUDA].append(code)
+            silent[ON_CUDA].append(code)
         elif registered_for(node, "fake"):
-            found["shapes for torch.compile"].append(code)
+            silent["shapes for torch.compile"].append(code)
         elif code.startswith(("raise", "except")):
-            found["errors that did not happen"].append(code)
+            silent["errors that did not happen"].append(code)
         else:
-            found[node.name].append(code)
-    return dict(found)
+            silent[node.name].append(code)
+    return dict(silent)
 
 
 def shares(b, silent):

@@ -106,8 +106,8 @@ class Scoped(ast.NodeTransformer):
         for name in parts_of(type(node)):
             part = getattr(node, name, None)
             if type(part) is list:
-                found = [self.as_list(self.visit(n)) if isinstance(n, ast.AST) else [n] for n in part]
-                part[:] = [new for some in found for new in some]
+                parts = [self.as_list(self.visit(n)) if isinstance(n, ast.AST) else [n] for n in part]
+                part[:] = [new for some in parts for new in some]
             elif isinstance(part, ast.AST):
                 setattr(node, name, self.visit(part))
         return node

@@ -115,11 +115,11 @@ def items_of(units, chosen):
         owner = Item(unit.names[0] if unit.names else "<main>", unit, unit.node)
         members = [Item(label, unit, node, owner, key, at) for label, node, key, at in parts(unit, chosen)]
         for item in (owner, *members):
-            seen = Mentions(imports, {id(n) for m in members if m is not item for n in (m.node, m.name_node)})
+            mentions = Mentions(imports, {id(n) for m in members if m is not item for n in (m.node, m.name_node)})
             if item.owner and isinstance(unit.node, ast.ClassDef):
-                seen.scopes, seen.classes = [scope_of(unit.node)], [unit.node.name]
-            seen.visit(item.node)
-            item.names, item.spoken = seen.names - {item.label}, seen.spoken
+                mentions.scopes, mentions.classes = [scope_of(unit.node)], [unit.node.name]
+            mentions.visit(item.node)
+            item.names, item.spoken = mentions.names - {item.label}, mentions.spoken
         items += [owner, *members]
     return items
 
@@ -226,11 +226,10 @@ class Marker:
     def follow(self, item):
         new = sorted(item.spoken - self.speaker.keys())
         self.speaker |= dict.fromkeys(new, item.label)
-        own = [] if item.owner else item.unit.names
+        names, members = ([], []) if item.owner else (item.unit.names, self.members[item.label])
         mentioned = [other for name in sorted(item.names) for other in self.by_name[name]]
-        for other in mentioned + [registered for name in own for registered in self.attached[name]]:
+        for other in mentioned + [registered for name in names for registered in self.attached[name]]:
             self.live(other, item.label)
-        members = [] if item.owner else self.members[item.label]
         for member in members + [m for word in new for m in self.by_word[word] if m.owner.because]:
             if because := self.reason(member):
                 self.live(member, because)
@@ -254,5 +253,5 @@ def drop_parts(node, dead):
     if isinstance(node, ast.ClassDef):
         node.body = [s for s in node.body if id(s) not in dead] or [like(ast.Pass(), node)]
     elif isinstance(getattr(node, "value", None), ast.Dict):
-        kept = [(k, v) for k, v in zip(node.value.keys, node.value.values, strict=True) if id(v) not in dead]
-        node.value.keys, node.value.values = [k for k, _ in kept], [v for _, v in kept]
+        live = [(k, v) for k, v in zip(node.value.keys, node.value.values, strict=True) if id(v) not in dead]
+        node.value.keys, node.value.values = [k for k, _ in live], [v for _, v in live]

@@ -22,22 +22,22 @@ def parts_of(kind):
 
 def children(node):
     """Its child nodes, operators aside."""
-    found = []
+    nodes = []
     for name in parts_of(type(node)):
         part = getattr(node, name, None)
         if type(part) is list:
-            found += [n for n in part if isinstance(n, ast.AST)]
+            nodes += [n for n in part if isinstance(n, ast.AST)]
         elif isinstance(part, ast.AST):
-            found.append(part)
-    return found
+            nodes.append(part)
+    return nodes
 
 
 def walk(node):
     """It and all nodes below it, in the order of `ast.walk`, which asks every node for everything."""
-    found = [node]
-    for node in found:
-        found += children(node)
-    return found
+    nodes = [node]
+    for node in nodes:
+        nodes += children(node)
+    return nodes
 
 
 def place(node):
@@ -62,7 +62,7 @@ def literal(value, old):
 
 @dataclass
 class Build:
-    """What the passes of one build share beside the units: what was asked for, and what they found out."""
+    """What the passes of one build share beside the units: what was asked for, and what they nodes out."""
 
     profile: str
     files: dict  # module name -> source text

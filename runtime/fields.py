@@ -84,9 +84,9 @@ def read_fields(fields, words: list[str], env: dict[str, str], base: dict, sourc
     for name, text, place in given:
         if name not in by_name:
             raise ValueError(f"no field {name!r}: {nearest(name, by_name)}")
-        if name in FIXED and text != show_value(FIXED[name]):
-            raise ValueError(f"{name}={text}: fixed in this build, which has {show_value(FIXED[name])}")
         values[name], origin[name] = parse_value(by_name[name], text), place
+        if values[name] != FIXED.get(name, values[name]):
+            raise ValueError(f"{name}={text}: fixed in this build, which has {show_value(FIXED[name])}")
     return values, origin
 
 

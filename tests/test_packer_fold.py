@@ -70,17 +70,12 @@ FOLDS = [  # (name, before, after)
     ("any over a tuple",
      "def f(c: Config): return any(p == 'reset' for p in c.parts)",
      "def f(c: Config): return True"),
-    ("a list of nothing", "def f(c: Config): return [a(i) for i in c.tables]", "def f(c: Config): return []"),
-    ("assert", "def f(c: Config):\n assert c.streams == 1, c\n return 1", "def f(c: Config): return 1"),
     ("a kernel is left alone",
      "@triton.jit\ndef k(x, N: tl.constexpr):\n if 1 + 1 == 2: a()",
      "@triton.jit\ndef k(x, N: tl.constexpr):\n if 1 + 1 == 2: a()"),
     ("a division by zero stays", "def f(): return 1 // 0", "def f(): return 1 // 0"),
     ("a float power stays", "def f(): return 2 ** 0.5", "def f(): return 2 ** 0.5"),
-    ("a body that empties", "def f(c: Config, x):\n with x:\n  if c.moe: a()", "def f(c: Config, x):\n with x: pass"),
-    ("then goes, else stays",
-     "def f(c: Config, x):\n if x:\n  if c.moe: a()\n else: b()",
-     "def f(c: Config, x):\n if not x: b()"),
+    ("a body that empties", "def f(c: Config, x):\n if x:\n  if c.moe: a()", "def f(c: Config, x):\n if x: pass"),
 ]  # fmt: skip
 
 
