@@ -1211,10 +1211,14 @@ def validate(c: Config, rt: Runtime, model: GPT, val: Validation, log: Log, cloc
     return facts
 
 
+def fitted_settings(c: Config, constants: dict) -> tuple[EvalSettings, np.ndarray | None]:
+    table = np.array(constants["alpha"], np.float32).reshape(ENGRAM_ALPHA_SHAPE) / 16 if constants["alpha"] else None
+    return dataclasses.replace(eval_settings(c), temperature=constants["temperature"]), table
+
+
 def evaluate(c: Config, rt: Runtime, model: GPT, constants: dict, val: Validation, log: Log) -> dict:
     """Every mode on the artifact's own weights, with the constants that came in the artifact."""
-    s = dataclasses.replace(eval_settings(c), temperature=constants["temperature"])
-    alpha = np.array(constants["alpha"], np.float32).reshape(ENGRAM_ALPHA_SHAPE) / 16 if constants["alpha"] else None
+    s, alpha = fitted_settings(c, constants)
     folder = log.folder / "evaluation" / f"{source_hash()}-{fields_hash(c)}-{rt.dtype}"
     journal, ranks = Journal(folder, partial(log.record, "progress")), (rt.rank, rt.world)
     scores = evaluate_modes(model, val.tokens, val.bytes, s, c.eval_modes, ranks=ranks, alpha=alpha, journal=journal)

@@ -20,7 +20,7 @@ import numpy as np
 Evaluator = Callable[[list[int]], Sequence[float]]
 
 NOISE_LIMIT = 1e-3  # an evaluator that repeats itself no better than this cannot be judged
-FULL_VOCAB = 64  # the largest vocabulary whose every token is tried at a position
+FULL_VOCAB = 64  # the largest vocabulary whose every token is tried at a position, and the most that are tried
 TOLERANCE = 1e-4  # nats, and excess probability
 IMPOSSIBLE = 1e4  # nats of a token that was given no probability
 
@@ -36,8 +36,16 @@ class Verdict:
 class Probes:
     """One evaluator on one stream; positions and candidates are drawn from a fixed seed."""
 
-    def __init__(self, evaluator: Evaluator, vocab: int, tokens: Sequence[int], bos: int = 1, positions: int = 6):
-        self.evaluator, self.vocab, self.bos, self.positions = evaluator, vocab, bos, positions
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        vocab: int,
+        tokens: Sequence[int],
+        bos: int = 1,
+        positions: int = 6,
+        most: int = FULL_VOCAB,
+    ):
+        self.evaluator, self.vocab, self.bos, self.positions, self.most = evaluator, vocab, bos, positions, most
         self.tokens = [int(token) for token in tokens]
         if len(self.tokens) < 4:
             raise ValueError(f"{len(self.tokens)} tokens are too few to probe; give at least 4")
@@ -114,7 +122,7 @@ class Probes:
 
     def counterfactual(self) -> Verdict:
         """Sum the probability of every possible next token; with sampled candidates only an excess is proof."""
-        full, positions = self.vocab <= FULL_VOCAB, self.probed_positions()
+        full, positions = self.vocab <= self.most, self.probed_positions()
         sums = []
         for at in positions:
             candidates = range(self.vocab) if full else self.candidates(at)
@@ -143,7 +151,8 @@ class Probes:
         last = self.tokens[at - 1]
         followed = [b for a, b in zip(self.tokens[: at - 1], self.tokens[1:at]) if a == last]
         drawn = self.random.integers(0, self.vocab, 16).tolist()
-        return list(dict.fromkeys([self.tokens[at], *followed[::-1][:32], *self.tokens[at - 1 :: -1][:16], *drawn]))
+        likely = [self.tokens[at], *followed[::-1][:32], *self.tokens[at - 1 :: -1][:16], *drawn]
+        return list(dict.fromkeys(likely))[: self.most]
 
     def order(self) -> Verdict:
         """Read the events of one call: ("score", start, stop, digest) and ("learn", start, stop, digest)."""

@@ -25,6 +25,8 @@ TWIN = """
     dim=32 heads=2 kv_heads=1 vocab=32 embed_rank=0 group=32 rope_dims=4 slots=4 mlp_mult=1 window=0 state=0 seq_len=16
     eval_lanes=1 eval_stride=8 engram_rows=64 dtype=float32 max_steps=1 max_seconds=0 micro_tokens=16
 """
+POSITIONS, CANDIDATES = 2, 32  # probed of each kind, and tokens tried at one: an evaluation learns, and takes its time
+BOS = 1  # starts a document, in every dataset of ours
 CARRYING = "state or memory is carried across documents"
 
 
@@ -38,47 +40,56 @@ def load_script(path: Path) -> ModuleType:
 
 
 class Observed:
-    """A mode of the script's evaluator as a callable that keeps events of what it scores and learns."""
-
-    isolated = False
+    """A mode of the script's evaluator as a callable, and the events of what it scored and learned in the last call."""
 
     def __init__(self, script: ModuleType, model: torch.nn.Module, mode: str, settings, alpha: np.ndarray | None):
         self.script, self.model, self.mode, self.settings, self.alpha = script, model, mode, settings, alpha
-        self.events, self.held = [], []
+        self.last, self.isolated = [], False
 
     def __call__(self, tokens: list[int]) -> list[float]:
-        self.events, nats, tokens = [], {}, np.array(tokens)
-        ones, honest = np.ones_like(tokens), self.script.legal_ttt
-        self.script.legal_ttt = lambda rounds, learn: honest(rounds, self.watched(learn))
-        try:
-            for span in self.spans(tokens, ones):
-                nats |= dict(zip(range(span.start, span.stop), span.each))
-                self.events.append(("score", span.start, span.stop, self.digest()))
-        finally:
-            self.script.legal_ttt = honest
+        self.last, nats = tokens, {}
+        for span in self.spans(tokens):
+            nats |= dict(zip(range(span.start, span.stop), span.each))
         return [float(nats[at]) for at in range(1, len(tokens))]
 
-    def spans(self, tokens: np.ndarray, ones: np.ndarray) -> Iterator:
+    def spans(self, tokens: list[int]) -> Iterator:
+        tokens = np.array(tokens)
+        ones = np.ones_like(tokens)
         for lanes in self.script.mode_groups(tokens, ones, self.mode, self.settings):
-            self.held = []
             yield from self.script.adapt_lanes(self.model, tokens, ones, self.mode, self.settings, lanes, self.alpha)
 
-    def watched(self, learn: Callable) -> Callable:
-        """`learn`, and an event for each span it was given; what it changes is what its closure holds."""
-        self.held = list(learned_tensors(learn, {id(p) for p in self.model.parameters()}))
+    @property
+    def events(self) -> list[tuple]:
+        """("score" or "learn", start, stop, digest of what learns); what `learn` changes is what its closure holds."""
+        events, honest, changing = [], self.script.legal_ttt, []
 
-        def learn_and_tell(done) -> None:
-            learn(done)
-            digest = self.digest()
-            self.events += [("learn", span.start, span.stop, digest) for span in done.spans]
+        def told(kind: str, span) -> None:
+            events.append((kind, span.start, span.stop, digest_of(changing)))
 
-        return learn_and_tell
+        def watched(rounds, learn: Callable) -> Iterator:
+            changing[:] = learned_tensors(learn, {id(p) for p in self.model.parameters()})
 
-    def digest(self) -> str:
-        state = hashlib.sha256()
-        for tensor in self.held:
-            state.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return state.hexdigest()[:16]
+            def learn_and_tell(done) -> None:
+                learn(done)
+                for span in done.spans:
+                    told("learn", span)
+
+            return honest(rounds, learn_and_tell)
+
+        self.script.legal_ttt = watched
+        try:
+            for span in self.spans(self.last):
+                told("score", span)
+        finally:
+            self.script.legal_ttt = honest
+        return events
+
+
+def digest_of(tensors: list[torch.Tensor]) -> str:
+    state = hashlib.sha256()
+    for tensor in tensors:
+        state.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()[:16]
 
 
 def learned_tensors(thing: object, excluded: set[int], depth: int = 4) -> Iterator[torch.Tensor]:
@@ -103,28 +114,39 @@ def stir(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def probe_modes(script: ModuleType, c, model, constants: dict, tokens: list[int], positions: int) -> dict[str, dict]:
+def probe_modes(script: ModuleType, c, model, constants: dict, tokens: list[int]) -> dict[str, dict]:
     """The certificate of every mode that the profile scores."""
-    settings = dataclasses.replace(script.eval_settings(c), temperature=constants["temperature"], eval_lanes=1)
-    alpha, certificates = None, {}
-    if constants["alpha"]:
-        alpha = np.array(constants["alpha"], np.float32).reshape(script.ENGRAM_ALPHA_SHAPE) / 16
-    for mode in c.eval_modes:
+    settings, alpha = script.fitted_settings(c, constants)
+    settings, certificates = dataclasses.replace(settings, eval_lanes=1, eval_batch=1), {}
+    for mode in modes_of(script, c):
         observed = Observed(script, model, mode, settings, alpha)
-        observed.isolated = "reset" in c.parts and not (
-            script.EVAL_MODES[mode].remembers or script.EVAL_MODES[mode].learns
-        )
-        certificates[mode] = Probes(observed, c.vocab, tokens, script.BOS, positions).certificate()
+        how = script.EVAL_MODES[mode]
+        observed.isolated = "reset" in c.parts and not (how.remembers or how.learns)
+        probes = Probes(observed, c.vocab, tokens, settings.bos, POSITIONS, CANDIDATES)
+        certificates[mode] = probes.certificate()
     return certificates
 
 
-def twin_tokens(count: int, vocab: int, bos: int) -> list[int]:
+def modes_of(script: ModuleType, c) -> tuple[str, ...]:
+    """What the file was built to score; a source scores what its fields say."""
+    return script.FIXED.get("eval_modes", c.eval_modes)
+
+
+def two_documents(tokens: np.ndarray, count: int) -> list[int]:
+    """How the first two documents begin, half of the tokens each, as far as they go."""
+    starts = [int(at) for at in np.flatnonzero(tokens == BOS)[:2]] or [0]
+    halves = [tokens[at : at + count // len(starts)] for at in starts]
+    return np.concatenate([halves[0][: starts[-1] - starts[0] or None], *halves[1:]]).tolist()
+
+
+def twin_tokens(count: int, vocab: int) -> list[int]:
     """Three documents of few tokens that repeat themselves, so that memories and adapters have something to say."""
-    drawn = np.random.default_rng(0).integers(2, 8, count).tolist()
-    return [bos if i % (count // 3) == 0 else min(token, vocab - 1) for i, token in enumerate(drawn)]
+    drawn = np.random.default_rng(0).integers(2, min(8, vocab), count)
+    drawn[:: count // 3] = BOS
+    return drawn.tolist()
 
 
-def certify(script_path: Path, artifact: Path, data: Path, count: int = 96, positions: int = 2) -> dict:
+def certify(script_path: Path, artifact: Path, data: Path, count: int = 64) -> dict:
     """Verdicts of L1 to L5, the worst over all modes, for the artifact and for the twin."""
     blob, hook = artifact.read_bytes(), sys.excepthook
     script = load_script(script_path)
@@ -133,16 +155,20 @@ def certify(script_path: Path, artifact: Path, data: Path, count: int = 96, posi
     c, _ = script.load_config([f"data={data}"], {}, None, stored)
     rt = script.detect_runtime({}, c.dtype)
     model, constants = script.load_model(c, rt, blob)
-    tokens = read_tokens(data, "val", c.vocab, count).tolist()
+    tokens = two_documents(read_tokens(data, "val", c.vocab, 100_000), count)
     words = [word for word in TWIN.split() if word.split("=")[0] not in script.FIXED]
     twin_c, _ = script.load_config(words, {}, None, {name: value for name, value in stored.items() if name != "run_id"})
     torch.manual_seed(1)
     twin = stir(script.GPT(twin_c))
     sides = {
-        "artifact": probe_modes(script, c, model, constants, tokens, positions),
-        "twin": probe_modes(script, twin_c, twin, constants, twin_tokens(24, twin_c.vocab, script.BOS), positions),
+        "artifact": probe_modes(script, c, model, constants, tokens),
+        "twin": probe_modes(script, twin_c, twin, constants, twin_tokens(24, twin_c.vocab)),
     }
-    return summary(sides) | {"script": facts(script_path), "artifact": facts(artifact), "modes": list(c.eval_modes)}
+    return summary(sides) | {
+        "script": facts(script_path),
+        "artifact": facts(artifact),
+        "modes": list(modes_of(script, c)),
+    }
 
 
 def summary(sides: dict[str, dict]) -> dict:
@@ -168,7 +194,7 @@ def certify_command(words: list[str], env: dict[str, str]) -> int:
     parser.add_argument("--script", type=Path, required=True, help="the packed file that ran")
     parser.add_argument("--artifact", type=Path, required=True, help="what it wrote")
     parser.add_argument("--data", type=Path, required=True, help="the dataset; only validation text is read")
-    parser.add_argument("--tokens", type=int, default=96, help="how many of its first tokens are probed")
+    parser.add_argument("--tokens", type=int, default=64, help="how many of its first tokens are probed")
     parser.add_argument("--out", type=Path, help="certificate.json beside the artifact, if not given")
     options = parser.parse_args(words)
     certificate = certify(options.script, options.artifact, options.data, options.tokens)

@@ -1,0 +1,83 @@
+"""The certificate: it judges the packed file that ran and the artifact it wrote, and a planted cheat is caught."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.__main__ import main
+from harness.certify import certify, learned_tensors
+from packer.bundle import read_tree
+from packer.pack import pack, unpack
+from packer.steps import build
+from tests.toys import toy_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = (
+    "dim=64 heads=4 kv_heads=2 group=32 vocab=64 rope_dims=8 slots=4 mlp_mult=2 window=32 seq_len=32 batch_tokens=256 "
+    "micro_tokens=256 max_steps=2 max_seconds=0 eval_lanes=2 eval_stride=16 dtype=float32 runs=. run_id=r"
+)
+
+
+def test_what_learns_is_found_and_the_model_is_not():
+    memory, weights = torch.zeros(3), torch.ones(2)
+    holder = type("Memory", (), {})()
+    holder.table, holder.name = [{"rows": memory}], "x"
+
+    def learn():
+        return holder, weights
+
+    assert [id(t) for t in learned_tensors(learn, {id(weights)})] == [id(memory)]
+
+
+@pytest.fixture(scope="module")
+def entry(tmp_path_factory):
+    """A packed skc_competition that has run, its data, and its artifact."""
+    folder = tmp_path_factory.mktemp("entry")
+    data, script = toy_dataset(folder / "data"), folder / "train_gpt.py"
+    script.write_bytes(build(read_tree(ROOT), "skc_competition").code)
+    environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-s", "train_gpt.py", f"data={data}", *WORDS.split()]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return script, folder / "r" / "final_model.skc", data
+
+
+def cheating(entry, honest: str, cheat: str) -> Path:
+    """The same file with one thing changed."""
+    text = unpack(entry[0].read_bytes())
+    assert text.count(honest) == 1, honest
+    path = entry[0].with_name("cheat.py")
+    path.write_bytes(pack(text.replace(honest, cheat)))
+    return path
+
+
+@pytest.mark.slow
+def test_the_file_that_ran_is_certified_with_its_artifact(entry, capsys):
+    script, artifact, data = entry
+    words = ["--script", str(script), "--artifact", str(artifact), "--data", str(data)]
+    assert main(["certify", *words], {}) == 0
+    certificate = json.loads(artifact.with_name("certificate.json").read_text())
+    assert capsys.readouterr().out.startswith("L1 pass\nL2 pass\nL3 pass\nL4 pass\n")
+    assert certificate["legal"] and certificate["modes"] == ["stream", "all"]
+    for part, path in (("script", script), ("artifact", artifact)):
+        assert certificate[part]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    complete = certificate["L3"]["evidence"]
+    assert complete["twin.all"]["complete"] and not complete["artifact.all"].get("faults")
+    assert certificate["L4"]["statuses"] == dict.fromkeys(complete, "pass")
+    assert certificate["L5"]["statuses"]["artifact.all"] == "na"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("probe, honest, cheat", [
+    ("L4", "\t\tyield from done.spans\n\t\tif not done.last:learn(done)", "\t\tlearn(done);yield from done.spans"),
+])  # fmt: skip
+def test_a_cheat_in_the_file_is_caught(entry, probe, honest, cheat):
+    _, artifact, data = entry
+    certificate = certify(cheating(entry, honest, cheat), artifact, data)
+    assert not certificate["legal"] and certificate[probe]["status"] == "fail"
