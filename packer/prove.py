@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 
 from packer.bake import bake
@@ -206,7 +207,7 @@ def prove(b, root):
     """Source and packed file train the same structure at small sizes: every record and the artifact must be equal."""
     began, spent = time.perf_counter(), os.times()
     tiny = {f.name: f.value for f in profile_fields(b.files, "tiny").values()}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as last:
         work = Path(scratch)
         make_data(work)
         values = [f"{k}={v}" for k, v in proof_values(b.fields, tiny, work / "data").items()]
@@ -215,7 +216,8 @@ def prove(b, root):
         for name, text in {"source": b"", "packed": b.code, "killed": b.code, "traced": b.readable.encode()}.items():
             (work / name).mkdir()  # each runs in a folder of its own, with the same arguments
             (work / name / "train_gpt.py").write_bytes(text)
-        on_cuda = start_as_on_cuda(work, values)  # beside all the others
+        on_cuda = last.enter_context(start_as_on_cuda(work, values))  # beside all the others
+        last.callback(on_cuda.kill)
         source = [root / "train_gpt.py", "--profile", b.profile, *values]
         rows, artifact = train_both(work, source, values)
         refuse_both(work, source, values, next(f.name for f in b.fields.values() if f.kind == "structural"))

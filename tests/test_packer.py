@@ -60,7 +60,7 @@ def test_the_packed_toy_does_what_its_source_does(toy, profile):
     assert proof["steps"][0]["loss"] != proof["steps"][2]["loss"] and "seconds" not in proof["steps"][0]
     silent = {reason: len(code) for reason, code in proof["unexecuted"].items()}
     assert silent.pop("errors that did not happen") == 4 and silent.pop("shapes for torch.compile") == 1
-    assert silent == {"<top level>": 1, "train": 3}  # nobody refuses or resumes the twin
+    assert silent == {"<top level>": 2, "train": 3}  # nobody refuses or resumes the twin
     assert proof["shares"]["unexecuted_on_cpu"] < 0.15 and "1 kernels alike" in proof_lines(proof)
 
 
@@ -72,7 +72,8 @@ FAULTY = {  # name: (module, right, wrong, message)
     "records that the packed file leaves out": (
         "train_gpt", "rows.append({\"kind\": \"eval\"", "FIXED or rows.append({\"kind\": \"eval\"", "wrote 4 records"),
     "an artifact of its own": (
-        "export.seal", "return b\"\".join", "return b\"\\0\" * len(sys.argv) + b\"\".join", "the artifacts differ"),
+        "train_gpt", "(seal(model.state_dict()))", "(seal(model.state_dict()) + bytes(len(FIXED)))",
+        "the artifacts differ"),
     "a checkpoint that forgets": (
         "train_gpt", "model.load(bytes.fromhex(state[\"weights\"]))", "pass", "record 2 differs"),
     "another refusal": (
