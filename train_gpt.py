@@ -265,9 +265,8 @@ def load_config(
 ) -> tuple[Config, dict[str, str]]:
     """The configuration, and where each value came from; `stored` fields of a file stand in for the profile."""
     profile = profile or env.get("PROFILE", DEFAULT_PROFILE)
-    registries = {"MIXERS": MIXERS, "ACTIVATIONS": ACTIVATIONS, "GRIDS": GRIDS, "OPTIMIZERS": OPTIMIZERS}
-    registries |= {"EVAL_MODES": EVAL_MODES, "SCHEDULES": SCHEDULES, "PARTS": PARTS, "SCOPES": SCOPES}
-    registries["ROUNDINGS"] = ROUNDINGS
+    registries = dict(MIXERS=MIXERS, ACTIVATIONS=ACTIVATIONS, GRIDS=GRIDS, OPTIMIZERS=OPTIMIZERS, PARTS=PARTS)
+    registries |= dict(EVAL_MODES=EVAL_MODES, SCHEDULES=SCHEDULES, SCOPES=SCOPES, ROUNDINGS=ROUNDINGS)
     c, origin = read_config(Config, words, env, PROFILES, profile, stored, registries)
     check_config(c)
     return c, origin
@@ -970,8 +969,8 @@ def train(c: Config, rt: Runtime, run: Run, val: Validation, log: Log) -> dict:
         checkpoint(c, rt, run, log)
     log.status = "killed" if stopped else "finished"
     model.phase = len(phases(c)) - 1
-    tokens = clock.step * c.batch_tokens
     facts = {"status": log.status, "train_loss": progress.loss, "steps": clock.step, "train_seconds": clock.seconds}
+    tokens = clock.step * c.batch_tokens
     return facts | {"tokens": tokens, "tokens_per_second": tokens / max(clock.seconds, 1e-9)}
 
 
@@ -1050,8 +1049,7 @@ def restore(c: Config, run: Run, saved: dict, world: int) -> None:
     model.load_state_dict(saved["buffers"], strict=False)
     data.feed.order.position = saved["windows"] // world
     torch.set_rng_state(saved["rng"])
-    was = saved["config"]
-    if (was["max_steps"], was["max_seconds"]) != (c.max_steps, c.max_seconds):
+    if (saved["config"]["max_steps"], saved["config"]["max_seconds"]) != (c.max_steps, c.max_seconds):
         optimizer.ramp = (clock.step, saved["multiplier"])
 
 
@@ -1060,7 +1058,7 @@ def restore(c: Config, run: Run, saved: dict, world: int) -> None:
 
 def export_model(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
     """Writes the artifact: what training ended with, packed, checked against the cap, and read back bit for bit."""
-    if c.ema:
+    if c.ema and run.optimizer.groups[0].average is not None:  # a short run never began one
         with log.phase("quantise"):
             choose_weights(c, rt, run, log)
     with log.phase("compress"):
@@ -1108,8 +1106,6 @@ def trained_on_grid(c: Config, model: GPT) -> dict[str, nn.Parameter]:
 
 def choose_weights(c: Config, rt: Runtime, run: Run, log: Log) -> None:
     """Averaged or last weights, whichever has the lower loss on training tokens, through the quantiser."""
-    if run.optimizer.groups[0].average is None:  # a short run never began one
-        return
     losses = {}
     for averaged in (False, True):
         run.optimizer.project(averaged)
@@ -1132,12 +1128,11 @@ def training_loss(c: Config, rt: Runtime, run: Run, batches: int = 4) -> float:
 def pack_rows(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> bytes:
     """On their grid already, or rounded by what the loss feels, in the bytes that plain steps of `clip` would take."""
     meta = {"config": artifact_config(c, rt), "eval": eval_constants(c, rt, run, log)}
-    rounding = ROUNDINGS[c.rounding]
-    if "qat" in c.parts or not (c.reserve_seconds or rounding.searches):
+    if "qat" in c.parts or not (c.reserve_seconds or c.rounding in ("lite", "lite_gptq")):
         clips = {row.codec: c.clip for row in rows}
         return pack(rows, meta, group=c.group, rule=c.rule, clips=clips, coded="plain" not in c.parts)
     grid, trained = grid_settings(c), trained_on_grid(c, run.model)
-    curves = curvature(c, rt, run, log) if c.reserve_seconds and rounding.feeds_back else {}
+    curves = curvature(c, rt, run, log) if c.reserve_seconds and c.rounding in ("gptq", "lite_gptq") else {}
     rows = [row._replace(parts=row_parts(row, **grid)) if row.name in trained else row for row in rows]
     blob = pack(gptq_rows(rows, curves, rounding=c.rounding, **grid), meta, coded="plain" not in c.parts, **grid)
     if any(row.codec in STEP_CODECS and row.parts is None and row.name not in curves for row in rows):
@@ -1211,7 +1206,7 @@ def validate(c: Config, rt: Runtime, model: GPT, val: Validation, log: Log, cloc
     return facts
 
 
-def fitted_settings(c: Config, constants: dict) -> tuple[EvalSettings, np.ndarray | None]:
+def fitted_settings(c: Config, constants: dict) -> tuple:
     table = np.array(constants["alpha"], np.float32).reshape(ENGRAM_ALPHA_SHAPE) / 16 if constants["alpha"] else None
     return dataclasses.replace(eval_settings(c), temperature=constants["temperature"]), table
 
@@ -1286,10 +1281,9 @@ def make_artifact(c: Config, rt: Runtime, val: Validation, saved: dict | None, l
     facts = train(c, rt, run, val, log)
     if facts["status"] == "finished":
         facts |= export_model(c, rt, run, log)
-        if "qat" not in c.parts:  # a model off its grid is not the one that ships: both are scored
-            with log.phase("validate"):
-                live = validate(c, rt, run.model, val, log)
-            facts |= {f"live_{name}": value for name, value in live.items()}
+        with log.phase("validate"):  # a model off its grid is not the one that ships: both are scored
+            live = {} if "qat" in c.parts else validate(c, rt, run.model, val, log)
+        facts |= {f"live_{name}": value for name, value in live.items()}
     return facts
 
 
