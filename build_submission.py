@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from packer.bundle import read_tree
-from packer.deliver import commit_of, deliver
+from packer.deliver import commit_of, deliver, is_current
 from packer.prove import proof_lines, prove
 from packer.report import explain, table
 from packer.steps import build
@@ -22,7 +22,6 @@ def parse_arguments(argv):
     parser.add_argument("--dce", action="store_true", help="fold and sweep; without it the whole system is packed")
     parser.add_argument("--prove", action="store_true", help="train source and packed file side by side, compare all")
     parser.add_argument("--explain", metavar="NAME", help="say why a definition stayed or went, and stop")
-    parser.add_argument("--run", action="append", default=[], metavar="RUNS/ID", help="fill the record from this run")
     parser.add_argument("-o", "--output", default="submission", type=Path)
     return parser.parse_args(argv)
 
@@ -31,13 +30,16 @@ def main(argv):
     args, root = parse_arguments(argv), Path(__file__).resolve().parent
     try:
         files = read_tree(root)
+        if args.dce and not args.explain and is_current(args.output, files, args.profile, args.prove):
+            sys.stdout.write(f"{args.output} is up to date\n")
+            return 0
         b = build(files, args.profile, args.dce)
         if args.explain:
             sys.stdout.write(explain(b, args.explain) + "\n")
             return 0
         sys.stdout.write(table(b) + "\n")
         proof = prove(b, root) if args.prove else None
-        sys.stdout.write(proof_lines(proof) + deliver(b, args.output, proof, args.run, commit_of(root)) + "\n")
+        sys.stdout.write(proof_lines(proof) + deliver(b, args.output, proof, commit_of(root)) + "\n")
     except BuildError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

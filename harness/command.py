@@ -4,6 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from packer.deliver import commit_of
+
 ROOT = Path(__file__).resolve().parent.parent
 MODULE_SWITCH = "-m"
 
@@ -72,6 +74,12 @@ def built_profile(script: Path, root: Path = ROOT) -> str:
     if other:
         raise ValueError(f"{script} was built from another {', '.join(other)} than this checkout has: {again}")
     return manifest["profile"]
+
+
+def built_commit(script: Path | None) -> str:
+    """The commit that a packed script was built from, or this checkout's, with -dirty where files differ from it."""
+    path = script and script.with_name("manifest.json")
+    return json.loads(path.read_text())["commit"] if path and path.exists() else commit_of(ROOT)
 
 
 def file_hash(path: Path) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.alerts import Alert
-from harness.command import ROOT, built_profile, script_path
+from harness.command import ROOT, built_commit, built_profile, script_path
 from harness.devices import Devices
 from harness.journal import Journal
 from harness.processes import Process, Rank, find_process, living_ranks, new_stacks, process_stat, uptime
@@ -100,7 +100,8 @@ class Supervisor:
 
     def keep_record(self, agent: Process) -> None:
         """For the next supervisor."""
-        self.journal.save(self.record_file.name, {"command": self.command, "agent": agent})
+        commit = built_commit(script_path(self.s.command))
+        self.journal.save(self.record_file.name, {"command": self.command, "agent": agent, "commit": commit})
 
     def finished_before(self) -> bool:
         """This very command, while nobody watched."""

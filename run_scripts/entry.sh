@@ -36,6 +36,7 @@ run_named() {  # NAME SEED FIELD=VALUE ...: train, export and score under the su
     shift 2
     if finished "$name"; then
         echo "runs/$name is finished"
+        sed -n '/^---$/,$p' "runs/$name/train.log"
     else
         echo "== training, export and scores of $profile -> runs/$name"
         forward "${supervise[@]}" -- "${start[@]}" "$script" data="$data" run_id="$name" seed="$seed" resume=auto \

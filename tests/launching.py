@@ -1,24 +1,36 @@
 """The trainer under the supervisor, for trials: started, watched and counted on as its owner would."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from harness.processes import living_ranks
+from packer.bundle import read_tree
+from packer.deliver import deliver
+from packer.steps import build
 from tests.test_publish import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "train_gpt.py"
-PATIENCE = 240.0  # seconds, on a machine that has other work
-FIELDS = ["--profile", "tiny", "layers=AK", "batch_tokens=256", "micro_tokens=64", "log_every=1", "eval_modes=chunked",
-          "eval_lanes=4", "resume=auto"]  # fmt: skip
+PATIENCE = 600.0  # seconds, on a machine that has other work
+FIELDS = ["--profile", "tiny", "batch_tokens=256", "micro_tokens=64", "log_every=1", "eval_lanes=4", "resume=auto"]
 QUIET = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
-def torchrun(folder: Path, dataset: Path, *words: str, ranks: int = 2, restarts: int = 0, script: Path = SCRIPT):
+@functools.cache
+def packed_script() -> Path:
+    """The packed profile `tiny`, with its manifest."""
+    folder = Path(tempfile.mkdtemp(prefix="packed_tiny_"))
+    deliver(build(read_tree(ROOT), "tiny"), folder, None)
+    return folder / "train_gpt.py"
+
+
+def torchrun(folder: Path, dataset: Path, *words: str, ranks: int = 2, restarts: int = 0, script: Path | None = None):
     """The command that is supervised; the run's folder is `folder`/r."""
+    script = script or packed_script()
     agent = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
     fields = [*FIELDS, f"data={dataset}", f"runs={folder}", "run_id=r", *words]
     return [sys.executable, *(agent if ranks > 1 else []), str(script), *fields]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,17 +69,18 @@ def test_the_other_ranks_of_torchrun_leave_it_to_the_first(tmp_path):
     assert not under_torchrun(1, tmp_path).exists()
 
 
-def smoke(*command: str, **environment: str):
-    clean = ROOT / "runs" / "smoke-s42"
-    subprocess.run(["rm", "-rf", clean, ROOT / "runs" / "smoke_records", ROOT / "submission" / "smoke"], check=True)
-    environment = os.environ | {"SMOKE": "1", "SEEDS": "42", "AUTHOR": "me", "PYTHON": sys.executable} | environment
-    return subprocess.run(command, cwd=LAUNCHER.parent, env=environment, capture_output=True, text=True, timeout=300)
+def smoke(*command: str):
+    environment = os.environ | {"SMOKE": "1", "SEEDS": "42", "AUTHOR": "me", "PYTHON": sys.executable}
+    return subprocess.run(command, cwd=LAUNCHER.parent, env=environment, capture_output=True, text=True, timeout=2400)
 
 
 @pytest.mark.slow
 def test_the_launcher_goes_from_text_to_a_record_both_ways():
-    """One after the other: both write to runs/smoke-s42."""
+    """One after the other: the second finds the build and the run of the first, and goes on from there."""
+    shutil.rmtree(ROOT / "runs" / "smoke-skc-s42", ignore_errors=True)
+    shutil.rmtree(ROOT / "runs" / "smoke_records", ignore_errors=True)
     expect_record(smoke("bash", LAUNCHER.name))
+    shutil.rmtree(ROOT / "runs" / "smoke_records")
     expect_record(smoke(sys.executable, "-m", "torch.distributed.run", LAUNCHER.name))
 
 
@@ -88,8 +90,9 @@ def expect_record(done) -> None:
     claim = json.loads((ROOT / record / "submission.json").read_text())
     assert claim["seeds"] == [42] and claim["mode"] == "all" and claim["bytes_total"] < 16_000_000
     names = {p.name for p in (ROOT / record).iterdir()}
-    assert {"train_gpt.py", "README.md", "train_seed42.log", "manifest.json"} <= names
-    assert "2 ranks" in (ROOT / "runs" / "smoke-s42" / "train.log").read_text()
+    needed = {"train_gpt.py", "README.md", "train_seed42.log", "manifest.json", "build.json", "certificate_seed42.json"}
+    assert needed <= names
+    assert "2 ranks" in (ROOT / "runs" / "smoke-skc-s42" / "train.log").read_text()
 
 
 # ---- faults of a run of two processes; tests/test_trials.py has the others
@@ -268,6 +271,6 @@ def test_expired_credentials_are_found_before_the_clock_starts(dataset, folder):
 def test_a_missing_shard_and_an_artifact_over_the_cap_are_found_before_the_clock_starts(dataset, folder):
     copy = toy_dataset(folder / "toy")
     next(copy.glob("*_train_*.bin")).unlink()
-    out = refused(folder, copy, "embed_codec=int8", "embed_rank=0", "dim=1024", "mlp_mult=4", "layers=" + "A" * 16)
+    out = refused(folder, copy, "dim=4096", "mlp_mult=4")
     assert "FAIL  data" in out and "no *_train_000000.bin" in out
     assert "FAIL  artifact" in out and "nothing was started" in out

@@ -10,7 +10,7 @@ from packer_toys import CONFIG
 
 from packer import pack as packing
 from packer.check import check_text
-from packer.deliver import commit_of, deliver, requirements
+from packer.deliver import commit_of, deliver, is_current, requirements
 from packer.prove import KERNELS, check_fixed, check_kernels, compare_refusals, compare_runs, finish, start
 from packer.steps import build
 from packer.trees import BuildError, parse
@@ -205,23 +205,16 @@ def test_a_kernel_that_holds_other_code_is_refused(tmp_path, monkeypatch, lines,
         assert check() == 1
 
 
-def test_an_artifact_that_does_not_fit_beside_the_code_is_refused(tmp_path):
-    b = build(project(), "plain")
-    run = write_run(tmp_path / "run")
-    (run / "config.json").write_text('{"config": {"seed": 7}}')
-    code = len(b.code)
-    for size, fits in ((16_000_000 - code, True), (16_000_001 - code, False)):
-        (run / "result.json").write_text(json.dumps({"val_bpb": 1.25, "val_loss": 2.0, "artifact_bytes": size}))
-        if fits:
-            assert deliver(b, tmp_path / "out", None, [run]) == "fits: 0 bytes of 16,000,000 are left"
-        else:
-            with pytest.raises(BuildError, match="is 1 bytes over 16,000,000"):
-                deliver(b, tmp_path / "out", None, [run])
-    with pytest.raises(BuildError, match="a second run of seed 7"):
-        deliver(b, tmp_path / "out", None, [run, run])
-    record = json.loads((tmp_path / "out" / "submission.json").read_text())
-    assert record["val_bpb"] == 1.25 and record["seeds"] == [7] and record["bytes_total"] == 16_000_000
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["train_gpt.py"]["bytes"] == code
+def test_a_build_is_current_until_a_source_the_file_or_the_profile_changes(tmp_path):
+    b, out = build(project(), "plain"), tmp_path / "out"
+    assert not is_current(out, b.files, "plain", False)
+    deliver(b, out, None)
+    assert is_current(out, b.files, "plain", False)
+    assert not is_current(out, b.files, "plain", True)  # no proof
+    assert not is_current(out, b.files, "other", False)
+    assert not is_current(out, b.files | {"train_gpt": b.files["train_gpt"] + "# more\n"}, "plain", False)
+    (out / "train_gpt.py").write_bytes(b.code + b"#")
+    assert not is_current(out, b.files, "plain", False)
 
 
 def test_requirements_are_what_the_program_imports():
@@ -230,7 +223,7 @@ def test_requirements_are_what_the_program_imports():
 
 def test_the_manifest_says_what_was_built_from_what(tmp_path):
     b = build(project(), "plain")
-    deliver(b, tmp_path / "out", {"steps": []}, [], "abc-dirty")
+    deliver(b, tmp_path / "out", {"steps": []}, "abc-dirty")
     facts, code = (
         json.loads((tmp_path / "out" / "manifest.json").read_text()),
         (tmp_path / "out" / "train_gpt.py").read_bytes(),
