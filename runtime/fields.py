@@ -85,7 +85,7 @@ def read_fields(fields, words: list[str], env: dict[str, str], base: dict, sourc
         if name not in by_name:
             raise ValueError(f"no field {name!r}: {nearest(name, by_name)}")
         values[name], origin[name] = parse_value(by_name[name], text), place
-        if values[name] != FIXED.get(name, values[name]):
+        if name in FIXED and values[name] != FIXED[name]:
             raise ValueError(f"{name}={text}: fixed in this build, which has {show_value(FIXED[name])}")
     return values, origin
 

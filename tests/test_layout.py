@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,11 @@ def test_no_broad_except(path):
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None and ast.unparse(node.type) not in ("Exception", "BaseException"), node.lineno
+
+
+def test_installing_brings_dependencies_and_no_package():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        assert tomllib.load(file)["tool"]["setuptools"] == {"py-modules": [], "packages": []}
 
 
 def test_scripts_are_strict():

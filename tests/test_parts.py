@@ -473,4 +473,5 @@ def test_a_carried_run_resumes_to_the_bit(dataset, tmp_path):
         rows = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
         losses.append([row["loss"] for row in rows if row["kind"] == "step"])
         (tmp_path / "r/checkpoint_00000004.pt").unlink()
+        (tmp_path / "r/trained.json").unlink()  # that it was trained to the end
     assert len(losses[0]) == 4 and losses[0] == losses[1]

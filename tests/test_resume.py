@@ -43,7 +43,7 @@ def test_a_resumed_run_continues_to_the_bit(dataset, tmp_path):
     for path, other in checkpoints(tmp_path / "b" / "r"):
         if other > step:
             path.unlink()
-    (tmp_path / "b" / "r" / "result.json").unlink()
+    (tmp_path / "b" / "r" / "trained.json").unlink()  # that it was trained to the end
     assert go(tmp_path / "b", dataset, "max_steps=12", "resume=auto", *VARIANT) == 0
     assert steps(tmp_path / "a") == steps(tmp_path / "b")
     artifacts = [(tmp_path / x / "r" / "final_model.skc").read_bytes() for x in "ab"]
