@@ -151,6 +151,8 @@ def certify(script_path: Path, artifact: Path, data: Path, count: int = 64) -> d
     blob, hook = artifact.read_bytes(), sys.excepthook
     script = load_script(script_path)
     sys.excepthook = hook  # a packed file sets its own
+    if not hasattr(script, "legal_ttt"):
+        raise ValueError(f"{script_path}: no packed file; build one with build_submission.py and certify what ran")
     stored = script.artifact_fields(blob)
     c, _ = script.load_config([f"data={data}"], {}, None, stored)
     rt = script.detect_runtime({}, c.dtype)

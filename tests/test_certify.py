@@ -35,6 +35,13 @@ def test_what_learns_is_found_and_the_model_is_not():
     assert [id(t) for t in learned_tensors(learn, {id(weights)})] == [id(memory)]
 
 
+def test_a_source_is_refused_for_it_did_not_run(tmp_path, capsys):
+    (tmp_path / "x.skc").write_bytes(b"")
+    words = ["--script", str(ROOT / "train_gpt.py"), "--artifact", str(tmp_path / "x.skc"), "--data", str(tmp_path)]
+    assert main(["certify", *words], {}) == 2
+    assert "train_gpt.py: no packed file" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def entry(tmp_path_factory):
     """A packed skc_competition that has run, its data, and its artifact."""
