@@ -64,9 +64,11 @@ def read_config(kind, words: list[str], env: dict, profiles: dict, profile: str,
     """A config of class `kind`, and where each value came from; `stored` values stand in for the profile's words."""
     if profile not in profiles:
         raise ValueError(f"no profile {profile!r}: {nearest(profile, profiles)}")
-    source = "file" if stored else f"profile {profile}"
-    base = stored or dict(word.split("=", 1) for word in profiles[profile].split())
-    values, origin = read_fields(dataclasses.fields(kind), words, env, base, source)
+    source, fields = "file" if stored else f"profile {profile}", dataclasses.fields(kind)
+    base = dict(word.split("=", 1) for word in profiles[profile].split())
+    if stored:  # a file names what differs from the defaults, and those are its own fields, too
+        base = {f.name: f.default for f in fields if not f.metadata["resumable"]} | stored
+    values, origin = read_fields(fields, words, env, base, source)
     default_name = f"{profile}-s{values.get('seed', 42)}" + ("-again" if stored else "")
     config = kind(**values | {"run_id": values.get("run_id") or default_name})
     check_values(config, registries)

@@ -141,6 +141,8 @@ def test_a_field_that_a_build_fixed_is_named_when_it_is_given_otherwise(monkeypa
     for words, env, file in ((["layers=KKK"], {}, None), ([], {"LAYERS": "KKK"}, None), ([], {}, {"layers": "KKK"})):
         with pytest.raises(ValueError, match="layers=KKK: fixed in this build, which has AKS"):
             load_config(words, env, "tiny", file)
+    with pytest.raises(ValueError, match="layers=AAAA: fixed in this build"):  # a file that has the default
+        load_config([], {}, "tiny", {"vocab": 64})
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda f: f.name)
