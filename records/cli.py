@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from records.audit import report_of, submission_folders
+from records.audit import check_folder, submission_folders
 from records.files import clean
 from records.folder import Folder
 from records.page import Raw, cell, page, section, table
@@ -39,7 +39,7 @@ def check(args: argparse.Namespace) -> int:
     options = {"policy": args.policy, "against": args.against, "repack": args.repack}
     options["baseline"] = Path(args.baseline) if args.baseline else None
     shown = {True: partial(json.dumps, default=str), False: partial(text_of, everything=args.all)}[args.json]
-    for report in reports_of(folders, partial(report_of, **options)):
+    for report in reports_of(folders, partial(checked, **options)):
         reports.append(report)
         say(shown(report))
     if args.html:
@@ -48,6 +48,10 @@ def check(args: argparse.Namespace) -> int:
     if not args.json and len(reports) > 1:
         say(f"{len(reports)} folders: " + ", ".join(f"{worst.count(v)} {v}" for v in ("pass", "warn", "fail")))
     return int("fail" in worst)
+
+
+def checked(path: Path, **options: object) -> dict:
+    return check_folder(Folder(path, **options))
 
 
 def reports_of(folders: list[Path], one: Callable[[Path], dict]) -> Iterator[dict]:

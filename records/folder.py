@@ -14,7 +14,7 @@ from records.logs import Log
 from records.logs_reader import read_log
 from records.packed import Unpacked, source_text, unpack
 from records.proofs import Proof, log_seed, proofs_of
-from records.script_parse import facts_of
+from records.script import facts_of
 from records.tokenizer import altered_texts, read_vocabulary
 
 MAX_JSON = 4 << 20
