@@ -48,13 +48,16 @@ class Curve:
         self.count += len(y)
 
     def _halve(self) -> None:
-        half = len(self.x) // 2
-        rest = len(self.x) - half
+        rest = len(self.x) - len(self.x) // 2
         self.x = np.concatenate([np.where(self.n[1::2] > 0, self.x[1::2], self.x[::2]), np.zeros(rest)])
-        self.total = np.concatenate([self.total[::2] + self.total[1::2], np.zeros(rest)])
-        self.n = np.concatenate([self.n[::2] + self.n[1::2], np.zeros(rest)])
-        self.low = np.concatenate([np.minimum(self.low[::2], self.low[1::2]), np.full(rest, np.inf)])
-        self.high = np.concatenate([np.maximum(self.high[::2], self.high[1::2]), np.full(rest, -np.inf)])
+        for name, join, empty in (
+            ("total", np.add, 0),
+            ("n", np.add, 0),
+            ("low", np.minimum, np.inf),
+            ("high", np.maximum, -np.inf),
+        ):
+            old = getattr(self, name)
+            setattr(self, name, np.concatenate([join(old[::2], old[1::2]), np.full(rest, float(empty))]))
         self.stride *= 2
 
     def rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -64,17 +67,11 @@ class Curve:
 
     def thin(self, points: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """The same in at most `points` buckets."""
-        x, mean, low, high = self.rows()
-        if len(x) <= points:
-            return x, mean, low, high
-        cuts = np.linspace(0, len(x), points + 1).astype(int)
-        parts = list(pairwise(cuts))
-        return (
-            np.array([x[b - 1] for _, b in parts]),
-            np.array([mean[a:b].mean() for a, b in parts]),
-            np.array([low[a:b].min() for a, b in parts]),
-            np.array([high[a:b].max() for a, b in parts]),
-        )
+        rows = self.rows()
+        parts = list(pairwise(np.linspace(0, len(rows[0]), points + 1).astype(int)))
+        picks = (lambda v: v[-1], np.mean, np.min, np.max)
+        short = len(rows[0]) <= points
+        return rows if short else tuple(np.array([pick(v[a:b]) for a, b in parts]) for pick, v in zip(picks, rows))
 
     @property
     def last(self) -> float:
@@ -143,6 +140,8 @@ class Metrics:
     status: str = ""
 
     def steps(self, events: list[dict]) -> None:
+        if not events:
+            return
         column = {name: numbers(events, name) for name in (*STEP_FIELDS, "step")}
         x = column["step"]
         for name in [name for name in STEP_FIELDS if any(name in e for e in events)]:
@@ -231,40 +230,33 @@ def event_chunks(path: Path, metrics: Metrics) -> Iterator[list[dict]]:
             if seen == 0 and size > 32 * CHUNK:
                 metrics.every = max(1, round(size / sum(map(len, lines)) * len(lines) / MAX_STEPS))
             seen += len(lines)
-            if metrics.every > 1:
-                lines = thinned(lines, seen - len(lines), metrics.every)
-            if any(len(line) > LINE_LIMIT for line in lines):
-                metrics.damaged += sum(len(line) > LINE_LIMIT for line in lines)
-                lines = [line for line in lines if len(line) <= LINE_LIMIT]
+            lines = thinned(lines, seen - len(lines), metrics.every) if metrics.every > 1 else lines
+            short = [line for line in lines if len(line) <= LINE_LIMIT]
+            metrics.damaged += len(lines) - len(short)
             try:
-                events = json.loads(b"[" + b",".join(lines) + b"]")
+                events = json.loads(b"[" + b",".join(short) + b"]")
             except (ValueError, RecursionError):
-                events = [e for line in lines if (e := one_event(line, metrics)) is not None]
+                events = [e for line in short if (e := one_event(line, metrics)) is not None]
             yield [e for e in events if isinstance(e, dict)]
 
 
 def thinned(lines: list[bytes], seen: int, every: int) -> list[bytes]:
     """Every k-th step line, and every line that is no plain step."""
-    return [
-        line
-        for i, line in enumerate(lines, seen)
-        if i % every == 0 or not line.startswith(STEP_LINE) or b"NaN" in line or b"Inf" in line
-    ]
+    rare = (b"NaN", b"Inf")
+    rows = [(i % every == 0 or not line.startswith(STEP_LINE), line) for i, line in enumerate(lines, seen)]
+    return [line for wanted, line in rows if wanted or any(word in line for word in rare)]
 
 
 def one_event(line: bytes, metrics: Metrics) -> object:
-    if not line.strip():
-        return None
     try:
-        return json.loads(line)
+        return json.loads(line) if line.strip() else None
     except (ValueError, RecursionError):
         metrics.damaged += 1
         return None
 
 
 def read_metrics(path: Path) -> Metrics:
-    metrics = Metrics()
-    step = 0
+    metrics, step = Metrics(), 0
     for events in event_chunks(path, metrics):
         steps = []
         for event in events:
@@ -273,8 +265,7 @@ def read_metrics(path: Path) -> Metrics:
                 step = event.get("step", step)
             else:
                 metrics.other({"step": step} | event)  # what names no step happened after the last one
-        if steps:
-            metrics.steps(steps)
+        metrics.steps(steps)
     return metrics
 
 
@@ -369,6 +360,10 @@ class Run:
         head = read_bytes(log, 1 << 16).decode("utf-8", errors="replace") if log.exists() else ""
         match = re.search(r"^device (\S+), (\d{1,5}) ranks", head, re.M)
         return (match[1], int(match[2])) if match else ("unknown", 1)
+
+    @property
+    def device(self) -> str:
+        return str(self.fact("device_name") or self.fact("device") or self.machine[0])
 
     def fact(self, name: str, default: object = "") -> object:
         """A fact from result.json, the run line of the metrics, or the configuration file."""
