@@ -20,7 +20,7 @@ def check_folder(folder: Folder) -> dict:
     return {
         "folder": clean(folder.path, 1000),
         "policy": folder.policy,
-        "track": "record" if folder.record else "non-record",
+        "track": "record" if folder.track.binding else "non-record",
         "claim": summary | ({"name": clean(claim.text("name"))} if claim.given else {}),
         "checks": checks,
         "verdict": "pass" if worst == "na" else worst,

@@ -58,7 +58,7 @@ def proof_of_score(folder: Folder) -> Iterator[Fact]:
         yield from (fact(kind, log.name, metric.line, tag=metric.tag, **words) for kind in kinds)
     tagged = [(re.sub(r"_exact$", "", p.metric.tag), p) for p in folder.proofs if p.metric]
     tags = Counter(tag for tag, _ in tagged)
-    if folder.record and len(tags) > 1 and not set(tags) <= MIXED_TAGS:
+    if folder.track.binding and len(tags) > 1 and not set(tags) <= MIXED_TAGS:
         odd = next(p for tag, p in tagged if tag == min(tags, key=tags.get))
         yield fact("mixed", odd.log.name, odd.metric.line, tags=dict(tags))
 

@@ -232,101 +232,75 @@ def text(name: str, words: str = "", default: str = "", **details: object) -> tu
 JSON = switch("--json", "one object a line")
 FILE = text("--file", default=str(LEDGER))
 POLICIES = {"choices": ("readme", "practice"), "default": "practice"}
-SUMMARIES = {
-    "check": "Check submission folders, anybody's, without running anything in them.",
-    "verify": "Run a submission's evaluation without network and compare it with the claim.",
-    "compare": "Compare two records or runs: one-sided Welch test, both rules, all facts.",
-    "new": "Write a record folder from finished runs.",
-    "ledger": "Append runs to the ledger, or show flags.",
-    "list": "The leaderboard over the ledger.",
-    "report": "Write report.md and report.html of a run.",
+COMMANDS: dict[str, tuple[Callable, str]] = {
+    "check": (check, "Check submission folders, anybody's, without running anything in them."),
+    "verify": (verify_command, "Run a submission's evaluation without network and compare it with the claim."),
+    "compare": (compare_command, "Compare two records or runs: one-sided Welch test, both rules, all facts."),
+    "new": (new_command, "Write a record folder from finished runs."),
+    "ledger": (ledger_command, "Append runs to the ledger, or show flags."),
+    "list": (list_command, "The leaderboard over the ledger."),
+    "report": (report_command, "Write report.md and report.html of a run."),
 }
-OPTIONS: dict[str, tuple[Callable, list[tuple]]] = {
-    "check": (
-        check,
-        [
-            option("path", nargs="+", help="a submission folder, or a folder that holds some"),
-            option("--policy", help="written rules, or as applied (default)", **POLICIES),
-            text("--baseline", "record to test significance against (default: the best earlier one beside it)"),
-            text("--against", "git revision that only this folder may differ from", metavar="REF"),
-            switch("--repack", "pack scripts again by python-minifier, seconds each"),
-            JSON,
-            text("--html", "write a page as well", metavar="FILE"),
-            switch("--all", "show what passed, too"),
-        ],
+OPTIONS = (
+    ("check", option("path", nargs="+", help="a submission folder, or a folder that holds some")),
+    ("check", option("--policy", help="written rules, or as applied (default)", **POLICIES)),
+    ("check", text("--baseline", "record to test significance against (default: the best earlier one beside it)")),
+    ("check", text("--against", "git revision that only this folder may differ from", metavar="REF")),
+    ("check", switch("--repack", "pack scripts again by python-minifier, seconds each")),
+    ("check", JSON),
+    ("check", text("--html", "write a page as well", metavar="FILE")),
+    ("check", switch("--all", "show what passed, too")),
+    ("verify", option("folder")),
+    ("verify", option("--artifact", required=True, help="the shipped model")),
+    ("verify", option("--data", required=True, help="folder with tokenizer and validation shards")),
+    ("verify", switch("--execute", "allow the submission's code to run")),
+    ("verify", text("--command", f"how to evaluate (default: {COMMAND})", COMMAND)),
+    ("verify", option("--repeat", type=int, default=1, help="evaluations; two show how far they lie apart")),
+    ("verify", text("--checkpoint", "quantise and pack this one twice, and compare the sizes")),
+    ("verify", text("--export", f"how to do that (default: {EXPORT})", EXPORT)),
+    ("verify", option("--timeout", type=float, default=3600.0, help="seconds each")),
+    ("verify", JSON),
+    ("compare", option("baseline")),
+    ("compare", option("new")),
+    ("compare", text("--mode", "evaluation mode of runs (default: the headline)")),
+    ("compare", JSON),
+    ("new", option("--from", dest="from_", nargs="+", required=True, metavar="RUN")),
+    ("new", text("--script", "the packed script that ran", "train_gpt.py")),
+    ("new", text("--build", "the builder's manifest.json (default: the one beside the script)")),
+    ("new", option("--name", required=True)),
+    ("new", option("--author", required=True)),
+    ("new", text("--github")),
+    ("new", text("--blurb")),
+    ("new", text("--date", "YYYY-MM-DD (default: today)")),
+    ("new", text("--mode", "evaluation mode that is claimed (default: the last one of the run)")),
+    ("new", text("--address", "where the artifacts lie, instead of copying them")),
+    ("new", text("--out", "parent folder (default: records/)", str(LEDGER.parent))),
+    ("ledger", option("run", nargs="*")),
+    ("ledger", FILE),
+    ("ledger", text("--note")),
+    ("list", FILE),
+    ("list", text("--mode", "score to sort by", "val_bpb", choices=("val_bpb", *MODES))),
+    (
+        "list",
+        option(
+            "--where", action="append", metavar="COLUMN=TEXT", help=f"filter; also < and >; of {', '.join(COLUMNS)}"
+        ),
     ),
-    "verify": (
-        verify_command,
-        [
-            option("folder"),
-            option("--artifact", required=True, help="the shipped model"),
-            option("--data", required=True, help="folder with tokenizer and validation shards"),
-            switch("--execute", "allow the submission's code to run"),
-            text("--command", f"how to evaluate (default: {COMMAND})", COMMAND),
-            option("--repeat", type=int, default=1, help="evaluations; two show how far they lie apart"),
-            text("--checkpoint", "quantise and pack this one twice, and compare the sizes"),
-            text("--export", f"how to do that (default: {EXPORT})", EXPORT),
-            option("--timeout", type=float, default=3600.0, help="seconds each"),
-            JSON,
-        ],
-    ),
-    "compare": (
-        compare_command,
-        [
-            option("baseline"),
-            option("new"),
-            text("--mode", "evaluation mode of runs (default: the headline)"),
-            JSON,
-        ],
-    ),
-    "new": (
-        new_command,
-        [
-            option("--from", dest="from_", nargs="+", required=True, metavar="RUN"),
-            text("--script", "the packed script that ran", "train_gpt.py"),
-            text("--build", "the builder's manifest.json (default: the one beside the script)"),
-            option("--name", required=True),
-            option("--author", required=True),
-            text("--github"),
-            text("--blurb"),
-            text("--date", "YYYY-MM-DD (default: today)"),
-            text("--mode", "evaluation mode that is claimed (default: the last one of the run)"),
-            text("--address", "where the artifacts lie, instead of copying them"),
-            text("--out", "parent folder (default: records/)", str(LEDGER.parent)),
-        ],
-    ),
-    "ledger": (ledger_command, [option("run", nargs="*"), FILE, text("--note")]),
-    "list": (
-        list_command,
-        [
-            FILE,
-            text("--mode", "score to sort by", "val_bpb", choices=("val_bpb", *MODES)),
-            option(
-                "--where", action="append", metavar="COLUMN=TEXT", help=f"filter; also < and >; of {', '.join(COLUMNS)}"
-            ),
-            option("--limit", type=int, default=0),
-            JSON,
-        ],
-    ),
-    "report": (
-        report_command,
-        [
-            option("run"),
-            option("-o", "--out", default="", help="folder (default: the run's own)"),
-            option("--price", type=float, help="price of the machine per hour"),
-        ],
-    ),
-}
+    ("list", option("--limit", type=int, default=0)),
+    ("list", JSON),
+    ("report", option("run")),
+    ("report", option("-o", "--out", default="", help="folder (default: the run's own)")),
+    ("report", option("--price", type=float, help="price of the machine per hour")),
+)
 
 
 def parser() -> argparse.ArgumentParser:
-    summary = "Check, verify, compare, write and list records."
-    top = argparse.ArgumentParser(prog="python -m records", description=summary)
+    top = argparse.ArgumentParser(prog="python -m records", description="Check, verify, compare, write, list records.")
     commands = top.add_subparsers(dest="command_name", required=True)
-    for name, (run, options) in OPTIONS.items():
-        sub = commands.add_parser(name, help=SUMMARIES[name], description=SUMMARIES[name])
+    for name, (run, summary) in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=summary)
         sub.set_defaults(run_command=run)
-        for names, details in options:
+        for names, details in [row for command, row in OPTIONS if command == name]:
             sub.add_argument(*names, **details)
     return top
 

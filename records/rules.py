@@ -75,7 +75,7 @@ class Rule:
     cases: tuple[Case, ...]
 
     def findings(self, folder: Folder) -> Iterator[Finding]:
-        column = 2 * (not folder.record) + (folder.policy == "practice")
+        column = 2 * (not folder.track.binding) + (folder.policy == "practice")
         for measured in self.measure(folder):
             value = measured.value
             plain = isinstance(value, int | float | str) and not isinstance(value, bool)
