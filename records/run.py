@@ -73,6 +73,11 @@ class Curve:
         short = len(rows[0]) <= points
         return rows if short else tuple(np.array([pick(v[a:b]) for a, b in parts]) for pick, v in zip(picks, rows))
 
+    def nearest(self, x: float) -> float | str:
+        """The mean nearest to x; empty when there is none."""
+        xs, mean, _, _ = self.rows()
+        return float(mean[np.abs(xs - x).argmin()]) if len(xs) else ""
+
     @property
     def last(self) -> float:
         _, mean, _, _ = self.rows()

@@ -14,7 +14,7 @@ from records.competition import CAP_BYTES
 from records.files import clean
 from records.page import Raw, cell, figure, grid, page, section, table, tiles
 from records.plot import bars, lines, spark, text_spark
-from records.run import Curve, Run
+from records.run import Run
 from records.run_ledger import number
 
 RANGES = 10
@@ -91,19 +91,13 @@ def headline(run: Run, price: float | None) -> list[tuple[str, str]]:
 def loss_ranges(run: Run) -> list[list]:
     """Loss by tenth of training: steps, seconds at the end, mean, lowest, highest, learning rate."""
     x, mean, low, high = run.metrics.curves["loss"].rows()
-    lr, seconds = run.metrics.curves["lr"], run.metrics.curves["seconds"]
     rows = []
     for part in np.array_split(np.arange(len(x)), min(RANGES, len(x))) if len(x) else []:
         end = float(x[part[-1]])
         losses = [float(mean[part].mean()), float(low[part].min()), float(high[part].max())]
-        rows.append([int(x[part[0]]), int(end), at(seconds, end), *losses, at(lr, end)])
+        seconds, rate = (run.metrics.curves[name].nearest(end) for name in ("seconds", "lr"))
+        rows.append([int(x[part[0]]), int(end), seconds, *losses, rate])
     return rows
-
-
-def at(curve: Curve, x: float) -> float | str:
-    """The curve's value nearest to x; empty when there is none."""
-    xs, mean, _, _ = curve.rows()
-    return float(mean[np.abs(xs - x).argmin()]) if len(xs) else ""
 
 
 def milestones(run: Run) -> list[list]:
@@ -123,11 +117,10 @@ def gap_rows(run: Run) -> tuple[np.ndarray, np.ndarray]:
 def grad_rows(run: Run) -> list[list]:
     """Percentiles, mean and maximum of the gradient norm, and how often it passes 1, 100 and 1,000."""
     norms = run.metrics.grad
-    if not norms.count:
-        return []
     rows = [[f"p{share}", norms.at(share / 100)] for share in (25, 50, 75, 95)]
     rows += [["mean", norms.mean], ["max", norms.highest]]
-    return rows + [[f"share above {limit:,}", f"{norms.share_above(limit):.2%}"] for limit in norms.limits]
+    rows += [[f"share above {limit:,}", f"{norms.share_above(limit):.2%}"] for limit in norms.limits]
+    return rows if norms.count else []
 
 
 def time_rows(run: Run) -> list[list]:

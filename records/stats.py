@@ -1,7 +1,7 @@
 """Means, deviations and the one-sided Welch test, from scratch: a record's p-value must not need an installation."""
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from records.competition import MARGIN_NATS, P_PRACTICE, P_README
 
@@ -28,8 +28,7 @@ def beta_fraction(a: float, b: float, x: float) -> float:
     h = d
     for m in range(1, 500):
         even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for term in (even, odd):
+        for term in (even, -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))):
             c, d = not_zero(1 + term / c), 1 / not_zero(1 + term * d)
             h *= c * d
         if abs(c * d - 1) < 1e-15:
@@ -42,9 +41,8 @@ def beta_regularised(a: float, b: float, x: float) -> float:
     if x <= 0 or x >= 1:
         return float(x >= 1)
     front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
-    if x < (a + 1) / (a + b + 2):
-        return front * beta_fraction(a, b, x) / a
-    return 1 - front * beta_fraction(b, a, 1 - x) / b
+    swapped = x >= (a + 1) / (a + b + 2)
+    return 1 - front * beta_fraction(b, a, 1 - x) / b if swapped else front * beta_fraction(a, b, x) / a
 
 
 def t_upper(t: float, df: float) -> float:
@@ -53,8 +51,7 @@ def t_upper(t: float, df: float) -> float:
     return half if t >= 0 else 1 - half
 
 
-@dataclass(frozen=True, slots=True)
-class Welch:
+class Welch(NamedTuple):
     gain: float  # baseline mean - new mean, positive is better
     t: float
     df: float
@@ -91,17 +88,14 @@ def seeds_needed(
     return next((n for n, t, df in tests if t_upper(t, df) < p), None)
 
 
-@dataclass(frozen=True, slots=True)
-class Significance:
+class Significance(NamedTuple):
     bpb: Welch
     nats: Welch | None  # against the margin, per token
     readme: bool | None
     practice: bool
 
 
-def significance(
-    base_bpb: list[float], new_bpb: list[float], base_nats: list[float], new_nats: list[float]
-) -> Significance:
+def significance(base_bpb: list, new_bpb: list, base_nats: list, new_nats: list) -> Significance:
     """Both rules: 0.005 nats a token at p < 0.01 (README), any gain in BPB at p < 0.25 (applied in the last weeks)."""
     bpb = welch(base_bpb, new_bpb)
     nats = welch(base_nats, new_nats, MARGIN_NATS) if min(len(base_nats), len(new_nats)) > 1 else None
