@@ -17,29 +17,18 @@ RUNS = "README: must compile and run in the folder"
 OTHER_LISTING = "the listing in the log is not a shipped script ({length:,} characters; {name} has {ships:,})"
 ADVISORY = "issues 677, 1017; advisory"
 # settings that rulings forbid, as hyper-parameter blocks show them: (pattern of name, forbidden value, gravity, why)
+PRE_QUANT = "test-time training before quantisation trains on the validation set (PR 1376)"
+MIXTURE = "byte-level mixtures are not distributions over tokens (issue 1902)"
 SWITCHES = (
-    (
-        r"pre_?quant_?ttt(_enabled|_epochs)?$",
-        r"True|[1-9].*",
-        "forbidden",
-        "test-time training before quantisation trains on the validation set (PR 1376)",
-    ),
-    (
-        r"ppm\w*_enabled$|byte_ppm$",
-        r"True|1",
-        "doubtful",
-        "byte-level mixtures are not distributions over tokens (issue 1902)",
-    ),
+    (r"pre_?quant_?ttt(_enabled|_epochs)?$", r"True|[1-9].*", "forbidden", PRE_QUANT),
+    (r"ppm\w*_enabled$|byte_ppm$", r"True|1", "doubtful", MIXTURE),
     (r"val_doc_fraction$", r"0?\.\d*[1-9]\d*", "forbidden", "a part of the validation documents"),
 )
 OFF = {"0", "False", "false", ""}
-INSTALLED = frozenset(
-    re.findall(
-        r"\w+",
-        "torch numpy sentencepiece triton brotli zstandard flash_attn flash_attn_interface einops scipy tqdm kernels"
-        " yaml huggingface_hub datasets python_minifier constriction fla mamba_ssm transformer_engine torchao numba"
-        " cutlass lz4 xxhash liger_kernel psutil nvidia causal_conv1d",
-    )
+INSTALLED = (
+    "torch numpy sentencepiece triton brotli zstandard flash_attn flash_attn_interface einops scipy tqdm kernels"
+    " yaml huggingface_hub datasets python_minifier constriction fla mamba_ssm transformer_engine torchao numba"
+    " cutlass lz4 xxhash liger_kernel psutil nvidia causal_conv1d"
 )
 
 
@@ -97,7 +86,7 @@ def grammar(folder: Folder) -> Iterator[Fact]:
 @case(otherwise, "sign", "imports {value}, which is neither here nor declared")
 def missing_imports(folder: Folder) -> Iterator[Fact]:
     """A script must run inside its folder: what it imports is installed, declared or beside it."""
-    present = sys.stdlib_module_names | INSTALLED | folder.modules_beside
+    present = sys.stdlib_module_names | set(INSTALLED.split()) | folder.modules_beside
     for script in folder.sources:
         for name, line in script.facts["needs"].items():
             spelled = {name.lower(), name.lower().replace("_", "-")}

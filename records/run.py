@@ -171,58 +171,44 @@ class Metrics:
                     self.milestones[mark] = (int(step), float(seconds))
 
     def other(self, event: dict) -> None:
-        kind = str(event.get("kind"))
+        """What comes rarely, in whatever order."""
+        kind, name, seconds = str(event.get("kind")), event.get("name"), as_number(event.get("seconds"))
+        x = np.array([as_number(event.get("step")) or 0.0])
         self.counts[kind] = self.counts.get(kind, 0) + 1
-        getattr(self, f"on_{kind}", self.rare)(event)
-
-    def rare(self, event: dict) -> None:
-        if event.get("kind") in ("alert", "spike", "sample", "checkpoint"):
-            rows = self.events.setdefault(event["kind"], [])
-            del rows[MAX_EVENTS // 2 : max(MAX_EVENTS // 2, len(rows) + 1 - MAX_EVENTS // 2)]  # first and latest stay
-            rows.append(event)
-
-    def on_val(self, event: dict) -> None:
-        x = np.array([as_number(event.get("step")) or 0.0])
-        for curve, name in ((self.val_loss, "val_loss"), (self.val_bpb, "val_bpb")):
-            curve.extend(x, numbers([event], name))
-        self.val_partial |= bool(event.get("partial"))
-
-    def on_stats(self, event: dict) -> None:
-        table = event.get("stats")
-        x = np.array([as_number(event.get("step")) or 0.0])
-        for name, value in table.items() if isinstance(table, dict) else ():
-            if as_number(value) is not None and (name in self.stats or len(self.stats) < MAX_NAMES):
-                self.stats.setdefault(name, Curve(128)).extend(x, np.array([float(value)]))
-
-    def on_phase(self, event: dict) -> None:
-        name, seconds = event.get("name"), as_number(event.get("seconds"))
-        if isinstance(name, str) and seconds is not None and (name in self.phases or len(self.phases) < 50):
-            self.phases[name] = self.phases.get(name, 0.0) + seconds
-
-    def on_eval(self, event: dict) -> None:
-        if len(self.evals) < 50:
-            self.evals[str(event.get("mode", "?"))] = event
-
-    def on_artifact(self, event: dict) -> None:
-        self.artifact = event
-
-    def on_run(self, event: dict) -> None:
-        self.run = event
-
-    def on_end(self, event: dict) -> None:
-        self.status = str(event.get("status", ""))
+        match kind:
+            case "alert" | "spike" | "sample" | "checkpoint":
+                rows = self.events.setdefault(kind, [])
+                del rows[
+                    MAX_EVENTS // 2 : max(MAX_EVENTS // 2, len(rows) + 1 - MAX_EVENTS // 2)
+                ]  # first and latest stay
+                rows.append(event)
+            case "val":
+                self.val_loss.extend(x, numbers([event], "val_loss"))
+                self.val_bpb.extend(x, numbers([event], "val_bpb"))
+                self.val_partial |= bool(event.get("partial"))
+            case "stats" if isinstance(event.get("stats"), dict):
+                good = [(n, float(v)) for n, v in event["stats"].items() if as_number(v) is not None]
+                for n, value in [row for row in good if row[0] in self.stats or len(self.stats) < MAX_NAMES]:
+                    self.stats.setdefault(n, Curve(128)).extend(x, np.array([value]))
+            case "phase" if isinstance(name, str) and seconds is not None and len(self.phases | {name: 0}) <= 50:
+                self.phases[name] = self.phases.get(name, 0.0) + seconds
+            case "eval" if len(self.evals) < 50:
+                self.evals[str(event.get("mode", "?"))] = event
+            case "artifact" | "run":
+                setattr(self, kind, event)
+            case "end":
+                self.status = str(event.get("status", ""))
 
 
 def numbers(events: list[dict], name: str) -> np.ndarray:
     """One field as floats; what is absent or no number becomes NaN."""
     values = [e.get(name) for e in events]
     try:
-        found = np.array(values, dtype=np.float64)
+        array = np.array(values, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
-        found = np.zeros((0, 0))
-    if found.shape == (len(values),):
-        return found
-    return np.array([math.nan if (n := as_number(v)) is None else n for v in values], dtype=np.float64)
+        array = np.zeros((0, 0))
+    clean = [math.nan if (n := as_number(v)) is None else n for v in values] if array.shape != (len(values),) else array
+    return np.asarray(clean, dtype=np.float64)
 
 
 def event_chunks(path: Path, metrics: Metrics) -> Iterator[list[dict]]:
@@ -281,10 +267,10 @@ class Run:
     path: Path
 
     def _json(self, name: str) -> dict:
-        present = (self.path / name).exists()
-        value, problems = parse_json(read_bytes(self.path / name, 16 << 20)) if present else ({}, [])
+        path = self.path / name
+        value, problems = parse_json(read_bytes(path, 16 << 20)) if path.exists() else ({}, [])
         if not isinstance(value, dict):
-            raise ValueError(f"{self.path / name}: {'; '.join(problems) or 'should hold an object'}")
+            raise ValueError(f"{path}: {'; '.join(problems) or 'should hold an object'}")
         return value
 
     @cached_property

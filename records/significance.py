@@ -27,16 +27,10 @@ def tested(a: Side, b: Side) -> dict | None:
     if min(len(a.bpb), len(b.bpb)) < 2:
         return None
     result = significance(a.bpb, b.bpb, a.nats, b.nats)
-    sd_a, sd_b = deviation(a.bpb), deviation(b.bpb)
-    test = {
-        "gain_bpb": result.bpb.gain,
-        "t": result.bpb.t,
-        "df": result.bpb.df,
-        "p": result.bpb.p,
-        "practice": result.practice,
-        "practice_rule": f"p < {P_PRACTICE} on BPB",
-        "seeds_needed_practice": seeds_needed(result.bpb.gain, sd_a, len(a.bpb), sd_b, 0.0, P_PRACTICE),
-    }
+    gain, t, df, p = result.bpb
+    needed = seeds_needed(gain, deviation(a.bpb), len(a.bpb), deviation(b.bpb), 0.0, P_PRACTICE)
+    test = {"gain_bpb": gain, "t": t, "df": df, "p": p, "practice": result.practice}
+    test |= {"practice_rule": f"p < {P_PRACTICE} on BPB", "seeds_needed_practice": needed}
     return test | written_rule(a, b, result) if b.ratio else test
 
 

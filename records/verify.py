@@ -277,12 +277,11 @@ def judge_mode(
     for note in [note for note, holds in faults.items() if holds][:4]:
         yield Finding("fail", f"{mode}: {note}")
     bpb = math.fsum(s[2] for s in spans) / math.log(2) / nbytes
-    named = [v for name, v in printed.items() if mode and mode in name][:1]
-    for score in named:
-        status = {True: "pass", False: "fail"}[abs(score - bpb) <= TOLERANCE]
+    for score in [v for name, v in printed.items() if mode and mode in name][:1]:
+        status = "pass" if abs(score - bpb) <= TOLERANCE else "fail"
         yield Finding(status, f"{mode}: spans give {bpb:.8f}, printed {score:.8f}", value=bpb)
-    if not named:
-        yield Finding("pass", f"{mode}: spans give {bpb:.8f}; no printed score names the mode", value=bpb)
+        return
+    yield Finding("pass", f"{mode}: spans give {bpb:.8f}; no printed score names the mode", value=bpb)
 
 
 def byte_weights(data: Path) -> np.ndarray | None:
