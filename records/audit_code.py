@@ -8,7 +8,7 @@ from itertools import product
 
 from records.competition import VAL_DOCS
 from records.folder import Folder, Script, hash_in
-from records.rules import Fact, case, fact, otherwise, rule, word
+from records.rules import Fact, case, fact, otherwise, pick, rule, word
 from records.script_leaks import BEFORE, FITTED
 from records.script_table import Unknown, deviations
 
@@ -44,7 +44,7 @@ def chain(folder: Folder) -> Iterator[Fact]:
     for certificate, (part, hashes) in product(folder.certificates, parts.items()):
         named = hash_in(certificate.table, part)
         if named and hashes:
-            kind = "certified" if named in hashes else "other"
+            kind = pick(named in hashes, "certified", "other")
             yield fact(kind, certificate.name, part=part, sha256=named[:12])
     if build and main:
         proof = build.get("proof")
@@ -157,14 +157,14 @@ def tokenizers(folder: Folder) -> Iterator[Fact]:
     for tokenizer in folder.tokenizers:
         for problem in tokenizer.problems:
             grave = tokenizer.broken or "standalone" in problem
-            yield fact("grave" if grave else "problem", tokenizer.name, note=problem)
+            yield fact(pick(grave, "grave", "problem"), tokenizer.name, note=problem)
         if tokenizer.official:
             yield fact("known", tokenizer.name, note=tokenizer.official)
         elif not tokenizer.broken:
             yield fact("own", tokenizer.name)
             try:
                 altered = tokenizer.altered()
-                yield fact("altered" if altered else "same", tokenizer.name, note=(altered or [""])[0])
+                yield fact(pick(altered, "altered", "same"), tokenizer.name, note=(altered or [""])[0])
             except LookupError as error:
                 yield fact("untried", tokenizer.name, note=error)
 
@@ -198,7 +198,7 @@ def conduct(folder: Folder) -> Iterator[Fact]:
         for what, line in script.facts[kind]:
             off = switched_off(script, what, folder)
             why = "".join(f"; {o} is off by default" for o in off[:1])
-            yield fact("off" if off else kind, script.name, line, what=what, why=why)
+            yield fact(pick(off, "off", kind), script.name, line, what=what, why=why)
     code, logs = folder.code, folder.proven_logs if folder.code else []
     smear = any(log.params.get("smear_gate_enabled") == "True" for log in logs) and code.facts["smear"]
     if smear and not code.facts["smear_bos"] and not code.facts["error"]:

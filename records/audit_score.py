@@ -20,7 +20,7 @@ from records.competition import (
 )
 from records.folder import Folder
 from records.logs import Metric
-from records.rules import Fact, case, fact, otherwise, rule
+from records.rules import Fact, case, fact, otherwise, pick, rule
 from records.significance import Side, tested
 
 BYTES = "README: val_bpb correctly calculated"
@@ -47,9 +47,9 @@ def proof_of_score(folder: Folder) -> Iterator[Fact]:
     """Each claimed score with what the log line that shows it says it is; a mean over several metrics mixes things."""
     for proof in folder.proofs:
         metric, log = proof.metric, proof.log
-        words = {"who": f"seed {proof.seed}" if proof.seed is not None else "the headline", "claimed": proof.claimed}
+        words = {"who": pick(proof.seed is None, "the headline", f"seed {proof.seed}"), "claimed": proof.claimed}
         if metric is None:
-            kind, file = ("no line" if folder.logs else "no log"), log.name if log else folder.json_name
+            kind, file = pick(folder.logs, "no line", "no log"), getattr(log, "name", folder.json_name)
             final = sorted(log.final_metrics, key=lambda m: abs(m.bpb - proof.claimed)) if log else []
             nearest = "".join(f"; the nearest is {m.bpb} ({m.tag}, line {m.line})" for m in final[:1])
             yield fact(kind, file, nearest=nearest, **words)
@@ -141,7 +141,7 @@ def ratios_of_seeds(folder: Folder) -> Iterator[Fact]:
     for ratio, error in shown[:1] if claimed else []:
         off = abs(claimed[0] / ratio - 1)
         if off > claimed[1] + error + 1e-4:
-            yield fact("far" if off > 1e-3 else "near", folder.json_name, claimed=claimed[0], logged=ratio)
+            yield fact(pick(off > 1e-3, "far", "near"), folder.json_name, claimed=claimed[0], logged=ratio)
     ratios, errors = [r for r, _ in shown], [e for _, e in shown]
     if shown and max(ratios) / min(ratios) - 1 > 2 * max(errors):
         yield fact("each", ratios=[round(r, 6) for r in ratios])
@@ -163,7 +163,7 @@ def validation_text(folder: Folder) -> Iterator[Fact]:
         whole = tokens in VAL_TOKENS or any(IMPLIED_BYTES[0] <= n <= IMPLIED_BYTES[1] for n in total)
         why, official = WRONG_VAL_TOKENS.get(tokens), folder.claim.declared_text is None
         if why or (official and tokens is not None):
-            kind = "part" if why else {True: "whole", False: "unusual"}[whole]
+            kind = pick(why, "part", pick(whole, "whole", "unusual"))
             yield fact(kind, log.name, line, n=tokens, why=why)
         if docs is not None and official:
             yield fact("other " * (docs != VAL_DOCS) + "documents", log.name, docs_line, n=docs)
@@ -188,7 +188,7 @@ def gain(folder: Folder) -> Iterator[Fact]:
     for rule_name in [name for name in ("practice", "readme") if name in (test or ())]:
         needed = test[f"seeds_needed_{rule_name}"]
         words = {
-            "suffice": f"{needed} seeds suffice" if needed else "no number of seeds suffices",
+            "suffice": pick(needed, f"{needed} seeds suffice", "no number of seeds suffices"),
             "margin": MARGIN_NATS,
         }
         words |= {"baseline": baseline.name, "rule": test[f"{rule_name}_rule"]}
@@ -241,7 +241,7 @@ def readme_numbers(folder: Folder) -> Iterator[Fact]:
     if not readme or headline is None:
         return
     told = any(rounds_to(headline, n) for n in NUMBER.findall(readme))
-    yield fact("told" if told else "untold", "README.md", bpb=headline)
+    yield fact(pick(told, "told", "untold"), "README.md", bpb=headline)
     rows: dict[int, list[tuple[int, bool]]] = {}
     for i, row in enumerate(readme.splitlines(), 1):
         cells = [c.strip(" *`") for c in row.split("|")]

@@ -8,7 +8,7 @@ from records.claim import as_number, tolerance
 from records.folder import Folder
 from records.logs import Log
 from records.proofs import log_seed, seed_in_name
-from records.rules import Fact, case, either, fact, rule, word
+from records.rules import Fact, case, either, fact, pick, rule, word
 from records.stats import deviation, mean
 
 FREE = re.compile(r"seed|run_?id|path|files?$|dir$|rank$|logfile|is_main|time|date|device|host|port|name", re.I)
@@ -128,13 +128,13 @@ def selection(folder: Folder) -> Iterator[Fact]:
     scored = [(log_seed(log), log) for log in folder.logs if log.final_metrics]
     if headline is not None:
         nearest = {s: min(g.final_metrics, key=lambda m: abs(m.bpb - headline)).bpb for s, g in reversed(scored)}
-        scores = ({} if claim.results else nearest) | {p.seed: p.claimed for p in folder.proofs}
+        scores = pick(claim.results, {}, nearest) | {p.seed: p.claimed for p in folder.proofs}
         values = [v for seed, v in scores.items() if seed is not None]
         if len(values) > 1:
             slack = tolerance(headline)
             best = headline <= min(values) + slack and mean(values) - headline > slack
             words = {"headline": headline, "count": len(values), "mean": mean(values)}
-            yield fact("best" if best else "fair", folder.json_name * best, **words)
+            yield fact(pick(best, "best", "fair"), folder.json_name * best, **words)
     told = [*claim.seeds, *claim.results, *(row.get("seed") for row in claim.failed_runs), None]
     for seed in dict.fromkeys(s for s, _ in scored if claim.headlined and claim.seeds and s not in told):
         logs = [log for s, log in scored if s == seed]
@@ -143,5 +143,5 @@ def selection(folder: Folder) -> Iterator[Fact]:
     for key, row in [(k, v) for k, v in claim.raw.items() if "disclosure" in k.lower() and isinstance(v, dict)]:
         tables = [t for t in row.values() if isinstance(t, dict) and len(t) > len(claim.seeds)]
         values = [n for t in tables[:1] for v in t.values() if (n := as_number(v)) is not None]
-        everything = f"; the mean of all {len(values)} is {mean(values):.6f}" if values else ""
+        everything = "".join(f"; the mean of all {len(v)} is {mean(v):.6f}" for v in [values] if v)
         yield fact("admitted", folder.json_name, key=key, everything=everything)

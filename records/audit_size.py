@@ -56,7 +56,7 @@ def totals(folder: Folder) -> Iterator[Fact]:
         counted = model + max([c.count for log in logs if (c := log.counted_code)], default=main.size)
         helpers = sum(s.size for s in [*folder.helpers, *folder.native])
         raw = model + main.size
-        for kind, n in (("shipped", raw), ("helpers", min(raw, counted) + helpers if helpers else 0)):
+        for kind, n in (("shipped", raw), ("helpers", (min(raw, counted) + helpers) * bool(helpers))):
             if n > CAP_BYTES >= counted:
                 yield fact(kind, main.name, n=n, over=n - CAP_BYTES, counted=counted)
 

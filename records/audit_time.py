@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from records.folder import Folder
 from records.proofs import log_seed
-from records.rules import Fact, case, either, fact, otherwise, rule, true, within, word
+from records.rules import Fact, case, either, fact, otherwise, pick, rule, true, within, word
 
 
 @rule("F11", "training, data and calibration within the limit", "README: 10 minutes on 8xH100; PR 593, 1908")
@@ -49,10 +49,10 @@ def scoring_seconds(folder: Folder) -> Iterator[Fact]:
     for log in folder.timed_logs:
         metric = metrics.get(log.name)
         final = sorted((m.seconds for m in log.metrics if m.final and m.seconds), reverse=True)
-        proven = [metric.seconds if metric else None, log.value("eval_seconds"), *final]
+        proven = [getattr(metric, "seconds", None), log.value("eval_seconds"), *final]
         around = sum(map(log.phase, ("warmup", "decompress", "precompute")))
         for seconds in list(filter(None, proven))[:1]:
-            yield fact(seconds, log.name, metric.line if metric else 0, limit=limit, around=False)
+            yield fact(seconds, log.name, getattr(metric, "line", 0), limit=limit, around=False)
             if seconds + around > limit >= seconds:
                 yield fact(seconds + around, log.name, around=True)
 
@@ -64,7 +64,7 @@ def stated_times(folder: Folder) -> Iterator[Fact]:
     for proof in [p for p in folder.proofs if p.log and p.seed in folder.claim.results]:
         stated = folder.claim.results[proof.seed]
         log = next((g for g in folder.proven_logs if g.stop and log_seed(g) == proof.seed), proof.log)
-        seconds, steps = (log.stop.seconds, log.stop.step) if log.stop else (None, None)
+        seconds, steps = (getattr(log.stop, name, None) for name in ("seconds", "step"))
         quantities = (
             ("steps", stated.steps, steps, 2),
             ("seconds of training", stated.train_seconds, seconds, 1.5),
@@ -87,12 +87,12 @@ def machine(folder: Folder) -> Iterator[Fact]:
     for log in folder.proven_logs:
         world, line = log.values.get("world_size", (None, 0))
         if None not in (world, track.ranks):
-            kind = "ranks" if world == track.ranks else "other ranks"
+            kind = pick(world == track.ranks, "ranks", "other ranks")
             yield fact(kind, log.name, line, ranks=world, limit=track.ranks)
         if log.gpus and track.hardware:
             wrong = {n: k for n, k in log.gpus.items() if track.hardware not in n or re.search(track.not_hardware, n)}
             count = max(log.gpus.values())
-            kind = "other GPUs" if wrong else {track.ranks: "GPUs"}.get(count, count)
+            kind = pick(wrong, "other GPUs", {track.ranks: "GPUs"}.get(count, count))
             listed = ", ".join(f"{k} x {n}" for n, k in (wrong or log.gpus).items())
             yield fact(kind, log.name, listed=listed, hardware=track.hardware, limit=track.ranks)
     if stated and track.hardware not in stated:

@@ -134,9 +134,12 @@ def as_number(value: object) -> float | None:
 
 
 def as_seed(value: object) -> int | None:
-    if isinstance(value, str) and re.fullmatch(r"(?:seed[_ -]?)?\d{1,10}", value.strip()):
-        return int(re.sub(r"\D", "", value))
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    match value:
+        case str() if re.fullmatch(r"(?:seed[_ -]?)?\d{1,10}", value.strip()):
+            return int(re.sub(r"\D", "", value))
+        case int() if not isinstance(value, bool):
+            return value
+    return None
 
 
 def read_claim(file: str, raw: dict) -> Claim:

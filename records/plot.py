@@ -35,7 +35,7 @@ class Axes:
         self.log = log and y[0] > 0
         low, high = (math.log10(v) for v in y) if self.log else y
         pad = (high - low) * 0.04 or max(abs(high), 1e-9) * 0.05
-        self.x, self.y = (x[0], x[1] if x[1] > x[0] else x[0] + 1), (low - pad, high + pad)
+        self.x, self.y = (x[0], x[1] + (x[1] <= x[0])), (low - pad, high + pad)
 
     def px(self, x: float | np.ndarray) -> float | np.ndarray:
         return LEFT + (x - self.x[0]) / (self.x[1] - self.x[0]) * (WIDTH - LEFT - RIGHT)

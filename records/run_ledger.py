@@ -26,7 +26,7 @@ def cell(value: object) -> str:
     if value is None or value == "" or (number and value != value):
         return "-"
     if number:
-        return f"{value:.8g}" if abs(value) < 1e6 else f"{value:.0f}"
+        return format(value, {True: ".8g", False: ".0f"}[abs(value) < 1e6])
     return clean(re.sub(r"\s+", " ", str(value)).strip(), 300) or "-"
 
 
@@ -60,9 +60,10 @@ def commit_of(run: Run, checkout: Path = LEDGER.parents[1]) -> str:
     """The commit of this checkout, where its trainer is the source of a run that names no commit."""
     source, trainer = str(run.config_file.get("source", "")), checkout / "train_gpt.py"
     same = bool(source) and trainer.exists() and hashlib.sha256(trainer.read_bytes()).hexdigest().startswith(source)
+    if not same:
+        return ""
     command = ["git", "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty"]
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False) if same else None
-    return done.stdout.strip() if done else ""
+    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def flags_of(run: Run, row: dict[str, str], earlier: list[dict[str, str]]) -> list[str]:

@@ -23,7 +23,7 @@ from records.claim import as_number, parse_json
 from records.competition import CAP_BYTES, EVAL_SECONDS, SHARD_HEADER, SHARD_MAGIC, SHARD_VERSION
 from records.folder import Folder, sha256_file
 from records.logs_reader import read_log
-from records.rules import RANK, Finding
+from records.rules import RANK, Finding, pick
 from records.tokenizer import read_vocabulary
 
 GUARD = '''"""Refuses every connection of this process."""
@@ -149,8 +149,8 @@ def export_twice(folder: Folder, trial: Trial, values: dict[str, str], out: Outc
             artifacts.append((largest.stat().st_size, sha256_file(largest)))
     (one, first), (two, second) = artifacts
     margin, jitter = CAP_BYTES - max(one, two) - folder.main.size, abs(one - two)
-    told = "two exports are the same file" if first == second else f"two exports differ by {jitter:,} bytes"
-    status = "fail" if margin < 0 else "pass" if margin >= jitter else "warn"
+    told = pick(first == second, "two exports are the same file", f"two exports differ by {jitter:,} bytes")
+    status = pick(margin < 0, "fail", pick(margin >= jitter, "pass", "warn"))
     out.add("L11", status, f"{told}; {max(one, two):,} bytes, {margin:,} below the cap with the script", value=margin)
 
 
@@ -174,7 +174,7 @@ def execute(box: Path, command: list[str], seconds: float, out: Outcome) -> floa
     env |= {"PYTHONPATH": str(guard), "PYTHONDONTWRITEBYTECODE": "1", "WANDB_MODE": "disabled"}
     isolated = has_network_namespace()
     refused = ("warn", "no network namespace here; sockets of Python processes are refused instead")
-    out.add("L7", *(("pass", "no network: an empty network namespace") if isolated else refused))
+    out.add("L7", *pick(isolated, ("pass", "no network: an empty network namespace"), refused))
     full, start, sink = ["unshare", "-rn"] * isolated + command, os.times().elapsed, box / "output.txt"
     try:
         with open(sink, "wb") as stream:
@@ -212,7 +212,7 @@ def judge(folder: Folder, run: Evaluation, data: Path, out: Outcome) -> None:
     weights = byte_weights(data) if run.spans else None
     for mode, spans in run.spans.items():
         out.findings += [("L6", finding) for finding in judge_mode(mode, sorted(spans), weights, run.printed)]
-        order = ("pass", "in") if in_stream_order(spans) else ("warn", "out of")
+        order = pick(in_stream_order(spans), ("pass", "in"), ("warn", "out of"))
         declared = ", which has to be declared" * (order[0] == "warn")
         out.add("L10", order[0], f"{mode}: scored {order[1]} the order of the stream{declared}")
 
@@ -278,7 +278,7 @@ def judge_mode(
         yield Finding("fail", f"{mode}: {note}")
     bpb = math.fsum(s[2] for s in spans) / math.log(2) / nbytes
     for score in [v for name, v in printed.items() if mode and mode in name][:1]:
-        status = "pass" if abs(score - bpb) <= TOLERANCE else "fail"
+        status = pick(abs(score - bpb) <= TOLERANCE, "pass", "fail")
         yield Finding(status, f"{mode}: spans give {bpb:.8f}, printed {score:.8f}", value=bpb)
         return
     yield Finding("pass", f"{mode}: spans give {bpb:.8f}; no printed score names the mode", value=bpb)
