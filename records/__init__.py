@@ -6,5 +6,5 @@ audit         audit (the table) over audit_folder, _seeds, _score, _size, _code,
 runs          run (reads one), run_compare, run_ledger, run_record, run_report with page and plot
 verification  verify: executes a submission's evaluation and compares
 
-competition holds the numbers and tracks, significance and stats the test, cli the commands.
+competition holds the numbers and tracks, stats the test, cli the commands.
 """

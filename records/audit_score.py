@@ -21,7 +21,7 @@ from records.competition import (
 from records.folder import Folder
 from records.logs import Metric
 from records.rules import Fact, case, fact, otherwise, pick, rule
-from records.significance import Side, tested
+from records.stats import Side, tested
 
 BYTES = "README: val_bpb correctly calculated"
 LOGGED = "README: logs automatically produced"

@@ -148,8 +148,8 @@ class Folder:
 
     @cached_property
     def log_names(self) -> list[str]:
-        wanted = [n for n, e in self.files.items() if e.suffix in {".log", ".txt", ".jsonl"} and not NOT_LOGS.search(n)]
-        return wanted[:MAX_LOGS]
+        texts = [n for n, e in self.files.items() if e.suffix in {".log", ".txt", ".jsonl"}]
+        return [n for n in texts if not NOT_LOGS.search(n)][:MAX_LOGS]
 
     @cached_property
     def all_logs(self) -> list[Log]:

@@ -245,7 +245,7 @@ class LogReader:
 
     def _text(self, line: str) -> None:
         """The first reader that knows the line takes it."""
-        any(reader(line) for reader in (self._param, self._header, self._pairs, self._step, self._metric, self._facts))
+        any(reader(line) for reader in (self._param, self._header, self._step, self._metric, self._facts))
 
     def _param(self, line: str) -> bool:
         """A line of the block of hyper-parameters."""
@@ -256,19 +256,13 @@ class LogReader:
         return self.in_params
 
     def _header(self, line: str) -> bool:
+        """Of either block of hyper-parameters, and the line of `k=v` pairs below one of them."""
+        here, self.after_header = self.after_header, line.startswith("--- Hyperparameters ---")
         self.in_params = line.startswith("Hyperparameters:")
-        pairs_follow = line.startswith("--- Hyperparameters ---")
-        self.log.family = self.log.family or "B" * self.in_params
-        self.after_header = self.after_header or pairs_follow
-        return self.in_params or pairs_follow
-
-    def _pairs(self, line: str) -> bool:
-        """The line of `k=v` pairs below its header."""
-        here, self.after_header = self.after_header, False
-        if here:
-            self.log.family = "D"
-            self.log.params.update((k, v[:300]) for k, v in PAIR.findall(line)[:MAX_KEPT])
-        return here
+        self.log.family = "D" if here and not self.in_params else self.log.family or "B" * self.in_params
+        pairs = PAIR.findall(line)[: MAX_KEPT * (here and not self.in_params)]
+        self.log.params.update((k, v[:300]) for k, v in pairs)
+        return here or self.in_params or self.after_header
 
     def _step(self, line: str) -> bool:
         m = STEP.match(line)

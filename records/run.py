@@ -288,11 +288,14 @@ class Run:
         flat = {k: v for k, v in self.config_file.items() if k not in {"origin", "origins", "hash"}}
         return next((t for t in tables if isinstance(t, dict)), None) or flat
 
+    def _table(self, *names: str) -> dict:
+        told = next((self.config_file[name] for name in names if name in self.config_file), None)
+        return told if isinstance(told, dict) else {}
+
     @property
     def origins(self) -> dict:
         """Who set each field: a profile, the command line, the environment."""
-        told = self.config_file.get("origin", self.config_file.get("origins"))
-        return told if isinstance(told, dict) else {}
+        return self._table("origin", "origins")
 
     @property
     def changed(self) -> str:
@@ -312,8 +315,7 @@ class Run:
     @property
     def script(self) -> dict:
         """sha256 and bytes of the file that ran, as the trainer logged them."""
-        told = self.config_file.get("script")
-        return told if isinstance(told, dict) else {}
+        return self._table("script")
 
     @property
     def name(self) -> str:
@@ -334,15 +336,6 @@ class Run:
     @property
     def config_hash(self) -> str:
         return str(self.config_file.get("hash") or self.result.get("config_hash") or "")
-
-    @property
-    def parameters(self) -> float:
-        return as_number(self.result.get("parameters")) or 0.0
-
-    @property
-    def utilisation(self) -> float:
-        """The share of the machine's peak that training used."""
-        return as_number(self.result.get("mfu")) or 0.0
 
     @cached_property
     def machine(self) -> tuple[str, int]:

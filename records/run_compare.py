@@ -4,8 +4,7 @@ from pathlib import Path
 
 from records.folder import Folder
 from records.run import Run, open_run
-from records.significance import Side, tested
-from records.stats import deviation, mean
+from records.stats import Side, deviation, mean, tested
 
 
 def load_side(path: Path, mode: str = "") -> Side:

@@ -65,8 +65,9 @@ def headline(run: Run, price: float | None) -> list[tuple[str, str]]:
     every = sum(run.phases().values())
     seconds = as_number(result.get("train_seconds")) or metrics.phases.get("train", math.nan)
     _, nbytes, _ = run.artifact
-    tokens = as_number(result.get("tokens")) or metrics.tokens
-    per_parameter = tokens / run.parameters if run.parameters else None
+    parameters, used, tokens = (as_number(result.get(name)) or 0.0 for name in ("parameters", "mfu", "tokens"))
+    tokens = tokens or metrics.tokens
+    per_parameter = tokens / (parameters or math.inf)
     rows = [
         ("status", run.status),
         ("BPB (headline)" + ", partial" * partial, shown(as_number(result.get("val_bpb")), ".5f")),
@@ -75,9 +76,9 @@ def headline(run: Run, price: float | None) -> list[tuple[str, str]]:
         ("left of the cap", shown(nbytes and CAP_BYTES - nbytes, ",")),
         ("steps", f"{int(as_number(result.get('steps')) or metrics.last_step):,}"),
         ("tokens", f"{tokens:,.0f}"),
-        ("parameters", shown(run.parameters)),
+        ("parameters", shown(parameters)),
         (f"tokens a parameter ({TOKENS_PER_PARAMETER} is compute-optimal)", shown(per_parameter, ".2f")),
-        ("utilisation of the peak", shown(run.utilisation, ".1%")),
+        ("utilisation of the peak", shown(used, ".1%")),
         ("training", span(seconds)),
         ("all phases", span(every)),
         ("last train-validation gap, nats", "".join(f"{g:+.4f}" for g in gap_rows(run)[1][-1:])),
@@ -212,8 +213,8 @@ def config_rows(run: Run) -> list[list]:
 
 def environment_rows(run: Run) -> list[list]:
     facts = [(name, run.fact(name, None)) for name in FACTS]
-    rows = [list(value.items()) if isinstance(value, dict) else [(name, value)] for name, value in facts]
-    return [[name, plain(value)] for part in rows for name, value in part if value is not None]
+    rows = [pair for name, v in facts for pair in (v.items() if isinstance(v, dict) else [(name, v)])]
+    return [[name, plain(value)] for name, value in rows if value is not None]
 
 
 def eval_rows(run: Run) -> list[list]:
