@@ -239,10 +239,10 @@ def drawn(title: str, series: list, y_label: str, x_label: str = "step", **look:
     return figure(title, lines(title, series, x_label, y_label, **look))
 
 
-def curve_figure(run: Run, name: str, title: str, label: str, *more: tuple, **look: object) -> Raw:
+def curve_figure(run: Run, name: str, title: str, label: str, *more: tuple, called: str = "", **look: object) -> Raw:
     """The mean of each bucket before its range, and other series."""
     x, mean, low, high = run.metrics.curves[name].thin(PLOT_POINTS)
-    return drawn(title, [(name, x, mean), *more], label, band=(x, low, high) if len(x) > 1 else None, **look)
+    return drawn(title, [(called or name, x, mean), *more], label, band=(x, low, high) if len(x) > 1 else None, **look)
 
 
 def training_plots(run: Run) -> Raw:
@@ -253,7 +253,7 @@ def training_plots(run: Run) -> Raw:
     validation = ("validation", *metrics.val_loss.rows()[:2])
     dots = frozenset({"validation", "gap", "BPB"})
     return grid(
-        curve_figure(run, "loss", title, "nats per token", validation, marks=spikes, dots=dots),
+        curve_figure(run, "loss", title, "nats per token", validation, called="train", marks=spikes, dots=dots),
         curve_figure(run, "lr", "Learning rate", "rate"),
         curve_figure(run, "grad_norm", "Gradient norm before clipping", "norm", log=True),
         drawn("Train-validation gap", [("gap", *gap_rows(run))], "nats", dots=dots),
