@@ -9,7 +9,7 @@ from records.competition import TRACKS
 from records.files import MAX_ENTRIES, clean, inside
 from records.folder import MAX_LOGS, Folder
 from records.logs_reader import MAX_READ
-from records.rules import Fact, case, either, fact, otherwise, rule, true, word
+from records.rules import Fact, Rule, case, either, fact, otherwise, rule, true, word
 
 PROCESS = "README: submission process"
 
@@ -187,6 +187,12 @@ PROBES: tuple[tuple[Callable, str, str, str], ...] = (
     (verified, "L10", "scored in the order of the stream", "issue 1017, from verification.json"),
     (verified, "L11", "two exports fit", "README: reproducible runs"),
 )
-for measure, probe, title, source in PROBES:
+
+
+def told(measure: Callable, probe: str, title: str, source: str) -> Rule:
+    """The row of a verdict that somebody else gave."""
     cased = case("na", "unknown", "{note}")(case(otherwise, "sign", "{note}")(partial(measure, probe)))
-    rule(probe, title, source)(case("pass", "pass", "{note}")(case("fail", "wrong", "{note}")(cased)))
+    return rule(probe, title, source)(case("pass", "pass", "{note}")(case("fail", "wrong", "{note}")(cased)))
+
+
+TOLD = [told(*row) for row in PROBES]
