@@ -5,10 +5,9 @@ from pathlib import Path
 from records import audit_code, audit_folder, audit_score, audit_seeds, audit_size, audit_time
 from records.files import clean
 from records.folder import Folder
-from records.rules import RANK, Rule
+from records.rules import RANK, RULES, Rule
 
-FILES = (audit_folder, audit_seeds, audit_score, audit_size, audit_code, audit_time)
-RULES = tuple(row for file in FILES for row in vars(file).values() if isinstance(row, Rule))
+FILES = (audit_folder, audit_seeds, audit_score, audit_size, audit_code, audit_time)  # each adds its rows to RULES
 IDS = (*(f"F{i}" for i in range(1, 24)), *(f"L{i}" for i in range(1, 12)))
 
 
@@ -16,11 +15,13 @@ def check_folder(folder: Folder) -> dict:
     """The report of one folder, ready for JSON."""
     checks = [judged(folder, name, [r for r in RULES if r.id == name]) for name in IDS]
     worst = max((row["status"] for row in checks), key=RANK.__getitem__)
+    claim, total = folder.claim, folder.claim.number("bytes_total")
+    summary = {"val_bpb": claim.number("val_bpb"), "bytes_total": total and int(total), "seeds": claim.seeds}
     return {
         "folder": clean(folder.path, 1000),
         "policy": folder.policy,
-        "track": "record" if folder.record else "non-record",
-        "claim": summary(folder),
+        "track": "record" if folder.track.binding else "non-record",
+        "claim": summary | ({"name": clean(claim.text("name"))} if claim.given else {}),
         "checks": checks,
         "verdict": "pass" if worst == "na" else worst,
     }
@@ -38,31 +39,13 @@ def judged(folder: Folder, name: str, rules: list[Rule]) -> dict:
     }
 
 
-def summary(folder: Folder) -> dict:
-    claim = folder.claim
-    total = claim.number("bytes_total")
-    found = {
-        "val_bpb": claim.number("val_bpb"),
-        "bytes_total": None if total is None else int(total),
-        "seeds": claim.seeds,
-    }
-    return found | ({"name": clean(claim.text("name"))} if claim.given else {})
-
-
-def report_of(path: Path, policy: str, baseline: Path | None, against: str, repack: bool) -> dict:
-    return check_folder(Folder(path, policy, baseline, against, repack))
-
-
 def looks_like_submission(path: Path) -> bool:
     """A folder with a claim, a training script or a log directly in it, or with a dated name."""
     if not path.is_dir() or path.is_symlink():
         return False
-    names = [p.name for p in path.iterdir()]
     dated = len(path.name) > 10 and path.name[:4].isdigit() and path.name[4] == path.name[7] == "-"
-    return dated or any(
-        (n.startswith("submission") and n.endswith(".json")) or (n.startswith("train") and n.endswith((".py", ".log")))
-        for n in names
-    )
+    parts = (("submission", ".json"), ("train", (".py", ".log")))
+    return dated or any(p.name.startswith(a) and p.name.endswith(z) for p in path.iterdir() for a, z in parts)
 
 
 def submission_folders(path: Path, depth: int = 4) -> list[Path]:

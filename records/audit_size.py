@@ -2,13 +2,13 @@
 
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from records.competition import CAP_BYTES
 from records.folder import Folder, Script
 from records.logs import Log, Size
 from records.repack import CUSTOMARY, CannotRepack, packed_sizes
-from records.rules import Fact, at_most, case, fact, otherwise, rule, true, word
+from records.rules import Fact, case, either, fact, otherwise, rule, true, word
 
 SLACK = 16  # bytes: version drift of packers
 PACKED = 0.7  # of the script; what is claimed above it is no packed form
@@ -23,88 +23,61 @@ def near(a: float, b: float) -> bool:
     return abs(a - b) <= SLACK
 
 
-@rule("F7", "code + compressed model <= 16,000,000 bytes as claimed", CAP)
-@case(at_most(CAP_BYTES), "pass", "claims {value:,.0f} bytes")
-@case(otherwise, "binding", "claims {value:,.0f} bytes")
-def claimed_total(folder: Folder) -> Iterator[Fact]:
-    stated = folder.claim.number("bytes_total")
-    if stated is not None:
-        yield fact(int(stated), folder.json_name)
-
-
 def logged_total(folder: Folder, log: Log) -> Size | None:
     """What the log counts; our own log counts the artifact, to which the shipped script is added."""
-    counts_artifact = log.family == "J" and folder.main and log.models
+    counts_artifact = log.family == "J" and folder.main
     ours = [Size("", m.line, m.count + folder.main.size) for m in log.models[-1:] if counts_artifact]
     return log.total or next(iter(ours), None)
 
 
-@rule("F7", "code + compressed model <= 16,000,000 bytes, every seed", CAP)
-@case(at_most(CAP_BYTES), "pass", "{value:,} bytes, {off:,} to spare")
-@case(otherwise, "binding", "{value:,} bytes, {off:,} over the cap")
-def logged_totals(folder: Folder) -> Iterator[Fact]:
-    for log in folder.proven_logs:
+@rule("F7", "code + compressed model <= 16,000,000 bytes as claimed, every seed; they add up to the total", CAP)
+@case("claimed", "pass", "claims {n:,.0f} bytes")
+@case("claimed over", "binding", "claims {n:,.0f} bytes")
+@case("logged", "pass", "{n:,} bytes, {off:,} to spare")
+@case("logged over", "binding", "{n:,} bytes, {off:,} over the cap")
+@case("shipped", "waived", "{n:,} bytes with the script as shipped, {over:,} over; the log counts {counted:,}")
+@case("helpers", "sign", "{n:,} bytes with the helpers it imports, {over:,} over; the log counts {counted:,}")
+@case("sum", "binding", "{model:,} model + {code:,} code is not the logged total {n:,}")
+def totals(folder: Folder) -> Iterator[Fact]:
+    """Other ways to count are told where they would break the cap and the log's own way does not."""
+    stated, main, logs = folder.claim.number("bytes_total"), folder.main, folder.proven_logs
+    if stated is not None:
+        yield fact("claimed" + " over" * (int(stated) > CAP_BYTES), folder.json_name, n=int(stated))
+    for log in logs:
         for total in filter(None, [logged_total(folder, log)]):
-            yield fact(total.count, log.name, total.line, off=abs(total.count - CAP_BYTES))
-
-
-def other_total(folder: Folder, total: Callable[[int, int], int]) -> Iterator[Fact]:
-    """Another way to count: it is told where it would break the cap and the log's own way does not."""
-    models = [m.count for log in folder.proven_logs if (m := log.model)]
-    if not models or folder.main is None:
-        return
-    code = max([c.count for log in folder.proven_logs if (c := log.counted_code)], default=folder.main.size)
-    raw, counted = max(models) + folder.main.size, max(models) + code
-    if total(raw, counted) > CAP_BYTES >= counted:
-        over = total(raw, counted) - CAP_BYTES
-        yield fact(total(raw, counted), folder.main.name, over=over, counted=counted)
-
-
-@rule("F7", "the script counts as it is shipped", CAP)
-@case(true, "waived", "{value:,} bytes with the script as shipped, {over:,} over; the log counts {counted:,}")
-def total_as_shipped(folder: Folder) -> Iterator[Fact]:
-    return other_total(folder, lambda raw, counted: raw)
-
-
-@rule("F7", "helpers count", CAP)
-@case(true, "sign", "{value:,} bytes with the helpers it imports, {over:,} over; the log counts {counted:,}")
-def total_with_helpers(folder: Folder) -> Iterator[Fact]:
-    helpers = sum(s.size for s in [*folder.helpers, *folder.native])
-    return other_total(folder, lambda raw, counted: helpers and min(raw, counted) + helpers)
-
-
-@rule("F7", "model and code add up to the total", "README: submission.json")
-@case(False, "binding", "{model:,} model + {code:,} code is not the logged total {total:,}")
-def sums(folder: Folder) -> Iterator[Fact]:
-    for log in folder.proven_logs:
-        total, model, code = log.total, log.model, log.counted_code
-        if total and model and code:
-            right = near(total.count, model.count + code.count)
-            yield fact(right, log.name, total.line, model=model.count, code=code.count, total=total.count)
+            over = total.count - CAP_BYTES
+            yield fact("logged" + " over" * (over > 0), log.name, total.line, n=total.count, off=abs(over))
+        parts = log.total, log.model, log.counted_code
+        if all(parts) and not near(parts[0].count, parts[1].count + parts[2].count):
+            n, model, code = (part.count for part in parts)
+            yield fact("sum", log.name, log.total.line, n=n, model=model, code=code)
+    models = [m.count for log in logs if (m := log.model)] if main else []
+    for model in [max(models)] if models else []:
+        counted = model + max([c.count for log in logs if (c := log.counted_code)], default=main.size)
+        helpers = sum(s.size for s in [*folder.helpers, *folder.native])
+        raw = model + main.size
+        for kind, n in (("shipped", raw), ("helpers", (min(raw, counted) + helpers) * bool(helpers))):
+            if n > CAP_BYTES >= counted:
+                yield fact(kind, main.name, n=n, over=n - CAP_BYTES, counted=counted)
 
 
 @rule("F7", "claimed sizes of the seeds are the logged ones", "README: submission.json")
 @case(true, "pass", "seed {seed}: {claimed:,} bytes as logged")
-@case(word("short"), "binding", "seed {seed} claims {claimed:,} bytes, its log shows {shown:,}")
-@case(otherwise, "sign", "seed {seed} claims {claimed:,} bytes, its log shows {shown:,}")
+@either(word("short"), "binding", "sign", "seed {seed} claims {claimed:,} bytes, its log shows {shown:,}")
 def totals_of_seeds(folder: Folder) -> Iterator[Fact]:
-    for proof in folder.proofs:
-        total = proof.log.total if proof.log else None
-        stated = folder.claim.results.get(proof.seed)
-        claimed = stated.bytes_total if stated else None
-        if total and claimed is not None:
-            same = claimed in (total.count, *((proof.log.model and [proof.log.model.count]) or []))
-            short = claimed < total.count - SLACK
-            words = {"claimed": claimed, "shown": total.count, "short": short, "seed": proof.seed}
-            yield fact(same, proof.log.name, total.line, **words)
+    for proof in [p for p in folder.proofs if p.log and p.log.total and p.seed in folder.claim.results]:
+        claimed, total, model = folder.claim.results[proof.seed].bytes_total, proof.log.total, proof.log.model
+        if claimed is not None:
+            same = claimed == total.count or (model is not None and claimed == model.count)
+            words = {"claimed": claimed, "shown": total.count, "short": claimed < total.count - SLACK}
+            yield fact(same, proof.log.name, total.line, seed=proof.seed, **words)
 
 
 @rule("F7", "the claimed size is the largest logged one", "README: submission.json")
 @case("with script", "pass", "claims {stated:,.0f}, the largest logged model and the shipped script")
 @case("not below", "pass", "claims {stated:,.0f}, the largest log shows {high:,}")
 @case("below some", "sign", "claims {stated:,.0f}, less than the largest seed: {low:,} to {high:,}")
-@case(word("near"), "sign", "claims {stated:,.0f}, less than every log: {low:,} to {high:,}")
-@case(otherwise, "binding", "claims {stated:,.0f}, less than every log: {low:,} to {high:,}")
+@either(word("near"), "sign", "binding", "claims {stated:,.0f}, less than every log: {low:,} to {high:,}")
 def claim_against_logs(folder: Folder) -> Iterator[Fact]:
     stated = folder.claim.number("bytes_total")
     logged = [t.count for log in folder.proven_logs if (t := log.total)]
@@ -128,8 +101,9 @@ def artifacts(folder: Folder) -> Iterator[Fact]:
         yield fact(entry.size, entry.name, known=not logged or entry.size in logged)
 
 
-def counted_code(folder: Folder) -> dict[int, Size]:
-    return {code.count: code for log in folder.proven_logs if (code := log.counted_code)}
+def counted_code(folder: Folder) -> list[Size]:
+    sizes = {code.count: code for log in folder.proven_logs if (code := log.counted_code)}
+    return list(sizes.values())
 
 
 @rule("F8", "bytes_code is the size of the shipped script", CODE)
@@ -142,20 +116,23 @@ def claimed_code(folder: Folder) -> Iterator[Fact]:
     if main is None or stated is None:
         return
     shipped = any(near(stated, s.size) for s in folder.scripts.values())
-    kinds = {"shipped": shipped, "logged": stated in counted_code(folder), "packed": stated < PACKED * main.size}
+    kinds = {
+        "shipped": shipped,
+        "logged": stated in [c.count for c in counted_code(folder)],
+        "packed": stated < PACKED * main.size,
+    }
     kind = next((k for k, holds in kinds.items() if holds), "other")
     yield fact(kind, folder.json_name, stated=stated, size=main.size, name=main.name)
 
 
 @rule("F8", "the log counts the shipped script", CODE)
-@case(word("same"), "pass", "the log counts {value:,} bytes of code, {name} has {size:,}")
-@case(otherwise, "sign", "the log counts {value:,} bytes of code, {name} has {size:,}")
+@either(word("same"), "pass", "sign", "the log counts {value:,} bytes of code, {name} has {size:,}")
 def logged_code(folder: Folder) -> Iterator[Fact]:
     """The code bytes that a log counts as they stand, not as a packed form."""
-    for code in counted_code(folder).values():
-        main = folder.main
-        if main and (code.tag != "compressed" or near(code.count, main.size)):
-            same = near(code.count, main.size)
+    main = folder.main
+    for code in counted_code(folder) if main else []:
+        same = near(code.count, main.size)
+        if code.tag != "compressed" or same:
             yield fact(code.count, main.name, same=same, name=main.name, size=main.size)
 
 
@@ -173,7 +150,7 @@ def packed_code(folder: Folder) -> Iterator[Fact]:
     for claimed in claimed_code.measure(folder):
         if claimed.value == "packed":
             yield repacked(folder, int(claimed["stated"]), "the claim", folder.json_name)
-    for code in counted_code(folder).values():
+    for code in counted_code(folder):
         if code.tag == "compressed" and not near(code.count, main.size):
             yield repacked(folder, code.count, "the log", main.name)
 

@@ -4,150 +4,99 @@ import re
 from collections.abc import Iterator
 
 from records.folder import Folder
-from records.logs import Log
 from records.proofs import log_seed
-from records.rules import Fact, case, fact, otherwise, rule, true, word
-
-TEN_MINUTES = "README: 10 minutes on 8xH100; PR 593, 1908"
+from records.rules import Fact, case, either, fact, otherwise, pick, rule, true, within, word
 
 
-def within_limit(measured: Fact) -> bool:
-    return measured.value <= measured["limit"]
-
-
-@rule("F11", "no training past the clock", TEN_MINUTES)
-@case(true, "binding", "FORCE_STOP_STEP ignores the clock")
-def forced_stops(folder: Folder) -> Iterator[Fact]:
-    stopped = [log for log in folder.timed_logs if "force stop" in log.notes]
-    yield from (fact(True, log.name, log.notes["force stop"]) for log in stopped)
-
-
-@rule("F11", "training, data and calibration within the limit", TEN_MINUTES)
-@case(0.0, "sign", "the log does not say how long training took")
-@case(within_limit, "pass", "trained {value:.1f} s")
+@rule("F11", "training, data and calibration within the limit", "README: 10 minutes on 8xH100; PR 593, 1908")
+@case("forced", "binding", "FORCE_STOP_STEP ignores the clock")
+@case("unsaid", "sign", "the log does not say how long training took")
+@case("unreserved", "waived", "GPTQ without time reserved for it")
+@case("allowed", "sign", "the run was allowed {cap} s")
+@case("calibrated", "pass", "training and calibration take {seconds:.1f} s")
+@case("calibrated late", "waived", "training and calibration take {seconds:.1f} s")
+@case(within, "pass", "trained {value:.1f} s")
 @case(lambda f: f.value - f["limit"] <= f["slack"], "tolerated", "trained {value:.3f} s, over by less than two steps")
 @case(otherwise, "binding", "trained {value:.1f} s")
 def training_seconds(folder: Folder) -> Iterator[Fact]:
-    """Practice tolerates the overshoot of two steps."""
+    """Practice tolerates two steps more. Hessians of training text belong into the limit; those of text that the model
+    wrote itself were accepted after it."""
     for log in folder.timed_logs:
-        seconds, line = log.training
-        slack = max(2 * log.step_seconds, 0.2)
+        limit, (seconds, line), notes = folder.track.train_seconds, log.training, log.notes
+        if "force stop" in notes:
+            yield fact("forced", log.name, notes["force stop"])
         if seconds or log.steps.count:
-            yield fact(seconds, log.name, line, limit=folder.track.train_seconds, slack=slack)
-
-
-@rule("F11", "the run's own limit is no longer", TEN_MINUTES)
-@case(lambda f: f.value > f["limit"], "sign", "the run was allowed {cap} s")
-def allowed_seconds(folder: Folder) -> Iterator[Fact]:
-    for log in folder.timed_logs:
+            slack = max(2 * log.step_seconds, 0.2)
+            yield fact(seconds or "unsaid", log.name, line, limit=limit, slack=slack)
         cap = log.params.get("max_wallclock_seconds", "")
-        if re.fullmatch(r"\d+\.?\d*", cap):
-            yield fact(float(cap), log.name, limit=folder.track.train_seconds + 1, cap=cap)
-
-
-@rule("F11", "calibration counts as training", TEN_MINUTES)
-@case(within_limit, "pass", "training and calibration take {value:.1f} s")
-@case(otherwise, "waived", "training and calibration take {value:.1f} s")
-def calibration_seconds(folder: Folder) -> Iterator[Fact]:
-    """Hessians from training text belong into the limit; text the model wrote itself was accepted after it."""
-    for log in folder.timed_logs:
-        after, (seconds, _) = log.phase("hessian") + log.phase("generate"), log.training
+        if re.fullmatch(r"\d+\.?\d*", cap) and float(cap) > limit + 1:
+            yield fact("allowed", log.name, cap=cap)
+        after = log.phase("hessian") + log.phase("generate")
         if after and seconds:
-            yield fact(round(seconds + after, 1), log.name, limit=folder.track.train_seconds + 1)
+            late = " late" * (round(seconds + after, 1) > limit + 1)
+            yield fact(f"calibrated{late}", log.name, seconds=seconds + after)
+        if "gptq" in notes and not ("gptq_reserve" in log.values or "gptq on own text" in notes):
+            yield fact("unreserved", log.name, notes["gptq"])
 
 
-@rule("F11", "time for calibration is reserved", TEN_MINUTES)
-@case(true, "waived", "GPTQ without time reserved for it")
-def unreserved_calibration(folder: Folder) -> Iterator[Fact]:
-    for log in folder.timed_logs:
-        reserved = "gptq_reserve" in log.values or "gptq on own text" in log.notes
-        if "gptq" in log.notes and not reserved:
-            yield fact(True, log.name, log.notes["gptq"])
-
-
-def evaluation_seconds(folder: Folder) -> Iterator[tuple[Log, float, int]]:
-    """Each log with the seconds of the evaluation that made its score, and their line."""
-    metrics = {p.log.name: p.metric for p in folder.proofs if p.log and p.metric and p.metric.seconds}
-    lines = {p.log.name: p.metric.line for p in folder.proofs if p.log and p.metric}
-    for log in folder.timed_logs:
-        proven = [metrics[log.name].seconds] if log.name in metrics else []
-        every = sorted((m.seconds for m in log.metrics if m.final and m.seconds), reverse=True)
-        seconds = [*proven, *filter(None, [log.value("eval_seconds")]), *every]
-        if seconds:
-            yield log, seconds[0], lines.get(log.name, 0)
-
-
-@rule("F12", "evaluation within the limit", "README: evaluation time")
-@case(within_limit, "pass", "evaluated {value:.1f} s")
-@case(otherwise, "binding", "evaluated {value:.1f} s")
+@rule("F12", "evaluation and what surrounds it within the limit", "README: evaluation time")
+@case(word("around"), "waived", "{value:.1f} s with warm-up, decompression and tables")
+@either(within, "pass", "binding", "evaluated {value:.1f} s")
 def scoring_seconds(folder: Folder) -> Iterator[Fact]:
-    for log, seconds, line in evaluation_seconds(folder):
-        yield fact(seconds, log.name, line, limit=folder.track.eval_seconds)
-
-
-@rule("F12", "what surrounds the evaluation counts as well", "README: evaluation time")
-@case(true, "waived", "{value:.1f} s with warm-up, decompression and tables")
-def surrounding_seconds(folder: Folder) -> Iterator[Fact]:
-    """Evaluation with the warm-up, decompression and tables that a log counts apart."""
+    """The evaluation that made the score, and with it the warm-up, decompression and tables that a log counts apart."""
+    metrics = {p.log.name: p.metric for p in folder.proofs if p.log and p.metric}
     limit = folder.track.eval_seconds
-    for log, seconds, _ in evaluation_seconds(folder):
-        around = seconds + log.phase("warmup") + log.phase("decompress") + log.phase("precompute")
-        if around > limit >= seconds:
-            yield fact(around, log.name)
+    for log in folder.timed_logs:
+        metric = metrics.get(log.name)
+        final = sorted((m.seconds for m in log.metrics if m.final and m.seconds), reverse=True)
+        proven = [getattr(metric, "seconds", None), log.value("eval_seconds"), *final]
+        around = sum(map(log.phase, ("warmup", "decompress", "precompute")))
+        for seconds in list(filter(None, proven))[:1]:
+            yield fact(seconds, log.name, getattr(metric, "line", 0), limit=limit, around=False)
+            if seconds + around > limit >= seconds:
+                yield fact(seconds + around, log.name, around=True)
 
 
 @rule("F23", "claimed steps and seconds are the logged ones", "README: submission.json")
-@case(true, "pass", "seed {seed} states {said:,.10g} {name}, the log shows {shown:,.10g}")
-@case(otherwise, "sign", "seed {seed} states {said:,.10g} {name}, the log shows {shown:,.10g}")
+@either(true, "pass", "sign", "seed {seed} states {said:,.10g} {name}, the log shows {shown:,.10g}")
 def stated_times(folder: Folder) -> Iterator[Fact]:
     """Steps and seconds that the claim states against those the logs show."""
-    for proof in folder.proofs:
-        stated = folder.claim.results.get(proof.seed)
-        if stated is None or proof.log is None:
-            continue
+    for proof in [p for p in folder.proofs if p.log and p.seed in folder.claim.results]:
+        stated = folder.claim.results[proof.seed]
         log = next((g for g in folder.proven_logs if g.stop and log_seed(g) == proof.seed), proof.log)
-        seconds, steps = (log.stop.seconds, log.stop.step) if log.stop else (None, None)
-        scored = proof.metric.seconds if proof.metric else None
+        seconds, steps = (getattr(log.stop, name, None) for name in ("seconds", "step"))
         quantities = (
             ("steps", stated.steps, steps, 2),
             ("seconds of training", stated.train_seconds, seconds, 1.5),
-            ("seconds of evaluation", stated.eval_seconds, scored, 1.5),
+            ("seconds of evaluation", stated.eval_seconds, proof.metric and proof.metric.seconds, 1.5),
         )
-        for name, said, shown, slack in quantities:
-            if None not in (said, shown):
-                agrees = abs(said - shown) <= max(slack, 0.001 * shown)
-                yield fact(agrees, log.name, seed=proof.seed, said=said, name=name, shown=shown)
+        for name, said, shown, slack in [row for row in quantities if None not in row]:
+            agrees = abs(said - shown) <= max(slack, 0.001 * shown)
+            yield fact(agrees, log.name, seed=proof.seed, said=said, name=name, shown=shown)
 
 
-@rule("F13", "the ranks of the track", "README: 8xH100 SXM")
-@case(lambda f: f.value == f["limit"], "pass", "{value:.0f} ranks")
-@case(otherwise, "wrong", "ran on {value:.0f} ranks, the rules say {limit}")
-def ranks(folder: Folder) -> Iterator[Fact]:
+@rule("F13", "the machine of the track", "README: 8xH100 SXM")
+@case("ranks", "pass", "{ranks:.0f} ranks")
+@case("other ranks", "wrong", "ran on {ranks:.0f} ranks, the rules say {limit}")
+@case("other GPUs", "waived", "ran on {listed}, the rules say {hardware}")
+@case("GPUs", "pass", "{listed}")
+@case("claimed", "sign", "claims {stated}")
+@case(otherwise, "sign", "nvidia-smi lists {value} GPUs, the rules say {limit}")
+def machine(folder: Folder) -> Iterator[Fact]:
+    track, stated = folder.track, folder.claim.text("hardware")
     for log in folder.proven_logs:
         world, line = log.values.get("world_size", (None, 0))
-        if None not in (world, folder.track.ranks):
-            yield fact(world, log.name, line, limit=folder.track.ranks)
-
-
-@rule("F13", "the GPUs of the track", "README: 8xH100 SXM")
-@case(word("wrong"), "waived", "ran on {listed}, the rules say {hardware}")
-@case(lambda f: f.value == f["limit"], "pass", "{listed}")
-@case(otherwise, "sign", "nvidia-smi lists {value} GPUs, the rules say {limit}")
-def gpus(folder: Folder) -> Iterator[Fact]:
-    track = folder.track
-    for log in [log for log in folder.proven_logs if log.gpus and track.hardware]:
-        wrong = {n: k for n, k in log.gpus.items() if track.hardware not in n or re.search(track.not_hardware, n)}
-        listed = ", ".join(f"{k} x {n}" for n, k in (wrong or log.gpus).items())
-        count = max(log.gpus.values())
-        yield fact(count, log.name, wrong=wrong, listed=listed, hardware=track.hardware, limit=track.ranks)
-
-
-@rule("F13", "claimed hardware", "README: 8xH100 SXM")
-@case(true, "sign", "claims {value}")
-def claimed_hardware(folder: Folder) -> Iterator[Fact]:
-    stated = folder.claim.text("hardware")
-    if stated and folder.track.hardware not in stated:
-        yield fact(stated, folder.json_name)
+        if None not in (world, track.ranks):
+            kind = pick(world == track.ranks, "ranks", "other ranks")
+            yield fact(kind, log.name, line, ranks=world, limit=track.ranks)
+        if log.gpus and track.hardware:
+            wrong = {n: k for n, k in log.gpus.items() if track.hardware not in n or re.search(track.not_hardware, n)}
+            count = max(log.gpus.values())
+            kind = pick(wrong, "other GPUs", {track.ranks: "GPUs"}.get(count, count))
+            listed = ", ".join(f"{k} x {n}" for n, k in (wrong or log.gpus).items())
+            yield fact(kind, log.name, listed=listed, hardware=track.hardware, limit=track.ranks)
+    if stated and track.hardware not in stated:
+        yield fact("claimed", folder.json_name, stated=stated)
 
 
 @rule("F19", "compile warm-up on random tokens", "PR 1530, 1610")

@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 ALIASES = {
     name: tuple(words.split())
@@ -44,15 +45,14 @@ class Written(float):
         return (self.text,)  # a report travels between processes
 
 
-@dataclass(slots=True)
-class SeedClaim:
+class SeedClaim(NamedTuple):
     seed: int
-    val_bpb: float | None = None
-    val_loss: float | None = None
-    bytes_total: int | None = None
-    train_seconds: float | None = None
-    eval_seconds: float | None = None
-    steps: float | None = None
+    bytes_total: int | None
+    val_bpb: float | None
+    val_loss: float | None
+    train_seconds: float | None
+    eval_seconds: float | None
+    steps: float | None
 
 
 @dataclass(slots=True)
@@ -89,7 +89,7 @@ class Claim:
     @property
     def failed_runs(self) -> list[dict]:
         rows = self.raw.get("failed_runs")
-        return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        return [row for row in (rows if isinstance(rows, list) else []) if isinstance(row, dict)]
 
     def scores(self) -> list[float]:
         return [r.val_bpb for r in self.results.values() if r.val_bpb is not None]
@@ -103,10 +103,16 @@ def parse_json(data: bytes) -> tuple[object, list[str]]:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         return None, [*problems, f"not UTF-8 at byte {error.start}"]
+
+    def unique(pairs: list) -> dict:
+        counts = Counter(name for name, _ in pairs)
+        problems.extend(f"key {name!r} appears twice" for name, count in counts.items() if count > 1)
+        return dict(pairs)
+
     decoder = json.JSONDecoder(
         parse_float=Written,
         parse_constant=lambda name: problems.append(f"{name} is not JSON"),
-        object_pairs_hook=lambda pairs: _object(pairs, problems),
+        object_pairs_hook=unique,
     )
     body = text.lstrip(" \t\r\n")
     try:
@@ -117,19 +123,12 @@ def parse_json(data: bytes) -> tuple[object, list[str]]:
     return value, problems + [f"trailing data after the value: {rest[:40]!r}"] * bool(rest)
 
 
-def _object(pairs: list, problems: list[str]) -> dict:
-    counts = Counter(name for name, _ in pairs)
-    problems += [f"key {name!r} appears twice" for name, count in counts.items() if count > 1]
-    return dict(pairs)
-
-
 LARGEST = 1e18  # no honest number of a record is larger, and squares stay finite
 
 
 def as_number(value: object) -> float | None:
     """A finite number of plausible size, or None."""
-    real = isinstance(value, int | float) and not isinstance(value, bool)
-    if not real or not abs(value) <= LARGEST:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
         return None
     return value if isinstance(value, Written) else float(value)
 
@@ -151,8 +150,16 @@ def read_claim(file: str, raw: dict) -> Claim:
     table = next((raw[k] for k in SEED_TABLES if isinstance(raw.get(k), dict)), {})
     for key, row in table.items():
         _take_seed(claim, key, row)
-    _take_seed_list(claim)
-    _check_texts(claim)
+    listed = next((raw[k] for k in ("seeds", "seeds_run", "seed") if k in raw), None)
+    listed = listed if isinstance(listed, list) else [listed] if as_seed(listed) is not None else []
+    claim.seeds = [s for s in map(as_seed, listed) if s is not None] or list(claim.results)
+    scores = raw.get("seed_scores")
+    if isinstance(scores, list) and len(scores) == len(claim.seeds) and not claim.results:
+        for seed, score in zip(claim.seeds, scores):
+            _take_seed(claim, seed, score)
+    texts = [(name, raw.get(name)) for name in ("name", "author", "date", "track", "blurb")]
+    wrong = [(name, value) for name, value in texts if value is not None and not isinstance(value, str)]
+    claim.problems += [f"{name} should be text, is {type(value).__name__}" for name, value in wrong]
     return claim
 
 
@@ -184,27 +191,11 @@ def _take_seed(claim: Claim, key: object, row: object) -> None:
     values |= {name: n / 1000 for name, n in scaled.items() if n is not None}
     total = first_number(row, SEED_TOTALS)
     claim.problems += [f"seed {seed} has no val_bpb"] * (values["val_bpb"] is None)
-    claim.results[seed] = SeedClaim(seed, bytes_total=None if total is None else int(total), **values)
+    claim.results[seed] = SeedClaim(seed, None if total is None else int(total), **values)
 
 
 def first_number(row: dict, names: tuple[str, ...]) -> float | None:
     return next((n for name in names if (n := as_number(row.get(name))) is not None), None)
-
-
-def _take_seed_list(claim: Claim) -> None:
-    listed = next((claim.raw[k] for k in ("seeds", "seeds_run", "seed") if k in claim.raw), None)
-    listed = listed if isinstance(listed, list) else [listed] if as_seed(listed) is not None else []
-    claim.seeds = [s for s in map(as_seed, listed) if s is not None] or list(claim.results)
-    scores = claim.raw.get("seed_scores")
-    if isinstance(scores, list) and len(scores) == len(claim.seeds) and not claim.results:
-        for seed, score in zip(claim.seeds, scores):
-            _take_seed(claim, seed, score)
-
-
-def _check_texts(claim: Claim) -> None:
-    texts = [(name, claim.raw.get(name)) for name in ("name", "author", "date", "track", "blurb")]
-    wrong = [(name, value) for name, value in texts if value is not None and not isinstance(value, str)]
-    claim.problems += [f"{name} should be text, is {type(value).__name__}" for name, value in wrong]
 
 
 def tolerance(value: float) -> float:

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from records.audit import report_of, submission_folders
+from records.audit import check_folder, submission_folders
 from records.files import clean
 from records.folder import Folder
 from records.page import Raw, cell, page, section, table
@@ -23,6 +23,7 @@ from records.run_report import write_report
 from records.verify import COMMAND, EXPORT, Trial, verify
 
 MANY = 16  # folders from which starting processes pays
+RULED = ("practice", "readme")
 MARKS = {"pass": "ok", "warn": "warn", "fail": "FAIL", "na": "-"}
 
 
@@ -31,15 +32,14 @@ def say(text: str = "") -> None:
 
 
 def check(args: argparse.Namespace) -> int:
-    paths = [Path(p) for p in args.path]
-    folders = [found for p in paths for found in submission_folders(existing(p))]
+    folders = [folder for p in args.path for folder in submission_folders(existing(Path(p)))]
     if not folders:
-        raise ValueError(f"no submission folder at or below {', '.join(map(str, paths))}")
+        raise ValueError(f"no submission folder at or below {', '.join(args.path)}")
+    baseline = Path(args.baseline) if args.baseline else None
+    one = partial(checked, policy=args.policy, against=args.against, repack=args.repack, baseline=baseline)
+    shown = partial(json.dumps, default=str) if args.json else partial(text_of, everything=args.all)
     reports = []
-    options = {"policy": args.policy, "against": args.against, "repack": args.repack}
-    options["baseline"] = Path(args.baseline) if args.baseline else None
-    shown = {True: partial(json.dumps, default=str), False: partial(text_of, everything=args.all)}[args.json]
-    for report in reports_of(folders, partial(report_of, **options)):
+    for report in reports_of(folders, one):
         reports.append(report)
         say(shown(report))
     if args.html:
@@ -48,6 +48,10 @@ def check(args: argparse.Namespace) -> int:
     if not args.json and len(reports) > 1:
         say(f"{len(reports)} folders: " + ", ".join(f"{worst.count(v)} {v}" for v in ("pass", "warn", "fail")))
     return int("fail" in worst)
+
+
+def checked(path: Path, **options: object) -> dict:
+    return check_folder(Folder(path, **options))
 
 
 def reports_of(folders: list[Path], one: Callable[[Path], dict]) -> Iterator[dict]:
@@ -67,50 +71,38 @@ def existing(path: Path) -> Path:
 
 def text_of(report: dict, everything: bool) -> str:
     claim = report["claim"]
-    head = f"{report['verdict'].upper()}  {report['folder']}  ({report['track']}, {report['policy']} policy)"
     rows = [
-        head,
+        f"{report['verdict'].upper()}  {report['folder']}  ({report['track']}, {report['policy']} policy)",
         f"      claims {claim['val_bpb']} BPB, {claim['bytes_total'] or '?'} bytes, seeds {claim['seeds'] or '?'}",
     ]
-    for row in report["checks"]:
-        for e in row["evidence"]:
-            if everything or e["status"] in {"warn", "fail"}:
-                place = (where(e) + ": ") * bool(e["file"])
-                rows.append(f"  {row['id']:4}{MARKS[e['status']]:5} {place}{e['note']}")
+    for name, e in [(row["id"], e) for row in report["checks"] for e in row["evidence"]]:
+        if everything or e["status"] in {"warn", "fail"}:
+            rows.append(f"  {name:4}{MARKS[e['status']]:5} {(where(e) + ': ') * bool(e['file'])}{e['note']}")
     return "\n".join(rows)
 
 
 def html_of(reports: list[dict]) -> str:
     head = ["verdict", "folder", "track", "val_bpb", "bytes", "seeds", "fail", "warn"]
-    return page(
-        "Records checked",
-        section(f"{len(reports)} folders", table(head, list(map(overview, reports)))) + "".join(map(details, reports)),
-    )
-
-
-def overview(r: dict) -> list:
-    claim = [r["claim"]["val_bpb"], r["claim"]["bytes_total"], " ".join(map(str, r["claim"]["seeds"]))]
-    return [colour(r["verdict"]), Path(r["folder"]).name, r["track"], *claim, count(r, "fail"), count(r, "warn")]
+    rows = []
+    for r in reports:
+        claim = [r["claim"]["val_bpb"], r["claim"]["bytes_total"], " ".join(map(str, r["claim"]["seeds"]))]
+        counts = [sum(c["status"] == status for c in r["checks"]) for status in ("fail", "warn")]
+        rows.append([colour(r["verdict"]), Path(r["folder"]).name, r["track"], *claim, *counts])
+    overview = section(f"{len(reports)} folders", table(head, rows))
+    return page("Records checked", overview + "".join(map(details, reports)))
 
 
 def details(r: dict) -> Raw:
     """The findings of one folder: what needs a reader first."""
     pairs = [(c, e) for c in r["checks"] for e in c["evidence"]]
     pairs.sort(key=lambda pair: -RANK[pair[1]["status"]])
-    told = [[c["id"], colour(e["status"]), where(e), e["note"], c["rule"] * grave(e["status"])] for c, e in pairs]
+    rules = [c["rule"] * (e["status"] in {"warn", "fail"}) for c, e in pairs]
+    told = [[c["id"], colour(e["status"]), where(e), e["note"], text] for (c, e), text in zip(pairs, rules)]
     rows = table(["check", "status", "where", "finding", "rule"], told)
     unfolded = " open" * (r["verdict"] == "fail")
     name = Raw(f"<p>{colour(r['verdict'])} · {cell(r['claim'].get('name', ''))}</p>")
     body = Raw(f"<details{unfolded}><summary>{len(told)} findings</summary>{rows}</details>")
     return section(Path(r["folder"]).name, name, body)
-
-
-def grave(status: str) -> bool:
-    return RANK[status] > RANK["pass"]
-
-
-def count(report: dict, status: str) -> int:
-    return sum(c["status"] == status for c in report["checks"])
 
 
 def colour(status: str) -> Raw:
@@ -121,28 +113,29 @@ def where(e: dict) -> str:
     return e["file"] + f":{e['line']}" * bool(e["line"])
 
 
+def existing_file(name: str, what: str) -> Path:
+    if not Path(name).is_file():
+        raise ValueError(f"{name}: no such {what}")
+    return Path(name)
+
+
 def verify_command(args: argparse.Namespace) -> int:
     if not args.execute:
         raise ValueError("verify runs the submission's code; say --execute to allow it")
-    folder, artifact, data = existing(Path(args.folder)), Path(args.artifact), existing(Path(args.data))
-    if not artifact.is_file():
-        raise ValueError(f"{artifact}: no such artifact")
-    checkpoint = Path(args.checkpoint) if args.checkpoint else None
-    if checkpoint is not None and not checkpoint.is_file():
-        raise ValueError(f"{checkpoint}: no such checkpoint")
+    folder, data = existing(Path(args.folder)), existing(Path(args.data))
+    artifact = existing_file(args.artifact, "artifact")
+    checkpoint = existing_file(args.checkpoint, "checkpoint") if args.checkpoint else None
     if args.repeat < 1:
         raise ValueError(f"--repeat {args.repeat}: evaluate at least once")
     trial = Trial(args.command, args.repeat, args.timeout, checkpoint, args.export)
     outcome = verify(Folder(folder), artifact, data, trial)
     rows = [{"id": probe} | f.as_json() for probe, f in outcome.findings]
-    if args.json:
-        say(json.dumps({"folder": clean(folder, 1000), "checks": rows, "verdict": outcome.verdict}, default=str))
-    else:
-        say(f"{outcome.verdict.upper()}  {clean(folder, 1000)}")
-        for row in rows:
-            say(f"  {row['id']:6}{MARKS[row['status']]:5} {row['note']}")
-        if outcome.verdict == "fail" and outcome.output:
-            say("  last output:\n" + "\n".join(f"    {clean(line)}" for line in outcome.output.splitlines()[-8:]))
+    lines = [f"{outcome.verdict.upper()}  {clean(folder, 1000)}"]
+    lines += [f"  {row['id']:6}{MARKS[row['status']]:5} {row['note']}" for row in rows]
+    if outcome.verdict == "fail" and outcome.output:
+        lines += ["  last output:", *(f"    {clean(line)}" for line in outcome.output.splitlines()[-8:])]
+    report = {"folder": clean(folder, 1000), "checks": rows, "verdict": outcome.verdict}
+    say(json.dumps(report, default=str) if args.json else "\n".join(lines))
     return int(outcome.verdict == "fail")
 
 
@@ -159,20 +152,14 @@ def compare_command(args: argparse.Namespace) -> int:
     if test is None:
         say(found["note"])
         return 0
-    say(
-        f"\ngain {test['gain_bpb']:+.6f} BPB, Welch t {test['t']:.3f}, df {test['df']:.2f}, one-sided p {test['p']:.4f}"
-    )
-    enough = test["seeds_needed_practice"] or "none suffices"
-    say(f"  applied rule ({test['practice_rule']}): {verdict(test['practice'])}; seeds needed {enough}")
+    p, needed = f"one-sided p {test['p']:.4f}", {k: test.get(f"seeds_needed_{k}") or "none suffices" for k in RULED}
+    say(f"\ngain {test['gain_bpb']:+.6f} BPB, Welch t {test['t']:.3f}, df {test['df']:.2f}, {p}")
+    words = {k: "significant" if test.get(k) else "not significant" for k in RULED}
+    say(f"  applied rule ({test['practice_rule']}): {words['practice']}; seeds needed {needed['practice']}")
     if "readme" in test:
-        enough = test["seeds_needed_readme"] or "none suffices"
-        say(f"  written rule ({test['readme_rule']} = {test['margin_bpb']:.6f} BPB): {verdict(test['readme'])};")
-        say(f"    gain {test['gain_nats']:+.6f} nats, p {test['p_margin']:.4f}; seeds needed {enough}")
+        say(f"  written rule ({test['readme_rule']} = {test['margin_bpb']:.6f} BPB): {words['readme']};")
+        say(f"    gain {test['gain_nats']:+.6f} nats, p {test['p_margin']:.4f}; seeds needed {needed['readme']}")
     return 0
-
-
-def verdict(passed: bool) -> str:
-    return {True: "significant", False: "not significant"}[bool(passed)]
 
 
 def shown(value: object) -> str:
@@ -234,98 +221,86 @@ def option(*names: str, **details: object) -> tuple:
     return names, details
 
 
-def switch(name: str, text: str = "") -> tuple:
-    return option(name, action="store_true", help=text)
+def switch(name: str, words: str) -> tuple:
+    return option(name, action="store_true", help=words)
 
 
-def text(name: str, text: str = "", **details: object) -> tuple:
-    return option(name, default="", help=text, **details)
+def text(name: str, words: str = "", default: str = "", **details: object) -> tuple:
+    return option(name, default=default, help=words, **details)
 
 
 JSON = switch("--json", "one object a line")
-FILE = option("--file", default=str(LEDGER))
-CHECK = (
-    option("path", nargs="+", help="a submission folder, or a folder that holds some"),
-    option(
-        "--policy", choices=("readme", "practice"), default="practice", help="written rules, or as applied (default)"
-    ),
-    text("--baseline", "record to test significance against (default: the best earlier one beside it)"),
-    text("--against", "git revision that only this folder may differ from", metavar="REF"),
-    switch("--repack", "pack scripts again by python-minifier, seconds each"),
-    JSON,
-    text("--html", "write a page as well", metavar="FILE"),
-    switch("--all", "show what passed, too"),
-)
-VERIFY = (
-    option("folder"),
-    option("--artifact", required=True, help="the shipped model"),
-    option("--data", required=True, help="folder with tokenizer and validation shards"),
-    switch("--execute", "allow the submission's code to run"),
-    option("--command", default=COMMAND, help=f"how to evaluate (default: {COMMAND})"),
-    option("--repeat", type=int, default=1, help="evaluations; two show how far they lie apart"),
-    text("--checkpoint", "quantise and pack this one twice, and compare the sizes"),
-    option("--export", default=EXPORT, help=f"how to do that (default: {EXPORT})"),
-    option("--timeout", type=float, default=3600.0, help="seconds each"),
-    JSON,
-)
-COMPARE = (
-    option("baseline"),
-    option("new"),
-    text("--mode", "evaluation mode of runs (default: the headline)"),
-    JSON,
-)
-NEW = (
-    option("--from", dest="from_", nargs="+", required=True, metavar="RUN"),
-    option("--script", default="train_gpt.py", help="the packed script that ran"),
-    text("--build", "the builder's manifest.json (default: the one beside the script)"),
-    option("--name", required=True),
-    option("--author", required=True),
-    text("--github"),
-    text("--blurb"),
-    text("--date", "YYYY-MM-DD (default: today)"),
-    text("--mode", "evaluation mode that is claimed (default: the last one of the run)"),
-    text("--address", "where the artifacts lie, instead of copying them"),
-    option("--out", default=str(LEDGER.parent), help="parent folder (default: records/)"),
-)
-LIST = (
-    FILE,
-    option("--mode", choices=("val_bpb", *MODES), default="val_bpb", help="score to sort by"),
-    option(
-        "--where", action="append", metavar="COLUMN=TEXT", help=f"filter; also < and >; columns {', '.join(COLUMNS)}"
-    ),
-    option("--limit", type=int, default=0),
-    JSON,
-)
-REPORT = (
-    option("run"),
-    option("-o", "--out", default="", help="folder (default: the run's own)"),
-    option("--price", type=float, help="price of the machine per hour"),
-)
-COMMANDS: tuple[tuple[str, Callable, tuple, str], ...] = (
-    ("check", check, CHECK, "Check submission folders, anybody's, without running anything in them."),
-    ("verify", verify_command, VERIFY, "Run a submission's evaluation without network and compare it with the claim."),
-    ("compare", compare_command, COMPARE, "Compare two records or runs: one-sided Welch test, both rules, all facts."),
-    ("new", new_command, NEW, "Write a record folder from finished runs."),
+FILE = text("--file", default=str(LEDGER))
+POLICIES = {"choices": ("readme", "practice"), "default": "practice"}
+COMMANDS: dict[str, tuple[Callable, str]] = {
+    "check": (check, "Check submission folders, anybody's, without running anything in them."),
+    "verify": (verify_command, "Run a submission's evaluation without network and compare it with the claim."),
+    "compare": (compare_command, "Compare two records or runs: one-sided Welch test, both rules, all facts."),
+    "new": (new_command, "Write a record folder from finished runs."),
+    "ledger": (ledger_command, "Append runs to the ledger, or show flags."),
+    "list": (list_command, "The leaderboard over the ledger."),
+    "report": (report_command, "Write report.md and report.html of a run."),
+}
+OPTIONS = (
+    ("check", option("path", nargs="+", help="a submission folder, or a folder that holds some")),
+    ("check", option("--policy", help="written rules, or as applied (default)", **POLICIES)),
+    ("check", text("--baseline", "record to test significance against (default: the best earlier one beside it)")),
+    ("check", text("--against", "git revision that only this folder may differ from", metavar="REF")),
+    ("check", switch("--repack", "pack scripts again by python-minifier, seconds each")),
+    ("check", JSON),
+    ("check", text("--html", "write a page as well", metavar="FILE")),
+    ("check", switch("--all", "show what passed, too")),
+    ("verify", option("folder")),
+    ("verify", option("--artifact", required=True, help="the shipped model")),
+    ("verify", option("--data", required=True, help="folder with tokenizer and validation shards")),
+    ("verify", switch("--execute", "allow the submission's code to run")),
+    ("verify", text("--command", f"how to evaluate (default: {COMMAND})", COMMAND)),
+    ("verify", option("--repeat", type=int, default=1, help="evaluations; two show how far they lie apart")),
+    ("verify", text("--checkpoint", "quantise and pack this one twice, and compare the sizes")),
+    ("verify", text("--export", f"how to do that (default: {EXPORT})", EXPORT)),
+    ("verify", option("--timeout", type=float, default=3600.0, help="seconds each")),
+    ("verify", JSON),
+    ("compare", option("baseline")),
+    ("compare", option("new")),
+    ("compare", text("--mode", "evaluation mode of runs (default: the headline)")),
+    ("compare", JSON),
+    ("new", option("--from", dest="from_", nargs="+", required=True, metavar="RUN")),
+    ("new", text("--script", "the packed script that ran", "train_gpt.py")),
+    ("new", text("--build", "the builder's manifest.json (default: the one beside the script)")),
+    ("new", option("--name", required=True)),
+    ("new", option("--author", required=True)),
+    ("new", text("--github")),
+    ("new", text("--blurb")),
+    ("new", text("--date", "YYYY-MM-DD (default: today)")),
+    ("new", text("--mode", "evaluation mode that is claimed (default: the last one of the run)")),
+    ("new", text("--address", "where the artifacts lie, instead of copying them")),
+    ("new", text("--out", "parent folder (default: records/)", str(LEDGER.parent))),
+    ("ledger", option("run", nargs="*")),
+    ("ledger", FILE),
+    ("ledger", text("--note")),
+    ("list", FILE),
+    ("list", text("--mode", "score to sort by", "val_bpb", choices=("val_bpb", *MODES))),
     (
-        "ledger",
-        ledger_command,
-        (option("run", nargs="*"), FILE, text("--note")),
-        "Append runs to the ledger, or show flags.",
+        "list",
+        option(
+            "--where", action="append", metavar="COLUMN=TEXT", help=f"filter; also < and >; of {', '.join(COLUMNS)}"
+        ),
     ),
-    ("list", list_command, LIST, "The leaderboard over the ledger."),
-    ("report", report_command, REPORT, "Write report.md and report.html of a run."),
+    ("list", option("--limit", type=int, default=0)),
+    ("list", JSON),
+    ("report", option("run")),
+    ("report", option("-o", "--out", default="", help="folder (default: the run's own)")),
+    ("report", option("--price", type=float, help="price of the machine per hour")),
 )
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="python -m records", description="Check, verify, compare, write and list records."
-    )
+    top = argparse.ArgumentParser(prog="python -m records", description="Check, verify, compare, write, list records.")
     commands = top.add_subparsers(dest="command_name", required=True)
-    for name, run, options, summary in COMMANDS:
+    for name, (run, summary) in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=summary)
         sub.set_defaults(run_command=run)
-        for names, details in options:
+        for names, details in [row for command, row in OPTIONS if command == name]:
             sub.add_argument(*names, **details)
     return top
 

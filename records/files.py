@@ -4,17 +4,16 @@ import os
 import stat
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 MAX_ENTRIES = 5_000
 MAX_DEPTH = 6
 SKIP = {".git", "__pycache__", ".venv", "node_modules"}
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     name: str  # relative, with forward slashes
     path: Path
     size: int
@@ -27,16 +26,9 @@ class Entry:
 
 def clean(text: object, limit: int = 200) -> str:
     """Text that cannot steer a terminal or flood it: control and format characters become visible escapes."""
-    shown = "".join(_visible(c) for c in str(text)[: limit + 1])
+    hidden = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+    shown = "".join(repr(c)[1:-1] if unicodedata.category(c) in hidden else c for c in str(text)[: limit + 1])
     return shown[: limit - 1] + "…" if len(shown) > limit else shown
-
-
-def _visible(c: str) -> str:
-    return c if unicodedata.category(c) not in {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"} else repr(c)[1:-1]
-
-
-def _kind(mode: int) -> str:
-    return {stat.S_IFLNK: "link", stat.S_IFREG: "file"}.get(stat.S_IFMT(mode), "other")
 
 
 def walk(folder: Path) -> list[Entry]:
@@ -50,7 +42,8 @@ def _entries(folder: Path, here: Path, depth: int) -> Iterator[Entry]:
             info = item.stat(follow_symlinks=False)
             name = Path(item.path).relative_to(folder).as_posix()
             if not stat.S_ISDIR(info.st_mode):
-                yield Entry(name, Path(item.path), info.st_size, _kind(info.st_mode))
+                kind = {stat.S_IFLNK: "link", stat.S_IFREG: "file"}.get(stat.S_IFMT(info.st_mode), "other")
+                yield Entry(name, Path(item.path), info.st_size, kind)
             elif depth < MAX_DEPTH and item.name not in SKIP:
                 yield from _entries(folder, Path(item.path), depth + 1)
 

@@ -6,6 +6,7 @@ import subprocess
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from records.claim import Claim, parse_json, read_claim
 from records.competition import NON_RECORD, RECORD, TOKENIZERS, TRACKS, Track
@@ -14,7 +15,7 @@ from records.logs import Log
 from records.logs_reader import read_log
 from records.packed import Unpacked, source_text, unpack
 from records.proofs import Proof, log_seed, proofs_of
-from records.script_parse import facts_of
+from records.script import facts_of
 from records.tokenizer import altered_texts, read_vocabulary
 
 MAX_JSON = 4 << 20
@@ -41,20 +42,18 @@ class Script:
         return facts_of(self.unpacked.text)
 
 
-@dataclass(frozen=True, slots=True)
-class Certificate:
+class Certificate(NamedTuple):
     name: str
     table: dict
     problems: list[str]
 
 
-@dataclass(frozen=True)
-class Tokenizer:
+class Tokenizer(NamedTuple):
     name: str
     path: Path
     official: str  # the name of a known one, or empty
     problems: list[str]
-    broken: bool = False
+    broken: bool
 
     def altered(self) -> list[str]:
         return altered_texts(str(self.path))
@@ -89,8 +88,8 @@ class Folder:
         return sha256_file(self.files[name].path)
 
     def json(self, name: str) -> tuple[object, list[str]]:
-        """The value of a JSON file, and what is wrong with its spelling."""
-        return parse_json(read_bytes(self.files[name].path, MAX_JSON))
+        """The value of a JSON file, and what is wrong with its spelling; nothing where there is no such file."""
+        return parse_json(read_bytes(self.files[name].path, MAX_JSON)) if name in self.files else (None, [])
 
     @cached_property
     def readme(self) -> str:
@@ -99,7 +98,7 @@ class Folder:
     @cached_property
     def manifest(self) -> dict | None:
         """The rows of the manifest by file name; others mean something else by a file of that name."""
-        value, _ = self.json("manifest.json") if "manifest.json" in self.files else (None, [])
+        value, _ = self.json("manifest.json")
         listed = value.get("files") if isinstance(value, dict) else None
         return listed if isinstance(listed, dict) else None
 
@@ -124,7 +123,7 @@ class Folder:
 
     @cached_property
     def parsed_claim(self) -> tuple[object, list[str]]:
-        return self.json(self.json_name) if self.json_name else (None, [])
+        return self.json(self.json_name)
 
     @cached_property
     def claim(self) -> Claim:
@@ -132,7 +131,7 @@ class Folder:
         value, _ = self.parsed_claim
         return read_claim(self.json_name, value) if isinstance(value, dict) else Claim(self.json_name, {}, given=False)
 
-    @cached_property
+    @property
     def json_problems(self) -> list[str]:
         value, problems = self.parsed_claim
         wrong = value is not None and not isinstance(value, dict)
@@ -145,16 +144,12 @@ class Folder:
         elsewhere = "non_record" in track or "non_record" in where
         return TRACKS.get(track, NON_RECORD if elsewhere else RECORD)
 
-    @property
-    def record(self) -> bool:
-        return self.track.binding
-
     # logs
 
     @cached_property
     def log_names(self) -> list[str]:
-        wanted = [n for n, e in self.files.items() if e.suffix in {".log", ".txt", ".jsonl"} and not NOT_LOGS.search(n)]
-        return wanted[:MAX_LOGS]
+        texts = [n for n, e in self.files.items() if e.suffix in {".log", ".txt", ".jsonl"}]
+        return [n for n in texts if not NOT_LOGS.search(n)][:MAX_LOGS]
 
     @cached_property
     def all_logs(self) -> list[Log]:
@@ -238,9 +233,7 @@ class Folder:
     @cached_property
     def modules_beside(self) -> set[str]:
         """Names that an import can mean because a file or folder of the submission has them."""
-        return {n.removesuffix(".py").partition("/")[0] for n in self.scripts} | {
-            n.partition("/")[0] for n in self.files
-        }
+        return {name for n in self.files for name in (n.partition("/")[0], n.removesuffix(".py").partition("/")[0])}
 
     @cached_property
     def declared(self) -> str:
@@ -262,25 +255,25 @@ class Folder:
     @cached_property
     def build(self) -> dict:
         """The builder's manifest: which file it made of which sources, and the proof that both behave alike."""
-        value, _ = self.json("build.json") if "build.json" in self.files else ({}, [])
+        value, _ = self.json("build.json")
         return value if isinstance(value, dict) else {}
 
     @cached_property
     def artifact_hashes(self) -> set[str]:
         """sha256 of every artifact that the claim or the manifest names."""
         rows = self.claim.raw.get("seed_results")
-        claimed = (
-            [r.get("artifact_sha256") for r in rows.values() if isinstance(r, dict)] if isinstance(rows, dict) else []
-        )
-        listed = [row.get("sha256") for n, row in (self.manifest or {}).items() if isinstance(row, dict) and weights(n)]
-        return {str(h) for h in [*claimed, *listed] if h}
+        claimed = [r for r in rows.values() if isinstance(r, dict)] if isinstance(rows, dict) else []
+        listed = [row for n, row in (self.manifest or {}).items() if isinstance(row, dict) and weights(n)]
+        hashes = [r.get("artifact_sha256") for r in claimed] + [row.get("sha256") for row in listed]
+        return {str(h) for h in hashes if h}
 
     @cached_property
     def verification(self) -> tuple[list, list[str]]:
         """The rows of verification.json; without a table the reason, nothing without a file."""
-        value, problems = self.json("verification.json") if "verification.json" in self.files else ({"checks": []}, [])
+        value, problems = self.json("verification.json")
         rows = value.get("checks") if isinstance(value, dict) else None
-        return (rows, []) if isinstance(rows, list) else ([], ["; ".join(problems) or "no table of checks"])
+        broken = "verification.json" in self.files and not isinstance(rows, list)
+        return rows if isinstance(rows, list) else [], ["; ".join(problems) or "no table of checks"] * broken
 
 
 def weights(name: str) -> bool:
@@ -303,10 +296,10 @@ def load_tokenizer(entry: Entry) -> Tokenizer:
     data = read_bytes(entry.path, MAX_MODEL)
     official = TOKENIZERS.get(hashlib.sha256(data).hexdigest(), "")
     try:
-        problems = [] if official else read_vocabulary(data).problems()
+        problems, broken = ([] if official else read_vocabulary(data).problems()), False
     except (ValueError, RecursionError) as error:
-        return Tokenizer(entry.name, entry.path, "", [str(error)], broken=True)
-    return Tokenizer(entry.name, entry.path, official, problems)
+        problems, broken = [str(error)], True
+    return Tokenizer(entry.name, entry.path, official, problems, broken)
 
 
 def git(where: Path, revision: str, *words: str) -> str:

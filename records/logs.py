@@ -29,15 +29,13 @@ class Metric:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
+class Size(NamedTuple):
     tag: str
     line: int
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class RunScript:
+class RunScript(NamedTuple):
     """The file that ran, as the run itself states it."""
 
     sha256: str

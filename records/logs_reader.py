@@ -8,7 +8,7 @@ stamps and colours.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from records.claim import as_number, as_seed
@@ -46,74 +46,62 @@ SCALE = {"ms": 0.001, "s": 1.0, "m": 60.0}
 MILLISECONDS = {unit: 1000 * seconds for unit, seconds in SCALE.items()}
 
 
-def _number(log: Log, m: re.Match, line: int, name: str) -> None:
-    log.values.setdefault(name, (float(m[1]), line))
-
-
-def _phase(log: Log, m: re.Match, line: int, name: str) -> None:
-    _append(log.phases.setdefault(name, []), (float(m[1]), line))
-
-
-def _size(log: Log, m: re.Match, line: int, where: str) -> None:
-    _append(getattr(log, where), Size(m[1] or "", line, int(m[2])))
-
-
-def _note(log: Log, m: re.Match, line: int, name: str) -> None:
-    log.notes.setdefault(name, line)
-
-
-def _seed(log: Log, m: re.Match, line: int, _: str) -> None:
-    log.seeds.setdefault(int(m[1]), line)
-
-
-def _stop(log: Log, m: re.Match, line: int, _: str) -> None:
-    log.stop = Stop(float(m[1]), int(m[2]), line)
-
-
-def _budget(log: Log, m: re.Match, line: int, _: str) -> None:
-    _append(log.totals, Size("budget", line, int(m[1])))
-
-
-def _script(log: Log, m: re.Match, line: int, _: str) -> None:
-    log.script = RunScript(m[1], int(m[2]), line)
-
-
 def _append(items: list, item: object) -> None:
     items += [item][: MAX_KEPT - len(items)]
 
 
+def _take(log: Log, m: re.Match, line: int, what: str, name: str) -> None:
+    """Keep what one of LINES tells."""
+    match what:
+        case "number":
+            log.values.setdefault(name, (float(m[1]), line))
+        case "phase":
+            _append(log.phases.setdefault(name, []), (float(m[1]), line))
+        case "size":
+            _append(getattr(log, name), Size(m[1] or "", line, int(m[2])))
+        case "note":
+            log.notes.setdefault(name, line)
+        case "seed":
+            log.seeds.setdefault(int(m[1]), line)
+        case "stop":
+            log.stop = Stop(float(m[1]), int(m[2]), line)
+        case "script":
+            log.script = RunScript(m[1], int(m[2]), line)
+
+
 # (a substring that must be there, the pattern, what to do, its argument): the substring keeps the regex off most lines
-LINES: tuple[tuple[str, re.Pattern, Callable, str], ...] = (
-    ("stopping_early", re.compile(rf"stopping_early: wallclock_cap train_time: ?({NUM})ms step: ?(\d+)/"), _stop, ""),
-    ("submission size", re.compile(r"Total submission size(?: ([^:]+))?: (\d{1,15}) bytes"), _size, "totals"),
-    ("Serialized model", re.compile(r"Serialized model(?: ([^:]+))?: (\d{1,15}) bytes"), _size, "models"),
-    ("Code size", re.compile(r"Code size(?: \((\w+)\))?: (\d{1,15}) bytes"), _size, "code"),
-    ("budget:", re.compile(r"budget:(\d{1,15})/\d+ .*?(FITS|OVER|$)"), _budget, ""),
-    (" code:", re.compile(r"artifact:.*\b(code):(\d{1,15})"), _size, "code"),
-    ("seed:", re.compile(r"seed:(\d{1,10})\b"), _seed, ""),
-    (" s:", re.compile(r"params:\d+ .*\bs:(\d{1,10})$"), _seed, ""),
-    (" ws:", re.compile(r"params:\d+ .*\bws:(\d{1,5})\b"), _number, "world_size"),
-    ("world_size:", re.compile(r"world_size:(\d{1,5}) grad_accum"), _number, "world_size"),
-    ("train_shards", re.compile(r"(?:train_loader:dataset:\S+ )?train_shards: ?(\d{1,9})"), _number, "train_shards"),
-    ("val_tokens", re.compile(r"val_tokens: ?(\d{1,15})"), _number, "val_tokens"),
-    ("tokens:", re.compile(r"val_loader:\S+ pattern=\S* tokens:(\d{1,15})"), _number, "val_tokens"),
-    ("total_docs", re.compile(r"ttt_phased: total_docs:(\d{1,12})"), _number, "total_docs"),
-    ("total_eval_time", re.compile(rf"total_eval_time:({NUM})s"), _number, "eval_seconds"),
-    ("reserving", re.compile(rf"gptq:reserving ({NUM})s"), _number, "gptq_reserve"),
-    ("essians", re.compile(rf"GPTQ:collected \d+ Hessians in ({NUM})s"), _phase, "hessian"),
-    ("sequences in", re.compile(rf"gptq:generated \d+ sequences in ({NUM})s"), _phase, "generate"),
-    ("decompression done", re.compile(rf"Deserialize: .*decompression done in ({NUM})s"), _phase, "decompress"),
-    ("compression done", re.compile(rf"Serialize: .*\bcompression done in ({NUM})s"), _phase, "compress"),
-    ("warmup done", re.compile(rf"ttt_lora:compile warmup done \(({NUM})s\)"), _phase, "warmup"),
-    ("precompute", re.compile(rf"\w{{1,30}}:precompute .*?elapsed=({NUM})s"), _phase, "precompute"),
-    ("warming up compile", re.compile(r"ttt_lora:warming up compile \(random tokens, no val data\)"), _note, RANDOM),
-    ("warming up compile", re.compile(r"ttt_lora:warming up compile(?! \(random)"), _note, "warm-up on other tokens"),
-    ("GPTQ", re.compile(r"GPTQ:collecting Hessians from calibration data"), _note, "gptq"),
-    ("autoregressive", re.compile(r"gptq:generating autoregressive calibration"), _note, "gptq on own text"),
-    ("FORCE_STOP", re.compile(r".*FORCE_STOP_STEP(?!\S*[=:] ?(?:0|None|$))"), _note, "force stop"),
-    ("Traceback", re.compile(r"(?:\[rank\d+\]: )?Traceback \(most recent call last\)"), _note, "traceback"),
-    ("script sha256", re.compile(r".*\bscript sha256 ([0-9a-f]{64}) (\d{1,12}) bytes"), _script, ""),
+LINES = (
+    ("stopping_early", rf"stopping_early: wallclock_cap train_time: ?({NUM})ms step: ?(\d+)/", "stop", ""),
+    ("submission size", r"Total submission size(?: ([^:]+))?: (\d{1,15}) bytes", "size", "totals"),
+    ("Serialized model", r"Serialized model(?: ([^:]+))?: (\d{1,15}) bytes", "size", "models"),
+    ("Code size", r"Code size(?: \((\w+)\))?: (\d{1,15}) bytes", "size", "code"),
+    ("budget:", r"(budget):(\d{1,15})/\d+ ", "size", "totals"),
+    (" code:", r"artifact:.*\b(code):(\d{1,15})", "size", "code"),
+    ("seed:", r"seed:(\d{1,10})\b", "seed", ""),
+    (" s:", r"params:\d+ .*\bs:(\d{1,10})$", "seed", ""),
+    (" ws:", r"params:\d+ .*\bws:(\d{1,5})\b", "number", "world_size"),
+    ("world_size:", r"world_size:(\d{1,5}) grad_accum", "number", "world_size"),
+    ("train_shards", r"(?:train_loader:dataset:\S+ )?train_shards: ?(\d{1,9})", "number", "train_shards"),
+    ("val_tokens", r"val_tokens: ?(\d{1,15})", "number", "val_tokens"),
+    ("tokens:", r"val_loader:\S+ pattern=\S* tokens:(\d{1,15})", "number", "val_tokens"),
+    ("total_docs", r"ttt_phased: total_docs:(\d{1,12})", "number", "total_docs"),
+    ("total_eval_time", rf"total_eval_time:({NUM})s", "number", "eval_seconds"),
+    ("reserving", rf"gptq:reserving ({NUM})s", "number", "gptq_reserve"),
+    ("essians", rf"GPTQ:collected \d+ Hessians in ({NUM})s", "phase", "hessian"),
+    ("sequences in", rf"gptq:generated \d+ sequences in ({NUM})s", "phase", "generate"),
+    ("decompression done", rf"Deserialize: .*decompression done in ({NUM})s", "phase", "decompress"),
+    ("compression done", rf"Serialize: .*\bcompression done in ({NUM})s", "phase", "compress"),
+    ("warmup done", rf"ttt_lora:compile warmup done \(({NUM})s\)", "phase", "warmup"),
+    ("precompute", rf"\w{{1,30}}:precompute .*?elapsed=({NUM})s", "phase", "precompute"),
+    ("warming up compile", r"ttt_lora:warming up compile \(random tokens, no val data\)", "note", RANDOM),
+    ("warming up compile", r"ttt_lora:warming up compile(?! \(random)", "note", "warm-up on other tokens"),
+    ("GPTQ", r"GPTQ:collecting Hessians from calibration data", "note", "gptq"),
+    ("autoregressive", r"gptq:generating autoregressive calibration", "note", "gptq on own text"),
+    ("FORCE_STOP", r".*FORCE_STOP_STEP(?!\S*[=:] ?(?:0|None|$))", "note", "force stop"),
+    ("Traceback", r"(?:\[rank\d+\]: )?Traceback \(most recent call last\)", "note", "traceback"),
+    ("script sha256", r".*\bscript sha256 ([0-9a-f]{64}) (\d{1,12}) bytes", "script", ""),
 )
+READERS = [(needle, re.compile(pattern), *taken) for needle, pattern, *taken in LINES]
 
 
 def read_log(path: Path, name: str) -> Log:
@@ -163,18 +151,15 @@ class LogReader:
         """Read a piece of whole lines: what comes in thousands by the run, the rest line by line."""
         text = block.decode("utf-8", errors="replace")
         if self.log.name.endswith(".jsonl"):
-            self._events(text.removesuffix("\n").split("\n"))
+            for line in text.removesuffix("\n").split("\n"):
+                self.log.lines += 1
+                _read_event(self.log, self._plain(line, self.log.lines))
             return
         if re.search("[\0\x1b\r]", text):
             text = "\n".join(self._plain(line, self.log.lines + i) for i, line in enumerate(text.split("\n"), 1))
         at = 0
         while at < len(text):
             at = self._listed(text, at) or self._noise(text, at) or self._steps(text, at) or self._line(text, at)
-
-    def _events(self, lines: list[str]) -> None:
-        for line in lines:
-            self.log.lines += 1
-            _read_event(self.log, self._plain(line, self.log.lines))
 
     def _listed(self, text: str, at: int) -> int:
         """Skip to the end of an embedded source listing; it is full of text that looks like results."""
@@ -260,7 +245,7 @@ class LogReader:
 
     def _text(self, line: str) -> None:
         """The first reader that knows the line takes it."""
-        any(reader(line) for reader in (self._param, self._header, self._pairs, self._step, self._metric, self._facts))
+        any(reader(line) for reader in (self._param, self._header, self._step, self._metric, self._facts))
 
     def _param(self, line: str) -> bool:
         """A line of the block of hyper-parameters."""
@@ -271,19 +256,13 @@ class LogReader:
         return self.in_params
 
     def _header(self, line: str) -> bool:
+        """Of either block of hyper-parameters, and the line of `k=v` pairs below one of them."""
+        here, self.after_header = self.after_header, line.startswith("--- Hyperparameters ---")
         self.in_params = line.startswith("Hyperparameters:")
-        pairs_follow = line.startswith("--- Hyperparameters ---")
-        self.log.family = self.log.family or "B" * self.in_params
-        self.after_header = self.after_header or pairs_follow
-        return self.in_params or pairs_follow
-
-    def _pairs(self, line: str) -> bool:
-        """The line of `k=v` pairs below its header."""
-        here, self.after_header = self.after_header, False
-        if here:
-            self.log.family = "D"
-            self.log.params.update((k, v[:300]) for k, v in PAIR.findall(line)[:MAX_KEPT])
-        return here
+        self.log.family = "D" if here and not self.in_params else self.log.family or "B" * self.in_params
+        pairs = PAIR.findall(line)[: MAX_KEPT * (here and not self.in_params)]
+        self.log.params.update((k, v[:300]) for k, v in pairs)
+        return here or self.in_params or self.after_header
 
     def _step(self, line: str) -> bool:
         m = STEP.match(line)
@@ -309,9 +288,9 @@ class LogReader:
         return True
 
     def _facts(self, line: str) -> bool:
-        for needle, pattern, act, argument in LINES:
+        for needle, pattern, what, name in READERS:
             if needle in line and (m := pattern.match(line)):
-                act(self.log, m, self.log.lines, argument)
+                _take(self.log, m, self.log.lines, what, name)
         if "|" in line and (m := GPU.match(line)):
             self.log.gpus[m[2].strip()] = max(int(m[1]) + 1, self.log.gpus.get(m[2].strip(), 0))
         return True
@@ -330,52 +309,30 @@ def _read_event(log: Log, line: str) -> None:
     except (ValueError, RecursionError):
         log.notes.setdefault("unreadable line", log.lines)
         return
-    log.family = "J"
-    if isinstance(event, dict):
-        EVENTS.get(str(event.get("kind")), lambda *_: None)(log, event)
-
-
-def _numbers(event: dict, *names: str) -> list[float | None]:
-    return [as_number(event.get(name)) for name in names]
-
-
-def _event_step(log: Log, event: dict) -> None:
-    step, loss = as_number(event.get("step")), event.get("loss")
-    if step is not None and isinstance(loss, int | float):
-        log.steps.add(int(step), float(loss), log.lines, 1000 * (as_number(event.get("seconds")) or 0))
-
-
-def _event_val(log: Log, event: dict) -> None:
-    loss, bpb = _numbers(event, "val_loss", "val_bpb")
-    if None not in (loss, bpb):
-        _append(log.metrics, Metric("val", log.lines, loss, bpb, 12, None, bool(event.get("partial"))))
-
-
-def _event_eval(log: Log, event: dict) -> None:
-    bpb, nats, tokens, seconds, nbytes = _numbers(event, "bpb", "nats", "tokens", "seconds", "nbytes")
-    if None in (bpb, nats) or not tokens:
-        return
-    tag = f"eval {event.get('mode', '')}"[:80]
-    _append(log.metrics, Metric(tag, log.lines, nats / tokens, bpb, 12, seconds, bool(event.get("partial"))))
-    _values(log, {"val_tokens": tokens, "val_bytes": nbytes})
+    log.family, event = "J", event if isinstance(event, dict) else {}
+    numbers = {name: as_number(value) for name, value in event.items()}
+    seconds, name, partial = numbers.get("seconds"), event.get("name"), bool(event.get("partial"))
+    match event.get("kind"):
+        case "step" if numbers.get("step") is not None and isinstance(event.get("loss"), int | float):
+            log.steps.add(int(numbers["step"]), float(event["loss"]), log.lines, 1000 * (seconds or 0))
+        case "val" if None not in (numbers.get("val_loss"), numbers.get("val_bpb")):
+            score = Metric("val", log.lines, numbers["val_loss"], numbers["val_bpb"], 12, None, partial)
+            _append(log.metrics, score)
+        case "eval" if None not in (numbers.get("bpb"), numbers.get("nats")) and numbers.get("tokens"):
+            tag, loss = f"eval {event.get('mode', '')}"[:80], numbers["nats"] / numbers["tokens"]
+            _append(log.metrics, Metric(tag, log.lines, loss, numbers["bpb"], 12, seconds, partial))
+            _values(log, {"val_tokens": numbers["tokens"], "val_bytes": numbers.get("nbytes")})
+        case "phase" if seconds is not None and isinstance(name, str):
+            _append(log.phases.setdefault(name[:40], []), (seconds, log.lines))
+            log.stop = Stop(seconds * 1000, log.steps.last_step, log.lines) if name == "train" else log.stop
+        case "artifact" if numbers.get("bytes"):
+            _append(log.models, Size("artifact", log.lines, int(numbers["bytes"])))
+        case "run":
+            _event_run(log, event)
 
 
 def _values(log: Log, numbers: dict[str, float | None]) -> None:
     log.values = {n: (v, log.lines) for n, v in numbers.items() if v is not None} | log.values
-
-
-def _event_phase(log: Log, event: dict) -> None:
-    seconds, name = as_number(event.get("seconds")), event.get("name")
-    if seconds is None or not isinstance(name, str):
-        return
-    _append(log.phases.setdefault(name[:40], []), (seconds, log.lines))
-    if name == "train":
-        log.stop = Stop(seconds * 1000, log.steps.last_step, log.lines)
-
-
-def _event_artifact(log: Log, event: dict) -> None:
-    for count in filter(None, _numbers(event, "bytes")):
-        _append(log.models, Size("artifact", log.lines, int(count)))
 
 
 def _event_run(log: Log, event: dict) -> None:
@@ -391,13 +348,3 @@ def _event_run(log: Log, event: dict) -> None:
     match event.get("script"):
         case {"sha256": str(digest), "bytes": int(size)}:
             log.script = RunScript(digest[:64], size, log.lines)
-
-
-EVENTS: dict[str, Callable[[Log, dict], None]] = {
-    "step": _event_step,
-    "val": _event_val,
-    "eval": _event_eval,
-    "phase": _event_phase,
-    "artifact": _event_artifact,
-    "run": _event_run,
-}

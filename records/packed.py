@@ -10,9 +10,11 @@ import lzma
 import re
 import tokenize
 import zlib
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import brotli
+
+from records.script import bindings
 
 MAX_UNPACKED = 8 << 20  # a train_gpt.py is 0.2 MB; more is a bomb
 MAX_LAYERS = 4
@@ -26,8 +28,7 @@ class Unpackable(ValueError):
     """The script hides its code in a way that this reader refuses or does not know."""
 
 
-@dataclass(frozen=True, slots=True)
-class Unpacked:
+class Unpacked(NamedTuple):
     text: str
     layers: tuple[str, ...]  # decoders in the order applied
     problem: str = ""  # why the code could not be reached
@@ -68,18 +69,6 @@ def un_lzma(data: bytes, **options: object) -> bytes:
     return bounded(decoder, data)
 
 
-def un_zlib(data: bytes, wbits: int = zlib.MAX_WBITS, **_: object) -> bytes:
-    return bounded(zlib.decompressobj(wbits), data)
-
-
-def un_gzip(data: bytes) -> bytes:
-    return bounded(zlib.decompressobj(16 + zlib.MAX_WBITS), data)
-
-
-def un_bz2(data: bytes) -> bytes:
-    return bounded(bz2.BZ2Decompressor(), data)
-
-
 def un_brotli(data: bytes, **_: object) -> bytes:
     decoder, out = brotli.Decompressor(), bytearray()
     for i in range(0, len(data), FEED):
@@ -93,9 +82,9 @@ CALL = re.compile(r"(?<![\w.])(?:exec|eval)\s*\(")
 BASES = ("b85decode", "b64decode", "a85decode", "b32decode", "standard_b64decode", "urlsafe_b64decode")
 DECODERS = {
     "lzma.decompress": un_lzma,
-    "zlib.decompress": un_zlib,
-    "gzip.decompress": un_gzip,
-    "bz2.decompress": un_bz2,
+    "zlib.decompress": lambda data, wbits=zlib.MAX_WBITS, **_: bounded(zlib.decompressobj(wbits), data),
+    "gzip.decompress": lambda data: bounded(zlib.decompressobj(16 + zlib.MAX_WBITS), data),
+    "bz2.decompress": lambda data: bounded(bz2.BZ2Decompressor(), data),
     "brotli.decompress": un_brotli,
     "binascii.unhexlify": binascii.unhexlify,
     "bytes.fromhex": bytes.fromhex,
@@ -112,21 +101,15 @@ class _Stub:
     """Evaluates the constant expressions of one module: names, literals and the decoders above; nothing else exists."""
 
     def __init__(self, tree: ast.Module):
-        self.names: dict[str, str] = {}  # local name -> dotted import
+        nodes = list(ast.walk(tree))
+        self.names = bindings([n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)])
         self.values: dict[str, ast.expr] = {}
         self.layers: list[str] = []
         self.steps = 0
-        for node in ast.walk(tree):
-            self._bind(node)
-
-    def _bind(self, node: ast.AST) -> None:
-        match node:
-            case ast.Import(names=names):
-                self.names.update({a.asname or a.name: a.name for a in names})
-            case ast.ImportFrom(module=module, names=names):
-                self.names.update({a.asname or a.name: f"{module}.{a.name}" for a in names})
-            case ast.Assign(targets=[ast.Name(id=name)]) | ast.NamedExpr(target=ast.Name(id=name)):
-                self.values.setdefault(name, node.value)
+        for node in nodes:
+            match node:
+                case ast.Assign(targets=[ast.Name(id=name)]) | ast.NamedExpr(target=ast.Name(id=name)):
+                    self.values.setdefault(name, node.value)
 
     def dotted(self, node: ast.expr) -> str:
         match node:
@@ -153,10 +136,8 @@ class _Stub:
                 return value
             case ast.NamedExpr(value=inner):
                 return self.value(inner, depth)
-            case ast.Name(id=name) if name in self.values:
-                return self.value(self.values[name], depth)
             case ast.Name() | ast.Attribute():
-                return self._known(node)
+                return self._named(node, depth)
             case ast.List(elts=members) | ast.Tuple(elts=members):
                 return [self.value(x, depth) for x in members]
             case ast.Dict(keys=keys, values=values):
@@ -167,22 +148,23 @@ class _Stub:
             case ast.Subscript(value=whole, slice=index):
                 return self.value(whole, depth)[self.value(index, depth)]
             case ast.BinOp():
-                return self._joined(node, self.value(node.left, depth), self.value(node.right, depth))
+                left, right = self.value(node.left, depth), self.value(node.right, depth)
+                if isinstance(node.op, ast.Add) and isinstance(left, str | bytes) and type(left) is type(right):
+                    return left + right
+                raise Unpackable(f"line {node.lineno}: only text is joined in a packed script")
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int(number))):
                 return -number
             case ast.Call():
                 return self._call(node, depth)
         raise Unpackable(f"line {node.lineno}: {type(node).__name__} is not a packing expression")
 
-    def _known(self, node: ast.expr) -> object:
-        if self.dotted(node) not in CONSTANTS:
-            raise Unpackable(f"line {node.lineno}: {self.dotted(node)} is not a known constant")
-        return CONSTANTS[self.dotted(node)]
-
-    def _joined(self, node: ast.BinOp, left: object, right: object) -> object:
-        if not (isinstance(node.op, ast.Add) and isinstance(left, str | bytes) and type(left) is type(right)):
-            raise Unpackable(f"line {node.lineno}: only text is joined in a packed script")
-        return left + right
+    def _named(self, node: ast.expr, depth: int) -> object:
+        name = self.dotted(node)
+        if isinstance(node, ast.Name) and node.id in self.values:
+            return self.value(self.values[node.id], depth)
+        if name not in CONSTANTS:
+            raise Unpackable(f"line {node.lineno}: {name} is not a known constant")
+        return CONSTANTS[name]
 
     def _call(self, node: ast.Call, depth: int) -> object:
         name = self.dotted(node.func)

@@ -61,10 +61,8 @@ def table(head: list[str], rows: list[list]) -> Raw:
     right = [all(isinstance(r[i], int | float) or r[i] in ("", None) for r in rows) for i in range(len(head))]
     mark = [' class="n"' if r else "" for r in right]
     top = "".join(f"<th{m}>{escape(h)}</th>" for h, m in zip(head, mark))
-    body = "".join(
-        "<tr>" + "".join(f"<td{m}>{'' if v is None else cell(v)}</td>" for v, m in zip(row, mark)) + "</tr>"
-        for row in rows
-    )
+    rows = [["" if v is None else cell(v) for v in row] for row in rows]
+    body = "".join("<tr>" + "".join(f"<td{m}>{v}</td>" for v, m in zip(row, mark)) + "</tr>" for row in rows)
     return Raw(f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>')
 
 
@@ -78,11 +76,8 @@ def grid(*figures: str) -> Raw:
 
 
 def tiles(rows: list[tuple[str, str]]) -> Raw:
-    return Raw(
-        '<div class="tiles">'
-        + "".join(f'<div class="tile"><b>{cell(value)}</b><span>{escape(name)}</span></div>' for name, value in rows)
-        + "</div>"
-    )
+    parts = [f'<div class="tile"><b>{cell(value)}</b><span>{escape(name)}</span></div>' for name, value in rows]
+    return Raw(f'<div class="tiles">{"".join(parts)}</div>')
 
 
 def section(title: str, *parts: str) -> Raw:

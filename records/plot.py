@@ -35,7 +35,7 @@ class Axes:
         self.log = log and y[0] > 0
         low, high = (math.log10(v) for v in y) if self.log else y
         pad = (high - low) * 0.04 or max(abs(high), 1e-9) * 0.05
-        self.x, self.y = (x[0], x[1] if x[1] > x[0] else x[0] + 1), (low - pad, high + pad)
+        self.x, self.y = (x[0], x[1] + (x[1] <= x[0])), (low - pad, high + pad)
 
     def px(self, x: float | np.ndarray) -> float | np.ndarray:
         return LEFT + (x - self.x[0]) / (self.x[1] - self.x[0]) * (WIDTH - LEFT - RIGHT)
@@ -89,11 +89,13 @@ def lines(
     *,
     band: tuple | None = None,
     log: bool = False,
-    marks: Sequence[tuple[float, float]] = (),
+    marks: Sequence = (),
     dots: frozenset = frozenset(),
 ) -> str:
     """A line chart; `band` is (x, low, high) behind the lines, `marks` are red points, `dots` names dotted series."""
-    drawn = [d for d in (finite(*row, log=log) for row in series) if len(d[1])]
+    arrays = [(name, np.asarray(x, float), np.asarray(y, float)) for name, x, y in series]
+    good = [np.isfinite(x) & np.isfinite(y) & ((y > 0) | (not log)) for _, x, y in arrays]
+    drawn = [(name, x[fit], y[fit]) for (name, x, y), fit in zip(arrays, good) if fit.any()]
     if not drawn:
         return ""
     xs, ys = (np.concatenate([d[i] for d in drawn]) for i in (1, 2))
@@ -112,13 +114,6 @@ def lines(
             body += [circle(axes, a, b, f'r="3" style="fill:{colour}"') for a, b in zip(x, y)]
     body += [circle(axes, a, b, 'class="mark" r="4"') for a, b in inside]
     return svg("".join([*body, legend([d[0] for d in drawn])]), title)
-
-
-def finite(name: str, x: Sequence[float], y: Sequence[float], *, log: bool) -> tuple[str, np.ndarray, np.ndarray]:
-    """The points of a series that can be drawn."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    good = np.isfinite(x) & np.isfinite(y) & ((y > 0) | (not log))
-    return name, x[good], y[good]
 
 
 def circle(axes: Axes, x: float, y: float, look: str) -> str:
@@ -140,33 +135,26 @@ def legend(names: list[str]) -> str:
 
 def bars(title: str, rows: list[tuple[str, float]], unit: str, *, zero: bool = True) -> str:
     """Horizontal bars with their values; without `zero` the axis starts near the smallest value."""
-    rows = [(name, value) for name, value in rows if math.isfinite(value)]
-    if not rows:
-        return ""
-    height = 24 * len(rows) + 8
-    high = max(v for _, v in rows) or 1.0
-    low = 0.0 if zero else min(v for _, v in rows) - 0.25 * (high - min(v for _, v in rows) or high * 0.1)
-    body = []
+    rows, body = [(name, value) for name, value in rows if math.isfinite(value)], []
+    values = [value for _, value in rows]
+    high, least = max(values, default=0.0) or 1.0, min(values, default=0.0)
+    low = 0.0 if zero else least - 0.25 * (high - least or high * 0.1)
     for i, (name, value) in enumerate(rows):
         y, wide = 4 + 24 * i, max(1.0, (value - low) / ((high - low) or 1) * (WIDTH - 240))
         body.append(f'<rect x="130" y="{y + 2}" width="{wide:.1f}" height="16" style="fill:var(--a)"/>')
         body.append(label(124, y + 14, name[:20], "end"))
         body.append(label(134 + wide, y + 14, f"{value:,.4f}".rstrip("0").rstrip(".") + f" {unit}"))
-    return svg("".join(body), title, height)
+    return svg("".join(body), title, 24 * len(rows) + 8) if rows else ""
 
 
 def spark(x: np.ndarray, y: np.ndarray) -> str:
     """A word-sized line."""
     if len(y) < 2:
         return ""
-    low, high = float(np.min(y)), float(np.max(y))
-    span, width = (high - low) or 1.0, (float(x[-1] - x[0]) or 1.0)
+    low, span, width = float(np.min(y)), float(np.ptp(y)) or 1.0, float(x[-1] - x[0]) or 1.0
     body = " ".join(f"{2 + (a - x[0]) / width * 96:.1f},{22 - (b - low) / span * 20:.1f}" for a, b in zip(x, y))
     line = f'<polyline class="l" style="stroke:var(--a)" points="{body}"/>'
     return f'<svg class="spark" viewBox="0 0 100 24" aria-hidden="true">{line}</svg>'
-
-
-BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def text_spark(y: Sequence[float], width: int = 40) -> str:
@@ -175,5 +163,4 @@ def text_spark(y: Sequence[float], width: int = 40) -> str:
     if len(y) < 2:
         return ""
     y = y[np.linspace(0, len(y) - 1, min(width, len(y))).astype(int)]
-    span = float(y.max() - y.min()) or 1.0
-    return "".join(BLOCKS[int((v - y.min()) / span * 7.999)] for v in y)
+    return "".join("▁▂▃▄▅▆▇█"[int(v)] for v in (y - y.min()) / (float(np.ptp(y)) or 1.0) * 7.999)

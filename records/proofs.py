@@ -1,7 +1,7 @@
 """Which log line proves which claimed score."""
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from records.claim import Claim, tolerance
 from records.logs import Log, Metric
@@ -9,8 +9,7 @@ from records.logs import Log, Metric
 ROUNDING = 5e-5  # of a metric that is printed with four decimals
 
 
-@dataclass(frozen=True, slots=True)
-class Proof:
+class Proof(NamedTuple):
     """A claimed score and the log line that shows it, if one does."""
 
     seed: int | None

@@ -13,34 +13,24 @@ from functools import lru_cache
 import brotli
 
 CUSTOMARY = ("--no-rename-locals", "--no-hoist-literals", "--remove-literal-statements")  # of the accepted records
-KNOWN_FLAGS = frozenset(
-    {
-        *CUSTOMARY,
-        "--no-combine-imports",
-        "--no-remove-annotations",
-        "--prefer-single-line",
-        "--remove-asserts",
-        "--remove-debug",
-        "--rename-globals",
-    }
+OTHER_FLAGS = (
+    "--no-combine-imports --no-remove-annotations --prefer-single-line --remove-asserts --remove-debug --rename-globals"
 )
 SECONDS = 300  # one second for an honest script on an idle machine
 RAW = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]}
-# how accepted records wrap the minified text: (name, compressor, characters around the base85 text)
+RAW_CALL = 'format=L.FORMAT_RAW,filters=[{"id":L.FILTER_LZMA2}]'
+# how accepted records wrap the minified text: name, compressor, and what stands around the base85 text
 WRAPPERS = (
-    ("lzma", lzma.compress, len('import lzma as L,base64 as B\nexec(L.decompress(B.b85decode("")))\n')),
+    ("lzma", lzma.compress, 'import lzma as L,base64 as B\nexec(L.decompress(B.b85decode("")))\n'),
     (
         "raw lzma",
         lambda data: lzma.compress(data, **RAW),
-        len(
-            'import lzma as L,base64 as B\nexec(L.decompress(B.b85decode(""),'
-            'format=L.FORMAT_RAW,filters=[{"id":L.FILTER_LZMA2}]))\n'
-        ),
+        f'import lzma as L,base64 as B\nexec(L.decompress(B.b85decode(""),{RAW_CALL}))\n',
     ),
     (
         "brotli",
         lambda data: brotli.compress(data, quality=11),
-        len('import brotli as B,base64 as b\nexec(B.decompress(b.b85decode("")))\n'),
+        'import brotli as B,base64 as b\nexec(B.decompress(b.b85decode("")))\n',
     ),
 )
 
@@ -68,5 +58,5 @@ def minified(text: str, flags: tuple[str, ...] = CUSTOMARY) -> bytes:
 @lru_cache(maxsize=64)
 def packed_sizes(text: str, flags: tuple[str, ...] = CUSTOMARY) -> dict[str, int]:
     """Bytes of the self-extracting script in each customary wrapper; `flags` are those that the script itself names."""
-    data = minified(text, tuple(f for f in flags if f in KNOWN_FLAGS))
-    return {name: around + len(base64.b85encode(compress(data))) for name, compress, around in WRAPPERS}
+    data = minified(text, tuple(f for f in flags if f in CUSTOMARY or f in OTHER_FLAGS.split()))
+    return {name: len(around) + len(base64.b85encode(compress(data))) for name, compress, around in WRAPPERS}

@@ -6,13 +6,12 @@ of the row that holds for a fact decides: its severity by track and policy, and 
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from records.files import clean
 from records.folder import Folder
 
 RANK = {"na": 0, "pass": 1, "warn": 2, "fail": 3}
-
-
 # the status of a case: on the record track under the written rules and as they were applied, then on other tracks
 SEVERITIES = {
     "pass": ("pass", "pass", "pass", "pass"),
@@ -57,17 +56,14 @@ class Finding:
         return shown | {"value": clean(self.value) if isinstance(self.value, str) else self.value}
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
+class Case(NamedTuple):
     limit: Callable[[Fact], bool]
-    statuses: tuple[str, str, str, str]
+    severity: str
     note: str  # a format over `value` and the words of the fact
-
-    def status(self, folder: Folder) -> str:
-        return self.statuses[2 * (not folder.record) + (folder.policy == "practice")]
 
 
 Measure = Callable[[Folder], Iterable[Fact]]
+RULES: list["Rule"] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +75,25 @@ class Rule:
     cases: tuple[Case, ...]
 
     def findings(self, folder: Folder) -> Iterator[Finding]:
+        column = 2 * (not folder.track.binding) + (folder.policy == "practice")
         for measured in self.measure(folder):
-            case = next((c for c in self.cases if c.limit(measured)), None)
-            if case is not None:
-                note = case.note.format(value=measured.value, **measured.words)
-                yield Finding(case.status(folder), note, measured.file, measured.line, plain(measured.value))
+            value = measured.value
+            plain = isinstance(value, int | float | str) and not isinstance(value, bool)
+            row = next((c for c in self.cases if c.limit(measured)), None)
+            if row is not None:
+                note = row.note.format(value=value, **measured.words)
+                status = SEVERITIES[row.severity][column]
+                yield Finding(status, note, measured.file, measured.line, value if plain else None)
 
 
 def rule(name: str, title: str, source: str) -> Callable:
     """Above a measure and its cases: makes the row of them."""
-    return lambda cased: Rule(name, title, source, *cased)
+
+    def add(cased: tuple[Measure, tuple[Case, ...]]) -> Rule:
+        RULES.append(Rule(name, title, source, *cased))
+        return RULES[-1]
+
+    return add
 
 
 def case(limit: object, severity: str, note: str) -> Callable:
@@ -97,14 +102,14 @@ def case(limit: object, severity: str, note: str) -> Callable:
 
     def add(below: Measure | tuple[Measure, tuple[Case, ...]]) -> tuple[Measure, tuple[Case, ...]]:
         measure, cases = below if isinstance(below, tuple) else (below, ())
-        return measure, (Case(holds, SEVERITIES[severity], note), *cases)
+        return measure, (Case(holds, severity, note), *cases)
 
     return add
 
 
-def plain(value: object) -> object:
-    """The value for JSON, where it is a number or a word."""
-    return value if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+def either(limit: object, good: str, bad: str, note: str) -> Callable:
+    """Above a measure: two cases with one sentence, by whether the limit holds."""
+    return lambda below: case(limit, good, note)(case(otherwise, bad, note)(below))
 
 
 # limits
@@ -118,10 +123,15 @@ def true(measured: Fact) -> bool:
     return bool(measured.value)
 
 
-def at_most(limit: float) -> Callable[[Fact], bool]:
-    return lambda measured: measured.value <= limit
+def within(measured: Fact) -> bool:
+    return measured.value <= measured["limit"]
 
 
 def word(name: str) -> Callable[[Fact], bool]:
     """Whether a word of the fact is true."""
     return lambda measured: bool(measured.words[name])
+
+
+def pick(holds: object, kind: object, other: object) -> object:
+    """The word for a fact, by whether something holds."""
+    return kind if holds else other

@@ -48,13 +48,16 @@ class Curve:
         self.count += len(y)
 
     def _halve(self) -> None:
-        half = len(self.x) // 2
-        rest = len(self.x) - half
+        rest = len(self.x) - len(self.x) // 2
         self.x = np.concatenate([np.where(self.n[1::2] > 0, self.x[1::2], self.x[::2]), np.zeros(rest)])
-        self.total = np.concatenate([self.total[::2] + self.total[1::2], np.zeros(rest)])
-        self.n = np.concatenate([self.n[::2] + self.n[1::2], np.zeros(rest)])
-        self.low = np.concatenate([np.minimum(self.low[::2], self.low[1::2]), np.full(rest, np.inf)])
-        self.high = np.concatenate([np.maximum(self.high[::2], self.high[1::2]), np.full(rest, -np.inf)])
+        for name, join, empty in (
+            ("total", np.add, 0),
+            ("n", np.add, 0),
+            ("low", np.minimum, np.inf),
+            ("high", np.maximum, -np.inf),
+        ):
+            old = getattr(self, name)
+            setattr(self, name, np.concatenate([join(old[::2], old[1::2]), np.full(rest, float(empty))]))
         self.stride *= 2
 
     def rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -64,17 +67,16 @@ class Curve:
 
     def thin(self, points: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """The same in at most `points` buckets."""
-        x, mean, low, high = self.rows()
-        if len(x) <= points:
-            return x, mean, low, high
-        cuts = np.linspace(0, len(x), points + 1).astype(int)
-        parts = list(pairwise(cuts))
-        return (
-            np.array([x[b - 1] for _, b in parts]),
-            np.array([mean[a:b].mean() for a, b in parts]),
-            np.array([low[a:b].min() for a, b in parts]),
-            np.array([high[a:b].max() for a, b in parts]),
-        )
+        rows = self.rows()
+        parts = list(pairwise(np.linspace(0, len(rows[0]), points + 1).astype(int)))
+        picks = (lambda v: v[-1], np.mean, np.min, np.max)
+        short = len(rows[0]) <= points
+        return rows if short else tuple(np.array([pick(v[a:b]) for a, b in parts]) for pick, v in zip(picks, rows))
+
+    def nearest(self, x: float) -> float | str:
+        """The mean nearest to x; empty when there is none."""
+        xs, mean, _, _ = self.rows()
+        return float(mean[np.abs(xs - x).argmin()]) if len(xs) else ""
 
     @property
     def last(self) -> float:
@@ -143,6 +145,8 @@ class Metrics:
     status: str = ""
 
     def steps(self, events: list[dict]) -> None:
+        if not events:
+            return
         column = {name: numbers(events, name) for name in (*STEP_FIELDS, "step")}
         x = column["step"]
         for name in [name for name in STEP_FIELDS if any(name in e for e in events)]:
@@ -167,58 +171,44 @@ class Metrics:
                     self.milestones[mark] = (int(step), float(seconds))
 
     def other(self, event: dict) -> None:
-        kind = str(event.get("kind"))
+        """What comes rarely, in whatever order."""
+        kind, name, seconds = str(event.get("kind")), event.get("name"), as_number(event.get("seconds"))
+        x = np.array([as_number(event.get("step")) or 0.0])
         self.counts[kind] = self.counts.get(kind, 0) + 1
-        getattr(self, f"on_{kind}", self.rare)(event)
-
-    def rare(self, event: dict) -> None:
-        if event.get("kind") in ("alert", "spike", "sample", "checkpoint"):
-            rows = self.events.setdefault(event["kind"], [])
-            del rows[MAX_EVENTS // 2 : max(MAX_EVENTS // 2, len(rows) + 1 - MAX_EVENTS // 2)]  # first and latest stay
-            rows.append(event)
-
-    def on_val(self, event: dict) -> None:
-        x = np.array([as_number(event.get("step")) or 0.0])
-        for curve, name in ((self.val_loss, "val_loss"), (self.val_bpb, "val_bpb")):
-            curve.extend(x, numbers([event], name))
-        self.val_partial |= bool(event.get("partial"))
-
-    def on_stats(self, event: dict) -> None:
-        table = event.get("stats")
-        x = np.array([as_number(event.get("step")) or 0.0])
-        for name, value in table.items() if isinstance(table, dict) else ():
-            if as_number(value) is not None and (name in self.stats or len(self.stats) < MAX_NAMES):
-                self.stats.setdefault(name, Curve(128)).extend(x, np.array([float(value)]))
-
-    def on_phase(self, event: dict) -> None:
-        name, seconds = event.get("name"), as_number(event.get("seconds"))
-        if isinstance(name, str) and seconds is not None and (name in self.phases or len(self.phases) < 50):
-            self.phases[name] = self.phases.get(name, 0.0) + seconds
-
-    def on_eval(self, event: dict) -> None:
-        if len(self.evals) < 50:
-            self.evals[str(event.get("mode", "?"))] = event
-
-    def on_artifact(self, event: dict) -> None:
-        self.artifact = event
-
-    def on_run(self, event: dict) -> None:
-        self.run = event
-
-    def on_end(self, event: dict) -> None:
-        self.status = str(event.get("status", ""))
+        match kind:
+            case "alert" | "spike" | "sample" | "checkpoint":
+                rows = self.events.setdefault(kind, [])
+                del rows[
+                    MAX_EVENTS // 2 : max(MAX_EVENTS // 2, len(rows) + 1 - MAX_EVENTS // 2)
+                ]  # first and latest stay
+                rows.append(event)
+            case "val":
+                self.val_loss.extend(x, numbers([event], "val_loss"))
+                self.val_bpb.extend(x, numbers([event], "val_bpb"))
+                self.val_partial |= bool(event.get("partial"))
+            case "stats" if isinstance(event.get("stats"), dict):
+                good = [(n, float(v)) for n, v in event["stats"].items() if as_number(v) is not None]
+                for n, value in [row for row in good if row[0] in self.stats or len(self.stats) < MAX_NAMES]:
+                    self.stats.setdefault(n, Curve(128)).extend(x, np.array([value]))
+            case "phase" if isinstance(name, str) and seconds is not None and len(self.phases | {name: 0}) <= 50:
+                self.phases[name] = self.phases.get(name, 0.0) + seconds
+            case "eval" if len(self.evals) < 50:
+                self.evals[str(event.get("mode", "?"))] = event
+            case "artifact" | "run":
+                setattr(self, kind, event)
+            case "end":
+                self.status = str(event.get("status", ""))
 
 
 def numbers(events: list[dict], name: str) -> np.ndarray:
     """One field as floats; what is absent or no number becomes NaN."""
     values = [e.get(name) for e in events]
     try:
-        found = np.array(values, dtype=np.float64)
+        array = np.array(values, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
-        found = np.zeros((0, 0))
-    if found.shape == (len(values),):
-        return found
-    return np.array([math.nan if (n := as_number(v)) is None else n for v in values], dtype=np.float64)
+        array = np.zeros((0, 0))
+    clean = [math.nan if (n := as_number(v)) is None else n for v in values] if array.shape != (len(values),) else array
+    return np.asarray(clean, dtype=np.float64)
 
 
 def event_chunks(path: Path, metrics: Metrics) -> Iterator[list[dict]]:
@@ -231,40 +221,33 @@ def event_chunks(path: Path, metrics: Metrics) -> Iterator[list[dict]]:
             if seen == 0 and size > 32 * CHUNK:
                 metrics.every = max(1, round(size / sum(map(len, lines)) * len(lines) / MAX_STEPS))
             seen += len(lines)
-            if metrics.every > 1:
-                lines = thinned(lines, seen - len(lines), metrics.every)
-            if any(len(line) > LINE_LIMIT for line in lines):
-                metrics.damaged += sum(len(line) > LINE_LIMIT for line in lines)
-                lines = [line for line in lines if len(line) <= LINE_LIMIT]
+            lines = thinned(lines, seen - len(lines), metrics.every) if metrics.every > 1 else lines
+            short = [line for line in lines if len(line) <= LINE_LIMIT]
+            metrics.damaged += len(lines) - len(short)
             try:
-                events = json.loads(b"[" + b",".join(lines) + b"]")
+                events = json.loads(b"[" + b",".join(short) + b"]")
             except (ValueError, RecursionError):
-                events = [e for line in lines if (e := one_event(line, metrics)) is not None]
+                events = [e for line in short if (e := one_event(line, metrics)) is not None]
             yield [e for e in events if isinstance(e, dict)]
 
 
 def thinned(lines: list[bytes], seen: int, every: int) -> list[bytes]:
     """Every k-th step line, and every line that is no plain step."""
-    return [
-        line
-        for i, line in enumerate(lines, seen)
-        if i % every == 0 or not line.startswith(STEP_LINE) or b"NaN" in line or b"Inf" in line
-    ]
+    rare = (b"NaN", b"Inf")
+    rows = [(i % every == 0 or not line.startswith(STEP_LINE), line) for i, line in enumerate(lines, seen)]
+    return [line for wanted, line in rows if wanted or any(word in line for word in rare)]
 
 
 def one_event(line: bytes, metrics: Metrics) -> object:
-    if not line.strip():
-        return None
     try:
-        return json.loads(line)
+        return json.loads(line) if line.strip() else None
     except (ValueError, RecursionError):
         metrics.damaged += 1
         return None
 
 
 def read_metrics(path: Path) -> Metrics:
-    metrics = Metrics()
-    step = 0
+    metrics, step = Metrics(), 0
     for events in event_chunks(path, metrics):
         steps = []
         for event in events:
@@ -273,8 +256,7 @@ def read_metrics(path: Path) -> Metrics:
                 step = event.get("step", step)
             else:
                 metrics.other({"step": step} | event)  # what names no step happened after the last one
-        if steps:
-            metrics.steps(steps)
+        metrics.steps(steps)
     return metrics
 
 
@@ -285,10 +267,10 @@ class Run:
     path: Path
 
     def _json(self, name: str) -> dict:
-        present = (self.path / name).exists()
-        value, problems = parse_json(read_bytes(self.path / name, 16 << 20)) if present else ({}, [])
+        path = self.path / name
+        value, problems = parse_json(read_bytes(path, 16 << 20)) if path.exists() else ({}, [])
         if not isinstance(value, dict):
-            raise ValueError(f"{self.path / name}: {'; '.join(problems) or 'should hold an object'}")
+            raise ValueError(f"{path}: {'; '.join(problems) or 'should hold an object'}")
         return value
 
     @cached_property
@@ -306,11 +288,14 @@ class Run:
         flat = {k: v for k, v in self.config_file.items() if k not in {"origin", "origins", "hash"}}
         return next((t for t in tables if isinstance(t, dict)), None) or flat
 
+    def _table(self, *names: str) -> dict:
+        told = next((self.config_file[name] for name in names if name in self.config_file), None)
+        return told if isinstance(told, dict) else {}
+
     @property
     def origins(self) -> dict:
         """Who set each field: a profile, the command line, the environment."""
-        told = self.config_file.get("origin", self.config_file.get("origins"))
-        return told if isinstance(told, dict) else {}
+        return self._table("origin", "origins")
 
     @property
     def changed(self) -> str:
@@ -330,8 +315,7 @@ class Run:
     @property
     def script(self) -> dict:
         """sha256 and bytes of the file that ran, as the trainer logged them."""
-        told = self.config_file.get("script")
-        return told if isinstance(told, dict) else {}
+        return self._table("script")
 
     @property
     def name(self) -> str:
@@ -353,15 +337,6 @@ class Run:
     def config_hash(self) -> str:
         return str(self.config_file.get("hash") or self.result.get("config_hash") or "")
 
-    @property
-    def parameters(self) -> float:
-        return as_number(self.result.get("parameters")) or 0.0
-
-    @property
-    def utilisation(self) -> float:
-        """The share of the machine's peak that training used."""
-        return as_number(self.result.get("mfu")) or 0.0
-
     @cached_property
     def machine(self) -> tuple[str, int]:
         """Device and ranks as the first lines of train.log name them."""
@@ -369,6 +344,10 @@ class Run:
         head = read_bytes(log, 1 << 16).decode("utf-8", errors="replace") if log.exists() else ""
         match = re.search(r"^device (\S+), (\d{1,5}) ranks", head, re.M)
         return (match[1], int(match[2])) if match else ("unknown", 1)
+
+    @property
+    def device(self) -> str:
+        return str(self.fact("device_name") or self.fact("device") or self.machine[0])
 
     def fact(self, name: str, default: object = "") -> object:
         """A fact from result.json, the run line of the metrics, or the configuration file."""

@@ -4,18 +4,14 @@ from pathlib import Path
 
 from records.folder import Folder
 from records.run import Run, open_run
-from records.significance import Side, tested
-from records.stats import deviation, mean
-
-
-def is_run(path: Path) -> bool:
-    return (path / "metrics.jsonl").exists() or (path / "result.json").exists()
+from records.stats import Side, deviation, mean, tested
 
 
 def load_side(path: Path, mode: str = "") -> Side:
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder")
-    return run_side(open_run(path), mode) if is_run(path) else record_side(Folder(path))
+    ours = (path / "metrics.jsonl").exists() or (path / "result.json").exists()
+    return run_side(open_run(path), mode) if ours else record_side(Folder(path))
 
 
 def record_side(folder: Folder) -> Side:
@@ -26,9 +22,7 @@ def record_side(folder: Folder) -> Side:
     facts: dict[str, object] = {
         "kind": "record",
         "seeds": len(bpb),
-        "bytes (largest)": max(
-            [log.total.count for log in logs if log.total], default=folder.claim.number("bytes_total")
-        ),
+        "bytes (largest)": max([g.total.count for g in logs if g.total], default=folder.claim.number("bytes_total")),
         "training seconds": mean_or_none([stop.seconds for stop in stops]),
         "steps": mean_or_none([float(stop.step) for stop in stops]),
         "milliseconds a step": mean_or_none([1000 * log.step_seconds for log in logs]),
@@ -74,15 +68,12 @@ def compare(a: Side, b: Side) -> dict:
     """b against the baseline a: the test, the rules, and a table of everything both know."""
     test = tested(a, b)
     note = f"no test: {len(a.bpb)} and {len(b.bpb)} scores; a Welch test needs two on each side"
-    return {"baseline": a.name, "new": b.name, "rows": rows(a, b), "test": test} | ({} if test else {"note": note})
-
-
-def rows(a: Side, b: Side) -> list[list]:
     table = [
         ["BPB", *(mean_or_none(side.bpb) for side in (a, b))],
         ["BPB deviation", *(deviation(side.bpb) if len(side.bpb) > 1 else None for side in (a, b))],
         ["nats a token", *(mean_or_none(side.nats) for side in (a, b))],
         ["bytes a token", a.ratio, b.ratio],
+        *([name, a.facts.get(name), b.facts.get(name)] for name in dict.fromkeys([*a.facts, *b.facts])),
     ]
-    table += [[name, a.facts.get(name), b.facts.get(name)] for name in dict.fromkeys([*a.facts, *b.facts])]
-    return [row for row in table if row[1:] != [None, None]]
+    rows = [row for row in table if row[1:] != [None, None]]
+    return {"baseline": a.name, "new": b.name, "rows": rows, "test": test} | ({} if test else {"note": note})

@@ -14,22 +14,9 @@ from records.run import Run
 
 LEDGER = Path(__file__).with_name("ledger.tsv")
 MODES = ("chunked", "sliding", "stream", "engram", "ttt", "all")
-FIRST = [
-    "date",
-    "run",
-    "commit",
-    "config_hash",
-    "data_hash",
-    "device",
-    "status",
-    "steps",
-    "tokens",
-    "seconds",
-    "bytes",
-    "val_bpb",
-]
-LAST = ["first_loss", "last_loss", "artifact_sha256", "flags", "note", "changed"]
-COLUMNS = (*FIRST, *MODES, *LAST)
+FIRST = "date run commit config_hash data_hash device status steps tokens seconds bytes val_bpb"
+LAST = "first_loss last_loss artifact_sha256 flags note changed"
+COLUMNS = (*FIRST.split(), *MODES, *LAST.split())
 OLD_COLUMNS = COLUMNS[:-1]  # rows written before changed fields were told
 
 
@@ -39,20 +26,21 @@ def cell(value: object) -> str:
     if value is None or value == "" or (number and value != value):
         return "-"
     if number:
-        return f"{value:.8g}" if abs(value) < 1e6 else f"{value:.0f}"
+        return format(value, {True: ".8g", False: ".0f"}[abs(value) < 1e6])
     return clean(re.sub(r"\s+", " ", str(value)).strip(), 300) or "-"
 
 
 def row_of(run: Run, note: str = "") -> dict[str, str]:
     metrics, result = run.metrics, run.result
     _, size, digest = run.artifact
+    newest = max((p.stat().st_mtime for p in run.path.iterdir() if p.is_file()), default=0.0)  # of runs that do not say
     values: dict[str, object] = {
-        "date": str(run.fact("date") or file_date(run)),
+        "date": run.fact("date") or datetime.fromtimestamp(newest, UTC).strftime("%Y-%m-%d"),
         "run": run.name,
         "commit": run.fact("commit") or commit_of(run),
         "config_hash": run.config_hash,
         "data_hash": run.fact("data_hash"),
-        "device": run.fact("device_name") or run.fact("device") or run.machine[0],
+        "device": run.device,
         "status": run.status,
         "steps": as_number(result.get("steps")) or metrics.last_step or None,
         "tokens": as_number(result.get("tokens")) or metrics.tokens or None,
@@ -72,15 +60,10 @@ def commit_of(run: Run, checkout: Path = LEDGER.parents[1]) -> str:
     """The commit of this checkout, where its trainer is the source of a run that names no commit."""
     source, trainer = str(run.config_file.get("source", "")), checkout / "train_gpt.py"
     same = bool(source) and trainer.exists() and hashlib.sha256(trainer.read_bytes()).hexdigest().startswith(source)
+    if not same:
+        return ""
     command = ["git", "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty"]
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False) if same else None
-    return done.stdout.strip() if done else ""
-
-
-def file_date(run: Run) -> str:
-    """The day the run last wrote, for runs that do not say."""
-    newest = max((p.stat().st_mtime for p in run.path.iterdir() if p.is_file()), default=0.0)
-    return datetime.fromtimestamp(newest, UTC).strftime("%Y-%m-%d")
+    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def flags_of(run: Run, row: dict[str, str], earlier: list[dict[str, str]]) -> list[str]:
@@ -155,9 +138,8 @@ def condition_of(text: str):
     """The test that a filter names."""
     m = re.fullmatch(r"(\w+)([=<>~])(.*)", text)
     if not m or m[1] not in COLUMNS:
-        raise ValueError(
-            f"filter {text!r}: write COLUMN=TEXT, COLUMN<NUMBER or COLUMN>NUMBER; columns {', '.join(COLUMNS)}"
-        )
+        ways = f"write COLUMN=TEXT, COLUMN<NUMBER or COLUMN>NUMBER; columns {', '.join(COLUMNS)}"
+        raise ValueError(f"filter {text!r}: {ways}")
     column, sign, wanted = m[1], m[2], m[3]
     if sign not in "<>":
         return lambda row: wanted.lower() in row[column].lower()

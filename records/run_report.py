@@ -1,5 +1,6 @@
 """A report that a person reads: one run as Markdown and as one self-contained HTML page with plots."""
 
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from records.competition import CAP_BYTES
 from records.files import clean
 from records.page import Raw, cell, figure, grid, page, section, table, tiles
 from records.plot import bars, lines, spark, text_spark
-from records.run import Curve, Run
+from records.run import Run
+from records.run_ledger import number
 
 RANGES = 10
 PLOT_POINTS = 200
@@ -23,19 +25,22 @@ LABELS = ("from", "upto", "to", "position", "length", "label", "bucket", "start"
 WHERE = ("environment", "versions", "device", "device_name", "devices", "world_size", "hostname", "platform")
 FACTS = (*WHERE, "commit", "source_hash", "data_hash", "config_hash", "python", "torch")
 HEADS = {
-    "ranges": ["from step", "to step", "seconds", "mean loss", "lowest", "highest", "learning rate"],
-    "milestones": ["smoothed loss", "step", "time"],
-    "grad": ["gradient norm", "value"],
-    "time": ["phase", "seconds", "share"],
-    "stats": ["statistic", "first", "last", "lowest", "highest", "", "alerts"],
-    "tensors": ["tensor", "shape", "codec", "bytes", "bits/weight", "entropy", "zeros"],
-    "alerts": ["step", "what", "where", "value"],
-    "spikes": ["step", "loss", "provenance"],
-    "checkpoints": ["step", "path", "bytes", "sha256"],
-    "samples": ["step", "prompt", "text"],
-    "evals": ["mode", "BPB", "nats", "bytes", "tokens", "seconds"],
-    "facts": ["name", "value"],
-    "config": ["field", "value", "set by"],
+    name: [word.strip() for word in words.split(",")]
+    for name, words in {
+        "ranges": "from step, to step, seconds, mean loss, lowest, highest, learning rate",
+        "milestones": "smoothed loss, step, time",
+        "grad": "gradient norm, value",
+        "time": "phase, seconds, share",
+        "stats": "statistic, first, last, lowest, highest, , alerts",
+        "tensors": "tensor, shape, codec, bytes, bits/weight, entropy, zeros",
+        "alerts": "step, what, where, value",
+        "spikes": "step, loss, provenance",
+        "checkpoints": "step, path, bytes, sha256",
+        "samples": "step, prompt, text",
+        "evals": "mode, BPB, nats, bytes, tokens, seconds",
+        "facts": "name, value",
+        "config": "field, value, set by",
+    }.items()
 }
 
 
@@ -55,55 +60,45 @@ def shown(value: float | None, form: str = ",.0f") -> str:
 def headline(run: Run, price: float | None) -> list[tuple[str, str]]:
     """The numbers that matter first."""
     metrics, result = run.metrics, run.result
+    same = [e for e in metrics.evals.values() if e.get("bpb") == result.get("val_bpb")]
+    partial = any(e.get("partial") for e in same) if same else metrics.val_partial
+    every = sum(run.phases().values())
     seconds = as_number(result.get("train_seconds")) or metrics.phases.get("train", math.nan)
     _, nbytes, _ = run.artifact
-    tokens = as_number(result.get("tokens")) or metrics.tokens
+    parameters, used, tokens = (as_number(result.get(name)) or 0.0 for name in ("parameters", "mfu", "tokens"))
+    tokens = tokens or metrics.tokens
+    per_parameter = tokens / (parameters or math.inf)
     rows = [
         ("status", run.status),
-        ("BPB (headline)" + ", partial" * partial(run), shown(as_number(result.get("val_bpb")), ".5f")),
+        ("BPB (headline)" + ", partial" * partial, shown(as_number(result.get("val_bpb")), ".5f")),
         *((f"BPB {m}", f"{v:.5f}") for m, v in run.modes().items()),
         ("artifact bytes", shown(nbytes, ",")),
         ("left of the cap", shown(nbytes and CAP_BYTES - nbytes, ",")),
         ("steps", f"{int(as_number(result.get('steps')) or metrics.last_step):,}"),
         ("tokens", f"{tokens:,.0f}"),
-        ("parameters", shown(run.parameters)),
-        (
-            f"tokens a parameter ({TOKENS_PER_PARAMETER} is compute-optimal)",
-            shown(tokens / (run.parameters or math.inf), ".2f"),
-        ),
-        ("utilisation of the peak", shown(run.utilisation, ".1%")),
+        ("parameters", shown(parameters)),
+        (f"tokens a parameter ({TOKENS_PER_PARAMETER} is compute-optimal)", shown(per_parameter, ".2f")),
+        ("utilisation of the peak", shown(used, ".1%")),
         ("training", span(seconds)),
-        ("all phases", span(sum(run.phases().values()))),
+        ("all phases", span(every)),
         ("last train-validation gap, nats", "".join(f"{g:+.4f}" for g in gap_rows(run)[1][-1:])),
         ("alerts", f"{metrics.counts.get('alert', 0):,}"),
         ("loss spikes", f"{metrics.counts.get('spike', 0):,}"),
-        ("cost", "" if price is None else f"{price * sum(run.phases().values()) / 3600:,.2f}"),
+        ("cost", "" if price is None else f"{price * every / 3600:,.2f}"),
     ]
     return [(name, value) for name, value in rows if value]
-
-
-def partial(run: Run) -> bool:
-    """Whether the headline was scored on a part of the validation set."""
-    same = [e for e in run.metrics.evals.values() if e.get("bpb") == run.result.get("val_bpb")]
-    return any(e.get("partial") for e in same) if same else run.metrics.val_partial
 
 
 def loss_ranges(run: Run) -> list[list]:
     """Loss by tenth of training: steps, seconds at the end, mean, lowest, highest, learning rate."""
     x, mean, low, high = run.metrics.curves["loss"].rows()
-    lr, seconds = run.metrics.curves["lr"], run.metrics.curves["seconds"]
     rows = []
     for part in np.array_split(np.arange(len(x)), min(RANGES, len(x))) if len(x) else []:
         end = float(x[part[-1]])
         losses = [float(mean[part].mean()), float(low[part].min()), float(high[part].max())]
-        rows.append([int(x[part[0]]), int(end), at(seconds, end), *losses, at(lr, end)])
+        seconds, rate = (run.metrics.curves[name].nearest(end) for name in ("seconds", "lr"))
+        rows.append([int(x[part[0]]), int(end), seconds, *losses, rate])
     return rows
-
-
-def at(curve: Curve, x: float) -> float | str:
-    """The curve's value nearest to x; empty when there is none."""
-    xs, mean, _, _ = curve.rows()
-    return float(mean[np.abs(xs - x).argmin()]) if len(xs) else ""
 
 
 def milestones(run: Run) -> list[list]:
@@ -123,11 +118,10 @@ def gap_rows(run: Run) -> tuple[np.ndarray, np.ndarray]:
 def grad_rows(run: Run) -> list[list]:
     """Percentiles, mean and maximum of the gradient norm, and how often it passes 1, 100 and 1,000."""
     norms = run.metrics.grad
-    if not norms.count:
-        return []
     rows = [[f"p{share}", norms.at(share / 100)] for share in (25, 50, 75, 95)]
     rows += [["mean", norms.mean], ["max", norms.highest]]
-    return rows + [[f"share above {limit:,}", f"{norms.share_above(limit):.2%}"] for limit in norms.limits]
+    rows += [[f"share above {limit:,}", f"{norms.share_above(limit):.2%}"] for limit in norms.limits]
+    return rows if norms.count else []
 
 
 def time_rows(run: Run) -> list[list]:
@@ -158,29 +152,25 @@ def natural(name: str) -> list:
 def layer_plots(run: Run, limit: int = 12) -> Iterator[Raw]:
     """Statistics that exist in several layers, one chart each, a line a layer."""
     families: dict[str, list[tuple[int, str]]] = {}
-    for name, match in [(name, LAYER_STAT.match(name)) for name in run.metrics.stats]:
-        families.setdefault(match[2] if match else "", []).append((int(match[1]) if match else 0, name))
-    families.pop("", None)
+    for match in filter(None, map(LAYER_STAT.match, run.metrics.stats)):
+        families.setdefault(match[2], []).append((int(match[1]), match[0]))
     for stat, layers in list(families.items())[:limit]:
         series = [(f"L{i}", *run.metrics.stats[name].rows()[:2]) for i, name in sorted(layers)[:6]]
         more = f" (6 of {len(layers)} layers)" * (len(layers) > 6)
         if any(len(s[1]) > 1 for s in series):
-            yield figure(stat + more, lines(stat, series, "step", stat))
+            yield drawn(stat + more, series, stat)
 
 
 def tensor_rows(run: Run) -> list[list]:
     """The bits-per-weight table of the artifact."""
-    tensors = run.metrics.artifact.get("tensors")
-    rows = [tensor_row(t) for t in (tensors if isinstance(tensors, list) else []) if isinstance(t, dict)]
+    tensors, rows = run.metrics.artifact.get("tensors"), []
+    for t in [t for t in (tensors if isinstance(tensors, list) else []) if isinstance(t, dict)]:
+        size, bits, *rest = (as_number(t.get(n)) for n in ("bytes", "bits_per_weight", "entropy_bits", "zeros"))
+        shape = t.get("shape") if isinstance(t.get("shape"), list) else []
+        weights = math.prod(int(n) for n in shape if as_number(n) is not None) * bool(shape)
+        bits = bits or (8 * (size or 0) / weights if weights else math.nan)
+        rows.append([t.get("name", ""), "x".join(map(str, shape)), t.get("codec", ""), int(size or 0), bits, *rest])
     return sorted(rows, key=lambda r: -r[3])
-
-
-def tensor_row(t: dict) -> list:
-    size, bits, entropy, zeros = (as_number(t.get(n)) for n in ("bytes", "bits_per_weight", "entropy_bits", "zeros"))
-    shape = t.get("shape") if isinstance(t.get("shape"), list) else []
-    weights = math.prod(int(n) for n in shape if as_number(n) is not None) * bool(shape)
-    bits = bits or (8 * (size or 0) / weights if weights else math.nan)
-    return [t.get("name", ""), "x".join(map(str, shape)), t.get("codec", ""), int(size or 0), bits, entropy, zeros]
 
 
 def breakdown(event: dict, key: str) -> list[tuple[str, float]]:
@@ -202,19 +192,11 @@ def breakdown_plot(run: Run, key: str, title: str, x_label: str) -> Raw:
     series, wide = [], False
     for mode, event in list(run.metrics.evals.items())[:6]:
         pairs = breakdown(event, key)
-        numbers = [number for name, _ in pairs if (number := as_float(name)) is not None]
+        numbers = [n for name, _ in pairs if (n := number(name)) is not None]
         x = numbers if len(numbers) == len(pairs) else list(range(len(pairs)))
         wide = len(numbers) == len(pairs) and x[-1:] > [1000]
         series += [(mode, np.log2(np.maximum(x, 1.0)) if wide else x, [value for _, value in pairs])] * bool(pairs)
-    label = f"log2 {x_label}" if wide else x_label
-    return figure(title, lines(title, series, label, "BPB", dots=frozenset(s[0] for s in series)))
-
-
-def as_float(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+    return drawn(title, series, "BPB", x_label="log2 " * wide + x_label, dots=frozenset(s[0] for s in series))
 
 
 def event_rows(run: Run, kinds: str) -> list[list]:
@@ -231,8 +213,8 @@ def config_rows(run: Run) -> list[list]:
 
 def environment_rows(run: Run) -> list[list]:
     facts = [(name, run.fact(name, None)) for name in FACTS]
-    rows = [list(value.items()) if isinstance(value, dict) else [(name, value)] for name, value in facts]
-    return [[name, plain(value)] for part in rows for name, value in part if value is not None]
+    rows = [pair for name, v in facts for pair in (v.items() if isinstance(v, dict) else [(name, v)])]
+    return [[name, plain(value)] for name, value in rows if value is not None]
 
 
 def eval_rows(run: Run) -> list[list]:
@@ -241,11 +223,9 @@ def eval_rows(run: Run) -> list[list]:
 
 
 def certificate_rows(run: Run) -> list[list]:
-    probes = [
-        (name, v.get("status"), plain(v.get("evidence"))) for name, v in run.certificate.items() if isinstance(v, dict)
-    ]
-    known = {"pass", "fail", "na"}
-    return [[n, Raw(f'<span class="{s}">{cell(s)}</span>' * (s in known)), evidence] for n, s, evidence in probes]
+    probes = [(n, v.get("status"), plain(v.get("evidence"))) for n, v in run.certificate.items() if isinstance(v, dict)]
+    marks = {s: Raw(f'<span class="{s}">{s}</span>') for s in ("pass", "fail", "na")}
+    return [[n, marks.get(str(s), Raw("")), evidence] for n, s, evidence in probes]
 
 
 def cost_rows(run: Run, price: float | None) -> list[list]:
@@ -255,36 +235,30 @@ def cost_rows(run: Run, price: float | None) -> list[list]:
 # the page
 
 
-def curve_figure(run: Run, name: str, title: str, label: str, *, log: bool = False) -> Raw:
+def drawn(title: str, series: list, y_label: str, x_label: str = "step", **look: object) -> Raw:
+    return figure(title, lines(title, series, x_label, y_label, **look))
+
+
+def curve_figure(run: Run, name: str, title: str, label: str, *more: tuple, called: str = "", **look: object) -> Raw:
+    """The mean of each bucket before its range, and other series."""
     x, mean, low, high = run.metrics.curves[name].thin(PLOT_POINTS)
-    band = (x, low, high) if len(x) > 1 else None
-    return figure(title, lines(title, [(name, x, mean)], "step", label, band=band, log=log))
-
-
-def loss_figure(run: Run) -> Raw:
-    x, mean, low, high = run.metrics.curves["loss"].thin(PLOT_POINTS)
-    series = [("train", x, mean), ("validation", *run.metrics.val_loss.rows()[:2])]
-    spikes = [
-        (as_number(e.get("step")) or 0, as_number(e.get("loss")) or math.nan)
-        for e in run.metrics.events.get("spike", [])
-    ]
-    band, dots = ((x, low, high) if len(x) > 1 else None), frozenset({"validation"})
-    drawing = lines("loss", series, "step", "nats per token", band=band, marks=spikes, dots=dots)
-    return figure("Loss: mean and range of each bucket, validation, spikes in red", drawing)
+    return drawn(title, [(called or name, x, mean), *more], label, band=(x, low, high) if len(x) > 1 else None, **look)
 
 
 def training_plots(run: Run) -> Raw:
-    auxiliary = [(n, c) for n, c in sorted(run.metrics.aux.items()) if c.low.min() < c.high.max()][:12]
-    validation = run.metrics.val_bpb.rows()[:2]
+    metrics = run.metrics
+    auxiliary = [(n, c) for n, c in sorted(metrics.aux.items()) if c.low.min() < c.high.max()][:12]
+    told = [(as_number(e.get("step")) or 0, as_number(e.get("loss"))) for e in metrics.events.get("spike", [])]
+    title, spikes = "Loss: mean and range of each bucket, validation, spikes in red", [s for s in told if s[1]]
+    validation = ("validation", *metrics.val_loss.rows()[:2])
+    dots = frozenset({"validation", "gap", "BPB"})
     return grid(
-        loss_figure(run),
+        curve_figure(run, "loss", title, "nats per token", validation, called="train", marks=spikes, dots=dots),
         curve_figure(run, "lr", "Learning rate", "rate"),
         curve_figure(run, "grad_norm", "Gradient norm before clipping", "norm", log=True),
-        figure(
-            "Train-validation gap", lines("gap", [("gap", *gap_rows(run))], "step", "nats", dots=frozenset({"gap"}))
-        ),
-        figure("Validation BPB", lines("BPB", [("BPB", *validation)], "step", "BPB", dots=frozenset({"BPB"}))),
-        *(figure(n, lines(n, [(n, *c.thin(PLOT_POINTS)[:2])], "step", n)) for n, c in auxiliary),
+        drawn("Train-validation gap", [("gap", *gap_rows(run))], "nats", dots=dots),
+        drawn("Validation BPB", [("BPB", *metrics.val_bpb.rows()[:2])], "BPB", dots=dots),
+        *(drawn(n, [(n, *c.thin(PLOT_POINTS)[:2])], n) for n, c in auxiliary),
     )
 
 
@@ -298,7 +272,7 @@ def time_plots(run: Run) -> Raw:
 
 def zero_plots(run: Run) -> Raw:
     zeros = [(n.removesuffix("zeros").rstrip("."), *c.rows()[:2]) for n, c in run.metrics.stats.items() if "zero" in n]
-    return grid(figure("Share of zeros", lines("zeros", zeros[:3], "step", "share")))
+    return grid(drawn("Share of zeros", zeros[:3], "share"))
 
 
 def eval_plots(run: Run) -> Raw:
@@ -330,42 +304,45 @@ def html_report(run: Run, price: float | None = None) -> str:
     metrics = run.metrics
     notes = f'<p class="warn">{metrics.damaged} damaged lines were skipped</p>' * bool(metrics.damaged)
     notes += f'<p class="dim">one step line in {metrics.every} was read</p>' * (metrics.every > 1)
+    probes, costs = table(["probe", "verdict", "evidence"], certificate_rows(run)), cost_rows(run, price)
     peak = as_number(run.result.get("peak_memory_bytes")) or 0
-    parts = [
-        f'<p class="dim">seed {run.seed} · configuration {cell(run.config_hash[:12])}</p>{notes}',
-        tiles(headline(run, price)),
-        section("Training", training_plots(run)),
-        section("Loss by range", table(HEADS["ranges"], loss_ranges(run))),
-        section("Milestones", table(HEADS["milestones"], milestones(run))),
-        section("Gradient norm", table(HEADS["grad"], grad_rows(run))),
-        section("Spikes", table(HEADS["spikes"], event_rows(run, "spikes"))),
-        section("Time and memory", time_plots(run), table(HEADS["time"], time_rows(run)), memory_line(peak)),
-        section("Layers", grid(*layer_plots(run)), folded("all statistics", table(HEADS["stats"], stat_rows(run)))),
-        section("Alerts", table(HEADS["alerts"], event_rows(run, "alerts"))),
-        section(
-            "Artifact",
-            zero_plots(run),
-            artifact_line(run),
-            folded("all tensors", table(HEADS["tensors"], tensor_rows(run))),
-        ),
-        section(
-            "Evaluation",
-            eval_plots(run),
-            table(HEADS["evals"], eval_rows(run)),
-            table(["probe", "verdict", "evidence"], certificate_rows(run)),
-        ),
-        section("Samples", *map(sample, metrics.events.get("sample", []))),
-        section("Checkpoints", table(HEADS["checkpoints"], event_rows(run, "checkpoints"))),
-        section("Cost", table(["phase", "time", "cost"], cost_rows(run, price))),
-        section("Environment", table(HEADS["facts"], environment_rows(run))),
-        section("Result", table(HEADS["facts"], [[k, plain(v)] for k, v in sorted(run.result.items())])),
-        section("Configuration", folded("all fields", table(HEADS["config"], config_rows(run)))),
-    ]
-    return page(f"Run {run.name}", "".join(parts))
+    memory = Raw(f"<p>peak memory {peak / 2**20:,.0f} MiB</p>" * bool(peak))
+    tables = {kind: table(HEADS[kind], rows(run)) for kind, rows in ROWS.items()}
+    parts = {
+        "Training": [training_plots(run)],
+        "Loss by range": [tables["ranges"]],
+        "Milestones": [tables["milestones"]],
+        "Gradient norm": [tables["grad"]],
+        "Spikes": [tables["spikes"]],
+        "Time and memory": [time_plots(run), tables["time"], memory],
+        "Layers": [grid(*layer_plots(run)), folded("all statistics", tables["stats"])],
+        "Alerts": [tables["alerts"]],
+        "Artifact": [zero_plots(run), artifact_line(run), folded("all tensors", tables["tensors"])],
+        "Evaluation": [eval_plots(run), tables["evals"], probes],
+        "Samples": map(sample, metrics.events.get("sample", [])),
+        "Checkpoints": [tables["checkpoints"]],
+        "Cost": [table(["phase", "time", "cost"], costs)],
+        "Environment": [tables["facts"]],
+        "Result": [table(HEADS["facts"], [[k, plain(v)] for k, v in sorted(run.result.items())])],
+        "Configuration": [folded("all fields", tables["config"])],
+    }
+    head = f'<p class="dim">seed {run.seed} · configuration {cell(run.config_hash[:12])}</p>{notes}'
+    body = "".join(section(title, *inside) for title, inside in parts.items())
+    return page(f"Run {run.name}", head + tiles(headline(run, price)) + body)
 
 
-def memory_line(peak: float) -> Raw:
-    return Raw(f"<p>peak memory {peak / 2**20:,.0f} MiB</p>" * bool(peak))
+ROWS = {
+    "ranges": loss_ranges,
+    "milestones": milestones,
+    "grad": grad_rows,
+    "time": time_rows,
+    "stats": stat_rows,
+    "tensors": tensor_rows,
+    "evals": eval_rows,
+    **{kind: functools.partial(event_rows, kinds=kind) for kind in ("spikes", "alerts", "samples", "checkpoints")},
+    "facts": environment_rows,
+    "config": config_rows,
+}
 
 
 # Markdown
@@ -378,13 +355,9 @@ def md_cell(value: object) -> str:
             return re.sub(r"<[^>]*>", "", value or "")
         case float():
             return f"{value:,.6g}"
-        case bool() | str():
-            text = clean(value, 300)
-        case int():
-            text = f"{value:,}"
-        case _:
-            text = clean(value, 300)
-    return re.sub(r"([|`*_\[\]\\])", r"\\\1", escape(text, quote=False))
+        case int() if not isinstance(value, bool):
+            value = f"{value:,}"
+    return re.sub(r"([|`*_\[\]\\])", r"\\\1", escape(clean(value, 300), quote=False))
 
 
 def md_table(head: list[str], rows: list[list]) -> str:
@@ -395,23 +368,16 @@ def md_table(head: list[str], rows: list[list]) -> str:
 
 
 def md_report(run: Run, price: float | None = None) -> str:
+    """The tables of the page, without its plots."""
     _, loss, _, _ = run.metrics.curves["loss"].rows()
-    curve = f"`{text_spark(loss)}`\n\n" * bool(len(loss))
-    parts = [
-        ("", md_table(["what", "value"], [list(r) for r in headline(run, price)])),
-        ("Loss", curve + md_table(HEADS["ranges"], loss_ranges(run))),
-        ("Milestones", md_table(HEADS["milestones"], milestones(run))),
-        ("Gradient norm", md_table(HEADS["grad"], grad_rows(run))),
-        ("Phases", md_table(HEADS["time"], time_rows(run))),
-        ("Layers", md_table(HEADS["stats"], stat_rows(run))),
-        ("Artifact", md_table(HEADS["tensors"], tensor_rows(run)[:40])),
-        ("Evaluation", md_table(HEADS["evals"], eval_rows(run))),
-        *((k.title(), md_table(HEADS[k], event_rows(run, k))) for k in ("spikes", "alerts", "samples", "checkpoints")),
-        ("Environment", md_table(HEADS["facts"], environment_rows(run))),
-        ("Configuration", md_table(HEADS["config"], config_rows(run))),
-    ]
-    body = "\n".join(f"## {title}\n\n{text}" if title else text for title, text in parts if text)
-    return f"# Run {md_cell(run.name)}\n\n{body}"
+    titles = {"ranges": "Loss", "grad": "Gradient norm", "time": "Phases", "stats": "Layers", "tensors": "Artifact"}
+    titles |= {"evals": "Evaluation", "facts": "Environment", "config": "Configuration"}
+    parts = [md_table(["what", "value"], [list(r) for r in headline(run, price)])]
+    for kind, rows in ROWS.items():
+        curve = f"`{text_spark(loss)}`\n\n" * (kind == "ranges" and len(loss) > 0)
+        text = curve + md_table(HEADS[kind], rows(run)[: 40 if kind == "tensors" else None])
+        parts += [f"## {titles.get(kind, kind.title())}\n\n{text}"] * bool(text)
+    return f"# Run {md_cell(run.name)}\n\n" + "\n".join(parts)
 
 
 def write_report(run: Run, out: Path, price: float | None = None) -> list[Path]:

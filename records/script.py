@@ -1,26 +1,27 @@
-"""Facts about a training script, from its syntax tree alone. Standard library only: another Python may import this.
-
-`python3.13 -I -S -c PRINT_FACTS . < train_gpt.py` prints the facts as JSON, for code in a newer grammar than ours.
+"""Facts about a training script, from its syntax tree alone; nothing is run. Standard library only: for code in a
+newer grammar than ours a newer Python prints the same, `python3.13 -I -S -c PRINT_FACTS . < train_gpt.py`.
 """
 
 import ast
 import json
 import re
+import shutil
+import subprocess
 import sys
+from functools import lru_cache
+from pathlib import Path
 
-from records.script_order import learning_first
-from records.script_tokens import token_leaks
+from records.script_leaks import leaks
 
 PRINT_FACTS = "import sys; sys.path.insert(0, sys.argv[1]); from records.script import print_facts; print_facts()"
-
+ROOT = Path(__file__).resolve().parents[1]
 NETWORK = (
     "urllib requests httpx aiohttp socket.socket socket.create_connection ftplib huggingface_hub datasets.load_dataset"
     " wget kernels.get_kernel hf_hub_download snapshot_download load_state_dict_from_url urlretrieve urlopen"
 )
+NETWORKED = re.compile("|".join(rf"(?:^|\.){re.escape(w)}(?:\.|$)" for w in NETWORK.split()))
 MAX_FACTS = 200
 PIECE = re.compile(r"^(?=(?:def|class|@|async|import|from|if|for|while|try|with|[A-Za-z_]\w*\s*[=(:]))", re.M)
-
-
 FAULTS = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
@@ -36,36 +37,33 @@ def parse(text: str, pieces: bool) -> tuple[list[ast.stmt], int, str]:
     statements, failed, line = [], 0, 0
     for piece in PIECE.split(text[: 1 << 20]) if pieces else []:
         try:
-            body = ast.parse(piece).body
+            statements += [ast.increment_lineno(node, line) for node in ast.parse(piece).body]
         except FAULTS:
-            failed, body = failed + 1, []
-        statements += [ast.increment_lineno(node, line) for node in body]
+            failed += 1
         line += piece.count("\n")
     return statements, max(failed, 1), first
 
 
 def every(body: list) -> dict:
     """All nodes below `body` by type; a third of the time of ast.walk, which is most of the time of a check."""
-    found: dict = {}
+    by_type: dict = {}
     todo = list(body)
     while todo:
         node = todo.pop()
-        found.setdefault(node.__class__, []).append(node)
+        by_type.setdefault(node.__class__, []).append(node)
         for name in node._fields:
             value = None if name in ("ctx", "op", "ops") else getattr(node, name, None)
             if value.__class__ is list:
                 todo += [v for v in value if isinstance(v, ast.AST)]
             elif isinstance(value, ast.AST):
                 todo.append(value)
-    return found
+    return by_type
 
 
 def dotted(node: ast.AST, names: dict) -> str:
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value, names)}.{node.attr}"
-    if isinstance(node, ast.Name):
-        return names.get(node.id, node.id)
-    return "?"
+    return names.get(node.id, node.id) if isinstance(node, ast.Name) else "?"
 
 
 def bindings(nodes: list) -> dict:
@@ -81,18 +79,8 @@ def bindings(nodes: list) -> dict:
 
 def imported(nodes: list) -> dict:
     """Top-level module name -> line of its first import."""
-    rows = [(name, node.lineno) for node in nodes for name in modules(node)]
-    return {name.partition(".")[0]: line for name, line in reversed(rows)}
-
-
-def modules(node: ast.stmt) -> list:
-    return [a.name for a in node.names] if node.__class__ is ast.Import else [node.module]
-
-
-def matching(calls: list, wanted: str) -> list:
-    """[name, line] of each call whose dotted name has one of `wanted` as whole words."""
-    pattern = re.compile("|".join(rf"(?:^|\.){re.escape(w)}(?:\.|$)" for w in wanted.split()))
-    return [[name[:80], line] for name, line in calls if pattern.search(name)][:MAX_FACTS]
+    rows = [(n, [a.name for a in n.names] if n.__class__ is ast.Import else [n.module]) for n in nodes]
+    return {name.partition(".")[0]: node.lineno for node, names in reversed(rows) for name in reversed(names)}
 
 
 def byte_table(body: list, functions: list) -> str:
@@ -116,9 +104,8 @@ def minimum_of_scores(nodes: list) -> list:
     """Lines where the smaller of two scores is taken: a choice made by looking at the result."""
     calls = [n for n in nodes if isinstance(n.func, ast.Name) and n.func.id == "min" and len(n.args) > 1]
     inner = [(node.lineno, [n for a in node.args for n in ast.walk(a)]) for node in calls]
-    names = [(line, [getattr(n, "id", getattr(n, "attr", "")) for n in parts]) for line, parts in inner]
-    scores = [line for line, words in names if sum("bpb" in str(w).lower() for w in words) > 1]
-    return [["min of scores", line] for line in scores[:MAX_FACTS]]
+    names = [(line, [str(getattr(n, "id", getattr(n, "attr", ""))) for n in parts]) for line, parts in inner]
+    return [["min of scores", line] for line, words in names if sum("bpb" in w.lower() for w in words) > 1][:MAX_FACTS]
 
 
 def defaults(nodes: list) -> dict:
@@ -143,15 +130,8 @@ def defaults(nodes: list) -> dict:
 def minifier(nodes: list) -> list:
     """The options of the pyminify command that the script would pack itself with."""
     texts = [[e.value for e in n.elts if isinstance(e, ast.Constant) and isinstance(e.value, str)] for n in nodes]
-    commands = [words for words in texts if words[:1] == ["pyminify"]]
-    return [w for w in commands[0] if w.startswith("--")] if commands else []
-
-
-def leaks(functions: list, calls: list, text: str) -> list:
-    """What the script knows of the tokens it scores; most scripts can be told not to by a few words."""
-    hashes = re.search(r"\^|%|hash|remainder|where|minimum|maximum", text)
-    told = token_leaks([node for node, _ in functions], calls) if hashes else []
-    return told + learning_first(functions)
+    commands = [[w for w in words if w.startswith("--")] for words in texts if words[:1] == ["pyminify"]]
+    return [*commands, []][0]
 
 
 def facts(text: str, pieces: bool = True) -> dict:
@@ -160,9 +140,8 @@ def facts(text: str, pieces: bool = True) -> dict:
     by_type = every(body)
     imports = by_type.get(ast.Import, []) + [n for n in by_type.get(ast.ImportFrom, []) if n.module and not n.level]
     call_nodes = by_type.get(ast.Call, [])
-    names = bindings(imports)
+    names, lines = bindings(imports), text.split("\n")
     calls = sorted(((dotted(n.func, names), n.lineno) for n in call_nodes), key=lambda c: c[1])
-    lines = text.split("\n")
     functions = [(n, "\n".join(lines[n.lineno - 1 : n.end_lineno])) for n in by_type.get(ast.FunctionDef, [])]
     return {
         "error": error,
@@ -170,7 +149,7 @@ def facts(text: str, pieces: bool = True) -> dict:
         "statements": len(body),
         "imports": imported(imports),
         "needs": imported([n for n in imports if n in body]),  # what is imported under a condition may be absent
-        "network": matching(calls, NETWORK),
+        "network": [[name[:80], line] for name, line in calls if NETWORKED.search(name)][:MAX_FACTS],
         "byte_table": byte_table(body, functions),
         "minimum": minimum_of_scores(call_nodes),
         "leaks": leaks(functions, call_nodes, text),
@@ -183,3 +162,32 @@ def facts(text: str, pieces: bool = True) -> dict:
 
 def print_facts() -> None:
     json.dump(facts(sys.stdin.buffer.read().decode("utf-8", errors="replace")), sys.stdout)
+
+
+@lru_cache(maxsize=256)
+def facts_of(text: str) -> dict:
+    """Facts by our own parser, or by a newer one where the grammar is newer than ours."""
+    ours = facts(text, pieces=False)
+    newer = newer_python() if ours["error"] else None
+    theirs = facts_by(newer[0], text.replace("\0", "?")) if newer else None
+    if theirs:
+        return theirs | {"parsed_by": f"Python {newer[1]}"}
+    return facts(text) if ours["error"] else ours
+
+
+@lru_cache(maxsize=1)
+def newer_python() -> tuple[str, str] | None:
+    """Path and version of a Python on this machine with a newer grammar than ours; it only ever parses."""
+    names = [f"python3.{minor}" for minor in range(sys.version_info[1] + 6, sys.version_info[1], -1)]
+    homes = sorted(Path.home().glob(".pyenv/versions/3.*/bin"), reverse=True)
+    places = [(n, path) for n in names for path in (shutil.which(n), *(str(h / n) for h in homes)) if path]
+    usable = ((path, n[6:]) for n, path in places if Path(path).exists() and facts_by(path, "f'{'a'}'"))
+    return next(usable, None)
+
+
+def facts_by(path: str, text: str) -> dict | None:
+    """The same facts from another interpreter; None when it does not run or does not parse the text either."""
+    command = [path, "-I", "-S", "-c", PRINT_FACTS, str(ROOT)]
+    done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=60, check=False)
+    value = json.loads(done.stdout) if done.returncode == 0 else {"error": "it does not run"}
+    return None if value["error"] else value

@@ -6,7 +6,7 @@ counts its steps, and gives up (`Unknown`) on anything else.
 
 import ast
 import operator
-from typing import NamedTuple
+import re
 
 MAX_STEPS = 50_000
 # every class of piece that has been counted wrongly by some submission, by kind
@@ -18,7 +18,7 @@ KINDS = {
     "unused": "dead",
 }
 VOCABULARY = tuple((piece, kind) for kind, pieces in KINDS.items() for piece in pieces.split())
-UNKNOWN_ID = 3
+PIECES = [piece for piece, _ in VOCABULARY]
 TABLE_SIZE = len(VOCABULARY) + 2  # two padding rows
 UNCOUNTED = {"control", "unknown", "unused"}
 
@@ -27,59 +27,34 @@ class Unknown(ValueError):
     """The function does something this walker does not know."""
 
 
-class _Break(Exception):
-    pass
+class _Leave(Exception):
+    """A continue, a break, or a return with its value."""
 
 
-class _Continue(Exception):
-    pass
-
-
-class _Return(Exception):
-    def __init__(self, value: object):
-        self.value = value
-
-
-class Tables(NamedTuple):
-    base: list
-    space: list
-    boundary: list
-
-
-def canonical() -> Tables:
-    """What the competition's own function answers for VOCABULARY."""
-    base, space, boundary = [0] * TABLE_SIZE, [False] * TABLE_SIZE, [True] * TABLE_SIZE
-    for i, (piece, kind) in enumerate(VOCABULARY):
-        boundary[i] = kind in UNCOUNTED
-        space[i] = kind == "normal" and piece.startswith("▁")
-        sizes = {"byte": 1, "normal": len(piece.removeprefix("▁").encode())}
-        base[i] = sizes.get(kind, 0)
-    return Tables(base, space, boundary)
+def canonical() -> tuple[list, list, list]:
+    """What the competition's own function answers for VOCABULARY: bytes, leading space, boundary."""
+    sizes = [{"byte": 1, "normal": len(p.removeprefix("▁").encode())}.get(kind, 0) for p, kind in VOCABULARY]
+    spaces = [kind == "normal" and piece.startswith("▁") for piece, kind in VOCABULARY]
+    return sizes + [0, 0], spaces + [False] * 2, [kind in UNCOUNTED for _, kind in VOCABULARY] + [True] * 2
 
 
 class Tokenizer:
     """The part of a SentencePieceProcessor that table functions ask."""
 
     def ask(self, method: str, args: list) -> object:
-        match method, args:
-            case ("is_control" | "IsControl", [i]):
-                return VOCABULARY[int(i)][1] == "control"
-            case ("is_unknown" | "IsUnknown", [i]):
-                return VOCABULARY[int(i)][1] == "unknown"
-            case ("is_byte" | "IsByte", [i]):
-                return VOCABULARY[int(i)][1] == "byte"
-            case ("is_unused" | "IsUnused", [i]):
-                return VOCABULARY[int(i)][1] == "unused"
-            case ("id_to_piece" | "IdToPiece", [i]):
+        match re.sub(r"(?<=[a-z])(?=[A-Z])", "_", method).lower(), args:
+            case ("is_control" | "is_unknown" | "is_byte" | "is_unused") as asked, [i]:
+                return VOCABULARY[int(i)][1] == asked[3:]
+            case "id_to_piece", [i]:
                 return VOCABULARY[int(i)][0]
-            case ("vocab_size" | "get_piece_size" | "GetPieceSize" | "__len__", []):
+            case (("vocab_size" | "get_piece_size" | "__len__"), []):
                 return len(VOCABULARY)
-            case ("unk_id", []):
-                return UNKNOWN_ID
-            case ("decode", [list() as ids]):
-                return "".join(VOCABULARY[int(i)][0] for i in ids).replace("▁", " ").removeprefix(" ")
-            case ("piece_to_id" | "PieceToId", [piece]):
-                return next((i for i, (p, _) in enumerate(VOCABULARY) if p == piece), UNKNOWN_ID)
+            case "unk_id", []:
+                return PIECES.index("<unk>")
+            case "decode", [list() as ids]:
+                return "".join(PIECES[int(i)] for i in ids).replace("▁", " ").removeprefix(" ")
+            case "piece_to_id", [piece]:
+                return PIECES.index(piece if piece in PIECES else "<unk>")
         raise Unknown(f"sp.{method}")
 
 
@@ -95,18 +70,9 @@ SAFE = (int, len, max, min, bool, str, enumerate, float, ord, abs, list, sum)
 BUILTINS = {f.__name__: f for f in SAFE} | {"range": short_range}
 TEXT_METHODS = {"startswith", "encode", "lstrip", "strip", "endswith", "removeprefix", "upper", "lower"}
 OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.In: lambda a, b: a in b,
-    ast.NotIn: lambda a, b: a not in b,
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
+    **{getattr(ast, n): getattr(operator, n.lower()) for n in ("Add", "Sub", "Eq", "Lt", "Gt")},
+    **{ast.NotEq: operator.ne, ast.LtE: operator.le, ast.GtE: operator.ge, ast.Is: operator.is_},
+    **{ast.IsNot: operator.is_not, ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b},
 }
 FILLS = {"zeros": 0, "ones": 1, "full": None}
 ARRAYS = {*FILLS, "tensor", "as_tensor", "array", "asarray", "from_numpy"}
@@ -135,8 +101,9 @@ class Walker:
             self.env[name] = Tokenizer() if i == 0 or name in {"sp", "tokenizer"} else TABLE_SIZE
         try:
             self.block(function.body)
-        except _Return as done:
-            return list(done.value) if isinstance(done.value, list | tuple) else [done.value]
+        except _Leave as done:
+            value = done.args[1]
+            return list(value) if isinstance(value, list | tuple) else [value]
         raise Unknown("the function returns nothing")
 
     def count(self, node: ast.AST) -> None:
@@ -146,24 +113,20 @@ class Walker:
 
     def block(self, body: list) -> None:
         for statement in body:
-            self.count(statement)
             self.statement(statement)
 
     def statement(self, node: ast.stmt) -> None:
+        self.count(node)
         match node:
             case ast.Pass() | ast.Assert() | ast.Expr() | ast.AnnAssign(value=None):
                 return
-            case ast.Continue():
-                raise _Continue
-            case ast.Break():
-                raise _Break
+            case ast.Continue() | ast.Break():
+                raise _Leave(type(node))
             case ast.Return():
-                raise _Return(self.value(node.value))
-            case ast.AnnAssign():
-                self.store(node.target, self.value(node.value))
-            case ast.Assign():
+                raise _Leave(ast.Return, self.value(node.value))
+            case ast.Assign() | ast.AnnAssign():
                 value = self.value(node.value)
-                for target in node.targets:
+                for target in getattr(node, "targets", None) or [node.target]:
                     self.store(target, value)
             case ast.AugAssign():
                 self.store(node.target, operate(node.op, self.value(node.target), self.value(node.value)))
@@ -179,10 +142,11 @@ class Walker:
             self.store(node.target, item)
             try:
                 self.block(node.body)
-            except _Continue:
-                continue
-            except _Break:
-                return
+            except _Leave as left:
+                if left.args[0] is ast.Return:
+                    raise
+                if left.args[0] is ast.Break:
+                    return
 
     def store(self, target: ast.expr, value: object) -> None:
         match target:
@@ -220,10 +184,8 @@ class Walker:
 
     def computed(self, node: ast.expr) -> object:
         match node:
-            case ast.BoolOp(op=ast.And(), values=values):
-                return all(bool(self.value(v)) for v in values)
-            case ast.BoolOp(values=values):
-                return any(bool(self.value(v)) for v in values)
+            case ast.BoolOp(op=op, values=values):
+                return {ast.And: all, ast.Or: any}[type(op)](bool(self.value(v)) for v in values)
             case ast.UnaryOp(op=ast.Not(), operand=inner):
                 return not self.value(inner)
             case ast.UnaryOp(operand=inner):
@@ -285,14 +247,10 @@ def deviations(source: str) -> list[str]:
         raise Unknown(f"{type(error).__name__}: {error}") from error
     if len(rows) < 3 or not all(isinstance(r, list) and len(r) >= len(VOCABULARY) for r in rows[:3]):
         raise Unknown("does not return three tables")
-    different = [
-        (i, name, row[i], right[i])
-        for name, row, right in zip(("bytes", "leading space", "boundary"), rows, canonical())
-        for i in range(len(VOCABULARY))
-        if row[i] != right[i]
-    ]
+    names = ("bytes", "leading space", "boundary")
     return [
-        f"{VOCABULARY[i][0]!r} ({VOCABULARY[i][1]}): {name} {told!r}, should be {right!r}"
-        for i, name, told, right in different
-        if not (name == "bytes" and (VOCABULARY[i][0], told) == ("▁▁", 1))  # as text that inner space is one byte
+        f"{piece!r} ({kind}): {name} {row[i]!r}, should be {right[i]!r}"
+        for name, row, right in zip(names, rows, canonical())
+        for i, (piece, kind) in enumerate(VOCABULARY)
+        if row[i] != right[i] and (name, piece, row[i]) != ("bytes", "▁▁", 1)  # as text that inner space is one byte
     ]

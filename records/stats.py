@@ -1,9 +1,11 @@
-"""Means, deviations and the one-sided Welch test, from scratch: a record's p-value must not need an installation."""
+"""Means, deviations, the one-sided Welch test from scratch, and by it both rules of the competition on scores per seed:
+a record's p-value must not need an installation."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from records.competition import MARGIN_NATS, P_PRACTICE, P_README
+from records.competition import MARGIN_NATS, P_PRACTICE, P_README, bytes_per_token
 
 TINY = 1e-300
 
@@ -28,8 +30,7 @@ def beta_fraction(a: float, b: float, x: float) -> float:
     h = d
     for m in range(1, 500):
         even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for term in (even, odd):
+        for term in (even, -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))):
             c, d = not_zero(1 + term / c), 1 / not_zero(1 + term * d)
             h *= c * d
         if abs(c * d - 1) < 1e-15:
@@ -42,9 +43,8 @@ def beta_regularised(a: float, b: float, x: float) -> float:
     if x <= 0 or x >= 1:
         return float(x >= 1)
     front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
-    if x < (a + 1) / (a + b + 2):
-        return front * beta_fraction(a, b, x) / a
-    return 1 - front * beta_fraction(b, a, 1 - x) / b
+    swapped = x >= (a + 1) / (a + b + 2)
+    return 1 - front * beta_fraction(b, a, 1 - x) / b if swapped else front * beta_fraction(a, b, x) / a
 
 
 def t_upper(t: float, df: float) -> float:
@@ -53,8 +53,7 @@ def t_upper(t: float, df: float) -> float:
     return half if t >= 0 else 1 - half
 
 
-@dataclass(frozen=True, slots=True)
-class Welch:
+class Welch(NamedTuple):
     gain: float  # baseline mean - new mean, positive is better
     t: float
     df: float
@@ -91,19 +90,60 @@ def seeds_needed(
     return next((n for n, t, df in tests if t_upper(t, df) < p), None)
 
 
-@dataclass(frozen=True, slots=True)
-class Significance:
+class Significance(NamedTuple):
     bpb: Welch
     nats: Welch | None  # against the margin, per token
     readme: bool | None
     practice: bool
 
 
-def significance(
-    base_bpb: list[float], new_bpb: list[float], base_nats: list[float], new_nats: list[float]
-) -> Significance:
+def significance(base_bpb: list, new_bpb: list, base_nats: list, new_nats: list) -> Significance:
     """Both rules: 0.005 nats a token at p < 0.01 (README), any gain in BPB at p < 0.25 (applied in the last weeks)."""
     bpb = welch(base_bpb, new_bpb)
     nats = welch(base_nats, new_nats, MARGIN_NATS) if min(len(base_nats), len(new_nats)) > 1 else None
     readme = nats and nats.gain > MARGIN_NATS and nats.p < P_README
     return Significance(bpb, nats, readme, bpb.gain > 0 and bpb.p < P_PRACTICE)
+
+
+@dataclass
+class Side:
+    """What one side of a comparison knows; scores per seed, facts by name."""
+
+    name: str
+    bpb: list[float]
+    nats: list[float]
+    facts: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float | None:
+        """Bytes a token of this side's tokenizer, from its own scores."""
+        return bytes_per_token(mean(self.nats), mean(self.bpb)) if self.nats and self.bpb else None
+
+
+def tested(a: Side, b: Side) -> dict | None:
+    """Both significance rules for b against a; None with fewer than two scores on a side."""
+    if min(len(a.bpb), len(b.bpb)) < 2:
+        return None
+    result = significance(a.bpb, b.bpb, a.nats, b.nats)
+    gain, t, df, p = result.bpb
+    needed = seeds_needed(gain, deviation(a.bpb), len(a.bpb), deviation(b.bpb), 0.0, P_PRACTICE)
+    test = {"gain_bpb": gain, "t": t, "df": df, "p": p, "practice": result.practice}
+    test |= {"practice_rule": f"p < {P_PRACTICE} on BPB", "seeds_needed_practice": needed}
+    return test | written_rule(a, b, result) if b.ratio else test
+
+
+def written_rule(a: Side, b: Side, result: Significance) -> dict:
+    """The margin in nats is another BPB for every tokenizer; nats of two tokenizers cannot be subtracted."""
+    gain, margin = result.bpb.gain, MARGIN_NATS / (math.log(2) * b.ratio)
+    same_tokens = a.ratio is not None and abs(a.ratio / b.ratio - 1) < 1e-3
+    converted = Welch(gain * math.log(2) * b.ratio, 0.0, 0.0, welch(a.bpb, b.bpb, margin).p)
+    used = result.nats if same_tokens and result.nats else converted
+    rule = f"{MARGIN_NATS} nats a token at p < {P_README}"
+    return {
+        "margin_bpb": margin,
+        "gain_nats": used.gain,
+        "p_margin": used.p,
+        "readme": used.p < P_README,
+        "readme_rule": rule + ", converted by the new record's tokenizer" * (not same_tokens),
+        "seeds_needed_readme": seeds_needed(gain, deviation(a.bpb), len(a.bpb), deviation(b.bpb), margin, P_README),
+    }

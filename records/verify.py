@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from records.claim import as_number, parse_json
 from records.competition import CAP_BYTES, EVAL_SECONDS, SHARD_HEADER, SHARD_MAGIC, SHARD_VERSION
 from records.folder import Folder, sha256_file
 from records.logs_reader import read_log
-from records.rules import RANK, Finding
+from records.rules import RANK, Finding, pick
 from records.tokenizer import read_vocabulary
 
 GUARD = '''"""Refuses every connection of this process."""
@@ -32,17 +33,7 @@ def _refuse(event, args):
         raise PermissionError(f"network access during evaluation: {event} {args[1:]}")
 sys.addaudithook(_refuse)
 '''
-KEEP = (
-    "PATH",
-    "HOME",
-    "LANG",
-    "LD_LIBRARY_PATH",
-    "CUDA_VISIBLE_DEVICES",
-    "OMP_NUM_THREADS",
-    "TMPDIR",
-    "TRITON_INTERPRET",
-    "CUDA_HOME",
-)
+KEEP = "PATH HOME LANG LD_LIBRARY_PATH CUDA_VISIBLE_DEVICES OMP_NUM_THREADS TMPDIR TRITON_INTERPRET CUDA_HOME"
 SPAN = ("start", "stop", "nats", "nbytes")
 TOLERANCE = 5e-6  # BPB
 NOISE = 5e-4  # BPB; two honest evaluations never lie further apart
@@ -64,16 +55,14 @@ class Outcome:
         return max((f.status for _, f in self.findings), key=RANK.__getitem__, default="na")
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """What one run of the evaluation left: scores by mode, and (start, stop, nats, bytes, lane) rows by mode."""
 
     printed: dict[str, float]
     spans: dict[str, list[tuple]]
 
 
-@dataclass(frozen=True)
-class Trial:
+class Trial(NamedTuple):
     """What to run, how often, and for how long at most."""
 
     command: str = COMMAND
@@ -160,9 +149,8 @@ def export_twice(folder: Folder, trial: Trial, values: dict[str, str], out: Outc
             artifacts.append((largest.stat().st_size, sha256_file(largest)))
     (one, first), (two, second) = artifacts
     margin, jitter = CAP_BYTES - max(one, two) - folder.main.size, abs(one - two)
-    told = {True: "two exports are the same file", False: f"two exports differ by {jitter:,} bytes"}[first == second]
-    statuses = (("fail", margin < 0), ("pass", margin >= jitter), ("warn", True))
-    status = next(status for status, holds in statuses if holds)
+    told = pick(first == second, "two exports are the same file", f"two exports differ by {jitter:,} bytes")
+    status = pick(margin < 0, "fail", pick(margin >= jitter, "pass", "warn"))
     out.add("L11", status, f"{told}; {max(one, two):,} bytes, {margin:,} below the cap with the script", value=margin)
 
 
@@ -182,26 +170,21 @@ def execute(box: Path, command: list[str], seconds: float, out: Outcome) -> floa
     guard = box / ".guard"
     guard.mkdir()
     (guard / "sitecustomize.py").write_text(GUARD)
-    env = {k: os.environ[k] for k in KEEP if k in os.environ} | {
-        "PYTHONPATH": str(guard),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "WANDB_MODE": "disabled",
-    }
+    env = {k: os.environ[k] for k in KEEP.split() if k in os.environ}
+    env |= {"PYTHONPATH": str(guard), "PYTHONDONTWRITEBYTECODE": "1", "WANDB_MODE": "disabled"}
     isolated = has_network_namespace()
-    refused = "no network namespace here; sockets of Python processes are refused instead"
-    told = {True: ("pass", "no network: an empty network namespace"), False: ("warn", refused)}[isolated]
-    out.add("L7", *told)
-    full, start = ["unshare", "-rn"] * isolated + command, os.times().elapsed
-    with open(box / "output.txt", "wb") as sink:
-        try:
-            done = subprocess.run(
-                full, cwd=box, env=env, stdout=sink, stderr=subprocess.STDOUT, timeout=seconds, check=False
-            )
-        except subprocess.TimeoutExpired:
-            out.add("L8", "fail", f"the evaluation was stopped after {seconds:.0f} s")
-            return None
+    refused = ("warn", "no network namespace here; sockets of Python processes are refused instead")
+    out.add("L7", *pick(isolated, ("pass", "no network: an empty network namespace"), refused))
+    full, start, sink = ["unshare", "-rn"] * isolated + command, os.times().elapsed, box / "output.txt"
+    try:
+        with open(sink, "wb") as stream:
+            options = {"stdout": stream, "stderr": subprocess.STDOUT, "timeout": seconds, "check": False}
+            done = subprocess.run(full, cwd=box, env=env, **options)
+    except subprocess.TimeoutExpired:
+        out.add("L8", "fail", f"the evaluation was stopped after {seconds:.0f} s")
+        return None
     took = os.times().elapsed - start
-    with open(box / "output.txt", "rb") as stream:
+    with open(sink, "rb") as stream:
         stream.seek(max(0, stream.seek(0, 2) - 20_000))
         out.output = stream.read().decode("utf-8", errors="replace")
     if done.returncode:
@@ -227,12 +210,11 @@ def judge(folder: Folder, run: Evaluation, data: Path, out: Outcome) -> None:
     if not run.spans:
         out.add("L6", "na", "the evaluation leaves no spans (spans*.jsonl or MODE.N.npz); its sums were not recomputed")
     weights = byte_weights(data) if run.spans else None
-    orders = {True: ("pass", "in the order of the stream")}
-    orders[False] = ("warn", "out of the order of the stream, which has to be declared")
     for mode, spans in run.spans.items():
         out.findings += [("L6", finding) for finding in judge_mode(mode, sorted(spans), weights, run.printed)]
-        status, order = orders[in_stream_order(spans)]
-        out.add("L10", status, f"{mode}: scored {order}")
+        order = pick(in_stream_order(spans), ("pass", "in"), ("warn", "out of"))
+        declared = ", which has to be declared" * (order[0] == "warn")
+        out.add("L10", order[0], f"{mode}: scored {order[1]} the order of the stream{declared}")
 
 
 def printed_scores(box: Path) -> dict[str, float]:
@@ -295,12 +277,11 @@ def judge_mode(
     for note in [note for note, holds in faults.items() if holds][:4]:
         yield Finding("fail", f"{mode}: {note}")
     bpb = math.fsum(s[2] for s in spans) / math.log(2) / nbytes
-    named = [v for name, v in printed.items() if mode and mode in name][:1]
-    for score in named:
-        status = {True: "pass", False: "fail"}[abs(score - bpb) <= TOLERANCE]
+    for score in [v for name, v in printed.items() if mode and mode in name][:1]:
+        status = pick(abs(score - bpb) <= TOLERANCE, "pass", "fail")
         yield Finding(status, f"{mode}: spans give {bpb:.8f}, printed {score:.8f}", value=bpb)
-    if not named:
-        yield Finding("pass", f"{mode}: spans give {bpb:.8f}; no printed score names the mode", value=bpb)
+        return
+    yield Finding("pass", f"{mode}: spans give {bpb:.8f}; no printed score names the mode", value=bpb)
 
 
 def byte_weights(data: Path) -> np.ndarray | None:

@@ -22,7 +22,7 @@ from records.cli import main
 from records.competition import CAP_BYTES
 from records.folder import Folder
 from records.repack import minified, packed_sizes
-from records.script_parse import facts_of, newer_python
+from records.script import facts_of, newer_python
 
 LUT = """
 def build_sentencepiece_luts(sp, vocab_size, device):
@@ -838,7 +838,7 @@ NEWER = "\n\ndef f(x):\n    return f'{x['a']}'\n"
 
 def test_a_newer_grammar_is_no_fault_where_no_newer_python_is_found(tmp_path, monkeypatch):
     facts_of.cache_clear()
-    monkeypatch.setattr("records.script_parse.newer_python", lambda: None)
+    monkeypatch.setattr("records.script.newer_python", lambda: None)
     made = record("B")
     script(lambda t: t + NEWER)(made)
     _, report = findings(write(tmp_path, made))

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from records.script import facts
-from records.script_order import AGAIN, BEFORE, FITTED
-from records.script_tokens import BETTER, GATED, HASHED
+from records.script_leaks import AGAIN, BEFORE, BETTER, FITTED, GATED, HASHED
 
 SCORE = """
 def eval_val(model, val_tokens, base_bytes_lut, space_lut, boundary_lut):

@@ -196,7 +196,7 @@ def test_the_projects_own_table_is_understood(request):
 
 
 def test_the_canonical_table_counts_each_class_of_piece():
-    base = dict(zip((p for p, _ in VOCABULARY), canonical().base))
+    base = dict(zip((p for p, _ in VOCABULARY), canonical()[0]))
     assert base == base | {
         "<s>": 0,
         "<0xFF>": 1,

@@ -1,4 +1,4 @@
-"""What does a script know of the token it scores? Three rulings, read from the syntax tree; advisory, never executed.
+"""What a script knows of the tokens it scores, read from the syntax tree; advisory, never executed.
 
 Every expression carries labels (state, origin). States: `token` is the token to be predicted, `mixed` that token added
 to or multiplied with something, `key` that token hashed into the index of a table, `score` a probability of that token,
@@ -19,9 +19,7 @@ TOKEN = re.compile(
 )
 WHOLE = re.compile(r"^(?:all_(?:tok|tokens|ids)|vocab_ids|candidates?|cands?)$")
 VOCABULARY = re.compile(r"vocab|^V$|n_tokens$", re.I)
-TRAITS = re.compile(r"space|boundary|word|starts", re.I)
-BYTES = re.compile(r"byte", re.I)
-COUNTS = re.compile(r"count", re.I)
+TRAITS, BYTES, COUNTS = (re.compile(words, re.I) for words in ("space|boundary|word|starts", "byte", "count"))
 SCORER = re.compile(r"log_?p|prob|nll|score|lookup", re.I)
 LEARNER = re.compile(r"^_*(?:update|insert|observe|ingest|learn|record|add|push|fill|build)")
 SAME = re.compile(
@@ -33,28 +31,31 @@ SAME = re.compile(
 READS = frozenset({"gather", "get", "index_select", "take", "take_along_axis", "take_along_dim"})
 HASHES = frozenset({"bitwise_xor", "hash", "crc32", "xxh32_intdigest", "xxh64_intdigest", "adler32"})
 WRAPS = frozenset({"bitwise_and", "fmod", "mod", "remainder"})
-LOG_SUMS = frozenset({"log1p", "logaddexp"})
 SIZES = frozenset({"shape", "dtype", "device", "size", "ndim"})
 LINES = 50  # findings of a kind
 
 HASHED = "reads a table at a hash of the token it predicts (PR 779, 993: such a cache is no distribution)"
 BETTER = "keeps the better of two scores of the token it predicts (PR 659: peeking at the correct token)"
 GATED = "chooses by a property of the token it predicts (PR 1420: the gate must know the prefix only)"
+BEFORE = "adapts on validation tokens that it has not scored (PR 1376, 672: test-time training before the score)"
+FITTED = "learns from a window and then scores it, legal only if it learns from scored tokens alone (PR 152, 1240)"
+AGAIN = "scores the same tokens in every epoch of adapting on them (PR 568: only the first score counts)"
 
 Labels = frozenset
 NONE: Labels = frozenset()
-EMPTY: frozenset = frozenset()
-WHOLE_VOCABULARY: Labels = frozenset({("all", HERE)})
-CHOICE: Labels = frozenset({("choice", HERE)})
 KNOWN = {"token", "mixed", "key"}
 
 
+def marked(labels: Labels, state: str, of: set) -> Labels:
+    return labels and frozenset((state if s in of else s, o) for s, o in labels)
+
+
 def mixed(labels: Labels) -> Labels:
-    return labels and frozenset(("mixed" if s == "token" else s, o) for s, o in labels)
+    return marked(labels, "mixed", {"token"})
 
 
-def hashed(labels: Labels, of: tuple = ("token", "mixed")) -> Labels:
-    return labels and frozenset(("key" if s in of else s, o) for s, o in labels)
+def hashed(labels: Labels) -> Labels:
+    return marked(labels, "key", {"token", "mixed"})
 
 
 def scored(labels: Labels, state: str = "score") -> Labels:
@@ -67,31 +68,29 @@ def at_parameter(state: str, given: Labels) -> Labels:
     return made[state](given) if state in made else scored(given, state)
 
 
-def states(labels: Labels) -> set | frozenset:
-    return {s for s, o in labels if o == HERE} if labels else EMPTY
+def states(labels: Labels) -> set:
+    return {s for s, o in labels if o == HERE}
 
 
 @cache
 def named(name: str) -> Labels:
     """What a name alone says of its value."""
-    if WHOLE.match(name):
-        return WHOLE_VOCABULARY
-    return frozenset({("token", HERE)}) if TOKEN.search(name) else NONE
+    states = ["all"] * bool(WHOLE.match(name)) + ["token"] * bool(TOKEN.search(name))
+    return frozenset((state, HERE) for state in states[:1])
 
 
 def combined(op: ast.operator, left: Labels, right: Labels) -> Labels:
     both = left | right
     if isinstance(op, ast.BitXor):
         return hashed(both)
-    return hashed(both, ("mixed",)) if isinstance(op, ast.Mod | ast.BitAnd | ast.RShift) else mixed(both)
+    return marked(both, "key", {"mixed"}) if isinstance(op, ast.Mod | ast.BitAnd | ast.RShift) else mixed(both)
 
 
 class Reader:
     """Reads the functions of one script, in two rounds, so that the second knows what each function returns."""
 
     def __init__(self, functions: list, sums: set):
-        self.functions = functions
-        self.sums = sums  # lines of sums in the log domain
+        self.functions, self.sums = functions, sums  # `sums` are lines of sums in the log domain
         self.returns: dict = {}  # function name -> the labels of each member of what it returns
         self.reads: dict = {}  # function name -> the parameters it indexes a table with
         self.parameters: dict = {}
@@ -106,7 +105,8 @@ class Reader:
     def function(self, node: ast.FunctionDef, last: bool) -> None:
         names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
         names = names[names[:1] in (["self"], ["cls"]) :]
-        self.name, self.silent = node.name, not last or bool(LEARNER.match(node.name) and not returns_value(node))
+        returns = any(isinstance(n, ast.Return) and n.value is not None for n in ast.walk(node))
+        self.name, self.silent = node.name, not last or bool(LEARNER.match(node.name) and not returns)
         self.parameters[node.name] = names
         self.env = {n: frozenset({("token", i)}) | named(n) for i, n in enumerate(names)}
         self.stores: set = set()
@@ -116,60 +116,75 @@ class Reader:
         if when and not self.silent and sum(w == what for w, _ in self.told) < LINES:
             self.told[what, node.lineno] = True
 
-    # statements
+    def choose(self, node: ast.AST, test: Labels, branches: Labels) -> None:
+        self.tell("choice" in states(test), BETTER, node)
+        self.tell("trait" in states(test) and "score" in states(branches), GATED, node)
+
+    # statements and expressions, by the names of their classes
 
     def body(self, statements: list) -> None:
-        for statement in statements:
-            STATEMENTS.get(statement.__class__, Reader.other_statement)(self, statement)
+        for node in statements:
+            getattr(self, node.__class__.__name__, self.blocks)(node)
 
-    def definition(self, _: ast.stmt) -> None:
-        """Read on its own."""
+    def value(self, node: ast.expr) -> Labels:
+        return getattr(self, node.__class__.__name__, self.parts_only)(node)
 
-    def other_statement(self, node: ast.stmt) -> None:
-        self.union([value for value in ast.iter_child_nodes(node) if isinstance(value, ast.expr)])
+    def union(self, nodes: list) -> Labels:
+        return NONE.union(*[self.value(n) for n in nodes])
+
+    def parts_only(self, node: ast.AST) -> Labels:
+        """What is computed inside is read; the value itself, like a range of positions, says nothing."""
+        self.union([inner for inner in ast.iter_child_nodes(node) if isinstance(inner, ast.expr)])
+        return NONE
+
+    def blocks(self, node: ast.stmt) -> None:
+        self.parts_only(node)
         blocks = [getattr(node, name, []) for name in ("body", "orelse", "finalbody")]
         for block in (*blocks, *(handler.body for handler in getattr(node, "handlers", []))):
             self.body(block)
 
-    def assign(self, node: ast.Assign) -> None:
+    def ignored(self, _: ast.AST) -> Labels:
+        """A constant, or a definition, which is read on its own."""
+        return NONE
+
+    FunctionDef = AsyncFunctionDef = ClassDef = Constant = ignored
+
+    def Assign(self, node: ast.Assign) -> None:
         self.stores = {ast.dump(t).replace("Store()", "Load()") for t in node.targets if isinstance(t, ast.Subscript)}
         value = self.value(node.value)
         for target in node.targets:
             self.bind(target, node.value, value)
         self.stores = set()
 
-    def annotated(self, node: ast.AnnAssign) -> None:
+    def AnnAssign(self, node: ast.AnnAssign) -> None:
         source = node.value or ast.Constant(None)
         self.bind(node.target, source, self.value(source))
 
-    def augmented(self, node: ast.AugAssign) -> None:
-        value = self.value(node.value)
-        name = path_of(node.target)
+    def AugAssign(self, node: ast.AugAssign) -> None:
+        value, name = self.value(node.value), path_of(node.target)
         self.env[name] = combined(node.op, self.env.get(name, NONE), value)
 
-    def loop(self, node: ast.For) -> None:
+    def For(self, node: ast.For) -> None:
         self.bind(node.target, node.iter, self.value(node.iter))
         self.body([*node.body, *node.orelse])
 
-    def branch(self, node: ast.If) -> None:
+    def If(self, node: ast.If) -> None:
         self.choose(node, self.value(node.test), NONE)
         before = dict(self.env)
         self.body(node.body)
         taken, self.env = self.env, before
         self.body(node.orelse)
-        for name, labels in taken.items():
-            self.env[name] = self.env.get(name, NONE) | labels
+        self.env |= {name: self.env.get(name, NONE) | labels for name, labels in taken.items()}
 
-    def give_back(self, node: ast.Return) -> None:
+    def Return(self, node: ast.Return) -> None:
         parts = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value] * (node.value is not None)
-        labels = [self.value(p) for p in parts]
-        before = self.returns.get(self.name, [])
+        labels, before = [self.value(p) for p in parts], self.returns.get(self.name, [])
         same = len(before) == len(labels)
         self.returns |= {self.name: [a | b for a, b in zip(before, labels)] if same else labels} if parts else {}
 
     def bind(self, target: ast.expr, source: ast.expr, labels: Labels) -> None:
         if isinstance(target, ast.Tuple | ast.List):
-            parts = self.parts(source, len(target.elts)) or [labels] * len(target.elts)
+            parts = self.members(source, len(target.elts)) or [labels] * len(target.elts)
             for part, inner in zip(target.elts, parts):
                 self.bind(part, ast.Constant(None), inner)
             return
@@ -177,7 +192,7 @@ class Reader:
         kept = {True: self.env.get(name, NONE), False: named(name) if ("all", HERE) not in labels else NONE}
         self.env[name] = labels | kept[isinstance(target, ast.Subscript)]
 
-    def parts(self, source: ast.expr, count: int) -> list | None:
+    def members(self, source: ast.expr, count: int) -> list | None:
         """The labels of the members of a tuple, of what a function returns, or of what `zip` and `enumerate` walk."""
         match source:
             case ast.Tuple(elts=members) if len(members) == count:
@@ -187,67 +202,40 @@ class Reader:
             case ast.Call(args=[walked, *_]) if call_name(source) == "enumerate" and count == 2:
                 return [NONE, self.value(walked)]
             case ast.Call(args=args) if len(self.returns.get(call_name(source), [])) == count:
-                named_labels = {k.arg: self.value(k.value) for k in source.keywords}
-                return self.called(source, [self.value(a) for a in args], named_labels)
+                by_name = {k.arg: self.value(k.value) for k in source.keywords}
+                return self.called(source, [self.value(a) for a in args], by_name)
         return None
 
-    # expressions
-
-    def value(self, node: ast.expr) -> Labels:
-        return EXPRESSIONS.get(node.__class__, Reader.other_expression)(self, node)
-
-    def other_expression(self, node: ast.expr) -> Labels:
-        self.union([inner for inner in ast.iter_child_nodes(node) if isinstance(inner, ast.expr)])
-        return NONE
-
-    def union(self, nodes: list) -> Labels:
-        return NONE.union(*[self.value(n) for n in nodes])
-
-    def constant(self, _: ast.Constant) -> Labels:
-        return NONE
-
-    def of_name(self, node: ast.Name) -> Labels:
+    def Name(self, node: ast.Name) -> Labels:
         return self.env[node.id] if node.id in self.env else named(node.id)
 
-    def attribute(self, node: ast.Attribute) -> Labels:
+    def Attribute(self, node: ast.Attribute) -> Labels:
         path = path_of(node)
-        known = self.env[path] if path in self.env else named(node.attr)
-        return NONE if node.attr in SIZES else known
+        labels = self.env[path] if path in self.env else named(node.attr)
+        return NONE if node.attr in SIZES else labels
 
-    def members(self, node: ast.Tuple) -> Labels:
-        return self.union(node.elts)
+    def made_of_parts(self, node: ast.expr) -> Labels:
+        return self.union([inner for inner in ast.iter_child_nodes(node) if isinstance(inner, ast.expr)])
 
-    def operand(self, node: ast.UnaryOp) -> Labels:
-        return self.value(node.operand)
+    Tuple = List = Starred = UnaryOp = BoolOp = made_of_parts
 
-    def inner(self, node: ast.Starred) -> Labels:
-        return self.value(node.value)
-
-    def logical(self, node: ast.BoolOp) -> Labels:
-        return self.union(node.values)
-
-    def binary(self, node: ast.BinOp) -> Labels:
+    def BinOp(self, node: ast.BinOp) -> Labels:
         return combined(node.op, self.value(node.left), self.value(node.right))
 
-    def compare(self, node: ast.Compare) -> Labels:
+    def Compare(self, node: ast.Compare) -> Labels:
         sides = [self.value(n) for n in (node.left, *node.comparators)]
         order = all(isinstance(op, ast.Lt | ast.LtE | ast.Gt | ast.GtE) for op in node.ops)
-        return CHOICE if order and all("score" in states(s) for s in sides) else NONE
+        return frozenset({("choice", HERE)}) if order and all("score" in states(s) for s in sides) else NONE
 
-    def conditional(self, node: ast.IfExp) -> Labels:
+    def IfExp(self, node: ast.IfExp) -> Labels:
         test, branches = self.value(node.test), self.union([node.body, node.orelse])
         self.choose(node, test, branches)
         return branches
 
-    def subscript(self, node: ast.Subscript) -> Labels:
+    def Subscript(self, node: ast.Subscript) -> Labels:
         base, index = self.value(node.value), self.value(node.slice)
         stored = bool(self.stores) and ast.dump(node) in self.stores
         return NONE if stored else self.read(node, node.value, base, index)
-
-    def span(self, node: ast.Slice) -> Labels:
-        """A range of positions, whatever it was computed from."""
-        self.union([part for part in (node.lower, node.upper, node.step) if part is not None])
-        return NONE
 
     def read(self, node: ast.expr, table: ast.expr, base: Labels, index: Labels) -> Labels:
         """A table read at an index; a slice of the tokens themselves stays tokens."""
@@ -261,15 +249,16 @@ class Reader:
             return scored(index, "trait") if trait else NONE
         return base | scored(index)
 
-    def comprehension(self, node: ast.ListComp) -> Labels:
+    def ListComp(self, node: ast.ListComp) -> Labels:
         outside = dict(self.env)
         for inner in node.generators:
             self.bind(inner.target, inner.iter, self.value(inner.iter))
-        labels = self.value(node.elt)
-        self.env = outside
+        labels, self.env = self.value(node.elt), outside
         return labels
 
-    def call(self, node: ast.Call) -> Labels:
+    GeneratorExp = SetComp = ListComp
+
+    def Call(self, node: ast.Call) -> Labels:
         name = call_name(node)
         owner = self.value(node.func.value) if isinstance(node.func, ast.Attribute) else NONE
         given = [self.value(a) for a in node.args]
@@ -282,8 +271,8 @@ class Reader:
             (name in self.returns or name in self.reads, lambda: NONE.union(*self.called(node, given, by_name))),
             (name in READS and given and not default, lambda: self.read_call(node, owner, given)),
             (name in HASHES, lambda: hashed(every)),
-            (name in WRAPS, lambda: hashed(every, ("mixed",))),
-            (whole, lambda: WHOLE_VOCABULARY),
+            (name in WRAPS, lambda: marked(every, "key", {"mixed"})),
+            (whole, lambda: frozenset({("all", HERE)})),
             (SAME.fullmatch(name), lambda: self.same(node, name, owner, given)),
             (scores, lambda: scored(every)),
         )
@@ -306,11 +295,10 @@ class Reader:
     def read_call(self, node: ast.Call, owner: Labels, given: list) -> Labels:
         module = isinstance(node.func, ast.Attribute) and path_of(node.func.value) in {"np", "torch", "numpy"}
         table = node.args[0] if module else getattr(node.func, "value", node.func)
-        index = NONE.union(*given[int(module) :])
         stored = self.stores and f"value={ast.dump(table)}, slice={ast.dump(node.args[0])}"
         if stored and any(stored in s for s in self.stores):
             return NONE
-        return self.read(node, table, given[0] if module else owner, index)
+        return self.read(node, table, given[0] if module else owner, NONE.union(*given[int(module) :]))
 
     def called(self, node: ast.Call, given: list, by_name: dict) -> list:
         """What a function of this script gives back for these arguments, and what it reads with them."""
@@ -323,49 +311,14 @@ class Reader:
             for labels in self.returns.get(name, [])
         ]
 
-    def choose(self, node: ast.AST, test: Labels, branches: Labels) -> None:
-        self.tell("choice" in states(test), BETTER, node)
-        self.tell("trait" in states(test) and "score" in states(branches), GATED, node)
-
-
-STATEMENTS = {
-    ast.FunctionDef: Reader.definition,
-    ast.AsyncFunctionDef: Reader.definition,
-    ast.ClassDef: Reader.definition,
-    ast.Assign: Reader.assign,
-    ast.AnnAssign: Reader.annotated,
-    ast.AugAssign: Reader.augmented,
-    ast.For: Reader.loop,
-    ast.If: Reader.branch,
-    ast.Return: Reader.give_back,
-}
-EXPRESSIONS = {
-    ast.Constant: Reader.constant,
-    ast.Name: Reader.of_name,
-    ast.Attribute: Reader.attribute,
-    ast.Tuple: Reader.members,
-    ast.List: Reader.members,
-    ast.Starred: Reader.inner,
-    ast.UnaryOp: Reader.operand,
-    ast.BoolOp: Reader.logical,
-    ast.BinOp: Reader.binary,
-    ast.Compare: Reader.compare,
-    ast.IfExp: Reader.conditional,
-    ast.Subscript: Reader.subscript,
-    ast.Slice: Reader.span,
-    ast.ListComp: Reader.comprehension,
-    ast.GeneratorExp: Reader.comprehension,
-    ast.SetComp: Reader.comprehension,
-    ast.Call: Reader.call,
-}
-
 
 def path_of(node: ast.expr) -> str:
     """A dotted name; of a subscript the name of its table."""
-    if isinstance(node, ast.Attribute):
-        return f"{path_of(node.value)}.{node.attr}"
-    if isinstance(node, ast.Subscript | ast.Starred):
-        return path_of(node.value)
+    match node:
+        case ast.Attribute(value=owner, attr=name):
+            return f"{path_of(owner)}.{name}"
+        case ast.Subscript(value=inner) | ast.Starred(value=inner):
+            return path_of(inner)
     return node.id if isinstance(node, ast.Name) else ""
 
 
@@ -379,14 +332,106 @@ def per_token(node: ast.Call) -> bool:
     return call_name(node) in {"cross_entropy", "nll_loss"} and bool(none)
 
 
-def returns_value(node: ast.FunctionDef) -> bool:
-    return any(isinstance(n, ast.Return) and n.value is not None for n in ast.walk(node))
+# learning before the score: only a score counts bytes, so the line where bytes are added up is where it is known
+
+VALIDATION = re.compile(r"^val_(?:tokens?|data|seqs?|ids|stream)\w*$|^valid(?:ation)?_(?:tokens?|data)$")
+IN_EVALUATION = re.compile(r"^all_(?:tokens|toks)$|^tokens$")  # validation tokens too, where a function evaluates
+EVALUATES = re.compile(r"eval|ttt|score", re.I)
+COUNTED = re.compile(r"byte\w*(?:count|sum|total)|(?:total|sum|doc|scored|val|batch)\w*byte|bytes_total", re.I)
+EPOCH = re.compile(r"^_*(?:ep|epoch|epochs|pass|pass_idx)(?:_\w+)?$")
 
 
-def token_leaks(functions: list, calls: list) -> list:
-    """[what, line] of everything that the rulings concern; nothing where code is nested deeper than people write."""
-    sums = {n.lineno for n in calls if call_name(n) in LOG_SUMS}
-    try:
-        return Reader(functions, sums).run()
+class Order:
+    """Where one function counts scored bytes, where it learns from validation tokens, and whom it calls."""
+
+    def __init__(self, node: ast.FunctionDef):
+        self.name = node.name
+        nodes = [n for n in ast.walk(node) if hasattr(n, "lineno")]
+        calls = [(call_name(n), n) for n in nodes if isinstance(n, ast.Call)]
+        self.calls = [(name, n.lineno) for name, n in calls]
+        self.scores = [n.lineno for n in nodes if counts_bytes(n)]
+        self.epochs = [n for n in nodes if isinstance(n, ast.For) and EPOCH.match(path_of(n.target))]
+        steps = [n.lineno for name, n in calls if name == "step" and "opt" in path_of(n.func).lower()]
+        learns = self.from_validation(nodes) if any(name == "backward" for name, _ in calls) else []
+        self.learns = [line for line in learns if any(step >= line for step in steps)]
+
+    def from_validation(self, nodes: list) -> list:
+        """Lines of `x.backward()` where x comes from validation tokens, read in the order of the lines."""
+        names = {n.arg for n in nodes if isinstance(n, ast.arg) and self.validation(n.arg)}
+        lines = []
+        for node in sorted(nodes, key=lambda n: (n.lineno, isinstance(n, ast.Call))):
+            match node:
+                case ast.Call(func=func) if call_name(node) == "backward" and names_in(func) & names:
+                    lines.append(node.lineno)
+                case ast.Assign(targets=targets, value=value):
+                    self.bind(targets, value, names)
+                case ast.For(target=target, iter=value):
+                    self.bind([target], value, names)
+        return lines
+
+    def bind(self, targets: list, value: ast.expr, names: set) -> None:
+        """A name that is bound anew comes from validation tokens, or no longer; a part only adds to it."""
+        evaluated = isinstance(value, ast.Call) and re.match(r"_*eval(?!_?model)", call_name(value))
+        source = not evaluated and any(n in names or self.validation(n) for n in names_in(value))
+        for target in targets:
+            part = isinstance(target, ast.Subscript)
+            bound = {path_of(target)} if part else names_in(target)
+            names |= bound if source else set()
+            names -= {n for n in bound if not (source or part or self.validation(n))}
+
+    def validation(self, name: str) -> bool:
+        return bool(VALIDATION.match(name) or (IN_EVALUATION.match(name) and EVALUATES.search(self.name)))
+
+
+def names_in(node: ast.AST) -> set:
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+
+
+def counts_bytes(node: ast.AST) -> bool:
+    """Bytes are added up, here or by a helper that gets the sum: only a score needs that."""
+    match node:
+        case ast.AugAssign(target=target):
+            return bool(COUNTED.search(path_of(target)))
+        case ast.Call(func=func) if call_name(node) == "add_":
+            return bool(COUNTED.search(path_of(func)))
+        case ast.Call(args=args) if "accumulate" in call_name(node):
+            return any(COUNTED.search(path_of(a)) for a in args)
+    return False
+
+
+def learning_first(functions: list) -> list:
+    """[what, line] of code that learns from validation tokens before their score was counted, or scores them again.
+
+    `functions` are pairs of a function and its text; only those that call `backward` are read, and their callers.
+    """
+    learners = [order for node, text in functions if "backward" in text and (order := Order(node)).learns]
+    names = "|".join(re.escape(order.name) for order in learners)
+    callers = [Order(node) for node, text in functions if learners and re.search(rf"\b(?:{names})\b", text)]
+    again = [[AGAIN, loop.lineno] for order in learners for loop in order.epochs if scored_again(order, loop)]
+    early = [order for order in learners if min(order.scores, default=order.learns[0]) >= order.learns[0]]
+    first = [[(FITTED if o.scores else BEFORE), o.learns[0]] for o in early if unscored(o, callers)]
+    return again + first
+
+
+def scored_again(order: Order, loop: ast.For) -> bool:
+    inside = range(loop.lineno, loop.end_lineno + 1)
+    return any(line in inside for line in order.learns) and any(line in inside for line in order.scores)
+
+
+def unscored(order: Order, callers: list) -> bool:
+    """Whether the tokens it learns from had no score yet: its own comes later, or a caller has none before the call."""
+    calls = [(o, line) for o in callers for name, line in o.calls if (name, o.name != order.name) == (order.name, True)]
+    before_caller = any(min(o.scores, default=line) >= line for o, line in calls)
+    return bool(order.scores) or order.name == "main" or before_caller
+
+
+def leaks(functions: list, calls: list, text: str) -> list:
+    """[what, line] of everything that the rulings concern; most scripts can be told to be free of it by a few words."""
+    told = []
+    try:  # nothing of code that is nested deeper than people write
+        if re.search(r"\^|%|hash|remainder|where|minimum|maximum", text):
+            sums = {n.lineno for n in calls if call_name(n) in {"log1p", "logaddexp"}}
+            told = Reader([node for node, _ in functions], sums).run()
+        return told + learning_first(functions)
     except RecursionError:
-        return []
+        return told
