@@ -136,13 +136,14 @@ def test_a_file_of_another_version_is_refused_by_the_name_of_its_fields():
 
 def test_a_field_that_a_build_fixed_is_named_when_it_is_given_otherwise(monkeypatch):
     monkeypatch.setattr("runtime.fields.FIXED", {"layers": "AKS", "parts": ("reset", "unet")})
-    c, _ = load_config(["parts=reset,unet", "dim=128"], {"LAYERS": "AKS"}, "tiny", {"layers": "AKS", "vocab": 64})
+    stored = {"layers": "AKS", "parts": ("reset", "unet"), "vocab": 64}
+    c, _ = load_config(["parts=reset,unet", "dim=128"], {"LAYERS": "AKS"}, "tiny", stored)
     assert c.dim == 128
     for words, env, file in ((["layers=KKK"], {}, None), ([], {"LAYERS": "KKK"}, None), ([], {}, {"layers": "KKK"})):
         with pytest.raises(ValueError, match="layers=KKK: fixed in this build, which has AKS"):
             load_config(words, env, "tiny", file)
     with pytest.raises(ValueError, match="layers=AAAA: fixed in this build"):  # a file that has the default
-        load_config([], {}, "tiny", {"vocab": 64})
+        load_config([], {}, "tiny", {"parts": ("reset", "unet"), "vocab": 64})
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda f: f.name)
