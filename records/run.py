@@ -176,6 +176,8 @@ class Metrics:
         x = np.array([as_number(event.get("step")) or 0.0])
         self.counts[kind] = self.counts.get(kind, 0) + 1
         match kind:
+            case "alert" if event.get("what") == "loss spike":
+                self.other(event | {"kind": "spike", "loss": event.get("value")})
             case "alert" | "spike" | "sample" | "checkpoint":
                 rows = self.events.setdefault(kind, [])
                 del rows[
@@ -305,8 +307,14 @@ class Run:
 
     @cached_property
     def metrics(self) -> Metrics:
+        """What the run wrote; its supervisor's alerts and samples of its checkpoints stand in files of their own."""
         path = self.path / "metrics.jsonl"
-        return read_metrics(path) if path.exists() else Metrics()
+        metrics = read_metrics(path) if path.exists() else Metrics()
+        for beside in (self.path / name for name in ("supervisor.jsonl", "follow.jsonl")):
+            for event in (e for events in event_chunks(beside, metrics) for e in events) if beside.exists() else ():
+                if event.get("kind") in ("alert", "sample"):
+                    metrics.other(event)
+        return metrics
 
     @cached_property
     def certificate(self) -> dict:
@@ -351,7 +359,8 @@ class Run:
 
     def fact(self, name: str, default: object = "") -> object:
         """A fact from result.json, the run line of the metrics, or the configuration file."""
-        told = (table.get(name) for table in (self.result, self.metrics.run, self.config_file))
+        tables = (self.result, self.metrics.run, self.config_file, self._json("supervisor.json"))
+        told = (table.get(name) for table in tables)
         return next((value for value in told if value is not None), default)
 
     @cached_property

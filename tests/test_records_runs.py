@@ -626,3 +626,19 @@ def test_wrong_requests_name_the_way_out(tmp_path, capsys):
     assert "build_submission.py" in capsys.readouterr().err
     (tmp_path / "run" / "result.json").write_text("{")
     assert main(["report", str(tmp_path / "run")]) == 2 and "result.json" in capsys.readouterr().err
+
+
+def test_a_supervisors_alerts_and_samples_of_checkpoints_are_read_beside_the_metrics(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"kind": "step", "step": 1, "loss": 3.0}\n{"kind": "end", "status": "killed"}\n'
+    )
+    alerts = [("loss spike", 5.5), ("weights nearly all zero", 0.97)]
+    rows = [{"kind": "alert", "step": 1, "what": what, "where": "x", "value": value} for what, value in alerts]
+    (tmp_path / "supervisor.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"kind": "end"}]))
+    (tmp_path / "follow.jsonl").write_text(json.dumps({"kind": "sample", "step": 1, "prompt": "a", "text": "b"}) + "\n")
+    (tmp_path / "supervisor.json").write_text('{"commit": "abc-dirty"}')
+    run = Run(tmp_path)
+    assert run.metrics.status == "killed" and run.fact("commit") == "abc-dirty"
+    assert [e["loss"] for e in run.metrics.events["spike"]] == [5.5]
+    assert [e["what"] for e in run.metrics.events["alert"]] == ["weights nearly all zero"]
+    assert run.metrics.events["sample"][0]["text"] == "b"
