@@ -25,7 +25,7 @@ TWIN = """
     dim=32 heads=2 kv_heads=1 vocab=32 embed_rank=0 group=32 rope_dims=4 slots=4 mlp_mult=1 window=0 state=0 seq_len=16
     eval_lanes=1 eval_stride=8 engram_rows=64 dtype=float32 max_steps=1 max_seconds=0 micro_tokens=16
 """
-POSITIONS, CANDIDATES = 2, 32  # probed of each kind, and tokens tried at one: an evaluation learns, and takes its time
+POSITIONS, CANDIDATES = 2, {"artifact": 16, "twin": 32}  # probed of each kind, and tokens tried at each of them
 BOS = 1  # starts a document, in every dataset of ours
 CARRYING = "state or memory is carried across documents"
 
@@ -114,7 +114,7 @@ def stir(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def probe_modes(script: ModuleType, c, model, constants: dict, tokens: list[int]) -> dict[str, dict]:
+def probe_modes(script: ModuleType, c, model, constants: dict, tokens: list[int], candidates: int) -> dict[str, dict]:
     """The certificate of every mode that the profile scores."""
     settings, alpha = script.fitted_settings(c, constants)
     settings, certificates = dataclasses.replace(settings, eval_lanes=1, eval_batch=1), {}
@@ -122,7 +122,7 @@ def probe_modes(script: ModuleType, c, model, constants: dict, tokens: list[int]
         observed = Observed(script, model, mode, settings, alpha)
         how = script.EVAL_MODES[mode]
         observed.isolated = "reset" in c.parts and not (how.remembers or how.learns)
-        probes = Probes(observed, c.vocab, tokens, settings.bos, POSITIONS, CANDIDATES)
+        probes = Probes(observed, c.vocab, tokens, settings.bos, POSITIONS, candidates)
         certificates[mode] = probes.certificate()
     return certificates
 
@@ -146,7 +146,7 @@ def twin_tokens(count: int, vocab: int) -> list[int]:
     return drawn.tolist()
 
 
-def certify(script_path: Path, artifact: Path, data: Path, count: int = 64) -> dict:
+def certify(script_path: Path, artifact: Path, data: Path, count: int = 48) -> dict:
     """Verdicts of L1 to L5, the worst over all modes, for the artifact and for the twin."""
     blob, hook = artifact.read_bytes(), sys.excepthook
     script = load_script(script_path)
@@ -163,8 +163,8 @@ def certify(script_path: Path, artifact: Path, data: Path, count: int = 64) -> d
     torch.manual_seed(1)
     twin = stir(script.GPT(twin_c))
     sides = {
-        "artifact": probe_modes(script, c, model, constants, tokens),
-        "twin": probe_modes(script, twin_c, twin, constants, twin_tokens(24, twin_c.vocab)),
+        "artifact": probe_modes(script, c, model, constants, tokens, CANDIDATES["artifact"]),
+        "twin": probe_modes(script, twin_c, twin, constants, twin_tokens(24, twin_c.vocab), CANDIDATES["twin"]),
     }
     return summary(sides) | {
         "script": facts(script_path),
@@ -196,7 +196,7 @@ def certify_command(words: list[str], env: dict[str, str]) -> int:
     parser.add_argument("--script", type=Path, required=True, help="the packed file that ran")
     parser.add_argument("--artifact", type=Path, required=True, help="what it wrote")
     parser.add_argument("--data", type=Path, required=True, help="the dataset; only validation text is read")
-    parser.add_argument("--tokens", type=int, default=64, help="how many of its first tokens are probed")
+    parser.add_argument("--tokens", type=int, default=48, help="how many of its first tokens are probed")
     parser.add_argument("--out", type=Path, help="certificate.json beside the artifact, if not given")
     options = parser.parse_args(words)
     certificate = certify(options.script, options.artifact, options.data, options.tokens)

@@ -55,12 +55,27 @@ def entry(tmp_path_factory):
     return script, folder / "r" / "final_model.skc", data
 
 
-def cheating(entry, honest: str, cheat: str) -> Path:
-    """The same file with one thing changed."""
-    text = unpack(entry[0].read_bytes())
-    assert text.count(honest) == 1, honest
+CHEATS = {
+    "L3": """
+honest = score_charge
+def score_charge(window, columns, nats, nbytes):
+    return honest(window, columns, nats * 0.9, nbytes)
+""",
+    "L4": """
+def legal_ttt(rounds, learn):
+    for done in rounds:
+        learn(done)
+        yield from done.spans
+""",
+}
+
+
+def cheating(entry, cheat: str) -> Path:
+    """The same file with one function changed."""
+    text, guard = unpack(entry[0].read_bytes()), "if __name__=="
+    assert text.count(guard) == 1
     path = entry[0].with_name("cheat.py")
-    path.write_bytes(pack(text.replace(honest, cheat)))
+    path.write_bytes(pack(text.replace(guard, f"{cheat}\n{guard}")))
     return path
 
 
@@ -81,10 +96,9 @@ def test_the_file_that_ran_is_certified_with_its_artifact(entry, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("probe, honest, cheat", [
-    ("L4", "\t\tyield from done.spans\n\t\tif not done.last:learn(done)", "\t\tlearn(done);yield from done.spans"),
-])  # fmt: skip
-def test_a_cheat_in_the_file_is_caught(entry, probe, honest, cheat):
+@pytest.mark.parametrize("probe", CHEATS)
+def test_a_cheat_in_the_file_is_caught(entry, probe, monkeypatch):
     _, artifact, data = entry
-    certificate = certify(cheating(entry, honest, cheat), artifact, data)
+    monkeypatch.setattr("harness.certify.modes_of", lambda script, c: ("all",))
+    certificate = certify(cheating(entry, CHEATS[probe]), artifact, data, 24)
     assert not certificate["legal"] and certificate[probe]["status"] == "fail"
