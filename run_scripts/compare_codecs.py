@@ -238,7 +238,7 @@ def tables(path: str, options: dict[str, str]):
     for table in (widths_table, rotation_table, ternary_table, budget_table):
         yield table(t)
     for codec in ("int6", "ternary"):
-        yield symbol_tables(t.rounded(codec, t.curves)[0])
+        yield symbol_tables(t.rounded(codec, "lite_gptq")[0])
 
 
 def main(argv: list[str]) -> int:

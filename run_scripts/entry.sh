@@ -23,7 +23,10 @@ torchrun=("$PY" -m torch.distributed.run --standalone --max-restarts=1)
 build_entry() {  # the packed file that will run, proved to do what the source does
     echo "== the submission: profile $profile in one file, proved -> submission/$profile"
     script=submission/$profile/train_gpt.py
-    forward "$PY" build_submission.py --dce --prove --profile "$profile" -o "submission/$profile"
+    mkdir -p "submission/$profile"
+    forward "$PY" build_submission.py --dce --prove --profile "$profile" -o "submission/$profile" \
+        > "submission/$profile/build.log"  # what was kept and removed, and which lines the proof did not reach
+    tail -n 1 "submission/$profile/build.log"
 }
 
 prepare_text() {

@@ -119,8 +119,9 @@ train_gpt.py)
     for word; do case $word in runs=*) runs=${{word#runs=}} ;; run_id=*) run=${{word#run_id=}} ;; esac; done
     mkdir -p "$runs/$run"
     for step in 2 4 6 8; do  # ten seconds went into the trace after step 4
-        echo '{{"kind": "step", "tokens": '$((step * 100))', "seconds": '$((step + 10 * (step > 4)))', "memory": 7}}'
+        echo '{{"kind": "step", "tokens": '$((step * 100))', "seconds": '$((step + 10 * (step > 4)))'}}'
     done >"$runs/$run/metrics.jsonl"
+    echo '{{"kind": "stats", "memory": 7}}' >>"$runs/$run/metrics.jsonl"
     echo '{{"kind": "phase", "name": "train"}}' >>"$runs/$run/metrics.jsonl"
     exec sleep 1000 ;;  # exporting
 esac
