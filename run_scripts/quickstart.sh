@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a scored model in five minutes on two CPU cores, under 4 GiB, no GPU, no network after installation.
+# From nothing to a scored and certified model on two CPU cores: no GPU, no network after installation.
 #   bash run_scripts/quickstart.sh               text, one-file script and its proof, training (120 s), scores, certificate
 #   bash run_scripts/quickstart.sh --fresh       every step again
 #   bash run_scripts/quickstart.sh layers=AAAA   a different model, from source; any field of train_gpt.py --help
