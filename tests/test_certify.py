@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from harness.__main__ import main
-from harness.certify import certify, learned_tensors
+from harness.certify import learned_tensors
 from packer.bundle import read_tree
 from packer.pack import pack, unpack
 from packer.steps import build
@@ -79,13 +79,21 @@ def cheating(entry, cheat: str) -> Path:
     return path
 
 
-@pytest.mark.slow
-def test_the_file_that_ran_is_certified_with_its_artifact(entry, capsys):
-    script, artifact, data = entry
+def certificate_of(script: Path, artifact: Path, data: Path) -> tuple[dict, str]:
+    """In a process of its own: the packed file registers the kernels' operators under the names of the source's."""
     words = ["--script", str(script), "--artifact", str(artifact), "--data", str(data)]
-    assert main(["certify", *words], {}) == 0
+    command = [sys.executable, "-m", "harness", "certify", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     certificate = json.loads(artifact.with_name("certificate.json").read_text())
-    assert capsys.readouterr().out.startswith("L1 pass\nL2 pass\nL3 pass\nL4 pass\n")
+    assert done.returncode == (0 if certificate["legal"] else 1), done.stderr[-2000:]
+    return certificate, done.stdout
+
+
+@pytest.mark.slow
+def test_the_file_that_ran_is_certified_with_its_artifact(entry):
+    script, artifact, data = entry
+    certificate, printed = certificate_of(script, artifact, data)
+    assert printed.startswith("L1 pass\nL2 pass\nL3 pass\nL4 pass\n")
     assert certificate["legal"] and certificate["modes"] == ["stream", "all"]
     for part, path in (("script", script), ("artifact", artifact)):
         assert certificate[part]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -97,8 +105,7 @@ def test_the_file_that_ran_is_certified_with_its_artifact(entry, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("probe", CHEATS)
-def test_a_cheat_in_the_file_is_caught(entry, probe, monkeypatch):
+def test_a_cheat_in_the_file_is_caught(entry, probe):
     _, artifact, data = entry
-    monkeypatch.setattr("harness.certify.modes_of", lambda script, c: ("all",))
-    certificate = certify(cheating(entry, CHEATS[probe]), artifact, data, 24)
+    certificate, _ = certificate_of(cheating(entry, CHEATS[probe]), artifact, data)
     assert not certificate["legal"] and certificate[probe]["status"] == "fail"
