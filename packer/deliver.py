@@ -53,7 +53,7 @@ def deliver(b, folder, proof, commit=""):
     return f"{folder}/train_gpt.py: {LIMIT - len(b.code):,} bytes of {LIMIT:,} are left for the artifact"
 
 
-def is_current(folder, files, profile, prove):
+def is_current(folder, files, profile, prove, traced=False):
     """The folder holds what would be built now, and its proof if one is wanted."""
     path, script = folder / "manifest.json", folder / "train_gpt.py"
     if not (path.exists() and script.exists()):
@@ -61,7 +61,9 @@ def is_current(folder, files, profile, prove):
     known = json.loads(path.read_text())
     sources = {name: source_hash(files.get(name, "")) for name in known["sources"]}
     same = (known["profile"], known["sources"]) == (profile, sources)
-    return same and known["train_gpt.py"]["sha256"] == source_hash(script) and bool(known["proof"] or not prove)
+    wanted = {"steps"} if prove else set()
+    wanted |= {"shares"} if prove and traced else set()
+    return same and known["train_gpt.py"]["sha256"] == source_hash(script) and wanted <= set(known["proof"] or ())
 
 
 def source_hash(source):

@@ -203,37 +203,32 @@ def check_kernels(code, captured):
     return len(kernels)
 
 
-def prove(b, root):
-    """Source and packed file train the same structure at small sizes: every record and the artifact must be equal."""
+def prove(b, root, traced=True):
+    """Source and packed file train the same structure at small sizes: every record and the artifact must be equal.
+
+    `traced` adds the readable twin, with every kernel interpreted, and the lines that nothing of all this reached.
+    """
     began, spent = time.perf_counter(), os.times()
     tiny = {f.name: f.value for f in profile_fields(b.files, "tiny").values()}
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as last:
+    with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         make_data(work)
         values = [f"{k}={v}" for k, v in proof_values(b.fields, tiny, work / "data").items()]
-        (work / "tracer.py").write_text(TRACER)
-        (work / "as_on_cuda.py").write_text(AS_ON_CUDA + TRACER)
-        for name, text in {"source": b"", "packed": b.code, "killed": b.code, "traced": b.readable.encode()}.items():
-            (work / name).mkdir()  # each runs in a folder of its own, with the same arguments
-            (work / name / "train_gpt.py").write_bytes(text)
-        on_cuda = last.enter_context(start_as_on_cuda(work, values))  # beside all the others
-        last.callback(on_cuda.kill)
+        for name in ("source", "packed", "killed"):  # each runs in a folder of its own, with the same arguments
+            (work / name).mkdir()
+        for name in ("packed", "killed"):
+            (work / name / "train_gpt.py").write_bytes(b.code)
         source = [root / "train_gpt.py", "--profile", b.profile, *values]
         rows, artifact = train_both(work, source, values)
         refuse_both(work, source, values, next(f.name for f in b.fields.values() if f.kind == "structural"))
-        captured = trace_all(work, values, rows)
-        finish(on_cuda)
-        compare_kernels(rows, work / "traced" / "cuda")
-        lines = {n for path in (work / "traced").glob("*.json*") for n in json.loads(path.read_text())}
-    silent = unexecuted(b, lines)
-    return {
+        captured = score_and_import(work, values, rows)
+        lines = trace(b, work, values, rows) if traced else {}
+    return lines | {
         "steps": [r for r in rows if r["kind"] == "step"],
         "evaluations": [r for r in rows if r["kind"] == "eval"],
         "artifact_bytes": len(artifact),
         "artifact_sha256": hashlib.sha256(artifact).hexdigest(),
         "kernels": check_kernels(b.code, captured),
-        "shares": shares(b, silent),
-        "unexecuted": silent,
         "seconds": round(time.perf_counter() - began, 1),
         "cpu_seconds": round(sum(os.times()[2:4]) - sum(spent[2:4]), 1),
     }
@@ -273,32 +268,39 @@ def renamed(values, run_id):
     return [*(v for v in values if not v.startswith("run_id=")), f"run_id={run_id}"]
 
 
-def start_as_on_cuda(work, values):
-    """One step of the readable twin with every kernel, interpreted."""
-    command = [work / "as_on_cuda.py", "train_gpt.py", "cuda.json", *renamed(values, "cuda"), "max_steps=1"]
-    return start("the twin as on CUDA", command, work / "traced")
-
-
-def trace_all(work, values, rows):
-    """The readable twin trains, evaluates and trains on two ranks, and the lines that ran are written beside it.
-
-    The packed file evaluates its artifact and is imported: returns the sources of its kernels.
-    """
+def score_and_import(work, values, rows):
+    """The packed file evaluates its artifact and is imported: returns the sources of its kernels."""
     score = ["train_gpt.py", "--evaluate", ARTIFACT, *renamed(values, "again")]
-    trace = [work / "tracer.py", "train_gpt.py"]
-    finish(
-        start("the readable twin", [*trace, "trained.json", *values], work / "traced"),
-        start("the packed file's --evaluate", score, work / "packed"),
-    )
-    compare_runs(work / "source", work / "traced")
-    compare_scores(rows, work / "packed" / "again")
     _, captured = finish(
-        start("the twin's --evaluate", [*trace, "evaluated.json", *score[1:]], work / "traced"),
+        start("the packed file's --evaluate", score, work / "packed"),
         start("the import of the packed file", ["-c", KERNELS], work / "packed"),
     )
-    ranks = [*TORCHRUN, *trace, "ranks.json", *renamed(values, "ranks")]
-    finish(start("the twin on two ranks", ranks, work / "traced"))
+    compare_scores(rows, work / "packed" / "again")
     return json.loads(captured)
+
+
+def trace(b, work, values, rows):
+    """The readable twin trains, evaluates, trains on two ranks, and steps as on CUDA: which lines none of them ran."""
+    (work / "traced").mkdir()
+    (work / "traced" / "train_gpt.py").write_text(b.readable)
+    (work / "tracer.py").write_text(TRACER)
+    (work / "as_on_cuda.py").write_text(AS_ON_CUDA + TRACER)
+    twin = [work / "tracer.py", "train_gpt.py"]
+    on_cuda = [work / "as_on_cuda.py", "train_gpt.py", "cuda.json", *renamed(values, "cuda"), "max_steps=1"]
+    ranks = [*TORCHRUN, *twin, "ranks.json", *renamed(values, "ranks")]
+    score = [*twin, "evaluated.json", "--evaluate", ARTIFACT, *renamed(values, "again")]
+    with ExitStack() as last:
+        as_on_cuda = start("the twin as on CUDA", on_cuda, work / "traced")  # a step with every kernel interpreted
+        last.callback(as_on_cuda.kill)
+        finish(start("the readable twin", [*twin, "trained.json", *values], work / "traced"))
+        compare_runs(work / "source", work / "traced")
+        finish(start("the twin's --evaluate", score, work / "traced"))
+        finish(start("the twin on two ranks", ranks, work / "traced"))
+        finish(as_on_cuda)
+    compare_kernels(rows, work / "traced" / "cuda")
+    lines = {n for path in (work / "traced").glob("*.json*") for n in json.loads(path.read_text())}
+    silent = unexecuted(b, lines)
+    return {"shares": shares(b, silent), "unexecuted": silent}
 
 
 def code_lines(text):
@@ -356,12 +358,18 @@ def shares(b, silent):
 def proof_lines(proof):
     if proof is None:
         return ""
-    share, spent = proof["shares"], f"{proof['seconds']} s, {proof['cpu_seconds']} s of CPU"
-    lines = [
-        f"proved in {spent}: {len(proof['steps'])} steps, {proof['artifact_bytes']:,} artifact bytes "
-        f"and {proof['kernels']} kernels alike; of {share['lines']} lines {share['unexecuted']:.1%} did not run, "
-        f"{share['unexecuted_on_cpu']:.1%} of those a CPU can run:"
-    ]
+    spent = f"{proof['seconds']} s, {proof['cpu_seconds']} s of CPU"
+    alike = f"{len(proof['steps'])} steps, {proof['artifact_bytes']:,} artifact bytes and {proof['kernels']} kernels"
+    return f"proved in {spent}: {alike} alike\n" + trace_lines(proof)
+
+
+def trace_lines(proof):
+    """What the proof did not run, the largest first."""
+    if "shares" not in proof:
+        return ""
+    share = proof["shares"]
+    on_cpu = f"{share['unexecuted_on_cpu']:.1%} of those a CPU can run"
+    lines = [f"of {share['lines']} lines {share['unexecuted']:.1%} did not run, {on_cpu}:"]
     by_size = sorted(proof["unexecuted"].items(), key=lambda item: -len(item[1]))
     lines += [f"  {len(code):4} {reason}" for reason, code in by_size]
     return "\n".join(lines) + "\n"

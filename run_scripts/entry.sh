@@ -20,12 +20,12 @@ runs=()
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 torchrun=("$PY" -m torch.distributed.run --standalone --max-restarts=1)
 
-build_entry() {  # the packed file that will run, proved to do what the source does
+build_entry() {  # [--trace]: the packed file that will run, proved to do what the source does
     echo "== the submission: profile $profile in one file, proved -> submission/$profile"
     script=submission/$profile/train_gpt.py
     mkdir -p "submission/$profile"
-    forward "$PY" build_submission.py --dce --prove --profile "$profile" -o "submission/$profile" \
-        > "submission/$profile/build.log"  # what was kept and removed, and which lines the proof did not reach
+    forward "$PY" build_submission.py --dce --prove "$@" --profile "$profile" -o "submission/$profile" \
+        > "submission/$profile/build.log"  # what was kept and removed
     tail -n 1 "submission/$profile/build.log"
 }
 
@@ -64,7 +64,7 @@ enter() {  # MODE FIELD=VALUE ...: the whole chain
     local mode=$1
     shift
     prepare_text
-    build_entry
+    if [ "${SMOKE:-}" ]; then build_entry; else build_entry --trace; fi
     for seed in ${SEEDS:-${seeds:-42}}; do run_named "$run-s$seed" "$seed" "$@"; done
     write_record "$mode"
 }

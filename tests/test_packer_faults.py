@@ -211,6 +211,9 @@ def test_a_build_is_current_until_a_source_the_file_or_the_profile_changes(tmp_p
     deliver(b, out, None)
     assert is_current(out, b.files, "plain", False)
     assert not is_current(out, b.files, "plain", True)  # no proof
+    deliver(b, out, {"steps": []})
+    assert is_current(out, b.files, "plain", True)
+    assert not is_current(out, b.files, "plain", True, True)  # no trace
     assert not is_current(out, b.files, "other", False)
     assert not is_current(out, b.files | {"train_gpt": b.files["train_gpt"] + "# more\n"}, "plain", False)
     (out / "train_gpt.py").write_bytes(b.code + b"#")
