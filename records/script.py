@@ -143,6 +143,7 @@ def facts(text: str, pieces: bool = True) -> dict:
     names, lines = bindings(imports), text.split("\n")
     calls = sorted(((dotted(n.func, names), n.lineno) for n in call_nodes), key=lambda c: c[1])
     functions = [(n, "\n".join(lines[n.lineno - 1 : n.end_lineno])) for n in by_type.get(ast.FunctionDef, [])]
+    methods = [f for c in by_type.get(ast.ClassDef, []) for f in c.body if isinstance(f, ast.FunctionDef)]
     return {
         "error": error,
         "failed": failed,
@@ -152,7 +153,7 @@ def facts(text: str, pieces: bool = True) -> dict:
         "network": [[name[:80], line] for name, line in calls if NETWORKED.search(name)][:MAX_FACTS],
         "byte_table": byte_table(body, functions),
         "minimum": minimum_of_scores(call_nodes),
-        "leaks": leaks(functions, call_nodes, text),
+        "leaks": leaks(functions, methods, call_nodes, text),
         "defaults": defaults(call_nodes),
         "minifier": minifier(by_type.get(ast.List, [])),
         "smear": "smear" in text.lower(),

@@ -9,6 +9,7 @@ A loop body is read once and in order: what one round leaves behind is context i
 """
 
 import ast
+import math
 import re
 from functools import cache
 
@@ -89,11 +90,12 @@ def combined(op: ast.operator, left: Labels, right: Labels) -> Labels:
 class Reader:
     """Reads the functions of one script, in two rounds, so that the second knows what each function returns."""
 
-    def __init__(self, functions: list, sums: set):
-        self.functions, self.sums = functions, sums  # `sums` are lines of sums in the log domain
+    def __init__(self, functions: list, methods: list, sums: set):
+        self.functions, self.methods = functions, set(methods)
+        self.sums = sums  # lines of sums in the log domain
         self.returns: dict = {}  # function name -> the labels of each member of what it returns
         self.reads: dict = {}  # function name -> the parameters it indexes a table with
-        self.parameters: dict = {}
+        self.parameters: dict = {}  # function name -> its parameters, and how many arguments it takes
         self.told: dict = {}  # (what, line) in order
 
     def run(self) -> list:
@@ -103,11 +105,15 @@ class Reader:
         return [[what, line] for what, line in sorted(self.told, key=lambda t: t[1])]
 
     def function(self, node: ast.FunctionDef, last: bool) -> None:
-        names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-        names = names[names[:1] in (["self"], ["cls"]) :]
+        given, by_name = [*node.args.posonlyargs, *node.args.args], node.args.kwonlyargs
+        method = node in self.methods or any(a.arg in ("self", "cls") for a in given[:1])
+        static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in node.decorator_list)
+        names = [a.arg for a in (*given, *by_name)][method and not static :]
+        optional = len(node.args.defaults) + sum(d is not None for d in node.args.kw_defaults)
+        most = math.inf if node.args.vararg or node.args.kwarg else len(names)
         returns = any(isinstance(n, ast.Return) and n.value is not None for n in ast.walk(node))
-        self.name, self.silent = node.name, not last or bool(LEARNER.match(node.name) and not returns)
-        self.parameters[node.name] = names
+        self.name, self.silent = "." * method + node.name, not last or bool(LEARNER.match(node.name) and not returns)
+        self.parameters[self.name] = names, len(names) - optional, most
         self.env = {n: frozenset({("token", i)}) | named(n) for i, n in enumerate(names)}
         self.stores: set = set()
         self.body(node.body)
@@ -201,7 +207,7 @@ class Reader:
                 return [self.value(a) for a in args]
             case ast.Call(args=[walked, *_]) if call_name(source) == "enumerate" and count == 2:
                 return [NONE, self.value(walked)]
-            case ast.Call(args=args) if len(self.returns.get(call_name(source), [])) == count:
+            case ast.Call(args=args) if len(self.returns.get(self.callee(source), [])) == count:
                 by_name = {k.arg: self.value(k.value) for k in source.keywords}
                 return self.called(source, [self.value(a) for a in args], by_name)
         return None
@@ -268,7 +274,7 @@ class Reader:
         whole = name in {"arange", "range"} and any(VOCABULARY.search(path_of(a)) for a in node.args)
         scores = "token" in states(every) and (SCORER.search(name) or per_token(node))
         kinds = (
-            (name in self.returns or name in self.reads, lambda: NONE.union(*self.called(node, given, by_name))),
+            (self.callee(node), lambda: NONE.union(*self.called(node, given, by_name))),
             (name in READS and given and not default, lambda: self.read_call(node, owner, given)),
             (name in HASHES, lambda: hashed(every)),
             (name in WRAPS, lambda: marked(every, "key", {"mixed"})),
@@ -300,10 +306,18 @@ class Reader:
             return NONE
         return self.read(node, table, given[0] if module else owner, NONE.union(*given[int(module) :]))
 
+    def callee(self, node: ast.Call) -> str:
+        """The function of this script that a call means; `list.count(x)` is no method of ours that takes two."""
+        name = "." * isinstance(node.func, ast.Attribute) + call_name(node)
+        _, least, most = self.parameters.get(name, ((), 0, 0))
+        count = len(node.args) + len(node.keywords)
+        starred = any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords)
+        return name * ((name in self.returns or name in self.reads) and (starred or least <= count <= most))
+
     def called(self, node: ast.Call, given: list, by_name: dict) -> list:
         """What a function of this script gives back for these arguments, and what it reads with them."""
-        name = call_name(node)
-        names = self.parameters[name]
+        name = self.callee(node)
+        names, _, _ = self.parameters[name]
         placed = dict(enumerate(given)) | {names.index(k): v for k, v in by_name.items() if k in names}
         self.tell(any("key" in states(placed.get(i, NONE)) for i in self.reads.get(name, ())), HASHED, node)
         return [
@@ -425,13 +439,13 @@ def unscored(order: Order, callers: list) -> bool:
     return bool(order.scores) or order.name == "main" or before_caller
 
 
-def leaks(functions: list, calls: list, text: str) -> list:
+def leaks(functions: list, methods: list, calls: list, text: str) -> list:
     """[what, line] of everything that the rulings concern; most scripts can be told to be free of it by a few words."""
     told = []
     try:  # nothing of code that is nested deeper than people write
         if re.search(r"\^|%|hash|remainder|where|minimum|maximum", text):
             sums = {n.lineno for n in calls if call_name(n) in {"log1p", "logaddexp"}}
-            told = Reader([node for node, _ in functions], sums).run()
+            told = Reader([node for node, _ in functions], methods, sums).run()
         return told + learning_first(functions)
     except RecursionError:
         return told
