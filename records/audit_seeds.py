@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from itertools import combinations
+from statistics import pstdev
 
 from records.claim import as_number, tolerance
 from records.folder import Folder
@@ -38,7 +39,7 @@ def claimed_mean(folder: Folder) -> Iterator[Fact]:
         kind = [*(k for k, holds in kinds.items() if holds), "differs"][0]
         yield fact(kind, file, headline=headline, mean=mean(scores), count=len(scores))
     if stated is not None and len(scores) > 1:
-        forms = {"sample": deviation(scores), "population": deviation(scores, 0)}
+        forms = {"sample": deviation(scores), "population": pstdev(scores)}
         kinds = [k for k, d in forms.items() if abs(stated - d) <= tolerance(stated) + 2 * digits]
         yield fact([*kinds, "neither"][0], file, stated=stated, **forms)
     if scores and claim.seeds and sorted(claim.seeds) != sorted(claim.results):

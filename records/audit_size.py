@@ -5,18 +5,15 @@ import zlib
 from collections.abc import Iterator
 
 from records.competition import CAP_BYTES
-from records.folder import Folder, Script
+from records.folder import Folder
 from records.logs import Log, Size
-from records.repack import CUSTOMARY, CannotRepack, packed_sizes
 from records.rules import Fact, case, either, fact, otherwise, rule, true, word
 
 SLACK = 16  # bytes: version drift of packers
 PACKED_SHARE = 0.7  # of the script; what is claimed above it is no packed form
-TIGHTEST = 0.85  # of the customary packing; renaming and stronger settings save less
 CAP = "README: 16 MB cap; PR 1809, 1835"
 CODE = "README: all counted code lives in train_gpt.py"
 SAYS = "{who} counts {counted:,} bytes of code; {name} ships as {ships:,}"
-PACKS = SAYS + " and packs to {size:,} by pyminify and {form}"
 
 
 def near(a: float, b: float) -> bool:
@@ -137,48 +134,17 @@ def logged_code(folder: Folder) -> Iterator[Fact]:
 
 
 @rule("F8", "a packed size that is counted can be reached", CODE)
-@case("below the floor", "binding", SAYS + " and cannot pack below about {floor:,.0f}")
-@case("not rebuilt", "unknown", SAYS + "; the packed size was not rebuilt: {error}")
-@case("exact", "tolerated", PACKS)
-@case("impossible", "binding", PACKS + ": no packing gets there")
-@case(otherwise, "waived", PACKS + ", {off:+,} bytes off")
+@case(lambda f: f["counted"] < f.value, "binding", SAYS + " and cannot pack below about {value:,.0f}")
+@case(otherwise, "unknown", SAYS + "; it was not packed again")
 def packed_code(folder: Folder) -> Iterator[Fact]:
-    """Sizes of a packed form that is not shipped: they must come out again when the shipped file is packed."""
+    """Sizes of a packed form that is not shipped, with the least that packing the shipped file could reach: without
+    comments and line ends, minified to two fifths, lzma, base85."""
     main = folder.main
-    if main is None:
-        return
-    for claimed in claimed_code.measure(folder):
-        if claimed.value == "packed":
-            yield repacked(folder, int(claimed["stated"]), "the claim", folder.json_name)
-    for code in counted_code(folder):
-        if code.tag == "compressed" and not near(code.count, main.size):
-            yield repacked(folder, code.count, "the log", main.name)
-
-
-def repacked(folder: Folder, counted: int, who: str, file: str) -> Fact:
-    """How a counted size compares with a packing of the shipped file, or with the least that one could reach."""
-    main = folder.main
-    words = {"who": who, "name": main.name, "ships": main.size, "counted": counted}
-    try:
-        name, size = nearest_form(folder, main, counted)
-    except CannotRepack as error:
-        floor = 0.4 * 1.25 * len(zlib.compress(bare(main.text), 9))  # minified, lzma, base85
-        kinds = {True: "below the floor", False: "not rebuilt"}
-        return fact(kinds[counted < floor], file, **words, floor=floor, error=error)
-    kinds = {"exact": near(size, counted), "impossible": counted < TIGHTEST * size}
-    kind = next((k for k, holds in kinds.items() if holds), "off")
-    return fact(kind, file, **words, form=name, size=size, off=size - counted)
-
-
-def bare(text: str) -> bytes:
-    """The script without comments and line ends, a bound on what minifying saves."""
-    return re.sub(r"(?m)^\s*#.*\n|[ \t]+$", "", text).encode()
-
-
-def nearest_form(folder: Folder, script: Script, counted: int) -> tuple[str, int]:
-    """The wrapper whose rebuilt size is closest to a counted one, with the options the script names for itself."""
-    if not folder.repack:
-        raise CannotRepack("--repack asks for it")
-    recipes = dict.fromkeys([tuple(script.facts["minifier"]) or CUSTOMARY, CUSTOMARY])
-    forms = [form for flags in recipes for form in packed_sizes(script.text, flags).items()]
-    return min(forms, key=lambda form: abs(form[1] - counted))
+    claimed = [
+        ("the claim", folder.json_name, int(c["stated"])) for c in claimed_code.measure(folder) if c.value == "packed"
+    ]
+    logged = [("the log", main.name, c.count) for c in counted_code(folder) if main and c.tag == "compressed"]
+    for who, file, counted in [row for row in claimed + logged if not near(row[2], main.size)]:
+        bare = re.sub(r"(?m)^\s*#.*\n|[ \t]+$", "", main.text).encode()
+        floor = 0.4 * 1.25 * len(zlib.compress(bare, 9))
+        yield fact(floor, file, who=who, name=main.name, ships=main.size, counted=counted)

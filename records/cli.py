@@ -13,7 +13,7 @@ from pathlib import Path
 from records.audit import check_folder, submission_folders
 from records.files import clean
 from records.folder import Folder
-from records.page import Raw, cell, page, section, table
+from records.page import Raw, cell, coloured, folded, page, section, table
 from records.rules import RANK
 from records.run import open_run
 from records.run_compare import compare, load_side
@@ -36,7 +36,7 @@ def check(args: argparse.Namespace) -> int:
     if not folders:
         raise ValueError(f"no submission folder at or below {', '.join(args.path)}")
     baseline = Path(args.baseline) if args.baseline else None
-    one = partial(checked, policy=args.policy, against=args.against, repack=args.repack, baseline=baseline)
+    one = partial(checked, policy=args.policy, against=args.against, baseline=baseline)
     shown = partial(json.dumps, default=str) if args.json else partial(text_of, everything=args.all)
     reports = []
     for report in reports_of(folders, one):
@@ -87,26 +87,21 @@ def html_of(reports: list[dict]) -> str:
     for r in reports:
         claim = [r["claim"]["val_bpb"], r["claim"]["bytes_total"], " ".join(map(str, r["claim"]["seeds"]))]
         counts = [sum(c["status"] == status for c in r["checks"]) for status in ("fail", "warn")]
-        rows.append([colour(r["verdict"]), Path(r["folder"]).name, r["track"], *claim, *counts])
+        rows.append([coloured(r["verdict"]), Path(r["folder"]).name, r["track"], *claim, *counts])
     overview = section(f"{len(reports)} folders", table(head, rows))
     return page("Records checked", overview + "".join(map(details, reports)))
 
 
 def details(r: dict) -> Raw:
     """The findings of one folder: what needs a reader first."""
-    pairs = [(c, e) for c in r["checks"] for e in c["evidence"]]
-    pairs.sort(key=lambda pair: -RANK[pair[1]["status"]])
-    rules = [c["rule"] * (e["status"] in {"warn", "fail"}) for c, e in pairs]
-    told = [[c["id"], colour(e["status"]), where(e), e["note"], text] for (c, e), text in zip(pairs, rules)]
+    pairs = sorted(((c, e) for c in r["checks"] for e in c["evidence"]), key=lambda pair: -RANK[pair[1]["status"]])
+    told = [
+        [c["id"], coloured(e["status"]), where(e), e["note"], c["rule"] * (e["status"] in {"warn", "fail"})]
+        for c, e in pairs
+    ]
+    name = Raw(f"<p>{coloured(r['verdict'])} · {cell(r['claim'].get('name', ''))}</p>")
     rows = table(["check", "status", "where", "finding", "rule"], told)
-    unfolded = " open" * (r["verdict"] == "fail")
-    name = Raw(f"<p>{colour(r['verdict'])} · {cell(r['claim'].get('name', ''))}</p>")
-    body = Raw(f"<details{unfolded}><summary>{len(told)} findings</summary>{rows}</details>")
-    return section(Path(r["folder"]).name, name, body)
-
-
-def colour(status: str) -> Raw:
-    return Raw(f'<span class="{status}">{status}</span>')
+    return section(Path(r["folder"]).name, name, folded(f"{len(told)} findings", rows, r["verdict"] == "fail"))
 
 
 def where(e: dict) -> str:
@@ -246,7 +241,6 @@ OPTIONS = (
     ("check", option("--policy", help="written rules, or as applied (default)", **POLICIES)),
     ("check", text("--baseline", "record to test significance against (default: the best earlier one beside it)")),
     ("check", text("--against", "git revision that only this folder may differ from", metavar="REF")),
-    ("check", switch("--repack", "pack scripts again by python-minifier, seconds each")),
     ("check", JSON),
     ("check", text("--html", "write a page as well", metavar="FILE")),
     ("check", switch("--all", "show what passed, too")),

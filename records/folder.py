@@ -65,7 +65,6 @@ class Folder:
     policy: str = "practice"
     baseline: Path | None = None
     against: str = ""  # a git revision: the folder should be all that differs from it
-    repack: bool = False  # whether packed sizes are built again, which costs seconds a script
 
     # files
 

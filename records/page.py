@@ -43,46 +43,48 @@ def cell(value: object) -> str:
     match value:
         case Raw():
             return value
-        case bool():
-            return str(value)
         case float() if value.is_integer() and abs(value) < 1e15:
             return f"{int(value):,}"
-        case float():
-            return f"{value:,.8g}"
-        case int():
-            return f"{value:,}"
-    return escape(clean(value, 2_000))
+        case int() | float() if not isinstance(value, bool):
+            return f"{value:,.8g}" if isinstance(value, float) else f"{value:,}"
+    return escape("" if value is None else clean(value, 2_000))
 
 
 def table(head: list[str], rows: list[list]) -> Raw:
     """Columns of numbers align right."""
-    if not rows:
-        return Raw("")
     right = [all(isinstance(r[i], int | float) or r[i] in ("", None) for r in rows) for i in range(len(head))]
-    mark = [' class="n"' if r else "" for r in right]
+    mark = [' class="n"' * r for r in right]
     top = "".join(f"<th{m}>{escape(h)}</th>" for h, m in zip(head, mark))
-    rows = [["" if v is None else cell(v) for v in row] for row in rows]
-    body = "".join("<tr>" + "".join(f"<td{m}>{v}</td>" for v, m in zip(row, mark)) + "</tr>" for row in rows)
-    return Raw(f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>')
+    body = "".join("<tr>" + "".join(f"<td{m}>{cell(v)}</td>" for v, m in zip(row, mark)) + "</tr>" for row in rows)
+    whole = f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    return Raw(whole * bool(rows))
+
+
+def coloured(status: object) -> Raw:
+    """A verdict in its colour."""
+    return Raw(f'<span class="{status}">{status}</span>' * (status in ("pass", "warn", "fail", "na")))
 
 
 def figure(caption: str, drawing: str) -> Raw:
-    return Raw(f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>" if drawing else "")
+    return Raw(f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>" * bool(drawing))
 
 
 def grid(*figures: str) -> Raw:
-    kept = [f for f in figures if f]
-    return Raw(f'<div class="grid">{"".join(kept)}</div>' if kept else "")
+    return Raw(f'<div class="grid">{"".join(figures)}</div>' * any(figures))
 
 
-def tiles(rows: list[tuple[str, str]]) -> Raw:
+def tiles(rows: list[list[str]]) -> Raw:
     parts = [f'<div class="tile"><b>{cell(value)}</b><span>{escape(name)}</span></div>' for name, value in rows]
     return Raw(f'<div class="tiles">{"".join(parts)}</div>')
 
 
+def folded(title: str, body: Raw, unfolded: bool = False) -> Raw:
+    return Raw(f"<details{' open' * unfolded}><summary>{title}</summary>{body}</details>" * bool(body))
+
+
 def section(title: str, *parts: str) -> Raw:
-    body = "".join(p for p in parts if p)
-    return Raw(f"<section><h2>{escape(title)}</h2>{body}</section>" if body else "")
+    body = "".join(parts)
+    return Raw(f"<section><h2>{escape(title)}</h2>{body}</section>" * bool(body))
 
 
 def page(title: str, body: str) -> str:

@@ -118,7 +118,7 @@ def one_chain(runs: list[Run], request: Request) -> None:
     shipped = sha256_file(request.script)
     named = [("the builder's manifest", hash_in(request.manifest, "train_gpt.py"), shipped)]
     for run in runs:
-        named.append((f"the log of {run.path}", str(run.script.get("sha256", "")), shipped))
+        named.append((f"the log of {run.path}", str(run.stored("script").get("sha256", "")), shipped))
         named.append((f"the certificate of {run.path}", hash_in(run.certificate, "script"), shipped))
         named.append((f"the certificate of {run.path}", hash_in(run.certificate, "artifact"), run.artifact[2]))
     for who, digest, right in named:
@@ -182,7 +182,7 @@ def copy_run(folder: Path, run: Run, label: str) -> None:
         "device": run.device,
         "devices": world_size(run),
         "step_lines": f"1 of {every}",
-        "script": run.script,
+        "script": run.stored("script"),
         "config": {k: v for k, v in run.config.items() if isinstance(v, str | int | float | bool)},
     }
     with open(run.path / "metrics.jsonl", "rb") as source, open(folder / f"metrics_{label}.jsonl", "wb") as target:

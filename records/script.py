@@ -127,13 +127,6 @@ def defaults(nodes: list) -> dict:
     return options
 
 
-def minifier(nodes: list) -> list:
-    """The options of the pyminify command that the script would pack itself with."""
-    texts = [[e.value for e in n.elts if isinstance(e, ast.Constant) and isinstance(e.value, str)] for n in nodes]
-    commands = [[w for w in words if w.startswith("--")] for words in texts if words[:1] == ["pyminify"]]
-    return [*commands, []][0]
-
-
 def facts(text: str, pieces: bool = True) -> dict:
     """Everything the rules want to know about a script; of one that does not parse, what its pieces say, if wanted."""
     body, failed, error = parse(text, pieces)
@@ -155,7 +148,6 @@ def facts(text: str, pieces: bool = True) -> dict:
         "minimum": minimum_of_scores(call_nodes),
         "leaks": leaks(functions, methods, call_nodes, text),
         "defaults": defaults(call_nodes),
-        "minifier": minifier(by_type.get(ast.List, [])),
         "smear": "smear" in text.lower(),
         "smear_bos": any("smear" in s.lower() and "bos" in s.lower() for _, s in functions),
     }

@@ -47,26 +47,13 @@ NONE: Labels = frozenset()
 KNOWN = {"token", "mixed", "key"}
 
 
-def marked(labels: Labels, state: str, of: set) -> Labels:
-    return labels and frozenset((state if s in of else s, o) for s, o in labels)
+CHANGED = {"token": set(), "mixed": {"token"}, "key": {"token", "mixed"}}
 
 
-def mixed(labels: Labels) -> Labels:
-    return marked(labels, "mixed", {"token"})
-
-
-def hashed(labels: Labels) -> Labels:
-    return marked(labels, "key", {"token", "mixed"})
-
-
-def scored(labels: Labels, state: str = "score") -> Labels:
-    return labels and frozenset((state, o) for s, o in labels if s in KNOWN)
-
-
-def at_parameter(state: str, given: Labels) -> Labels:
-    """What the label `state` of a parameter means for the labels of the argument in its place."""
-    made = {"token": lambda labels: labels, "mixed": mixed, "key": hashed}
-    return made[state](given) if state in made else scored(given, state)
+def made(labels: Labels, state: str, of: set | None = None) -> Labels:
+    """What labels become with their value: added to (`mixed`), hashed (`key`), or only told of (`score`, `trait`)."""
+    changed = of or CHANGED.get(state, KNOWN)
+    return labels and frozenset((state if s in changed else s, o) for s, o in labels if state in CHANGED or s in KNOWN)
 
 
 def states(labels: Labels) -> set:
@@ -81,28 +68,25 @@ def named(name: str) -> Labels:
 
 
 def combined(op: ast.operator, left: Labels, right: Labels) -> Labels:
-    both = left | right
     if isinstance(op, ast.BitXor):
-        return hashed(both)
-    return marked(both, "key", {"mixed"}) if isinstance(op, ast.Mod | ast.BitAnd | ast.RShift) else mixed(both)
+        return made(left | right, "key")
+    wraps = isinstance(op, ast.Mod | ast.BitAnd | ast.RShift)
+    return made(left | right, "key", {"mixed"}) if wraps else made(left | right, "mixed")
 
 
 class Reader:
     """Reads the functions of one script, in two rounds, so that the second knows what each function returns."""
 
     def __init__(self, functions: list, methods: list, sums: set):
-        self.functions, self.methods = functions, set(methods)
-        self.sums = sums  # lines of sums in the log domain
+        self.methods, self.sums = set(methods), sums  # `sums` are lines of sums in the log domain
         self.returns: dict = {}  # function name -> the labels of each member of what it returns
         self.reads: dict = {}  # function name -> the parameters it indexes a table with
         self.parameters: dict = {}  # function name -> its parameters, and how many arguments it takes
         self.told: dict = {}  # (what, line) in order
 
-    def run(self) -> list:
         for last in (False, True):
-            for function in self.functions:
+            for function in functions:
                 self.function(function, last)
-        return [[what, line] for what, line in sorted(self.told, key=lambda t: t[1])]
 
     def function(self, node: ast.FunctionDef, last: bool) -> None:
         given, by_name = [*node.args.posonlyargs, *node.args.args], node.args.kwonlyargs
@@ -135,13 +119,14 @@ class Reader:
     def value(self, node: ast.expr) -> Labels:
         return getattr(self, node.__class__.__name__, self.parts_only)(node)
 
-    def union(self, nodes: list) -> Labels:
-        return NONE.union(*[self.value(n) for n in nodes])
+    def union(self, node: ast.AST) -> Labels:
+        return NONE.union(*[self.value(n) for n in ast.iter_child_nodes(node) if isinstance(n, ast.expr)])
+
+    Tuple = List = Starred = UnaryOp = BoolOp = union
 
     def parts_only(self, node: ast.AST) -> Labels:
         """What is computed inside is read; the value itself, like a range of positions, says nothing."""
-        self.union([inner for inner in ast.iter_child_nodes(node) if isinstance(inner, ast.expr)])
-        return NONE
+        return self.union(node) & NONE
 
     def blocks(self, node: ast.stmt) -> None:
         self.parts_only(node)
@@ -167,8 +152,8 @@ class Reader:
         self.bind(node.target, source, self.value(source))
 
     def AugAssign(self, node: ast.AugAssign) -> None:
-        value, name = self.value(node.value), path_of(node.target)
-        self.env[name] = combined(node.op, self.env.get(name, NONE), value)
+        name = path_of(node.target)
+        self.env[name] = combined(node.op, self.env.get(name, NONE), self.value(node.value))
 
     def For(self, node: ast.For) -> None:
         self.bind(node.target, node.iter, self.value(node.iter))
@@ -195,8 +180,8 @@ class Reader:
                 self.bind(part, ast.Constant(None), inner)
             return
         name = path_of(target)
-        kept = {True: self.env.get(name, NONE), False: named(name) if ("all", HERE) not in labels else NONE}
-        self.env[name] = labels | kept[isinstance(target, ast.Subscript)]
+        of_name = named(name) if ("all", HERE) not in labels else NONE
+        self.env[name] = labels | (self.env.get(name, NONE) if isinstance(target, ast.Subscript) else of_name)
 
     def members(self, source: ast.expr, count: int) -> list | None:
         """The labels of the members of a tuple, of what a function returns, or of what `zip` and `enumerate` walk."""
@@ -213,17 +198,10 @@ class Reader:
         return None
 
     def Name(self, node: ast.Name) -> Labels:
-        return self.env[node.id] if node.id in self.env else named(node.id)
+        return self.env.get(node.id, named(node.id))
 
     def Attribute(self, node: ast.Attribute) -> Labels:
-        path = path_of(node)
-        labels = self.env[path] if path in self.env else named(node.attr)
-        return NONE if node.attr in SIZES else labels
-
-    def made_of_parts(self, node: ast.expr) -> Labels:
-        return self.union([inner for inner in ast.iter_child_nodes(node) if isinstance(inner, ast.expr)])
-
-    Tuple = List = Starred = UnaryOp = BoolOp = made_of_parts
+        return NONE if node.attr in SIZES else self.env.get(path_of(node), named(node.attr))
 
     def BinOp(self, node: ast.BinOp) -> Labels:
         return combined(node.op, self.value(node.left), self.value(node.right))
@@ -234,7 +212,7 @@ class Reader:
         return frozenset({("choice", HERE)}) if order and all("score" in states(s) for s in sides) else NONE
 
     def IfExp(self, node: ast.IfExp) -> Labels:
-        test, branches = self.value(node.test), self.union([node.body, node.orelse])
+        test, branches = self.value(node.test), self.value(node.body) | self.value(node.orelse)
         self.choose(node, test, branches)
         return branches
 
@@ -247,13 +225,12 @@ class Reader:
         """A table read at an index; a slice of the tokens themselves stays tokens."""
         self.reads.setdefault(self.name, set()).update(o for s, o in index if s in KNOWN and o != HERE)
         if ("all", HERE) in index | base:
-            return scored(index)
+            return made(index, "score")
         self.tell("key" in states(index), HASHED, node)
-        name = path_of(table)
-        trait, counts = TRAITS.search(name), BYTES.search(name)
+        trait, counts = (words.search(path_of(table)) for words in (TRAITS, BYTES))
         if states(index) & KNOWN and (trait or counts):
-            return scored(index, "trait") if trait else NONE
-        return base | scored(index)
+            return made(index, "trait") if trait else NONE
+        return base | made(index, "score")
 
     def ListComp(self, node: ast.ListComp) -> Labels:
         outside = dict(self.env)
@@ -276,11 +253,11 @@ class Reader:
         kinds = (
             (self.callee(node), lambda: NONE.union(*self.called(node, given, by_name))),
             (name in READS and given and not default, lambda: self.read_call(node, owner, given)),
-            (name in HASHES, lambda: hashed(every)),
-            (name in WRAPS, lambda: marked(every, "key", {"mixed"})),
+            (name in HASHES, lambda: made(every, "key")),
+            (name in WRAPS, lambda: made(every, "key", {"mixed"})),
             (whole, lambda: frozenset({("all", HERE)})),
             (SAME.fullmatch(name), lambda: self.same(node, name, owner, given)),
-            (scores, lambda: scored(every)),
+            (scores, lambda: made(every, "score")),
         )
         return next((labels() for holds, labels in kinds if holds), NONE)
 
@@ -321,7 +298,7 @@ class Reader:
         placed = dict(enumerate(given)) | {names.index(k): v for k, v in by_name.items() if k in names}
         self.tell(any("key" in states(placed.get(i, NONE)) for i in self.reads.get(name, ())), HASHED, node)
         return [
-            NONE.union(*(at_parameter(s, placed.get(o, NONE)) if o != HERE else frozenset({(s, o)}) for s, o in labels))
+            NONE.union(*(made(placed.get(o, NONE), s) if o != HERE else frozenset({(s, o)}) for s, o in labels))
             for labels in self.returns.get(name, [])
         ]
 
@@ -393,6 +370,10 @@ class Order:
             names |= bound if source else set()
             names -= {n for n in bound if not (source or part or self.validation(n))}
 
+    def scores_and_learns_in(self, loop: ast.For) -> bool:
+        inside = range(loop.lineno, loop.end_lineno + 1)
+        return all(any(line in inside for line in lines) for lines in (self.learns, self.scores))
+
     def validation(self, name: str) -> bool:
         return bool(VALIDATION.match(name) or (IN_EVALUATION.match(name) and EVALUATES.search(self.name)))
 
@@ -421,15 +402,9 @@ def learning_first(functions: list) -> list:
     learners = [order for node, text in functions if "backward" in text and (order := Order(node)).learns]
     names = "|".join(re.escape(order.name) for order in learners)
     callers = [Order(node) for node, text in functions if learners and re.search(rf"\b(?:{names})\b", text)]
-    again = [[AGAIN, loop.lineno] for order in learners for loop in order.epochs if scored_again(order, loop)]
+    again = [[AGAIN, loop.lineno] for order in learners for loop in order.epochs if order.scores_and_learns_in(loop)]
     early = [order for order in learners if min(order.scores, default=order.learns[0]) >= order.learns[0]]
-    first = [[(FITTED if o.scores else BEFORE), o.learns[0]] for o in early if unscored(o, callers)]
-    return again + first
-
-
-def scored_again(order: Order, loop: ast.For) -> bool:
-    inside = range(loop.lineno, loop.end_lineno + 1)
-    return any(line in inside for line in order.learns) and any(line in inside for line in order.scores)
+    return again + [[(FITTED if o.scores else BEFORE), o.learns[0]] for o in early if unscored(o, callers)]
 
 
 def unscored(order: Order, callers: list) -> bool:
@@ -445,7 +420,8 @@ def leaks(functions: list, methods: list, calls: list, text: str) -> list:
     try:  # nothing of code that is nested deeper than people write
         if re.search(r"\^|%|hash|remainder|where|minimum|maximum", text):
             sums = {n.lineno for n in calls if call_name(n) in {"log1p", "logaddexp"}}
-            told = Reader([node for node, _ in functions], methods, sums).run()
+            reader = Reader([node for node, _ in functions], methods, sums)
+            told = [[what, line] for what, line in sorted(reader.told, key=lambda t: t[1])]
         return told + learning_first(functions)
     except RecursionError:
         return told
