@@ -258,13 +258,18 @@ class Folder:
         return value if isinstance(value, dict) else {}
 
     @cached_property
+    def claimed_hashes(self) -> set[str]:
+        """sha256 of every artifact that the claim names."""
+        rows = self.claim.raw.get("seed_results")
+        rows = rows.values() if isinstance(rows, dict) else ()
+        return {str(r["artifact_sha256"]) for r in rows if isinstance(r, dict) and r.get("artifact_sha256")}
+
+    @cached_property
     def artifact_hashes(self) -> set[str]:
         """sha256 of every artifact that the claim or the manifest names."""
-        rows = self.claim.raw.get("seed_results")
-        claimed = [r for r in rows.values() if isinstance(r, dict)] if isinstance(rows, dict) else []
-        listed = [row for n, row in (self.manifest or {}).items() if isinstance(row, dict) and weights(n)]
-        hashes = [r.get("artifact_sha256") for r in claimed] + [row.get("sha256") for row in listed]
-        return {str(h) for h in hashes if h}
+        named = {n: row for n, row in (self.manifest or {}).items() if Path(n).suffix in ARTIFACTS}
+        listed = {str(row["sha256"]) for row in named.values() if isinstance(row, dict) and row.get("sha256")}
+        return self.claimed_hashes | listed
 
     @cached_property
     def verification(self) -> tuple[list, list[str]]:
@@ -273,10 +278,6 @@ class Folder:
         rows = value.get("checks") if isinstance(value, dict) else None
         broken = "verification.json" in self.files and not isinstance(rows, list)
         return rows if isinstance(rows, list) else [], ["; ".join(problems) or "no table of checks"] * broken
-
-
-def weights(name: str) -> bool:
-    return Path(name).suffix in ARTIFACTS
 
 
 def hash_in(table: dict, part: str) -> str:
