@@ -8,7 +8,7 @@ from itertools import product
 
 from records.competition import VAL_DOCS
 from records.folder import Folder, Script, hash_in
-from records.rules import Fact, case, fact, otherwise, pick, rule, word
+from records.rules import Fact, case, fact, first, otherwise, pick, rule, word
 from records.script_leaks import BEFORE, FITTED
 from records.script_table import Unknown, deviations
 
@@ -50,8 +50,8 @@ def chain(folder: Folder) -> Iterator[Fact]:
         proof = build.get("proof")
         proven = hash_in(proof if isinstance(proof, dict) else {}, "script")
         hashes = {"manifest": hash_in(build, "train_gpt.py"), "proof": proven}
-        other = [part for part, digest in hashes.items() if digest not in ("", main.sha256)]
-        kind = [*other, {True: "proven", False: "unproven"}[bool(proof)]][0]
+        others = {part: digest not in ("", main.sha256) for part, digest in hashes.items()}
+        kind = first(others, pick(proof, "proven", "unproven"))
         yield fact(kind, "build.json", sha256=hashes.get(kind, "")[:12])
 
 
@@ -69,23 +69,20 @@ def grammar(folder: Folder) -> Iterator[Fact]:
     for main in filter(None, [folder.main]):
         packed = main.unpacked
         kinds = {"beside": packed.reads in folder.scripts, "elsewhere": packed.reads, "closed": packed.problem}
-        kind = [*(k for k, holds in (kinds | {"opened": packed.layers}).items() if holds), "plain"][0]
-        layers = " and ".join(packed.layers)
+        kind, layers = first(kinds | {"opened": packed.layers}, "plain"), " and ".join(packed.layers)
         yield fact(kind, main.name, problem=packed.problem, layers=layers, length=len(packed.text))
     for script in {s.name: s for s in (folder.main, folder.code) if s}.values():
         facts, error = script.facts, script.facts["error"]
-        newer = "f-string" in error and sys.version_info < (3, 12)
+        kinds = {"parses": not error, "newer": "f-string" in error and sys.version_info < (3, 12)}
         by = f" (by {facts['parsed_by']})" if "parsed_by" in facts else ""
         pieces = facts["statements"] + facts["failed"]
-        kind = {(False, False): "parses", (True, True): "newer"}.get((bool(error), newer), "broken")
         words = {"by": by, "error": error, "minor": sys.version_info[1], "read": facts["statements"], "pieces": pieces}
-        yield fact(kind, script.name, **words)
+        yield fact(first(kinds, "broken"), script.name, **words)
 
 
 @rule("F10", "with all it imports", RUNS)
 @case(otherwise, "sign", "imports {value}, which is neither here nor declared")
 def missing_imports(folder: Folder) -> Iterator[Fact]:
-    """A script must run inside its folder: what it imports is installed, declared or beside it."""
     present = sys.stdlib_module_names | set(INSTALLED.split()) | folder.modules_beside
     for script in folder.sources:
         for name, line in script.facts["needs"].items():

@@ -9,7 +9,7 @@ from records.competition import TRACKS
 from records.files import MAX_ENTRIES, clean, inside
 from records.folder import MAX_LOGS, Folder
 from records.logs_reader import MAX_READ
-from records.rules import Fact, Rule, case, either, fact, otherwise, rule, true, word
+from records.rules import Fact, Rule, case, either, fact, first, otherwise, pick, rule, true, word
 
 PROCESS = "README: submission process"
 
@@ -77,9 +77,9 @@ def manifest_files(folder: Folder) -> Iterator[Fact]:
             "elsewhere": name not in folder.files and table.get("address"),
             "missing": name not in folder.files,
         }
-        kind = [*(k for k, holds in kinds.items() if holds), "there"][0]
+        kind = first(kinds, "there")
         same = kind == "there" and folder.sha256(name) == table.get("sha256")
-        yield fact("same" if same else kind, "manifest.json", name=name)
+        yield fact(pick(same, "same", kind), "manifest.json", name=name)
     extra = sorted(set(folder.files) - set(listed) - {"manifest.json"}) if folder.manifest is not None else []
     yield from [fact("extra", "manifest.json", name=", ".join(extra[:5]))] * bool(extra)
 

@@ -9,7 +9,7 @@ from records.claim import as_number, tolerance
 from records.folder import Folder
 from records.logs import Log
 from records.proofs import log_seed, seed_in_name
-from records.rules import Fact, case, either, fact, pick, rule, word
+from records.rules import Fact, case, either, fact, first, pick, rule, word
 from records.stats import deviation, mean
 
 FREE = re.compile(r"seed|run_?id|path|files?$|dir$|rank$|logfile|is_main|time|date|device|host|port|name", re.I)
@@ -36,12 +36,11 @@ def claimed_mean(folder: Folder) -> Iterator[Fact]:
     if scores:
         off = abs(mean(scores) - headline)
         kinds = {"agrees": off <= max(5e-6, tolerance(headline)) + digits, "of one seed": headline in scores}
-        kind = [*(k for k, holds in kinds.items() if holds), "differs"][0]
-        yield fact(kind, file, headline=headline, mean=mean(scores), count=len(scores))
+        yield fact(first(kinds, "differs"), file, headline=headline, mean=mean(scores), count=len(scores))
     if stated is not None and len(scores) > 1:
         forms = {"sample": deviation(scores), "population": pstdev(scores)}
-        kinds = [k for k, d in forms.items() if abs(stated - d) <= tolerance(stated) + 2 * digits]
-        yield fact([*kinds, "neither"][0], file, stated=stated, **forms)
+        kinds = {k: abs(stated - d) <= tolerance(stated) + 2 * digits for k, d in forms.items()}
+        yield fact(first(kinds, "neither"), file, stated=stated, **forms)
     if scores and claim.seeds and sorted(claim.seeds) != sorted(claim.results):
         yield fact("other seeds", file, seeds=sorted(claim.seeds), keys=sorted(claim.results))
     shown = {log_seed(log) for log in folder.logs if log.final_metrics}

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from records.competition import CAP_BYTES
 from records.folder import Folder
-from records.logs import Log, Size
-from records.rules import Fact, case, either, fact, otherwise, rule, true, word
+from records.logs import Size
+from records.rules import Fact, case, either, fact, first, otherwise, rule, true, word
 
 SLACK = 16  # bytes: version drift of packers
 PACKED_SHARE = 0.7  # of the script; what is claimed above it is no packed form
@@ -18,13 +18,6 @@ SAYS = "{who} counts {counted:,} bytes of code; {name} ships as {ships:,}"
 
 def near(a: float, b: float) -> bool:
     return abs(a - b) <= SLACK
-
-
-def logged_total(folder: Folder, log: Log) -> Size | None:
-    """What the log counts; our own log counts the artifact, to which the shipped script is added."""
-    counts_artifact = log.family == "J" and folder.main
-    ours = [Size("", m.line, m.count + folder.main.size) for m in log.models[-1:] if counts_artifact]
-    return log.total or next(iter(ours), None)
 
 
 @rule("F7", "code + compressed model <= 16,000,000 bytes as claimed, every seed; they add up to the total", CAP)
@@ -41,7 +34,9 @@ def totals(folder: Folder) -> Iterator[Fact]:
     if stated is not None:
         yield fact("claimed" + " over" * (int(stated) > CAP_BYTES), folder.json_name, n=int(stated))
     for log in logs:
-        for total in filter(None, [logged_total(folder, log)]):
+        # our own log counts the artifact, to which the shipped script is added
+        ours = [Size("", m.line, m.count + main.size) for m in log.models[-1:] if log.family == "J" and main]
+        for total in [t for t in (log.total, *ours) if t][:1]:
             over = total.count - CAP_BYTES
             yield fact("logged" + " over" * (over > 0), log.name, total.line, n=total.count, off=abs(over))
         parts = log.total, log.model, log.counted_code
@@ -82,17 +77,16 @@ def claim_against_logs(folder: Folder) -> Iterator[Fact]:
         return
     models = [m.count for log in folder.proven_logs if (m := log.model)]
     with_script = {max(models) + folder.main.size} if models and folder.main else set()
-    order = ["below all"] * (stated < min(logged)) + ["below some"] * (stated < max(logged)) + ["not below"]
-    place = "with script" if stated in with_script else order[0]
-    near_all = stated >= min(logged) - SLACK
-    yield fact(place, folder.json_name, stated=stated, low=min(logged), high=max(logged), near=near_all)
+    low, high = min(logged), max(logged)
+    kinds = {"with script": stated in with_script, "below all": stated < low, "below some": stated < high}
+    near_all = stated >= low - SLACK
+    yield fact(first(kinds, "not below"), folder.json_name, stated=stated, low=low, high=high, near=near_all)
 
 
 @rule("F7", "shipped artifacts are the logged ones", CAP)
 @case(word("known"), "pass", "{value:,} bytes, as logged")
 @case(otherwise, "wrong", "{value:,} bytes, no log shows this size")
 def artifacts(folder: Folder) -> Iterator[Fact]:
-    """Weights in the folder must be what the logs measured."""
     logged = {m.count for log in folder.logs for m in log.models}
     for entry in folder.artifacts:
         yield fact(entry.size, entry.name, known=not logged or entry.size in logged)
@@ -112,14 +106,12 @@ def claimed_code(folder: Folder) -> Iterator[Fact]:
     main, stated = folder.main, folder.claim.number("bytes_code")
     if main is None or stated is None:
         return
-    shipped = any(near(stated, s.size) for s in folder.scripts.values())
     kinds = {
-        "shipped": shipped,
+        "shipped": any(near(stated, s.size) for s in folder.scripts.values()),
         "logged": stated in [c.count for c in counted_code(folder)],
         "packed": stated < PACKED_SHARE * main.size,
     }
-    kind = next((k for k, holds in kinds.items() if holds), "other")
-    yield fact(kind, folder.json_name, stated=stated, size=main.size, name=main.name)
+    yield fact(first(kinds, "other"), folder.json_name, stated=stated, size=main.size, name=main.name)
 
 
 @rule("F8", "the log counts the shipped script", CODE)

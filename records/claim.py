@@ -38,11 +38,8 @@ class Written(float):
     def __new__(cls, text: str) -> "Written":
         number = super().__new__(cls, text)
         fraction = text.partition(".")[2]
-        number.text, number.digits = text, len(fraction) if fraction.isdigit() else None
+        number.digits = len(fraction) if fraction.isdigit() else None
         return number
-
-    def __getnewargs__(self) -> tuple[str]:
-        return (self.text,)  # a report travels between processes
 
 
 class SeedClaim(NamedTuple):

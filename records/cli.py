@@ -2,12 +2,8 @@
 
 import argparse
 import json
-import multiprocessing
-import os
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 from records.audit import check_folder, submission_folders
@@ -22,7 +18,6 @@ from records.run_record import Request, build
 from records.run_report import write_report
 from records.verify import COMMAND, EXPORT, Trial, verify
 
-MANY = 16  # folders from which starting processes pays
 RULED = ("practice", "readme")
 MARKS = {"pass": "ok", "warn": "warn", "fail": "FAIL", "na": "-"}
 
@@ -36,31 +31,16 @@ def check(args: argparse.Namespace) -> int:
     if not folders:
         raise ValueError(f"no submission folder at or below {', '.join(args.path)}")
     baseline = Path(args.baseline) if args.baseline else None
-    one = partial(checked, policy=args.policy, against=args.against, baseline=baseline)
-    shown = partial(json.dumps, default=str) if args.json else partial(text_of, everything=args.all)
     reports = []
-    for report in reports_of(folders, one):
-        reports.append(report)
-        say(shown(report))
+    for folder in folders:
+        reports.append(check_folder(Folder(folder, args.policy, baseline, args.against)))
+        say(json.dumps(reports[-1], default=str) if args.json else text_of(reports[-1], args.all))
     if args.html:
         Path(args.html).write_text(html_of(reports), encoding="utf-8")
     worst = [r["verdict"] for r in reports]
     if not args.json and len(reports) > 1:
         say(f"{len(reports)} folders: " + ", ".join(f"{worst.count(v)} {v}" for v in ("pass", "warn", "fail")))
     return int("fail" in worst)
-
-
-def checked(path: Path, **options: object) -> dict:
-    return check_folder(Folder(path, **options))
-
-
-def reports_of(folders: list[Path], one: Callable[[Path], dict]) -> Iterator[dict]:
-    """Reports in the order of the folders; many are shared out over the processors."""
-    if len(folders) < MANY:
-        yield from map(one, folders)
-        return
-    with ProcessPoolExecutor(min(4, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(one, folders, chunksize=4)
 
 
 def existing(path: Path) -> Path:

@@ -996,15 +996,6 @@ def test_json_output_is_one_object_a_line_and_the_exit_code_tells(tmp_path, caps
     assert main(["check", str(tmp_path / "nowhere")]) == 2
 
 
-def test_many_folders_shared_out_over_processes_give_the_same_reports(tmp_path, monkeypatch, capsys):
-    for i, family in enumerate("ABCD"):
-        write(tmp_path, record(family) | {"folder": f"track_10min_16mb/2026-04-0{i + 1}_X"})
-    alone = main(["check", "--json", str(tmp_path)]), capsys.readouterr().out
-    monkeypatch.setattr("records.cli.MANY", 2)
-    assert (main(["check", "--json", str(tmp_path)]), capsys.readouterr().out) == alone
-    assert len(alone[1].splitlines()) == 4
-
-
 def test_the_page_and_the_terminal_show_names_harmlessly(tmp_path, capsys):
     made = record("B")
     made["claim"]["name"] = "<script>alert(1)</script>\x1b[31m"
