@@ -11,6 +11,7 @@ from records.folder import Folder, Script, hash_in
 from records.rules import Fact, case, fact, first, otherwise, pick, rule, word
 from records.script_leaks import BEFORE, FITTED
 from records.script_table import Unknown, deviations
+from records.tokenizer import altered_texts
 
 CHAIN = "what ships is what ran: build.json, certificate.json"
 RUNS = "README: must compile and run in the folder"
@@ -83,11 +84,13 @@ def grammar(folder: Folder) -> Iterator[Fact]:
 @rule("F10", "with all it imports", RUNS)
 @case(otherwise, "sign", "imports {value}, which is neither here nor declared")
 def missing_imports(folder: Folder) -> Iterator[Fact]:
-    present = sys.stdlib_module_names | set(INSTALLED.split()) | folder.modules_beside
+    beside = {name for n in folder.files for name in (n.partition("/")[0], n.removesuffix(".py").partition("/")[0])}
+    present = sys.stdlib_module_names | set(INSTALLED.split()) | beside
+    declared = " ".join([folder.readme, *(folder.text(n) for n in folder.files if "requirements" in n.lower())]).lower()
     for script in folder.sources:
         for name, line in script.facts["needs"].items():
             spelled = {name.lower(), name.lower().replace("_", "-")}
-            if name not in present and not any(s in folder.declared for s in spelled):
+            if name not in present and not any(s in declared for s in spelled):
                 yield fact(name, script.name, line)
 
 
@@ -160,7 +163,7 @@ def tokenizers(folder: Folder) -> Iterator[Fact]:
         elif not tokenizer.broken:
             yield fact("own", tokenizer.name)
             try:
-                altered = tokenizer.altered()
+                altered = altered_texts(str(tokenizer.path))
                 yield fact(pick(altered, "altered", "same"), tokenizer.name, note=(altered or [""])[0])
             except LookupError as error:
                 yield fact("untried", tokenizer.name, note=error)

@@ -7,7 +7,7 @@ from functools import partial
 
 from records.competition import TRACKS
 from records.files import MAX_ENTRIES, clean, inside
-from records.folder import MAX_LOGS, Folder
+from records.folder import MAX_LOGS, Folder, sha256_file
 from records.logs_reader import MAX_READ
 from records.rules import Fact, Rule, case, either, fact, first, otherwise, pick, rule, true, word
 
@@ -25,8 +25,9 @@ def real_date(text: str) -> bool:
 @case(true, "pass", "dated {date}")
 @case(otherwise, "sign", "folder name {name!r} does not begin with a date YYYY-MM-DD_")
 def folder_date(folder: Folder) -> Iterator[Fact]:
-    stamp = re.match(r"(\d{4}-\d{2}-\d{2})[_-]", folder.name)
-    yield fact(bool(stamp) and real_date(stamp[1]), name=folder.name, date=folder.name[:10])
+    name = folder.path.resolve().name
+    stamp = re.match(r"(\d{4}-\d{2}-\d{2})[_-]", name)
+    yield fact(bool(stamp) and real_date(stamp[1]), name=name, date=name[:10])
 
 
 @rule("F1", "under the right track", PROCESS)
@@ -78,7 +79,7 @@ def manifest_files(folder: Folder) -> Iterator[Fact]:
             "missing": name not in folder.files,
         }
         kind = first(kinds, "there")
-        same = kind == "there" and folder.sha256(name) == table.get("sha256")
+        same = kind == "there" and sha256_file(folder.files[name].path) == table.get("sha256")
         yield fact(pick(same, "same", kind), "manifest.json", name=name)
     extra = sorted(set(folder.files) - set(listed) - {"manifest.json"}) if folder.manifest is not None else []
     yield from [fact("extra", "manifest.json", name=", ".join(extra[:5]))] * bool(extra)
@@ -127,7 +128,7 @@ def logs(folder: Folder) -> Iterator[Fact]:
 @either(word("grave"), "wrong", "sign", "{value}")
 def spelling(folder: Folder) -> Iterator[Fact]:
     broken = folder.json_name and not folder.claim.given
-    grave = [(p, broken or "trailing" in p or "is not JSON" in p) for p in folder.json_problems]
+    grave = [(p, broken or "trailing" in p or "is not JSON" in p) for p in folder.claim.spelling]
     grave += [(p, p.startswith("val_bpb ")) for p in folder.claim.problems]
     yield from (fact(problem, folder.json_name, grave=is_grave) for problem, is_grave in grave)
 

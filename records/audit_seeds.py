@@ -136,7 +136,7 @@ def selection(folder: Folder) -> Iterator[Fact]:
             words = {"headline": headline, "count": len(values), "mean": mean(values)}
             yield fact(pick(best, "best", "fair"), folder.json_name * best, **words)
     told = [*claim.seeds, *claim.results, *(row.get("seed") for row in claim.failed_runs), None]
-    for seed in dict.fromkeys(s for s, _ in scored if claim.headlined and claim.seeds and s not in told):
+    for seed in dict.fromkeys(s for s, _ in scored if headline is not None and claim.seeds and s not in told):
         logs = [log for s, log in scored if s == seed]
         best = min(m.bpb for log in logs for m in log.final_metrics)
         yield fact("untold", logs[0].name, seed=seed, bpb=best, count=len(logs), s="s" * (len(logs) > 1))

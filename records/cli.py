@@ -152,7 +152,8 @@ def shown(value: object) -> str:
 
 def new_command(args: argparse.Namespace) -> int:
     runs = [open_run(Path(p)) for p in args.from_]
-    texts = {name: getattr(args, name) for name in ("name", "author", "github", "date", "blurb", "mode", "address")}
+    texts = {name: getattr(args, name) for name in ("name", "author", "github", "blurb", "mode", "address")}
+    texts |= {"date": args.date} if args.date else {}
     made = Path(args.build) if args.build else None
     say(str(build(runs, Request(script=Path(args.script), out=Path(args.out), build=made, **texts))))
     return 0

@@ -16,7 +16,7 @@ from records.logs_reader import read_log
 from records.packed import Unpacked, source_text, unpack
 from records.proofs import Proof, log_seed, proofs_of
 from records.script import facts_of
-from records.tokenizer import altered_texts, read_vocabulary
+from records.tokenizer import read_vocabulary
 
 MAX_JSON = 4 << 20
 MAX_SCRIPT = 4 << 20
@@ -55,9 +55,6 @@ class Tokenizer(NamedTuple):
     problems: list[str]
     broken: bool
 
-    def altered(self) -> list[str]:
-        return altered_texts(str(self.path))
-
 
 @dataclass
 class Folder:
@@ -67,10 +64,6 @@ class Folder:
     against: str = ""  # a git revision: the folder should be all that differs from it
 
     # files
-
-    @cached_property
-    def name(self) -> str:
-        return self.path.resolve().name
 
     @cached_property
     def entries(self) -> list[Entry]:
@@ -83,9 +76,6 @@ class Folder:
     def text(self, name: str) -> str:
         return read_text(self.files[name].path, MAX_JSON) if name in self.files else ""
 
-    def sha256(self, name: str) -> str:
-        return sha256_file(self.files[name].path)
-
     def json(self, name: str) -> tuple[object, list[str]]:
         """The value of a JSON file, and what is wrong with its spelling; nothing where there is no such file."""
         return parse_json(read_bytes(self.files[name].path, MAX_JSON)) if name in self.files else (None, [])
@@ -97,9 +87,10 @@ class Folder:
     @cached_property
     def manifest(self) -> dict | None:
         """The rows of the manifest by file name; others mean something else by a file of that name."""
-        value, _ = self.json("manifest.json")
-        listed = value.get("files") if isinstance(value, dict) else None
-        return listed if isinstance(listed, dict) else None
+        match self.json("manifest.json")[0]:
+            case {"files": dict() as listed}:
+                return listed
+        return None
 
     @cached_property
     def artifacts(self) -> list[Entry]:
@@ -121,20 +112,12 @@ class Folder:
         return min((n for n in self.files if re.fullmatch(r"submission\w*\.json", n)), key=len, default="")
 
     @cached_property
-    def parsed_claim(self) -> tuple[object, list[str]]:
-        return self.json(self.json_name)
-
-    @cached_property
     def claim(self) -> Claim:
         """What submission.json claims; nothing where there is none that can be read."""
-        value, _ = self.parsed_claim
-        return read_claim(self.json_name, value) if isinstance(value, dict) else Claim(self.json_name, {}, given=False)
-
-    @property
-    def json_problems(self) -> list[str]:
-        value, problems = self.parsed_claim
+        value, problems = self.json(self.json_name)
         wrong = value is not None and not isinstance(value, dict)
-        return problems + [f"should be an object, is {type(value).__name__}"] * wrong
+        problems += [f"should be an object, is {type(value).__name__}"] * wrong
+        return read_claim(self.json_name, value if isinstance(value, dict) else None, problems)
 
     @cached_property
     def track(self) -> Track:
@@ -165,10 +148,7 @@ class Folder:
 
     @cached_property
     def proven_logs(self) -> list[Log]:
-        """The logs behind the claim; all run logs where the claim points at none.
-
-        A seed may be proven by a log of the evaluation alone; the log of its training then belongs to the evidence too.
-        """
+        """The logs behind the claim, and the training logs of seeds whose evaluation has its own; else all run logs."""
         proven = {p.log.name: p.log for p in self.proofs if p.log}
         for seed in [log_seed(log) for log in proven.values() if not log.steps.count]:
             proven.update({log.name: log for log in self.logs if log.steps.count and log_seed(log) == seed})
@@ -228,16 +208,6 @@ class Folder:
         """Compiled or compilable helpers that the code names."""
         text = "\n".join(s.unpacked.text for s in [self.main, self.code, *self.helpers] if s)
         return [e for e in self.files.values() if e.suffix in NATIVE and Path(e.name).name in text]
-
-    @cached_property
-    def modules_beside(self) -> set[str]:
-        """Names that an import can mean because a file or folder of the submission has them."""
-        return {name for n in self.files for name in (n.partition("/")[0], n.removesuffix(".py").partition("/")[0])}
-
-    @cached_property
-    def declared(self) -> str:
-        """Where a submission may say what it needs, in lower case."""
-        return " ".join(self.text(n) for n in self.files if "requirements" in n.lower()).lower() + self.readme.lower()
 
     @cached_property
     def tokenizers(self) -> list[Tokenizer]:

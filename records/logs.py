@@ -22,6 +22,11 @@ class Metric:
         return self.digits >= 6
 
     @property
+    def rounding(self) -> float:
+        """How far a score that is printed with four decimals may lie from a claim of it."""
+        return 0.0 if self.exact else 5e-5
+
+    @property
     def final(self) -> bool:
         """A score of the shipped model, not of a moment in training or of the model before quantisation."""
         early = r"^step|^\d+/\d+|pre[-_ ]?quant|post[-_ ]?ema|\bdiagnostic\b|^val\b|^swa:|^ema"

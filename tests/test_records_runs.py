@@ -17,7 +17,7 @@ from records.cli import main
 from records.folder import Folder
 from records.plot import lines
 from records.run import Curve, Run, open_run, read_metrics
-from records.run_ledger import COLUMNS, LEDGER, OLD_COLUMNS, commit_of, leaderboard, read_ledger
+from records.run_ledger import COLUMNS, LEDGER, commit_of, leaderboard, read_ledger
 from records.run_record import Request, build
 from records.run_report import grad_rows, html_report, md_report
 
@@ -551,15 +551,6 @@ def test_a_run_that_names_no_commit_gets_this_checkouts_only_if_it_is_its_source
         stored = json.loads((run.path / "config.json").read_text())
         (run.path / "config.json").write_text(json.dumps(stored | {"source": source}))
         assert bool(re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", commit_of(Run(run.path)))) is known
-
-
-def test_rows_of_an_earlier_version_stay_readable_beside_new_ones(tmp_path):
-    path = tmp_path / "l.tsv"
-    path.write_text("\t".join(OLD_COLUMNS) + "\n" + "\t".join(["x"] * len(OLD_COLUMNS)) + "\n")
-    assert read_ledger(path)[0]["changed"] == "-" and read_ledger(path)[0]["note"] == "x"
-    main(["ledger", str(make_run(tmp_path / "a").path), "--file", str(path)])
-    old, new = read_ledger(path)
-    assert old["run"] == "x" and new["run"] == "a" and path.read_text().splitlines()[0] == "\t".join(COLUMNS)
 
 
 def test_a_ledger_of_another_shape_is_refused(tmp_path, capsys):
