@@ -89,15 +89,10 @@ def byte_table(body: list, functions: list) -> str:
         nodes = list(ast.walk(node))
         if {"is_control", "id_to_piece"} <= {n.attr for n in nodes if isinstance(n, ast.Attribute)}:
             names = {n.id for n in nodes if isinstance(n, ast.Name)}
-            return "\n".join(ast.unparse(s) for s in [*(s for s in body if defines(s, names)), node])
+            constants = [s for s in body if isinstance(s, ast.Assign) and isinstance(s.value, ast.Constant)]
+            named = [s for s in constants if getattr(s.targets[0], "id", "") in names]
+            return "\n".join(map(ast.unparse, [*named, node]))
     return ""
-
-
-def defines(statement: ast.stmt, names: set) -> bool:
-    match statement:
-        case ast.Assign(targets=[ast.Name(id=name), *_], value=ast.Constant()):
-            return name in names
-    return False
 
 
 def minimum_of_scores(nodes: list) -> list:
