@@ -61,7 +61,7 @@ def chain(folder: Folder) -> Iterator[Fact]:
 @case("elsewhere", "wrong", "{problem}; its bytes count too")
 @case("closed", "wrong", "cannot be unpacked without running it: {problem}")
 @case("opened", "pass", "unpacked by {layers} to {length:,} characters")
-@case("parses", "pass", "parses{by}")
+@case("parses", "pass", "parses")
 @case("newer", "unknown", "needs a newer grammar than Python 3.{minor}: {error}; read {read} of {pieces} pieces")
 @case("broken", "wrong", "does not parse: {error}")
 def grammar(folder: Folder) -> Iterator[Fact]:
@@ -75,9 +75,8 @@ def grammar(folder: Folder) -> Iterator[Fact]:
     for script in {s.name: s for s in (folder.main, folder.code) if s}.values():
         facts, error = script.facts, script.facts["error"]
         kinds = {"parses": not error, "newer": "f-string" in error and sys.version_info < (3, 12)}
-        by = f" (by {facts['parsed_by']})" if "parsed_by" in facts else ""
         pieces = facts["statements"] + facts["failed"]
-        words = {"by": by, "error": error, "minor": sys.version_info[1], "read": facts["statements"], "pieces": pieces}
+        words = {"error": error, "minor": sys.version_info[1], "read": facts["statements"], "pieces": pieces}
         yield fact(first(kinds, "broken"), script.name, **words)
 
 
@@ -201,7 +200,7 @@ def conduct(folder: Folder) -> Iterator[Fact]:
             yield fact(pick(off, "off", kind), script.name, line, what=what, why=why)
     code, logs = folder.code, folder.proven_logs if folder.code else []
     smear = any(log.params.get("smear_gate_enabled") == "True" for log in logs) and code.facts["smear"]
-    if smear and not code.facts["smear_bos"] and not code.facts["error"]:
+    if smear and not code.facts["smear_bos"] and not code.facts["failed"]:
         yield fact("smear", code.name)
     for log, (pattern, forbidden, gravity, why) in product(logs[:3], SWITCHES):
         for name, value in log.params.items():

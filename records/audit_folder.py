@@ -51,16 +51,6 @@ def entries(folder: Folder) -> Iterator[Fact]:
     yield from (fact("name", n) for n in names if clean(n, 4096) != n or re.search(r"[<>\"|*?]", n))
 
 
-@rule("F1", "nothing else changes", "PR 1143: a single clean submission folder")
-@case(0, "pass", "nothing outside the folder differs from {against}")
-@case(otherwise, "wrong", "{value} files outside the folder change: {shown}")
-def changes_outside(folder: Folder) -> Iterator[Fact]:
-    """With --against REF: a pull request adds one folder and touches nothing else."""
-    if folder.against:
-        outside = folder.changed_outside()
-        yield fact(len(outside), shown=", ".join(outside[:5]), against=folder.against)
-
-
 @rule("F1", "files are the ones the manifest names, and no others", "manifest.json of the record")
 @case("same", "pass", "{name} is as listed")
 @case("elsewhere", "pass", "{name} lies at an address")

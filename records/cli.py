@@ -16,7 +16,7 @@ from records.run_compare import compare, load_side
 from records.run_ledger import COLUMNS, LEDGER, MODES, add_runs, leaderboard, read_ledger
 from records.run_record import Request, build
 from records.run_report import write_report
-from records.verify import COMMAND, EXPORT, Trial, verify
+from records.verify import COMMAND, Trial, verify
 
 RULED = ("practice", "readme")
 MARKS = {"pass": "ok", "warn": "warn", "fail": "FAIL", "na": "-"}
@@ -33,7 +33,7 @@ def check(args: argparse.Namespace) -> int:
     baseline = Path(args.baseline) if args.baseline else None
     reports = []
     for folder in folders:
-        reports.append(check_folder(Folder(folder, args.policy, baseline, args.against)))
+        reports.append(check_folder(Folder(folder, args.policy, baseline)))
         say(json.dumps(reports[-1], default=str) if args.json else text_of(reports[-1], args.all))
     if args.html:
         Path(args.html).write_text(html_of(reports), encoding="utf-8")
@@ -88,21 +88,15 @@ def where(e: dict) -> str:
     return e["file"] + f":{e['line']}" * bool(e["line"])
 
 
-def existing_file(name: str, what: str) -> Path:
-    if not Path(name).is_file():
-        raise ValueError(f"{name}: no such {what}")
-    return Path(name)
-
-
 def verify_command(args: argparse.Namespace) -> int:
     if not args.execute:
         raise ValueError("verify runs the submission's code; say --execute to allow it")
     folder, data = existing(Path(args.folder)), existing(Path(args.data))
-    artifact = existing_file(args.artifact, "artifact")
-    checkpoint = existing_file(args.checkpoint, "checkpoint") if args.checkpoint else None
+    if not (artifact := Path(args.artifact)).is_file():
+        raise ValueError(f"{artifact}: no such artifact")
     if args.repeat < 1:
         raise ValueError(f"--repeat {args.repeat}: evaluate at least once")
-    trial = Trial(args.command, args.repeat, args.timeout, checkpoint, args.export)
+    trial = Trial(args.command, args.repeat, args.timeout)
     outcome = verify(Folder(folder), artifact, data, trial)
     rows = [{"id": probe} | f.as_json() for probe, f in outcome.findings]
     lines = [f"{outcome.verdict.upper()}  {clean(folder, 1000)}"]
@@ -221,7 +215,6 @@ OPTIONS = (
     ("check", option("path", nargs="+", help="a submission folder, or a folder that holds some")),
     ("check", option("--policy", help="written rules, or as applied (default)", **POLICIES)),
     ("check", text("--baseline", "record to test significance against (default: the best earlier one beside it)")),
-    ("check", text("--against", "git revision that only this folder may differ from", metavar="REF")),
     ("check", JSON),
     ("check", text("--html", "write a page as well", metavar="FILE")),
     ("check", switch("--all", "show what passed, too")),
@@ -231,8 +224,6 @@ OPTIONS = (
     ("verify", switch("--execute", "allow the submission's code to run")),
     ("verify", text("--command", f"how to evaluate (default: {COMMAND})", COMMAND)),
     ("verify", option("--repeat", type=int, default=1, help="evaluations; two show how far they lie apart")),
-    ("verify", text("--checkpoint", "quantise and pack this one twice, and compare the sizes")),
-    ("verify", text("--export", f"how to do that (default: {EXPORT})", EXPORT)),
     ("verify", option("--timeout", type=float, default=3600.0, help="seconds each")),
     ("verify", JSON),
     ("compare", option("baseline")),

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import subprocess
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,7 @@ from records.logs import Log
 from records.logs_reader import read_log
 from records.packed import Unpacked, source_text, unpack
 from records.proofs import Proof, log_seed, proofs_of
-from records.script import facts_of
+from records.script import facts as read_facts
 from records.tokenizer import read_vocabulary
 
 MAX_JSON = 4 << 20
@@ -25,7 +24,6 @@ MAX_LOGS = 64
 NOT_LOGS = re.compile(r"(^|/)(requirements\w*|constraints|license|notes?|readme)[^/]*$", re.I)
 ARTIFACTS = {".skc", ".ptz", ".pt", ".bin"}
 NATIVE = {".cpp", ".cu", ".cc", ".c", ".so", ".rs"}
-UNTRUSTED = ("-c", "core.fsmonitor=false", "-c", "diff.external=", "-c", "core.attributesFile=/dev/null")
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Script:
     @cached_property
     def facts(self) -> dict:
         """Parsed when asked for: most helpers of a folder never are."""
-        return facts_of(self.unpacked.text)
+        return read_facts(self.unpacked.text)
 
 
 class Certificate(NamedTuple):
@@ -61,7 +59,6 @@ class Folder:
     path: Path
     policy: str = "practice"
     baseline: Path | None = None
-    against: str = ""  # a git revision: the folder should be all that differs from it
 
     # files
 
@@ -95,15 +92,6 @@ class Folder:
     @cached_property
     def artifacts(self) -> list[Entry]:
         return [e for e in self.files.values() if e.suffix in ARTIFACTS and e.size > 1000]
-
-    def changed_outside(self) -> list[str]:
-        """Files outside the folder that differ from the revision `against`."""
-        here = self.path.resolve()
-        top = git(here, self.against, "rev-parse", "--show-toplevel")
-        span = f"{self.against}...HEAD"
-        names = git(here, self.against, *UNTRUSTED, "diff", "--name-only", "-z", "--end-of-options", span)
-        inside = here.relative_to(top).as_posix() + "/"
-        return [n for n in names.split("\0") if n and not n.startswith(inside)]
 
     # claim
 
@@ -270,14 +258,6 @@ def load_tokenizer(entry: Entry) -> Tokenizer:
     except (ValueError, RecursionError) as error:
         problems, broken = [str(error)], True
     return Tokenizer(entry.name, entry.path, official, problems, broken)
-
-
-def git(where: Path, revision: str, *words: str) -> str:
-    """What git says, or an error that names the revision it cannot compare with."""
-    done = subprocess.run(["git", *words], cwd=where, capture_output=True, text=True, timeout=60, check=False)
-    if done.returncode:
-        raise ValueError(f"{where}: git cannot compare it with {revision!r}: {done.stderr.strip()}")
-    return done.stdout.strip("\n")
 
 
 def sha256_file(path: Path) -> str:

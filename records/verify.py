@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from records.claim import as_number, parse_json
-from records.competition import CAP_BYTES, EVAL_SECONDS, SHARD_HEADER, SHARD_MAGIC, SHARD_VERSION
+from records.competition import EVAL_SECONDS, SHARD_HEADER, SHARD_MAGIC, SHARD_VERSION
 from records.folder import Folder, sha256_file
 from records.logs_reader import read_log
 from records.rules import RANK, Finding, pick
@@ -37,9 +37,7 @@ KEEP = "PATH HOME LANG LD_LIBRARY_PATH CUDA_VISIBLE_DEVICES OMP_NUM_THREADS TMPD
 SPAN = ("start", "stop", "nats", "nbytes")
 TOLERANCE = 5e-6  # BPB
 NOISE = 5e-4  # BPB; two honest evaluations never lie further apart
-ARTIFACTS = frozenset({".skc", ".ptz", ".pt", ".bin", ".xz", ".br"})
 COMMAND = "{python} {script} --evaluate {artifact} data={data} run_id=verify"
-EXPORT = "{python} {script} --export --checkpoint {checkpoint} data={data} run_id=verify"
 
 
 @dataclass
@@ -59,8 +57,6 @@ class Trial(NamedTuple):
     command: str = COMMAND
     repeat: int = 1
     seconds: float = 3600.0
-    checkpoint: Path | None = None
-    export: str = EXPORT
 
 
 def verify(folder: Folder, artifact: Path, data: Path, trial: Trial) -> Outcome:
@@ -71,7 +67,7 @@ def verify(folder: Folder, artifact: Path, data: Path, trial: Trial) -> Outcome:
         return out
     claimed_artifact(folder, artifact, out)
     values = {"{python}": sys.executable, "{script}": folder.main.name, "{data}": str(data.resolve())}
-    values |= {"{artifact}": "final_model.skc", "{checkpoint}": "checkpoint.pt"}
+    values |= {"{artifact}": "final_model.skc"}
     scores: list[dict[str, float]] = []
     for turn in range(trial.repeat):
         with room(folder, artifact, "final_model.skc") as box:
@@ -81,8 +77,6 @@ def verify(folder: Folder, artifact: Path, data: Path, trial: Trial) -> Outcome:
             if turn == 0:
                 judge(folder, scores[0], spans_by_mode(box), data, out)
     noise_floor(scores, out)
-    if trial.checkpoint is not None:
-        export_twice(folder, trial, fill(trial.export, values), out)
     for certificate in folder.certificates:
         legal = certificate.table.get("legal")
         status = {"True": "pass", "False": "fail"}.get(str(legal), "warn")
@@ -125,26 +119,6 @@ def noise_floor(runs: list[dict[str, float]], out: Outcome) -> None:
 def closeness(off: float) -> str:
     """Whether two scores are the same, as near as honest evaluations lie, or different."""
     return next((status for status, limit in (("pass", TOLERANCE), ("warn", NOISE)) if off <= limit), "fail")
-
-
-def export_twice(folder: Folder, trial: Trial, command: list[str], out: Outcome) -> None:
-    """Quantise and pack one checkpoint twice: how much the size wavers, and how far it stays below the cap."""
-    artifacts: list[tuple[int, str]] = []
-    for _ in range(2):
-        with room(folder, trial.checkpoint, "checkpoint.pt") as box:
-            before = set(box.rglob("*"))
-            if not execute(box, command, trial.seconds, out):
-                return
-            made = [(p.stat().st_size, p) for p in set(box.rglob("*")) - before if p.suffix in ARTIFACTS]
-            if not made:
-                out.add("L11", "fail", f"the export leaves no file with a suffix of {', '.join(sorted(ARTIFACTS))}")
-                return
-            artifacts.append((max(made)[0], sha256_file(max(made)[1])))
-    (one, first), (two, second) = artifacts
-    margin, jitter = CAP_BYTES - max(one, two) - folder.main.size, abs(one - two)
-    told = pick(first == second, "two exports are the same file", f"two exports differ by {jitter:,} bytes")
-    status = pick(margin < 0, "fail", pick(margin >= jitter, "pass", "warn"))
-    out.add("L11", status, f"{told}; {max(one, two):,} bytes, {margin:,} below the cap with the script", value=margin)
 
 
 def fill(command: str, values: dict[str, str]) -> list[str]:
