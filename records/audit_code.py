@@ -132,7 +132,6 @@ def same_text(text: str) -> str:
 @case("differs", "wrong", "the byte table differs: {note}")
 @case(otherwise, "pass", "the byte table function answers as the official one")
 def byte_tables(folder: Folder) -> Iterator[Fact]:
-    """The answers of each byte table function, compared with the official one piece by piece."""
     for script in [s for s in folder.sources if s.facts["byte_table"]]:
         try:
             wrong = deviations(script.facts["byte_table"])
@@ -172,7 +171,6 @@ def tokenizers(folder: Folder) -> Iterator[Fact]:
 @case(word("right"), "pass", "{option} defaults to {value}, the validation set has {docs:,} documents")
 @case(otherwise, "sign", "{option} defaults to {value}, the validation set has {docs:,} documents")
 def prepared_documents(folder: Folder) -> Iterator[Fact]:
-    """How many validation documents a data preparation keeps apart unless it is told otherwise."""
     for script in folder.scripts.values():
         text = script.text.lower()
         options = ("--val-docs", "--num-val-docs", "NUM_VAL_DOCS") if "val" in text and "docs" in text else ()
@@ -192,7 +190,6 @@ def prepared_documents(folder: Folder) -> Iterator[Fact]:
 @case("forbidden", "wrong", "{what}")
 @case("doubtful", "sign", "{what}")
 def conduct(folder: Folder) -> Iterator[Fact]:
-    """What each script does, by its [what, line] facts, and the settings that were logged."""
     for script, kind in product(folder.sources, ("network", "minimum", "leaks")):
         for what, line in script.facts[kind]:
             off = switched_off(script, what, folder)

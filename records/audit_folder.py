@@ -59,7 +59,6 @@ def entries(folder: Folder) -> Iterator[Fact]:
 @case("extra", "sign", "files the manifest does not name: {name}")
 @case(otherwise, "wrong", "{name} is not the file whose sha256 is listed")
 def manifest_files(folder: Folder) -> Iterator[Fact]:
-    """Our records carry the sha256 of every file; anybody's may."""
     listed = folder.manifest or {}
     for name, row in listed.items():
         table = row if isinstance(row, dict) else {"sha256": row}
@@ -102,7 +101,6 @@ def files(folder: Folder) -> Iterator[Fact]:
 @case("cut", "sign", "{size:,} bytes: only the first {read:,} and the end were read")
 @case(otherwise, "pass", "{value} train logs")
 def logs(folder: Folder) -> Iterator[Fact]:
-    """How many logs show a run; logs that are empty, no text, full of escapes, or too long to be read whole."""
     yield fact(len(folder.logs))
     yield from [fact("too many", most=MAX_LOGS)] * (len(folder.log_names) >= MAX_LOGS)
     for log in folder.all_logs:
@@ -181,7 +179,6 @@ PROBES: tuple[tuple[Callable, str, str, str], ...] = (
 
 
 def told(measure: Callable, probe: str, title: str, source: str) -> Rule:
-    """The row of a verdict that somebody else gave."""
     cased = case("na", "unknown", "{note}")(case(otherwise, "sign", "{note}")(partial(measure, probe)))
     return rule(probe, title, source)(case("pass", "pass", "{note}")(case("fail", "wrong", "{note}")(cased)))
 

@@ -68,7 +68,6 @@ def ratio_of_claim(folder: Folder) -> tuple[float, float] | None:
 
 
 def usable(folder: Folder) -> list[Proof]:
-    """The proofs whose score gives bytes a token."""
     return [p for p in folder.proofs if p.metric and min(p.metric.loss, p.metric.bpb) > 1e-6]
 
 
@@ -123,7 +122,6 @@ def judged_declaration(folder: Folder, declared: dict, measured: tuple[float, fl
 @case("near", "sign", OTHER_RATIO)
 @case(otherwise, "wrong", "loss and BPB have another ratio in each seed: {ratios}")
 def ratios_of_seeds(folder: Folder) -> Iterator[Fact]:
-    """The ratio of the claim's own loss and score against that of the first log, and those of the logs."""
     claimed, shown = ratio_of_claim(folder), [ratio_of(p.metric) for p in usable(folder)]
     for ratio, error in shown[:1] if claimed else []:
         off = abs(claimed[0] / ratio - 1)
@@ -165,7 +163,6 @@ def validation_text(folder: Folder) -> Iterator[Fact]:
 @case("readme", "pass", GAIN_IN_NATS)
 @case(otherwise, "tolerated", GAIN_IN_NATS)
 def gains(folder: Folder) -> Iterator[Fact]:
-    """By both rules: the applied one on BPB, the written one in nats."""
     baseline = (folder.baseline or frontier(folder)) if folder.track.baseline and folder.claim.given else None
     if baseline is None:
         return
@@ -182,7 +179,6 @@ def gains(folder: Folder) -> Iterator[Fact]:
 
 @lru_cache(maxsize=64)
 def baseline_side(path: Path) -> Side:
-    """The scores of a baseline, which many records share."""
     return Side(path.name, *Folder(path).scores())
 
 
@@ -199,7 +195,6 @@ def frontier(folder: Folder) -> Path | None:
 
 @lru_cache(maxsize=1024)
 def three_seeds(path: Path) -> tuple[float, str, str] | None:
-    """Score, track and text of a record with at least three seeds."""
     folder = Folder(path)
     claim, bpb = folder.claim, folder.claim.number("val_bpb")
     enough = bpb is not None and len(claim.scores()) >= 3

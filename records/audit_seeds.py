@@ -79,7 +79,6 @@ def log_of_each_seed(folder: Folder) -> Iterator[Fact]:
 @case(0, "pass", "{count} logs, one configuration")
 @either(word("absent"), "sign", "binding", "another configuration than {first}: {shown}")
 def configurations(folder: Folder) -> Iterator[Fact]:
-    """All logs that prove the claim share their hyper-parameters, batch geometry and data."""
     proven = {p.log.name: p.log for p in folder.proofs if p.log and p.metric}
     logs = [log for log in proven.values() if log.params or log.values]
     different = [(log, rows) for log in logs[1:] if (rows := different_settings(logs[0], log))]
@@ -92,7 +91,6 @@ def configurations(folder: Folder) -> Iterator[Fact]:
 
 
 def different_settings(first: Log, log: Log) -> list[tuple]:
-    """Name and both values of every setting in which two logs differ."""
     keys = sorted(set(first.params) | set(log.params)) if first.params and log.params else []
     rows = [(k, first.params.get(k), log.params.get(k)) for k in keys if not FREE.search(k)]
     names = {"world_size", "train_shards", "val_tokens", "gptq_reserve"} & set(first.values) & set(log.values)

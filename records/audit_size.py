@@ -102,7 +102,6 @@ def counted_code(folder: Folder) -> list[Size]:
 @case("logged", "waived", "claims {stated:,.0f} bytes of code as logged, but ships {size:,}")
 @case("other", "waived", "claims {stated:,.0f} bytes of code; {name} has {size:,}")
 def claimed_code(folder: Folder) -> Iterator[Fact]:
-    """The claimed size of the code, and which of the sizes that could be meant it is."""
     main, stated = folder.main, folder.claim.number("bytes_code")
     if main is None or stated is None:
         return
@@ -117,7 +116,6 @@ def claimed_code(folder: Folder) -> Iterator[Fact]:
 @rule("F8", "the log counts the shipped script", CODE)
 @either(word("same"), "pass", "sign", "the log counts {value:,} bytes of code, {name} has {size:,}")
 def logged_code(folder: Folder) -> Iterator[Fact]:
-    """The code bytes that a log counts as they stand, not as a packed form."""
     main = folder.main
     for code in counted_code(folder) if main else []:
         same = near(code.count, main.size)

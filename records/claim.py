@@ -121,7 +121,6 @@ LARGEST = 1e18  # no honest number of a record is larger, and squares stay finit
 
 
 def as_number(value: object) -> float | None:
-    """A finite number of plausible size, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
         return None
     return value if isinstance(value, Written) else float(value)

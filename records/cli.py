@@ -73,7 +73,6 @@ def html_of(reports: list[dict]) -> str:
 
 
 def details(r: dict) -> Raw:
-    """The findings of one folder: what needs a reader first."""
     pairs = sorted(((c, e) for c in r["checks"] for e in c["evidence"]), key=lambda pair: -RANK[pair[1]["status"]])
     told = [
         [c["id"], coloured(e["status"]), where(e), e["note"], c["rule"] * (e["status"] in {"warn", "fail"})]

@@ -36,7 +36,6 @@ class Script:
 
     @cached_property
     def facts(self) -> dict:
-        """Parsed when asked for: most helpers of a folder never are."""
         return read_facts(self.unpacked.text)
 
 
@@ -74,7 +73,6 @@ class Folder:
         return read_text(self.files[name].path, MAX_JSON) if name in self.files else ""
 
     def json(self, name: str) -> tuple[object, list[str]]:
-        """The value of a JSON file, and what is wrong with its spelling; nothing where there is no such file."""
         return parse_json(read_bytes(self.files[name].path, MAX_JSON)) if name in self.files else (None, [])
 
     @cached_property
@@ -144,7 +142,6 @@ class Folder:
 
     @property
     def timed_logs(self) -> list[Log]:
-        """The proven logs, where the track limits time."""
         return self.proven_logs if self.track.train_seconds else []
 
     def scores(self) -> tuple[list[float], list[float]]:
@@ -176,7 +173,6 @@ class Folder:
 
     @cached_property
     def helpers(self) -> list[Script]:
-        """First-party files that the main script imports or executes."""
         names = {n.removesuffix(".py"): s for n, s in self.scripts.items() if "/" not in n and s is not self.main}
         reached = {s.name: s for s in (self.main, self.code) if s}
         todo = list(reached.values())
@@ -188,12 +184,10 @@ class Folder:
 
     @property
     def sources(self) -> list[Script]:
-        """The script whose text runs, and what it imports from beside it."""
         return [self.code, *(h for h in self.helpers if h is not self.code)] if self.code else []
 
     @cached_property
     def native(self) -> list[Entry]:
-        """Compiled or compilable helpers that the code names."""
         text = "\n".join(s.unpacked.text for s in [self.main, self.code, *self.helpers] if s)
         return [e for e in self.files.values() if e.suffix in NATIVE and Path(e.name).name in text]
 
@@ -217,7 +211,6 @@ class Folder:
 
     @cached_property
     def claimed_hashes(self) -> set[str]:
-        """sha256 of every artifact that the claim names."""
         rows = self.claim.raw.get("seed_results")
         rows = rows.values() if isinstance(rows, dict) else ()
         return {str(r["artifact_sha256"]) for r in rows if isinstance(r, dict) and r.get("artifact_sha256")}

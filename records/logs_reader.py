@@ -50,7 +50,6 @@ def _append(items: list, item: object) -> None:
 
 
 def _take(log: Log, m: re.Match, what: str, name: str) -> None:
-    """Keep what one of LINES tells."""
     line = log.lines
     match what:
         case "number":
@@ -279,7 +278,6 @@ class LogReader:
 
 
 def family_of_step(line: str) -> str:
-    """A, B or D by the form of a line of the training curve."""
     return ("A" if " train_loss" in line and line.startswith("step:") else "D") if line.startswith("s") else "B"
 
 

@@ -54,7 +54,6 @@ def whole(out: bytes, ended: bool) -> bytes:
 
 
 def bounded(decoder, data: bytes) -> bytes:
-    """Run a streaming decompressor to its end, or stop at the limit."""
     return whole(decoder.decompress(data, MAX_UNPACKED + 1), decoder.eof)
 
 
@@ -209,7 +208,6 @@ def _hidden(text: str) -> tuple[ast.Module, ast.expr | None]:
 
 
 def _reads(stub: _Stub, node: ast.expr) -> str:
-    """Name of the file when the executed text comes from one."""
     for inner in [n for n in ast.walk(node) if isinstance(n, ast.Call)]:
         name = stub.dotted(inner.func)
         if name == "open" or name.endswith((".read_text", ".read_bytes", ".urlopen", ".get")):

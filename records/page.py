@@ -25,7 +25,6 @@ def cell(value: object) -> str:
 
 
 def table(head: list[str], rows: list[list]) -> Raw:
-    """Columns of numbers align right."""
     right = [all(isinstance(r[i], int | float) or r[i] in ("", None) for r in rows) for i in range(len(head))]
     mark = [' class="n"' * r for r in right]
     top = "".join(f"<th{m}>{escape(h)}</th>" for h, m in zip(head, mark))
@@ -35,7 +34,6 @@ def table(head: list[str], rows: list[list]) -> Raw:
 
 
 def coloured(status: object) -> Raw:
-    """A verdict in its colour."""
     return Raw(f'<span class="{status}">{status}</span>' * (status in ("pass", "warn", "fail", "na")))
 
 

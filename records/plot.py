@@ -12,13 +12,11 @@ COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)", "var(--e)", "var(--f)
 
 
 def number(x: float) -> str:
-    """A tick label: short, no superfluous digits."""
     forms = ((1e6, f"{x / 1e6:.4g}M"), (1e4, f"{x / 1e3:.4g}k"), (1e-3, f"{x:.4g}"), (1e-300, f"{x:.1e}"), (0, "0"))
     return next(form for limit, form in forms if abs(x) >= limit)
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round positions inside a range."""
     if not high > low:
         return [low]
     raw = (high - low) / count
@@ -119,7 +117,6 @@ def circle(axes: Axes, x: float, y: float, look: str) -> str:
 
 
 def legend(names: list[str]) -> str:
-    """One row above the drawing, from the right."""
     if len(names) < 2:
         return ""
     parts, right = [], WIDTH - RIGHT

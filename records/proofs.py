@@ -8,8 +8,6 @@ from records.logs import Log, Metric
 
 
 class Proof(NamedTuple):
-    """A claimed score and the log line that shows it, if one does."""
-
     seed: int | None
     claimed: float
     log: Log | None
@@ -50,7 +48,6 @@ def prove(logs: list[Log], seed: int | None, value: float, slack: float) -> Proo
 
 
 def prove_mean(logs: list[Log], value: float) -> list[Proof]:
-    """A headline without a table may be the mean over logs of one final metric."""
     for tag in sorted({m.tag for log in logs for m in log.final_metrics}):
         rows = {log_seed(log): (log, m) for log in logs for m in log.final_metrics if m.tag == tag}
         mean = sum(m.bpb for _, m in rows.values()) / len(rows)

@@ -126,15 +126,12 @@ def within(measured: Fact) -> bool:
 
 
 def word(name: str) -> Callable[[Fact], bool]:
-    """Whether a word of the fact is true."""
     return lambda measured: bool(measured.words[name])
 
 
 def pick(holds: object, kind: object, other: object) -> object:
-    """The word for a fact, by whether something holds."""
     return kind if holds else other
 
 
 def first(kinds: dict[str, object], other: str) -> str:
-    """The first kind that holds."""
     return next((kind for kind, holds in kinds.items() if holds), other)

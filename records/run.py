@@ -56,19 +56,16 @@ class Curve:
         self.stride *= 2
 
     def rows(self) -> np.ndarray:
-        """Last x, mean, lowest and highest of each bucket in use."""
         x, total, n, low, high = self.buckets[:, self.buckets[2] > 0]
         return np.stack([x, total / n, low, high])
 
     def thin(self, points: int) -> np.ndarray:
-        """The same in at most `points` buckets."""
         rows = self.rows()
         parts = list(pairwise(np.linspace(0, rows.shape[1], points + 1).astype(int)))
         thinned = [(p[0, -1], p[1].mean(), p[2].min(), p[3].max()) for a, b in parts if (p := rows[:, a:b]).size]
         return rows if rows.shape[1] <= points else np.array(thinned).T
 
     def nearest(self, x: float) -> float | str:
-        """The mean nearest to x; empty when there is none."""
         xs, mean, _, _ = self.rows()
         return float(mean[np.abs(xs - x).argmin()]) if len(xs) else ""
 
@@ -78,7 +75,6 @@ class Curve:
 
 
 def empty_buckets(count: int) -> np.ndarray:
-    """Columns of last x, sum, number, lowest and highest."""
     return np.repeat([[0.0], [0.0], [0.0], [np.inf], [-np.inf]], count, axis=1)
 
 
@@ -121,7 +117,6 @@ class Metrics:
         self.tokens = max(self.tokens, float(np.nanmax(numbers(events, "tokens"), initial=0.0)))
 
     def other(self, event: dict) -> None:
-        """What comes rarely, in whatever order."""
         kind, name, seconds = str(event.get("kind")), event.get("name"), as_number(event.get("seconds"))
         x = np.array([as_number(event.get("step")) or 0.0])
         self.counts[kind] = self.counts.get(kind, 0) + 1
@@ -291,7 +286,6 @@ class Run:
         return str(self.fact("device_name") or self.fact("device") or self.machine[0])
 
     def fact(self, name: str, default: object = "") -> object:
-        """A fact from result.json, the run line of the metrics, or the configuration file."""
         tables = (self.result, self.metrics.run, self.config_file, self._json("supervisor.json"))
         told = (table.get(name) for table in tables)
         return next((value for value in told if value is not None), default)
@@ -313,7 +307,6 @@ class Run:
         return self.metrics.phases | {n: s for n, s in stated.items() if s and n not in self.metrics.phases}
 
     def modes(self) -> dict[str, float]:
-        """BPB of every evaluation mode."""
         scores = {k.removeprefix("val_bpb_"): v for k, v in self.result.items() if k.startswith("val_bpb_")}
         scores |= {mode: event.get("bpb") for mode, event in self.metrics.evals.items()}
         return {mode: number for mode, v in scores.items() if (number := as_number(v)) is not None}

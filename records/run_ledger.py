@@ -19,7 +19,6 @@ COLUMNS = (*FIRST.split(), *MODES, *LAST.split())
 
 
 def cell(value: object) -> str:
-    """One field of a tab-separated line."""
     number = isinstance(value, float)
     if number and value == value:
         return format(value, ".8g" if abs(value) < 1e6 else ".0f")
@@ -118,7 +117,6 @@ def number(text: str) -> float | None:
 
 
 def condition_of(text: str):
-    """The test that a filter names."""
     m = re.fullmatch(r"(\w+)([=<>])(.*)", text)
     if not m or m[1] not in COLUMNS:
         ways = f"write COLUMN=TEXT, COLUMN<NUMBER or COLUMN>NUMBER; columns {', '.join(COLUMNS)}"

@@ -41,7 +41,6 @@ class Request:
 
     @property
     def manifest(self) -> dict:
-        """What the builder made of which sources."""
         path = self.build or self.script.with_name("manifest.json")
         value, problems = parse_json(path.read_bytes()) if path.is_file() else ({}, [])
         if not isinstance(value, dict):
@@ -50,8 +49,6 @@ class Request:
 
 
 class Scored(NamedTuple):
-    """One finished run with the evaluation that counts."""
-
     run: Run
     mode: str
     bpb: float
@@ -84,7 +81,6 @@ def score_of(run: Run, mode: str) -> Scored:
 
 
 def build(runs: list[Run], request: Request) -> Path:
-    """The new folder; nothing is left behind when a run cannot be claimed."""
     absent = f"{request.script}: no such script; build one with build_submission.py and name it with --script"
     refuse_if(not request.script.is_file(), absent)
     good = [run for run in runs if run.finished]
@@ -155,7 +151,6 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def copy_run(folder: Path, run: Run, label: str) -> None:
-    """Log, configuration, result, certificate and thinned metrics of one run."""
     for name in ("train.log", "config.json", "result.json", "certificate.json"):
         if (run.path / name).exists():
             shutil.copyfile(run.path / name, folder / name.replace(".", f"_{label}."))
@@ -228,7 +223,6 @@ def seed_row(s: Scored, total: int) -> dict:
 
 
 def plots(folder: Path, scored: list[Scored]) -> None:
-    """Loss and modes as SVG files beside the README."""
     loss = [(f"seed {s.run.seed}", *s.run.metrics.curves["loss"].rows()[:2]) for s in scored[:6]]
     tables = [s.run.modes() for s in scored]
     modes = [(mode, mean([t[mode] for t in tables if mode in t])) for mode in tables[0]]

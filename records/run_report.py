@@ -44,7 +44,6 @@ DOTTED = frozenset({"validation", "gap", "BPB"})
 
 
 def span(seconds: float) -> str:
-    """A duration a person reads."""
     if not math.isfinite(seconds) or seconds < 120:
         return f"{seconds:.1f} s" if math.isfinite(seconds) else ""
     minutes, rest = divmod(round(seconds), 60)
@@ -52,7 +51,6 @@ def span(seconds: float) -> str:
 
 
 def shown(value: float | None, form: str = ",.0f") -> str:
-    """A number in a form, empty where there is none."""
     return format(value, form) if value else ""
 
 
@@ -64,7 +62,6 @@ def plain(value: object) -> object:
 
 
 def headline(run: Run, price: float | None) -> list[list[str]]:
-    """The numbers that matter first."""
     metrics, result = run.metrics, run.result
     same = [e for e in metrics.evals.values() if e.get("bpb") == result.get("val_bpb")]
     partial = any(e.get("partial") for e in same) if same else metrics.val_partial
@@ -109,14 +106,12 @@ def loss_ranges(run: Run) -> list[list]:
 
 
 def gap_rows(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Validation minus training loss at each validation step."""
     x, val, _, _ = run.metrics.val_loss.rows()
     tx, train, _, _ = run.metrics.curves["loss"].rows()
     return (x, val - np.interp(x, tx, train)) if len(x) and len(tx) else (x[:0], x[:0])
 
 
 def grad_rows(run: Run) -> list[list]:
-    """Percentiles, mean and maximum of the gradient norm, and how often it passes 1, 100 and 1,000."""
     norms = np.concatenate([[], *run.metrics.norms])
     if not len(norms):
         return []
@@ -126,7 +121,6 @@ def grad_rows(run: Run) -> list[list]:
 
 
 def time_rows(run: Run) -> list[list]:
-    """Every phase as it was logged, with its share of all."""
     phases = sorted(run.phases().items(), key=lambda p: -p[1])
     total = sum(seconds for _, seconds in phases) or 1.0
     return [[name, seconds, f"{seconds / total:.1%}"] for name, seconds in phases]
@@ -149,7 +143,6 @@ def natural(name: str) -> list:
 
 
 def tensor_rows(run: Run) -> list[list]:
-    """The bits-per-weight table of the artifact, largest first."""
     tensors = run.metrics.artifact.get("tensors")
     tensors = [t for t in (tensors if isinstance(tensors, list) else []) if isinstance(t, dict)]
     rows = [[t.get("name", ""), *(plain(t.get(name)) for name in HEADS["tensors"][1:])] for t in tensors]
@@ -319,7 +312,6 @@ def md_table(head: list[str], rows: list[list]) -> str:
 
 
 def md_report(run: Run, price: float | None = None) -> str:
-    """The tables of the page, without its plots."""
     titles = {"ranges": "Loss", "grad": "Gradient norm", "time": "Phases", "stats": "Layers", "tensors": "Artifact"}
     titles |= {"evals": "Evaluation", "probes": "Certificate", "facts": "Environment", "config": "Configuration"}
     parts = [md_table(["what", "value"], headline(run, price))]
@@ -330,7 +322,6 @@ def md_report(run: Run, price: float | None = None) -> str:
 
 
 def write_report(run: Run, out: Path, price: float | None = None) -> list[Path]:
-    """report.md and report.html in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     files = {out / "report.md": md_report(run, price), out / "report.html": html_report(run, price)}
     for path, text in files.items():

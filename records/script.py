@@ -91,7 +91,6 @@ def byte_table(body: list, functions: list) -> str:
 
 
 def minimum_of_scores(nodes: list) -> list:
-    """Lines where the smaller of two scores is taken: a choice made by looking at the result."""
     calls = [n for n in nodes if isinstance(n.func, ast.Name) and n.func.id == "min" and len(n.args) > 1]
     inner = [(node.lineno, [n for a in node.args for n in ast.walk(a)]) for node in calls]
     names = [(line, [str(getattr(n, "id", getattr(n, "attr", ""))) for n in parts]) for line, parts in inner]

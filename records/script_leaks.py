@@ -62,7 +62,6 @@ def states(labels: Labels) -> set:
 
 @cache
 def named(name: str) -> Labels:
-    """What a name alone says of its value."""
     states = ["all"] * bool(WHOLE.match(name)) + ["token"] * bool(TOKEN.search(name))
     return frozenset((state, HERE) for state in states[:1])
 
@@ -135,7 +134,6 @@ class Reader:
             self.body(block)
 
     def ignored(self, _: ast.AST) -> Labels:
-        """A constant, or a definition, which is read on its own."""
         return NONE
 
     FunctionDef = AsyncFunctionDef = ClassDef = Constant = ignored
@@ -262,7 +260,6 @@ class Reader:
         return next((labels() for holds, labels in kinds if holds), NONE)
 
     def same(self, node: ast.Call, name: str, owner: Labels, given: list) -> Labels:
-        """A call whose value is made of its operands."""
         if name == "append" and isinstance(node.func, ast.Attribute):
             path = path_of(node.func.value)
             self.env[path] = self.env.get(path, NONE).union(*given)
@@ -292,7 +289,6 @@ class Reader:
         return name * ((name in self.returns or name in self.reads) and (starred or least <= count <= most))
 
     def called(self, node: ast.Call, given: list, by_name: dict) -> list:
-        """What a function of this script gives back for these arguments, and what it reads with them."""
         name = self.callee(node)
         names, _, _ = self.parameters[name]
         placed = dict(enumerate(given)) | {names.index(k): v for k, v in by_name.items() if k in names}
@@ -318,7 +314,6 @@ def call_name(node: ast.Call) -> str:
 
 
 def per_token(node: ast.Call) -> bool:
-    """A loss of every token, not their mean."""
     none = [k for k in node.keywords if k.arg == "reduction" and getattr(k.value, "value", "") == "none"]
     return call_name(node) in {"cross_entropy", "nll_loss"} and bool(none)
 

@@ -59,7 +59,6 @@ class Tokenizer:
 
 
 def short_range(*bounds: int) -> range:
-    """A range that fits the step budget."""
     numbers = range(*map(int, bounds))
     if len(numbers) > MAX_STEPS:
         raise Unknown(f"a range of {len(numbers)}")
@@ -87,8 +86,6 @@ def operate(op: ast.AST, a: object, b: object) -> object:
 
 
 class Walker:
-    """Interprets one table function over VOCABULARY."""
-
     def __init__(self) -> None:
         self.steps = 0
         self.env: dict[str, object] = {}

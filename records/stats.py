@@ -17,7 +17,6 @@ def not_zero(x: float) -> float:
 
 
 def beta_fraction(a: float, b: float, x: float) -> float:
-    """Continued fraction of the incomplete beta function by Lentz's method."""
     c, d = 1.0, 1 / not_zero(1.0 - (a + b) * x / (a + 1))
     h = d
     for m in range(1, 500):
@@ -86,7 +85,6 @@ class Side:
 
 
 def seeds_needed(gain: float, a: Side, b: Side, margin: float, p: float) -> int | None:
-    """Smallest number of new seeds with which this gain at these deviations would pass; None above 1,000."""
     (va, n), excess, new = (deviation(a.bpb) ** 2 / len(a.bpb), len(a.bpb)), gain - margin, deviation(b.bpb)
     if excess <= 0 or va + new == 0:
         return 2 if excess > 0 else None

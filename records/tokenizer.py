@@ -55,7 +55,6 @@ class Vocabulary(NamedTuple):
     keeps_spaces: bool = False  # whether decoding keeps a document's leading space
 
     def problems(self) -> list[str]:
-        """What would make byte counts wrong."""
         rows, count = list(zip(self.pieces, self.kinds)), self.kinds.count("byte")
         names = [p for p, k in rows if k != "unused"]
         spaces = "no standalone ▁ piece: spaces fall into byte pieces and are counted three times (issue 897)"

@@ -117,7 +117,6 @@ def noise_floor(runs: list[dict[str, float]], out: Outcome) -> None:
 
 
 def closeness(off: float) -> str:
-    """Whether two scores are the same, as near as honest evaluations lie, or different."""
     return next((status for status, limit in (("pass", TOLERANCE), ("warn", NOISE)) if off <= limit), "fail")
 
 
@@ -126,7 +125,6 @@ def fill(command: str, values: dict[str, str]) -> list[str]:
 
 
 def has_network_namespace() -> bool:
-    """Whether this machine lets a user start a process in an empty network."""
     command = ["unshare", "-rn", "true"]
     return bool(shutil.which("unshare")) and not subprocess.run(command, capture_output=True, check=False).returncode
 
@@ -163,7 +161,6 @@ def execute(box: Path, command: list[str], seconds: float, out: Outcome) -> bool
 
 
 def judge(folder: Folder, printed: dict[str, float], modes: dict[str, list], data: Path, out: Outcome) -> None:
-    """The printed score, the spans, and the claim."""
     if not printed:
         out.add("L6", "fail", "the evaluation printed no val_bpb")
         return
@@ -272,7 +269,6 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 def claimed_artifact(folder: Folder, artifact: Path, out: Outcome) -> None:
-    """The given file must be the one the record names, where it names one."""
     digest, named = sha256_file(artifact), folder.claimed_hashes
     if named:
         told = pick(digest in named, ("pass", "one the record names"), ("fail", "none that the record names"))
