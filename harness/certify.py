@@ -182,7 +182,7 @@ def summary(sides: dict[str, dict]) -> dict:
         status = next(s for s in ("fail", "pass", "na") if s in statuses.values())
         evidence = {name: row[probe]["evidence"] for name, row in rows.items()}
         probes[probe] = {"status": status, "evidence": evidence, "statuses": statuses}
-    probes["L5"]["reason"] = CARRYING
+    probes["L5"] |= {"reason": CARRYING} if "na" in probes["L5"]["statuses"].values() else {}
     return probes | {"legal": all(row["legal"] for row in rows.values())}
 
 

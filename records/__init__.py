@@ -2,7 +2,7 @@
 
 audit         audit (the table) over audit_folder, _seeds, _score, _size, _code, _time: rules as rows over facts;
               folder reads a submission once: files, claim, logs, logs_reader, packed, script, script_leaks,
-              script_table, tokenizer, proofs, repack
+              script_table, tokenizer, proofs
 runs          run (reads one), run_compare, run_ledger, run_record, run_report with page and plot
 verification  verify: executes a submission's evaluation and compares
 

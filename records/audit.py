@@ -28,7 +28,6 @@ def check_folder(folder: Folder) -> dict:
 
 
 def judged(folder: Folder, name: str, rules: list[Rule]) -> dict:
-    """All rules of one id: the worst status, and the evidence of each."""
     evidence = [finding.as_json() for r in rules for finding in r.findings(folder)]
     return {
         "id": name,
@@ -49,7 +48,6 @@ def looks_like_submission(path: Path) -> bool:
 
 
 def submission_folders(path: Path, depth: int = 4) -> list[Path]:
-    """The submission folders at or below a path."""
     if looks_like_submission(path):
         return [path]
     below = sorted(p for p in path.iterdir() if p.is_dir() and not p.is_symlink() and not p.name.startswith("."))

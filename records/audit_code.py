@@ -8,9 +8,10 @@ from itertools import product
 
 from records.competition import VAL_DOCS
 from records.folder import Folder, Script, hash_in
-from records.rules import Fact, case, fact, otherwise, pick, rule, word
+from records.rules import Fact, case, fact, first, otherwise, pick, rule, word
 from records.script_leaks import BEFORE, FITTED
 from records.script_table import Unknown, deviations
+from records.tokenizer import altered_texts
 
 CHAIN = "what ships is what ran: build.json, certificate.json"
 RUNS = "README: must compile and run in the folder"
@@ -50,8 +51,8 @@ def chain(folder: Folder) -> Iterator[Fact]:
         proof = build.get("proof")
         proven = hash_in(proof if isinstance(proof, dict) else {}, "script")
         hashes = {"manifest": hash_in(build, "train_gpt.py"), "proof": proven}
-        other = [part for part, digest in hashes.items() if digest not in ("", main.sha256)]
-        kind = [*other, {True: "proven", False: "unproven"}[bool(proof)]][0]
+        others = {part: digest not in ("", main.sha256) for part, digest in hashes.items()}
+        kind = first(others, pick(proof, "proven", "unproven"))
         yield fact(kind, "build.json", sha256=hashes.get(kind, "")[:12])
 
 
@@ -60,7 +61,7 @@ def chain(folder: Folder) -> Iterator[Fact]:
 @case("elsewhere", "wrong", "{problem}; its bytes count too")
 @case("closed", "wrong", "cannot be unpacked without running it: {problem}")
 @case("opened", "pass", "unpacked by {layers} to {length:,} characters")
-@case("parses", "pass", "parses{by}")
+@case("parses", "pass", "parses")
 @case("newer", "unknown", "needs a newer grammar than Python 3.{minor}: {error}; read {read} of {pieces} pieces")
 @case("broken", "wrong", "does not parse: {error}")
 def grammar(folder: Folder) -> Iterator[Fact]:
@@ -69,28 +70,26 @@ def grammar(folder: Folder) -> Iterator[Fact]:
     for main in filter(None, [folder.main]):
         packed = main.unpacked
         kinds = {"beside": packed.reads in folder.scripts, "elsewhere": packed.reads, "closed": packed.problem}
-        kind = [*(k for k, holds in (kinds | {"opened": packed.layers}).items() if holds), "plain"][0]
-        layers = " and ".join(packed.layers)
+        kind, layers = first(kinds | {"opened": packed.layers}, "plain"), " and ".join(packed.layers)
         yield fact(kind, main.name, problem=packed.problem, layers=layers, length=len(packed.text))
     for script in {s.name: s for s in (folder.main, folder.code) if s}.values():
         facts, error = script.facts, script.facts["error"]
-        newer = "f-string" in error and sys.version_info < (3, 12)
-        by = f" (by {facts['parsed_by']})" if "parsed_by" in facts else ""
+        kinds = {"parses": not error, "newer": "f-string" in error and sys.version_info < (3, 12)}
         pieces = facts["statements"] + facts["failed"]
-        kind = {(False, False): "parses", (True, True): "newer"}.get((bool(error), newer), "broken")
-        words = {"by": by, "error": error, "minor": sys.version_info[1], "read": facts["statements"], "pieces": pieces}
-        yield fact(kind, script.name, **words)
+        words = {"error": error, "minor": sys.version_info[1], "read": facts["statements"], "pieces": pieces}
+        yield fact(first(kinds, "broken"), script.name, **words)
 
 
 @rule("F10", "with all it imports", RUNS)
 @case(otherwise, "sign", "imports {value}, which is neither here nor declared")
 def missing_imports(folder: Folder) -> Iterator[Fact]:
-    """A script must run inside its folder: what it imports is installed, declared or beside it."""
-    present = sys.stdlib_module_names | set(INSTALLED.split()) | folder.modules_beside
+    beside = {name for n in folder.files for name in (n.partition("/")[0], n.removesuffix(".py").partition("/")[0])}
+    present = sys.stdlib_module_names | set(INSTALLED.split()) | beside
+    declared = " ".join([folder.readme, *(folder.text(n) for n in folder.files if "requirements" in n.lower())]).lower()
     for script in folder.sources:
         for name, line in script.facts["needs"].items():
             spelled = {name.lower(), name.lower().replace("_", "-")}
-            if name not in present and not any(s in folder.declared for s in spelled):
+            if name not in present and not any(s in declared for s in spelled):
                 yield fact(name, script.name, line)
 
 
@@ -133,7 +132,6 @@ def same_text(text: str) -> str:
 @case("differs", "wrong", "the byte table differs: {note}")
 @case(otherwise, "pass", "the byte table function answers as the official one")
 def byte_tables(folder: Folder) -> Iterator[Fact]:
-    """The answers of each byte table function, compared with the official one piece by piece."""
     for script in [s for s in folder.sources if s.facts["byte_table"]]:
         try:
             wrong = deviations(script.facts["byte_table"])
@@ -163,7 +161,7 @@ def tokenizers(folder: Folder) -> Iterator[Fact]:
         elif not tokenizer.broken:
             yield fact("own", tokenizer.name)
             try:
-                altered = tokenizer.altered()
+                altered = altered_texts(str(tokenizer.path))
                 yield fact(pick(altered, "altered", "same"), tokenizer.name, note=(altered or [""])[0])
             except LookupError as error:
                 yield fact("untried", tokenizer.name, note=error)
@@ -173,7 +171,6 @@ def tokenizers(folder: Folder) -> Iterator[Fact]:
 @case(word("right"), "pass", "{option} defaults to {value}, the validation set has {docs:,} documents")
 @case(otherwise, "sign", "{option} defaults to {value}, the validation set has {docs:,} documents")
 def prepared_documents(folder: Folder) -> Iterator[Fact]:
-    """How many validation documents a data preparation keeps apart unless it is told otherwise."""
     for script in folder.scripts.values():
         text = script.text.lower()
         options = ("--val-docs", "--num-val-docs", "NUM_VAL_DOCS") if "val" in text and "docs" in text else ()
@@ -193,7 +190,6 @@ def prepared_documents(folder: Folder) -> Iterator[Fact]:
 @case("forbidden", "wrong", "{what}")
 @case("doubtful", "sign", "{what}")
 def conduct(folder: Folder) -> Iterator[Fact]:
-    """What each script does, by its [what, line] facts, and the settings that were logged."""
     for script, kind in product(folder.sources, ("network", "minimum", "leaks")):
         for what, line in script.facts[kind]:
             off = switched_off(script, what, folder)
@@ -201,7 +197,7 @@ def conduct(folder: Folder) -> Iterator[Fact]:
             yield fact(pick(off, "off", kind), script.name, line, what=what, why=why)
     code, logs = folder.code, folder.proven_logs if folder.code else []
     smear = any(log.params.get("smear_gate_enabled") == "True" for log in logs) and code.facts["smear"]
-    if smear and not code.facts["smear_bos"] and not code.facts["error"]:
+    if smear and not code.facts["smear_bos"] and not code.facts["failed"]:
         yield fact("smear", code.name)
     for log, (pattern, forbidden, gravity, why) in product(logs[:3], SWITCHES):
         for name, value in log.params.items():

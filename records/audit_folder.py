@@ -7,9 +7,9 @@ from functools import partial
 
 from records.competition import TRACKS
 from records.files import MAX_ENTRIES, clean, inside
-from records.folder import MAX_LOGS, Folder
+from records.folder import MAX_LOGS, Folder, sha256_file
 from records.logs_reader import MAX_READ
-from records.rules import Fact, Rule, case, either, fact, otherwise, rule, true, word
+from records.rules import Fact, Rule, case, either, fact, first, otherwise, pick, rule, true, word
 
 PROCESS = "README: submission process"
 
@@ -25,8 +25,9 @@ def real_date(text: str) -> bool:
 @case(true, "pass", "dated {date}")
 @case(otherwise, "sign", "folder name {name!r} does not begin with a date YYYY-MM-DD_")
 def folder_date(folder: Folder) -> Iterator[Fact]:
-    stamp = re.match(r"(\d{4}-\d{2}-\d{2})[_-]", folder.name)
-    yield fact(bool(stamp) and real_date(stamp[1]), name=folder.name, date=folder.name[:10])
+    name = folder.path.resolve().name
+    stamp = re.match(r"(\d{4}-\d{2}-\d{2})[_-]", name)
+    yield fact(bool(stamp) and real_date(stamp[1]), name=name, date=name[:10])
 
 
 @rule("F1", "under the right track", PROCESS)
@@ -50,16 +51,6 @@ def entries(folder: Folder) -> Iterator[Fact]:
     yield from (fact("name", n) for n in names if clean(n, 4096) != n or re.search(r"[<>\"|*?]", n))
 
 
-@rule("F1", "nothing else changes", "PR 1143: a single clean submission folder")
-@case(0, "pass", "nothing outside the folder differs from {against}")
-@case(otherwise, "wrong", "{value} files outside the folder change: {shown}")
-def changes_outside(folder: Folder) -> Iterator[Fact]:
-    """With --against REF: a pull request adds one folder and touches nothing else."""
-    if folder.against:
-        outside = folder.changed_outside()
-        yield fact(len(outside), shown=", ".join(outside[:5]), against=folder.against)
-
-
 @rule("F1", "files are the ones the manifest names, and no others", "manifest.json of the record")
 @case("same", "pass", "{name} is as listed")
 @case("elsewhere", "pass", "{name} lies at an address")
@@ -68,7 +59,6 @@ def changes_outside(folder: Folder) -> Iterator[Fact]:
 @case("extra", "sign", "files the manifest does not name: {name}")
 @case(otherwise, "wrong", "{name} is not the file whose sha256 is listed")
 def manifest_files(folder: Folder) -> Iterator[Fact]:
-    """Our records carry the sha256 of every file; anybody's may."""
     listed = folder.manifest or {}
     for name, row in listed.items():
         table = row if isinstance(row, dict) else {"sha256": row}
@@ -77,9 +67,9 @@ def manifest_files(folder: Folder) -> Iterator[Fact]:
             "elsewhere": name not in folder.files and table.get("address"),
             "missing": name not in folder.files,
         }
-        kind = [*(k for k, holds in kinds.items() if holds), "there"][0]
-        same = kind == "there" and folder.sha256(name) == table.get("sha256")
-        yield fact("same" if same else kind, "manifest.json", name=name)
+        kind = first(kinds, "there")
+        same = kind == "there" and sha256_file(folder.files[name].path) == table.get("sha256")
+        yield fact(pick(same, "same", kind), "manifest.json", name=name)
     extra = sorted(set(folder.files) - set(listed) - {"manifest.json"}) if folder.manifest is not None else []
     yield from [fact("extra", "manifest.json", name=", ".join(extra[:5]))] * bool(extra)
 
@@ -111,7 +101,6 @@ def files(folder: Folder) -> Iterator[Fact]:
 @case("cut", "sign", "{size:,} bytes: only the first {read:,} and the end were read")
 @case(otherwise, "pass", "{value} train logs")
 def logs(folder: Folder) -> Iterator[Fact]:
-    """How many logs show a run; logs that are empty, no text, full of escapes, or too long to be read whole."""
     yield fact(len(folder.logs))
     yield from [fact("too many", most=MAX_LOGS)] * (len(folder.log_names) >= MAX_LOGS)
     for log in folder.all_logs:
@@ -127,7 +116,7 @@ def logs(folder: Folder) -> Iterator[Fact]:
 @either(word("grave"), "wrong", "sign", "{value}")
 def spelling(folder: Folder) -> Iterator[Fact]:
     broken = folder.json_name and not folder.claim.given
-    grave = [(p, broken or "trailing" in p or "is not JSON" in p) for p in folder.json_problems]
+    grave = [(p, broken or "trailing" in p or "is not JSON" in p) for p in folder.claim.spelling]
     grave += [(p, p.startswith("val_bpb ")) for p in folder.claim.problems]
     yield from (fact(problem, folder.json_name, grave=is_grave) for problem, is_grave in grave)
 
@@ -190,7 +179,6 @@ PROBES: tuple[tuple[Callable, str, str, str], ...] = (
 
 
 def told(measure: Callable, probe: str, title: str, source: str) -> Rule:
-    """The row of a verdict that somebody else gave."""
     cased = case("na", "unknown", "{note}")(case(otherwise, "sign", "{note}")(partial(measure, probe)))
     return rule(probe, title, source)(case("pass", "pass", "{note}")(case("fail", "wrong", "{note}")(cased)))
 

@@ -6,29 +6,20 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from records import competition as rules
 from records.claim import as_number, tolerance
-from records.competition import (
-    IMPLIED_BYTES,
-    LEAKY_SHARDS,
-    MARGIN_NATS,
-    P_PRACTICE,
-    VAL_DOCS,
-    VAL_TOKENS,
-    WRONG_VAL_TOKENS,
-    bytes_per_token,
-    nearest_fingerprint,
-)
+from records.competition import MARGIN_NATS, P_PRACTICE, VAL_DOCS, bytes_per_token, nearest_fingerprint
 from records.folder import Folder
 from records.logs import Metric
-from records.rules import Fact, case, fact, otherwise, pick, rule
+from records.proofs import Proof
+from records.rules import Fact, case, fact, first, otherwise, pick, rule
 from records.stats import Side, tested
 
 BYTES = "README: val_bpb correctly calculated"
 LOGGED = "README: logs automatically produced"
-NO_STREAM = (
-    "{ratio:.6f} bytes a token is no known validation stream; the nearest is {stream}, x{factor:.5f} off{implied}"
-)
-OTHER_TEXT = "{ratio:.6f} bytes a token on a declared other text of {nbytes:,.0f} bytes, not the leaderboard's"
+RATIO = "{ratio:.6f} bytes a token"
+NO_STREAM = RATIO + " is no known validation stream; the nearest is {stream}, x{factor:.5f} off{implied}"
+OTHER_TEXT = RATIO + " on a declared other text of {nbytes:,.0f} bytes, not the leaderboard's"
 OTHER_RATIO = "val_loss and val_bpb of the claim give {claimed:.6f} bytes a token, the log {logged:.6f}"
 GAIN = f"{{gain:+.5f}} BPB against {{baseline}}: one-sided Welch p {{p:.4f}} (applied: p < {P_PRACTICE}; {{suffice}})"
 GAIN_IN_NATS = "{gain:+.5f} nats a token, p {p:.4f} that it is above {margin} (written: {rule}; {suffice})"
@@ -49,22 +40,18 @@ def proof_of_score(folder: Folder) -> Iterator[Fact]:
         metric, log = proof.metric, proof.log
         words = {"who": pick(proof.seed is None, "the headline", f"seed {proof.seed}"), "claimed": proof.claimed}
         if metric is None:
-            kind, file = pick(folder.logs, "no line", "no log"), getattr(log, "name", folder.json_name)
             final = sorted(log.final_metrics, key=lambda m: abs(m.bpb - proof.claimed)) if log else []
             nearest = "".join(f"; the nearest is {m.bpb} ({m.tag}, line {m.line})" for m in final[:1])
-            yield fact(kind, file, nearest=nearest, **words)
+            file = getattr(log, "name", folder.json_name)
+            yield fact(pick(folder.logs, "no line", "no log"), file, nearest=nearest, **words)
             continue
-        kinds = [{True: "final", False: "not final"}[metric.final]] + ["partial"] * metric.partial
+        kinds = [pick(metric.final, "final", "not final")] + ["partial"] * metric.partial
         yield from (fact(kind, log.name, metric.line, tag=metric.tag, **words) for kind in kinds)
     tagged = [(re.sub(r"_exact$", "", p.metric.tag), p) for p in folder.proofs if p.metric]
     tags = Counter(tag for tag, _ in tagged)
     if folder.track.binding and len(tags) > 1 and not set(tags) <= MIXED_TAGS:
         odd = next(p for tag, p in tagged if tag == min(tags, key=tags.get))
         yield fact("mixed", odd.log.name, odd.metric.line, tags=dict(tags))
-
-
-def usable(metric: Metric | None) -> bool:
-    return metric is not None and min(metric.loss, metric.bpb) > 1e-6
 
 
 def ratio_of(metric: Metric) -> tuple[float, float]:
@@ -75,9 +62,13 @@ def ratio_of(metric: Metric) -> tuple[float, float]:
 
 def ratio_of_claim(folder: Folder) -> tuple[float, float] | None:
     bpb, loss = folder.claim.number("val_bpb"), folder.claim.number("val_loss")
-    if not (bpb and loss and min(bpb, loss) > 1e-6):
+    if min(bpb or 0, loss or 0) <= 1e-6:
         return None
     return bytes_per_token(loss, bpb), tolerance(loss) / loss + tolerance(bpb) / bpb + 2e-6
+
+
+def usable(folder: Folder) -> list[Proof]:
+    return [p for p in folder.proofs if p.metric and min(p.metric.loss, p.metric.bpb) > 1e-6]
 
 
 @rule("F14", "bytes per token are those of the official validation text", BYTES)
@@ -91,7 +82,7 @@ def ratio_of_claim(folder: Folder) -> tuple[float, float] | None:
 @case("near", "sign", NO_STREAM)
 @case(otherwise, "binding", NO_STREAM)
 def byte_ratios(folder: Folder) -> Iterator[Fact]:
-    for proof in [p for p in folder.proofs if usable(p.metric)]:
+    for proof in usable(folder):
         tokens = proof.log.value("val_tokens")
         yield judged_ratio(folder, *ratio_of(proof.metric), tokens, proof.log.name, proof.metric.line)
     for claimed in filter(None, [ratio_of_claim(folder)]):
@@ -101,34 +92,29 @@ def byte_ratios(folder: Folder) -> Iterator[Fact]:
 def judged_ratio(folder: Folder, ratio: float, error: float, tokens: float | None, file: str, line: int) -> Fact:
     """A known stream, the right number of bytes, a declared other text, or a wrong count."""
     name, off = nearest_fingerprint(ratio)
-    low, high = IMPLIED_BYTES[0] * (1 - error), IMPLIED_BYTES[1] * (1 + error)
-    declared = folder.claim.declared_text
+    low, high = rules.IMPLIED_BYTES[0] * (1 - error), rules.IMPLIED_BYTES[1] * (1 + error)
+    total, declared = ratio * (tokens or 0), folder.claim.declared_text
+    if declared is not None and abs(off) > error + 1.5e-6:
+        return judged_declaration(folder, declared, (ratio, error), file, line)
     kinds = {
         "known": abs(off) <= error + 1.5e-6,
-        "declared": declared is not None,
-        "right number": bool(tokens) and low <= ratio * (tokens or 0) <= high,
+        "right number": bool(tokens) and low <= total <= high,
         "another cut": abs(off) <= OTHER_CUT,
         "near": abs(off) < 1e-3,
     }
-    kind = next((k for k, holds in kinds.items() if holds), "unknown")
-    if kind == "declared":
-        return judged_declaration(folder, ratio, error, file, line)
-    total = ratio * (tokens or 0)
     implied = f", {total:,.0f} bytes in all (should be 151,020,000 to 151,090,000)" if tokens else ""
     words = {"stream": name, "factor": 1 + off, "implied": implied, "total": total}
-    return fact(kind, file, line, ratio=ratio, **words)
+    return fact(first(kinds, "unknown"), file, line, ratio=ratio, **words)
 
 
-def judged_declaration(folder: Folder, ratio: float, error: float, file: str, line: int) -> Fact:
+def judged_declaration(folder: Folder, declared: dict, measured: tuple[float, float], file: str, line: int) -> Fact:
     """A record may be scored on another text if it says so, counts it right, and claims no place on the leaderboard."""
-    declared = folder.claim.declared_text
     tokens, nbytes = as_number(declared.get("val_tokens")), as_number(declared.get("val_bytes"))
     if not (tokens and nbytes and min(tokens, nbytes) > 0):
         return fact("undeclared", file, line)
-    right = abs(ratio * tokens / nbytes - 1) <= error + 1e-6
-    place = {True: "declared", False: "own text"}[folder.track.official_text]
-    kind = {True: place, False: "miscounted"}[right]
-    return fact(kind, file, line, ratio=ratio, nbytes=nbytes, total=ratio * tokens)
+    ratio, error = measured
+    kinds = {"miscounted": abs(ratio * tokens / nbytes - 1) > error + 1e-6, "declared": folder.track.official_text}
+    return fact(first(kinds, "own text"), file, line, ratio=ratio, nbytes=nbytes, total=ratio * tokens)
 
 
 @rule("F14", "the claim's loss and score fit the log's, and those of all seeds each other", BYTES)
@@ -136,8 +122,7 @@ def judged_declaration(folder: Folder, ratio: float, error: float, file: str, li
 @case("near", "sign", OTHER_RATIO)
 @case(otherwise, "wrong", "loss and BPB have another ratio in each seed: {ratios}")
 def ratios_of_seeds(folder: Folder) -> Iterator[Fact]:
-    """The ratio of the claim's own loss and score against that of the first log, and those of the logs."""
-    claimed, shown = ratio_of_claim(folder), [ratio_of(p.metric) for p in folder.proofs if usable(p.metric)]
+    claimed, shown = ratio_of_claim(folder), [ratio_of(p.metric) for p in usable(folder)]
     for ratio, error in shown[:1] if claimed else []:
         off = abs(claimed[0] / ratio - 1)
         if off > claimed[1] + error + 1e-4:
@@ -158,17 +143,17 @@ def validation_text(folder: Folder) -> Iterator[Fact]:
     for log in folder.proven_logs:
         values = {k: log.values.get(k, (None, 0)) for k in ("val_tokens", "total_docs", "train_shards")}
         (tokens, line), (docs, docs_line), (shards, shards_line) = values.values()
-        proven = [p.metric for p in folder.proofs if p.log is log and usable(p.metric) and p.metric.exact]
-        total = [ratio_of(m)[0] * (tokens or 0) for m in proven]
-        whole = tokens in VAL_TOKENS or any(IMPLIED_BYTES[0] <= n <= IMPLIED_BYTES[1] for n in total)
-        why, official = WRONG_VAL_TOKENS.get(tokens), folder.claim.declared_text is None
+        exact = [p.metric for p in usable(folder) if p.log is log and p.metric.exact]
+        total = [ratio_of(metric)[0] * (tokens or 0) for metric in exact]
+        whole = tokens in rules.VAL_TOKENS or any(rules.IMPLIED_BYTES[0] <= n <= rules.IMPLIED_BYTES[1] for n in total)
+        why, official = rules.WRONG_VAL_TOKENS.get(tokens), folder.claim.declared_text is None
         if why or (official and tokens is not None):
             kind = pick(why, "part", pick(whole, "whole", "unusual"))
             yield fact(kind, log.name, line, n=tokens, why=why)
         if docs is not None and official:
             yield fact("other " * (docs != VAL_DOCS) + "documents", log.name, docs_line, n=docs)
-        if shards in LEAKY_SHARDS:
-            yield fact("shards", log.name, shards_line, n=shards, why=LEAKY_SHARDS[shards])
+        if shards in rules.LEAKY_SHARDS:
+            yield fact("shards", log.name, shards_line, n=shards, why=rules.LEAKY_SHARDS[shards])
 
 
 @rule("F20", "beats the best earlier record significantly", "issue 1902: p < 0.25")
@@ -177,8 +162,7 @@ def validation_text(folder: Folder) -> Iterator[Fact]:
 @case("no practice", "applied", GAIN)
 @case("readme", "pass", GAIN_IN_NATS)
 @case(otherwise, "tolerated", GAIN_IN_NATS)
-def gain(folder: Folder) -> Iterator[Fact]:
-    """By both rules: the applied one on BPB, the written one in nats."""
+def gains(folder: Folder) -> Iterator[Fact]:
     baseline = (folder.baseline or frontier(folder)) if folder.track.baseline and folder.claim.given else None
     if baseline is None:
         return
@@ -187,41 +171,30 @@ def gain(folder: Folder) -> Iterator[Fact]:
         yield fact("untested", baseline=baseline.name)
     for rule_name in [name for name in ("practice", "readme") if name in (test or ())]:
         needed = test[f"seeds_needed_{rule_name}"]
-        words = {
-            "suffice": pick(needed, f"{needed} seeds suffice", "no number of seeds suffices"),
-            "margin": MARGIN_NATS,
-        }
-        words |= {"baseline": baseline.name, "rule": test[f"{rule_name}_rule"]}
-        column = {"practice": ("p", "gain_bpb"), "readme": ("p_margin", "gain_nats")}[rule_name]
-        p, gained = (test[name] for name in column)
-        yield fact("no " * (not test[rule_name]) + rule_name, p=p, gain=gained, **words)
+        words = {"suffice": pick(needed, f"{needed} seeds suffice", "no number of seeds suffices")}
+        words |= {"baseline": baseline.name, "rule": test[f"{rule_name}_rule"], "margin": MARGIN_NATS}
+        p, gain = {"practice": ("p", "gain_bpb"), "readme": ("p_margin", "gain_nats")}[rule_name]
+        yield fact("no " * (not test[rule_name]) + rule_name, p=test[p], gain=test[gain], **words)
 
 
 @lru_cache(maxsize=64)
 def baseline_side(path: Path) -> Side:
-    """The scores of a baseline, which many records share."""
     return Side(path.name, *Folder(path).scores())
-
-
-DATED = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 def frontier(folder: Folder) -> Path | None:
     """The best record of an earlier date beside this one that shows three seeds; on a track without the official text
     only one of the same track and text is a baseline."""
     here = folder.path.resolve()
-    day, text = here.name[:10], (folder.track.name, str(folder.claim.declared_text))
-    earlier = (
-        [p for p in here.parent.iterdir() if DATED.match(p.name) and p.name[:10] < day] if DATED.match(day) else []
-    )
-    shown = [(shows[0], p) for p in earlier if p.is_dir() and (shows := three_seeds(p))]
-    shown = [(bpb, p) for bpb, p in shown if folder.track.official_text or three_seeds(p)[1:] == text]
-    return min(shown, default=(0.0, None))[1]
+    day, text = re.match(r"\d{4}-\d\d-\d\d|", here.name)[0], (folder.track.name, str(folder.claim.declared_text))
+    dated = [p for p in here.parent.glob("[0-9]*-*") if re.match(r"\d{4}-\d\d-\d\d", p.name) and p.name[:10] < day]
+    shown = [(shows[0], p, shows[1:]) for p in dated if p.is_dir() and (shows := three_seeds(p))]
+    alike = [(bpb, p) for bpb, p, of in shown if folder.track.official_text or of == text]
+    return min(alike, default=(0.0, None))[1]
 
 
 @lru_cache(maxsize=1024)
 def three_seeds(path: Path) -> tuple[float, str, str] | None:
-    """Score, track and text of a record with at least three seeds."""
     folder = Folder(path)
     claim, bpb = folder.claim, folder.claim.number("val_bpb")
     enough = bpb is not None and len(claim.scores()) >= 3

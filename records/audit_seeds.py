@@ -3,12 +3,13 @@
 import re
 from collections.abc import Iterator
 from itertools import combinations
+from statistics import pstdev
 
 from records.claim import as_number, tolerance
 from records.folder import Folder
 from records.logs import Log
 from records.proofs import log_seed, seed_in_name
-from records.rules import Fact, case, either, fact, pick, rule, word
+from records.rules import Fact, case, either, fact, first, pick, rule, word
 from records.stats import deviation, mean
 
 FREE = re.compile(r"seed|run_?id|path|files?$|dir$|rank$|logfile|is_main|time|date|device|host|port|name", re.I)
@@ -35,12 +36,11 @@ def claimed_mean(folder: Folder) -> Iterator[Fact]:
     if scores:
         off = abs(mean(scores) - headline)
         kinds = {"agrees": off <= max(5e-6, tolerance(headline)) + digits, "of one seed": headline in scores}
-        kind = [*(k for k, holds in kinds.items() if holds), "differs"][0]
-        yield fact(kind, file, headline=headline, mean=mean(scores), count=len(scores))
+        yield fact(first(kinds, "differs"), file, headline=headline, mean=mean(scores), count=len(scores))
     if stated is not None and len(scores) > 1:
-        forms = {"sample": deviation(scores), "population": deviation(scores, 0)}
-        kinds = [k for k, d in forms.items() if abs(stated - d) <= tolerance(stated) + 2 * digits]
-        yield fact([*kinds, "neither"][0], file, stated=stated, **forms)
+        forms = {"sample": deviation(scores), "population": pstdev(scores)}
+        kinds = {k: abs(stated - d) <= tolerance(stated) + 2 * digits for k, d in forms.items()}
+        yield fact(first(kinds, "neither"), file, stated=stated, **forms)
     if scores and claim.seeds and sorted(claim.seeds) != sorted(claim.results):
         yield fact("other seeds", file, seeds=sorted(claim.seeds), keys=sorted(claim.results))
     shown = {log_seed(log) for log in folder.logs if log.final_metrics}
@@ -79,7 +79,6 @@ def log_of_each_seed(folder: Folder) -> Iterator[Fact]:
 @case(0, "pass", "{count} logs, one configuration")
 @either(word("absent"), "sign", "binding", "another configuration than {first}: {shown}")
 def configurations(folder: Folder) -> Iterator[Fact]:
-    """All logs that prove the claim share their hyper-parameters, batch geometry and data."""
     proven = {p.log.name: p.log for p in folder.proofs if p.log and p.metric}
     logs = [log for log in proven.values() if log.params or log.values]
     different = [(log, rows) for log in logs[1:] if (rows := different_settings(logs[0], log))]
@@ -92,7 +91,6 @@ def configurations(folder: Folder) -> Iterator[Fact]:
 
 
 def different_settings(first: Log, log: Log) -> list[tuple]:
-    """Name and both values of every setting in which two logs differ."""
     keys = sorted(set(first.params) | set(log.params)) if first.params and log.params else []
     rows = [(k, first.params.get(k), log.params.get(k)) for k in keys if not FREE.search(k)]
     names = {"world_size", "train_shards", "val_tokens", "gptq_reserve"} & set(first.values) & set(log.values)
@@ -136,7 +134,7 @@ def selection(folder: Folder) -> Iterator[Fact]:
             words = {"headline": headline, "count": len(values), "mean": mean(values)}
             yield fact(pick(best, "best", "fair"), folder.json_name * best, **words)
     told = [*claim.seeds, *claim.results, *(row.get("seed") for row in claim.failed_runs), None]
-    for seed in dict.fromkeys(s for s, _ in scored if claim.headlined and claim.seeds and s not in told):
+    for seed in dict.fromkeys(s for s, _ in scored if headline is not None and claim.seeds and s not in told):
         logs = [log for s, log in scored if s == seed]
         best = min(m.bpb for log in logs for m in log.final_metrics)
         yield fact("untold", logs[0].name, seed=seed, bpb=best, count=len(logs), s="s" * (len(logs) > 1))

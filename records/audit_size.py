@@ -5,29 +5,19 @@ import zlib
 from collections.abc import Iterator
 
 from records.competition import CAP_BYTES
-from records.folder import Folder, Script
-from records.logs import Log, Size
-from records.repack import CUSTOMARY, CannotRepack, packed_sizes
-from records.rules import Fact, case, either, fact, otherwise, rule, true, word
+from records.folder import Folder
+from records.logs import Size
+from records.rules import Fact, case, either, fact, first, otherwise, rule, true, word
 
 SLACK = 16  # bytes: version drift of packers
 PACKED_SHARE = 0.7  # of the script; what is claimed above it is no packed form
-TIGHTEST = 0.85  # of the customary packing; renaming and stronger settings save less
 CAP = "README: 16 MB cap; PR 1809, 1835"
 CODE = "README: all counted code lives in train_gpt.py"
 SAYS = "{who} counts {counted:,} bytes of code; {name} ships as {ships:,}"
-PACKS = SAYS + " and packs to {size:,} by pyminify and {form}"
 
 
 def near(a: float, b: float) -> bool:
     return abs(a - b) <= SLACK
-
-
-def logged_total(folder: Folder, log: Log) -> Size | None:
-    """What the log counts; our own log counts the artifact, to which the shipped script is added."""
-    counts_artifact = log.family == "J" and folder.main
-    ours = [Size("", m.line, m.count + folder.main.size) for m in log.models[-1:] if counts_artifact]
-    return log.total or next(iter(ours), None)
 
 
 @rule("F7", "code + compressed model <= 16,000,000 bytes as claimed, every seed; they add up to the total", CAP)
@@ -44,7 +34,9 @@ def totals(folder: Folder) -> Iterator[Fact]:
     if stated is not None:
         yield fact("claimed" + " over" * (int(stated) > CAP_BYTES), folder.json_name, n=int(stated))
     for log in logs:
-        for total in filter(None, [logged_total(folder, log)]):
+        # our own log counts the artifact, to which the shipped script is added
+        ours = [Size("", m.line, m.count + main.size) for m in log.models[-1:] if log.family == "J" and main]
+        for total in [t for t in (log.total, *ours) if t][:1]:
             over = total.count - CAP_BYTES
             yield fact("logged" + " over" * (over > 0), log.name, total.line, n=total.count, off=abs(over))
         parts = log.total, log.model, log.counted_code
@@ -85,17 +77,16 @@ def claim_against_logs(folder: Folder) -> Iterator[Fact]:
         return
     models = [m.count for log in folder.proven_logs if (m := log.model)]
     with_script = {max(models) + folder.main.size} if models and folder.main else set()
-    order = ["below all"] * (stated < min(logged)) + ["below some"] * (stated < max(logged)) + ["not below"]
-    place = "with script" if stated in with_script else order[0]
-    near_all = stated >= min(logged) - SLACK
-    yield fact(place, folder.json_name, stated=stated, low=min(logged), high=max(logged), near=near_all)
+    low, high = min(logged), max(logged)
+    kinds = {"with script": stated in with_script, "below all": stated < low, "below some": stated < high}
+    near_all = stated >= low - SLACK
+    yield fact(first(kinds, "not below"), folder.json_name, stated=stated, low=low, high=high, near=near_all)
 
 
 @rule("F7", "shipped artifacts are the logged ones", CAP)
 @case(word("known"), "pass", "{value:,} bytes, as logged")
 @case(otherwise, "wrong", "{value:,} bytes, no log shows this size")
 def artifacts(folder: Folder) -> Iterator[Fact]:
-    """Weights in the folder must be what the logs measured."""
     logged = {m.count for log in folder.logs for m in log.models}
     for entry in folder.artifacts:
         yield fact(entry.size, entry.name, known=not logged or entry.size in logged)
@@ -111,24 +102,20 @@ def counted_code(folder: Folder) -> list[Size]:
 @case("logged", "waived", "claims {stated:,.0f} bytes of code as logged, but ships {size:,}")
 @case("other", "waived", "claims {stated:,.0f} bytes of code; {name} has {size:,}")
 def claimed_code(folder: Folder) -> Iterator[Fact]:
-    """The claimed size of the code, and which of the sizes that could be meant it is."""
     main, stated = folder.main, folder.claim.number("bytes_code")
     if main is None or stated is None:
         return
-    shipped = any(near(stated, s.size) for s in folder.scripts.values())
     kinds = {
-        "shipped": shipped,
+        "shipped": any(near(stated, s.size) for s in folder.scripts.values()),
         "logged": stated in [c.count for c in counted_code(folder)],
         "packed": stated < PACKED_SHARE * main.size,
     }
-    kind = next((k for k, holds in kinds.items() if holds), "other")
-    yield fact(kind, folder.json_name, stated=stated, size=main.size, name=main.name)
+    yield fact(first(kinds, "other"), folder.json_name, stated=stated, size=main.size, name=main.name)
 
 
 @rule("F8", "the log counts the shipped script", CODE)
 @either(word("same"), "pass", "sign", "the log counts {value:,} bytes of code, {name} has {size:,}")
 def logged_code(folder: Folder) -> Iterator[Fact]:
-    """The code bytes that a log counts as they stand, not as a packed form."""
     main = folder.main
     for code in counted_code(folder) if main else []:
         same = near(code.count, main.size)
@@ -137,48 +124,17 @@ def logged_code(folder: Folder) -> Iterator[Fact]:
 
 
 @rule("F8", "a packed size that is counted can be reached", CODE)
-@case("below the floor", "binding", SAYS + " and cannot pack below about {floor:,.0f}")
-@case("not rebuilt", "unknown", SAYS + "; the packed size was not rebuilt: {error}")
-@case("exact", "tolerated", PACKS)
-@case("impossible", "binding", PACKS + ": no packing gets there")
-@case(otherwise, "waived", PACKS + ", {off:+,} bytes off")
+@case(lambda f: f["counted"] < f.value, "binding", SAYS + " and cannot pack below about {value:,.0f}")
+@case(otherwise, "unknown", SAYS + "; it was not packed again")
 def packed_code(folder: Folder) -> Iterator[Fact]:
-    """Sizes of a packed form that is not shipped: they must come out again when the shipped file is packed."""
+    """Sizes of a packed form that is not shipped, with the least that packing the shipped file could reach: without
+    comments and line ends, minified to two fifths, lzma, base85."""
     main = folder.main
-    if main is None:
-        return
-    for claimed in claimed_code.measure(folder):
-        if claimed.value == "packed":
-            yield repacked(folder, int(claimed["stated"]), "the claim", folder.json_name)
-    for code in counted_code(folder):
-        if code.tag == "compressed" and not near(code.count, main.size):
-            yield repacked(folder, code.count, "the log", main.name)
-
-
-def repacked(folder: Folder, counted: int, who: str, file: str) -> Fact:
-    """How a counted size compares with a packing of the shipped file, or with the least that one could reach."""
-    main = folder.main
-    words = {"who": who, "name": main.name, "ships": main.size, "counted": counted}
-    try:
-        name, size = nearest_form(folder, main, counted)
-    except CannotRepack as error:
-        floor = 0.4 * 1.25 * len(zlib.compress(bare(main.text), 9))  # minified, lzma, base85
-        kinds = {True: "below the floor", False: "not rebuilt"}
-        return fact(kinds[counted < floor], file, **words, floor=floor, error=error)
-    kinds = {"exact": near(size, counted), "impossible": counted < TIGHTEST * size}
-    kind = next((k for k, holds in kinds.items() if holds), "off")
-    return fact(kind, file, **words, form=name, size=size, off=size - counted)
-
-
-def bare(text: str) -> bytes:
-    """The script without comments and line ends, a bound on what minifying saves."""
-    return re.sub(r"(?m)^\s*#.*\n|[ \t]+$", "", text).encode()
-
-
-def nearest_form(folder: Folder, script: Script, counted: int) -> tuple[str, int]:
-    """The wrapper whose rebuilt size is closest to a counted one, with the options the script names for itself."""
-    if not folder.repack:
-        raise CannotRepack("--repack asks for it")
-    recipes = dict.fromkeys([tuple(script.facts["minifier"]) or CUSTOMARY, CUSTOMARY])
-    forms = [form for flags in recipes for form in packed_sizes(script.text, flags).items()]
-    return min(forms, key=lambda form: abs(form[1] - counted))
+    claimed = [
+        ("the claim", folder.json_name, int(c["stated"])) for c in claimed_code.measure(folder) if c.value == "packed"
+    ]
+    logged = [("the log", main.name, c.count) for c in counted_code(folder) if main and c.tag == "compressed"]
+    for who, file, counted in [row for row in claimed + logged if not near(row[2], main.size)]:
+        bare = re.sub(r"(?m)^\s*#.*\n|[ \t]+$", "", main.text).encode()
+        floor = 0.4 * 1.25 * len(zlib.compress(bare, 9))
+        yield fact(floor, file, who=who, name=main.name, ships=main.size, counted=counted)

@@ -60,7 +60,6 @@ def scoring_seconds(folder: Folder) -> Iterator[Fact]:
 @rule("F23", "claimed steps and seconds are the logged ones", "README: submission.json")
 @either(true, "pass", "sign", "seed {seed} states {said:,.10g} {name}, the log shows {shown:,.10g}")
 def stated_times(folder: Folder) -> Iterator[Fact]:
-    """Steps and seconds that the claim states against those the logs show."""
     for proof in [p for p in folder.proofs if p.log and p.seed in folder.claim.results]:
         stated = folder.claim.results[proof.seed]
         log = next((g for g in folder.proven_logs if g.stop and log_seed(g) == proof.seed), proof.log)

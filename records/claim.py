@@ -38,11 +38,8 @@ class Written(float):
     def __new__(cls, text: str) -> "Written":
         number = super().__new__(cls, text)
         fraction = text.partition(".")[2]
-        number.text, number.digits = text, len(fraction) if fraction.isdigit() else None
+        number.digits = len(fraction) if fraction.isdigit() else None
         return number
-
-    def __getnewargs__(self) -> tuple[str]:
-        return (self.text,)  # a report travels between processes
 
 
 class SeedClaim(NamedTuple):
@@ -59,6 +56,7 @@ class SeedClaim(NamedTuple):
 class Claim:
     file: str
     raw: dict
+    spelling: list[str] = field(default_factory=list)  # what is wrong with the JSON
     problems: list[str] = field(default_factory=list)  # wrong types and unreadable values
     numbers: dict[str, float] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=list)
@@ -75,10 +73,6 @@ class Claim:
     @property
     def track(self) -> str:
         return re.sub(r"[-_ ]+", "_", self.text("track").strip().lower()).removeprefix("track_")
-
-    @property
-    def headlined(self) -> bool:
-        return "val_bpb" in self.numbers
 
     @property
     def declared_text(self) -> dict | None:
@@ -127,7 +121,6 @@ LARGEST = 1e18  # no honest number of a record is larger, and squares stay finit
 
 
 def as_number(value: object) -> float | None:
-    """A finite number of plausible size, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
         return None
     return value if isinstance(value, Written) else float(value)
@@ -142,9 +135,9 @@ def as_seed(value: object) -> int | None:
     return None
 
 
-def read_claim(file: str, raw: dict) -> Claim:
-    """Normalise one parsed object; problems are collected, never raised."""
-    claim = Claim(file, raw)
+def read_claim(file: str, raw: dict | None, spelling: list[str]) -> Claim:
+    """Normalise one parsed object, if there is one; problems are collected, never raised."""
+    claim, raw = Claim(file, raw or {}, spelling, given=raw is not None), raw or {}
     for name in NUMBERS:
         _take_number(claim, name)
     table = next((raw[k] for k in SEED_TABLES if isinstance(raw.get(k), dict)), {})
@@ -158,13 +151,14 @@ def read_claim(file: str, raw: dict) -> Claim:
         for seed, score in zip(claim.seeds, scores):
             _take_seed(claim, seed, score)
     texts = [(name, raw.get(name)) for name in ("name", "author", "date", "track", "blurb")]
-    wrong = [(name, value) for name, value in texts if value is not None and not isinstance(value, str)]
-    claim.problems += [f"{name} should be text, is {type(value).__name__}" for name, value in wrong]
+    wrong = [f"{name} should be text, is {type(v).__name__}" for name, v in texts if not isinstance(v, str | None)]
+    claim.problems += wrong
     return claim
 
 
 def _take_number(claim: Claim, name: str) -> None:
-    for alias, value in [(alias, claim.raw.get(alias)) for alias in ALIASES[name] if claim.raw.get(alias) is not None]:
+    given = ((alias, claim.raw.get(alias)) for alias in ALIASES[name])
+    for alias, value in [row for row in given if row[1] is not None]:
         numbers = [as_number(v) for v in (value if name.endswith("seconds") and isinstance(value, list) else [value])]
         number = None if None in (*numbers, *[None][bool(numbers) :]) else max(numbers)  # a list has one a seed
         if number is None:

@@ -2,27 +2,22 @@
 
 import argparse
 import json
-import multiprocessing
-import os
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 from records.audit import check_folder, submission_folders
 from records.files import clean
 from records.folder import Folder
-from records.page import Raw, cell, page, section, table
+from records.page import Raw, cell, coloured, folded, page, section, table
 from records.rules import RANK
 from records.run import open_run
 from records.run_compare import compare, load_side
 from records.run_ledger import COLUMNS, LEDGER, MODES, add_runs, leaderboard, read_ledger
 from records.run_record import Request, build
 from records.run_report import write_report
-from records.verify import COMMAND, EXPORT, Trial, verify
+from records.verify import COMMAND, Trial, verify
 
-MANY = 16  # folders from which starting processes pays
 RULED = ("practice", "readme")
 MARKS = {"pass": "ok", "warn": "warn", "fail": "FAIL", "na": "-"}
 
@@ -36,31 +31,16 @@ def check(args: argparse.Namespace) -> int:
     if not folders:
         raise ValueError(f"no submission folder at or below {', '.join(args.path)}")
     baseline = Path(args.baseline) if args.baseline else None
-    one = partial(checked, policy=args.policy, against=args.against, repack=args.repack, baseline=baseline)
-    shown = partial(json.dumps, default=str) if args.json else partial(text_of, everything=args.all)
     reports = []
-    for report in reports_of(folders, one):
-        reports.append(report)
-        say(shown(report))
+    for folder in folders:
+        reports.append(check_folder(Folder(folder, args.policy, baseline)))
+        say(json.dumps(reports[-1], default=str) if args.json else text_of(reports[-1], args.all))
     if args.html:
         Path(args.html).write_text(html_of(reports), encoding="utf-8")
     worst = [r["verdict"] for r in reports]
     if not args.json and len(reports) > 1:
         say(f"{len(reports)} folders: " + ", ".join(f"{worst.count(v)} {v}" for v in ("pass", "warn", "fail")))
     return int("fail" in worst)
-
-
-def checked(path: Path, **options: object) -> dict:
-    return check_folder(Folder(path, **options))
-
-
-def reports_of(folders: list[Path], one: Callable[[Path], dict]) -> Iterator[dict]:
-    """Reports in the order of the folders; many are shared out over the processors."""
-    if len(folders) < MANY:
-        yield from map(one, folders)
-        return
-    with ProcessPoolExecutor(min(4, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(one, folders, chunksize=4)
 
 
 def existing(path: Path) -> Path:
@@ -87,47 +67,35 @@ def html_of(reports: list[dict]) -> str:
     for r in reports:
         claim = [r["claim"]["val_bpb"], r["claim"]["bytes_total"], " ".join(map(str, r["claim"]["seeds"]))]
         counts = [sum(c["status"] == status for c in r["checks"]) for status in ("fail", "warn")]
-        rows.append([colour(r["verdict"]), Path(r["folder"]).name, r["track"], *claim, *counts])
+        rows.append([coloured(r["verdict"]), Path(r["folder"]).name, r["track"], *claim, *counts])
     overview = section(f"{len(reports)} folders", table(head, rows))
     return page("Records checked", overview + "".join(map(details, reports)))
 
 
 def details(r: dict) -> Raw:
-    """The findings of one folder: what needs a reader first."""
-    pairs = [(c, e) for c in r["checks"] for e in c["evidence"]]
-    pairs.sort(key=lambda pair: -RANK[pair[1]["status"]])
-    rules = [c["rule"] * (e["status"] in {"warn", "fail"}) for c, e in pairs]
-    told = [[c["id"], colour(e["status"]), where(e), e["note"], text] for (c, e), text in zip(pairs, rules)]
+    pairs = sorted(((c, e) for c in r["checks"] for e in c["evidence"]), key=lambda pair: -RANK[pair[1]["status"]])
+    told = [
+        [c["id"], coloured(e["status"]), where(e), e["note"], c["rule"] * (e["status"] in {"warn", "fail"})]
+        for c, e in pairs
+    ]
+    name = Raw(f"<p>{coloured(r['verdict'])} · {cell(r['claim'].get('name', ''))}</p>")
     rows = table(["check", "status", "where", "finding", "rule"], told)
-    unfolded = " open" * (r["verdict"] == "fail")
-    name = Raw(f"<p>{colour(r['verdict'])} · {cell(r['claim'].get('name', ''))}</p>")
-    body = Raw(f"<details{unfolded}><summary>{len(told)} findings</summary>{rows}</details>")
-    return section(Path(r["folder"]).name, name, body)
-
-
-def colour(status: str) -> Raw:
-    return Raw(f'<span class="{status}">{status}</span>')
+    return section(Path(r["folder"]).name, name, folded(f"{len(told)} findings", rows, r["verdict"] == "fail"))
 
 
 def where(e: dict) -> str:
     return e["file"] + f":{e['line']}" * bool(e["line"])
 
 
-def existing_file(name: str, what: str) -> Path:
-    if not Path(name).is_file():
-        raise ValueError(f"{name}: no such {what}")
-    return Path(name)
-
-
 def verify_command(args: argparse.Namespace) -> int:
     if not args.execute:
         raise ValueError("verify runs the submission's code; say --execute to allow it")
     folder, data = existing(Path(args.folder)), existing(Path(args.data))
-    artifact = existing_file(args.artifact, "artifact")
-    checkpoint = existing_file(args.checkpoint, "checkpoint") if args.checkpoint else None
+    if not (artifact := Path(args.artifact)).is_file():
+        raise ValueError(f"{artifact}: no such artifact")
     if args.repeat < 1:
         raise ValueError(f"--repeat {args.repeat}: evaluate at least once")
-    trial = Trial(args.command, args.repeat, args.timeout, checkpoint, args.export)
+    trial = Trial(args.command, args.repeat, args.timeout)
     outcome = verify(Folder(folder), artifact, data, trial)
     rows = [{"id": probe} | f.as_json() for probe, f in outcome.findings]
     lines = [f"{outcome.verdict.upper()}  {clean(folder, 1000)}"]
@@ -177,7 +145,8 @@ def shown(value: object) -> str:
 
 def new_command(args: argparse.Namespace) -> int:
     runs = [open_run(Path(p)) for p in args.from_]
-    texts = {name: getattr(args, name) for name in ("name", "author", "github", "date", "blurb", "mode", "address")}
+    texts = {name: getattr(args, name) for name in ("name", "author", "github", "blurb", "mode", "address")}
+    texts |= {"date": args.date} if args.date else {}
     made = Path(args.build) if args.build else None
     say(str(build(runs, Request(script=Path(args.script), out=Path(args.out), build=made, **texts))))
     return 0
@@ -245,8 +214,6 @@ OPTIONS = (
     ("check", option("path", nargs="+", help="a submission folder, or a folder that holds some")),
     ("check", option("--policy", help="written rules, or as applied (default)", **POLICIES)),
     ("check", text("--baseline", "record to test significance against (default: the best earlier one beside it)")),
-    ("check", text("--against", "git revision that only this folder may differ from", metavar="REF")),
-    ("check", switch("--repack", "pack scripts again by python-minifier, seconds each")),
     ("check", JSON),
     ("check", text("--html", "write a page as well", metavar="FILE")),
     ("check", switch("--all", "show what passed, too")),
@@ -256,8 +223,6 @@ OPTIONS = (
     ("verify", switch("--execute", "allow the submission's code to run")),
     ("verify", text("--command", f"how to evaluate (default: {COMMAND})", COMMAND)),
     ("verify", option("--repeat", type=int, default=1, help="evaluations; two show how far they lie apart")),
-    ("verify", text("--checkpoint", "quantise and pack this one twice, and compare the sizes")),
-    ("verify", text("--export", f"how to do that (default: {EXPORT})", EXPORT)),
     ("verify", option("--timeout", type=float, default=3600.0, help="seconds each")),
     ("verify", JSON),
     ("compare", option("baseline")),

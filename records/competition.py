@@ -74,6 +74,5 @@ def bytes_per_token(loss: float, bpb: float) -> float:
 
 
 def nearest_fingerprint(ratio: float) -> tuple[str, float]:
-    """Name and relative distance of the closest known validation stream."""
     name = min(FINGERPRINTS, key=lambda k: abs(FINGERPRINTS[k][0] - ratio))
     return name, ratio / FINGERPRINTS[name][0] - 1

@@ -58,7 +58,6 @@ def open_regular(path: Path):
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """At most `limit` bytes of a regular file."""
     with open_regular(path) as stream:
         return stream.read(limit)
 

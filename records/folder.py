@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import subprocess
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +14,8 @@ from records.logs import Log
 from records.logs_reader import read_log
 from records.packed import Unpacked, source_text, unpack
 from records.proofs import Proof, log_seed, proofs_of
-from records.script import facts_of
-from records.tokenizer import altered_texts, read_vocabulary
+from records.script import facts as read_facts
+from records.tokenizer import read_vocabulary
 
 MAX_JSON = 4 << 20
 MAX_SCRIPT = 4 << 20
@@ -25,7 +24,6 @@ MAX_LOGS = 64
 NOT_LOGS = re.compile(r"(^|/)(requirements\w*|constraints|license|notes?|readme)[^/]*$", re.I)
 ARTIFACTS = {".skc", ".ptz", ".pt", ".bin"}
 NATIVE = {".cpp", ".cu", ".cc", ".c", ".so", ".rs"}
-UNTRUSTED = ("-c", "core.fsmonitor=false", "-c", "diff.external=", "-c", "core.attributesFile=/dev/null")
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,7 @@ class Script:
 
     @cached_property
     def facts(self) -> dict:
-        """Parsed when asked for: most helpers of a folder never are."""
-        return facts_of(self.unpacked.text)
+        return read_facts(self.unpacked.text)
 
 
 class Certificate(NamedTuple):
@@ -55,23 +52,14 @@ class Tokenizer(NamedTuple):
     problems: list[str]
     broken: bool
 
-    def altered(self) -> list[str]:
-        return altered_texts(str(self.path))
-
 
 @dataclass
 class Folder:
     path: Path
     policy: str = "practice"
     baseline: Path | None = None
-    against: str = ""  # a git revision: the folder should be all that differs from it
-    repack: bool = False  # whether packed sizes are built again, which costs seconds a script
 
     # files
-
-    @cached_property
-    def name(self) -> str:
-        return self.path.resolve().name
 
     @cached_property
     def entries(self) -> list[Entry]:
@@ -84,11 +72,7 @@ class Folder:
     def text(self, name: str) -> str:
         return read_text(self.files[name].path, MAX_JSON) if name in self.files else ""
 
-    def sha256(self, name: str) -> str:
-        return sha256_file(self.files[name].path)
-
     def json(self, name: str) -> tuple[object, list[str]]:
-        """The value of a JSON file, and what is wrong with its spelling; nothing where there is no such file."""
         return parse_json(read_bytes(self.files[name].path, MAX_JSON)) if name in self.files else (None, [])
 
     @cached_property
@@ -98,22 +82,14 @@ class Folder:
     @cached_property
     def manifest(self) -> dict | None:
         """The rows of the manifest by file name; others mean something else by a file of that name."""
-        value, _ = self.json("manifest.json")
-        listed = value.get("files") if isinstance(value, dict) else None
-        return listed if isinstance(listed, dict) else None
+        match self.json("manifest.json")[0]:
+            case {"files": dict() as listed}:
+                return listed
+        return None
 
     @cached_property
     def artifacts(self) -> list[Entry]:
         return [e for e in self.files.values() if e.suffix in ARTIFACTS and e.size > 1000]
-
-    def changed_outside(self) -> list[str]:
-        """Files outside the folder that differ from the revision `against`."""
-        here = self.path.resolve()
-        top = git(here, self.against, "rev-parse", "--show-toplevel")
-        span = f"{self.against}...HEAD"
-        names = git(here, self.against, *UNTRUSTED, "diff", "--name-only", "-z", "--end-of-options", span)
-        inside = here.relative_to(top).as_posix() + "/"
-        return [n for n in names.split("\0") if n and not n.startswith(inside)]
 
     # claim
 
@@ -122,20 +98,12 @@ class Folder:
         return min((n for n in self.files if re.fullmatch(r"submission\w*\.json", n)), key=len, default="")
 
     @cached_property
-    def parsed_claim(self) -> tuple[object, list[str]]:
-        return self.json(self.json_name)
-
-    @cached_property
     def claim(self) -> Claim:
         """What submission.json claims; nothing where there is none that can be read."""
-        value, _ = self.parsed_claim
-        return read_claim(self.json_name, value) if isinstance(value, dict) else Claim(self.json_name, {}, given=False)
-
-    @property
-    def json_problems(self) -> list[str]:
-        value, problems = self.parsed_claim
+        value, problems = self.json(self.json_name)
         wrong = value is not None and not isinstance(value, dict)
-        return problems + [f"should be an object, is {type(value).__name__}"] * wrong
+        problems += [f"should be an object, is {type(value).__name__}"] * wrong
+        return read_claim(self.json_name, value if isinstance(value, dict) else None, problems)
 
     @cached_property
     def track(self) -> Track:
@@ -166,10 +134,7 @@ class Folder:
 
     @cached_property
     def proven_logs(self) -> list[Log]:
-        """The logs behind the claim; all run logs where the claim points at none.
-
-        A seed may be proven by a log of the evaluation alone; the log of its training then belongs to the evidence too.
-        """
+        """The logs behind the claim, and the training logs of seeds whose evaluation has its own; else all run logs."""
         proven = {p.log.name: p.log for p in self.proofs if p.log}
         for seed in [log_seed(log) for log in proven.values() if not log.steps.count]:
             proven.update({log.name: log for log in self.logs if log.steps.count and log_seed(log) == seed})
@@ -177,7 +142,6 @@ class Folder:
 
     @property
     def timed_logs(self) -> list[Log]:
-        """The proven logs, where the track limits time."""
         return self.proven_logs if self.track.train_seconds else []
 
     def scores(self) -> tuple[list[float], list[float]]:
@@ -209,7 +173,6 @@ class Folder:
 
     @cached_property
     def helpers(self) -> list[Script]:
-        """First-party files that the main script imports or executes."""
         names = {n.removesuffix(".py"): s for n, s in self.scripts.items() if "/" not in n and s is not self.main}
         reached = {s.name: s for s in (self.main, self.code) if s}
         todo = list(reached.values())
@@ -221,24 +184,12 @@ class Folder:
 
     @property
     def sources(self) -> list[Script]:
-        """The script whose text runs, and what it imports from beside it."""
         return [self.code, *(h for h in self.helpers if h is not self.code)] if self.code else []
 
     @cached_property
     def native(self) -> list[Entry]:
-        """Compiled or compilable helpers that the code names."""
         text = "\n".join(s.unpacked.text for s in [self.main, self.code, *self.helpers] if s)
         return [e for e in self.files.values() if e.suffix in NATIVE and Path(e.name).name in text]
-
-    @cached_property
-    def modules_beside(self) -> set[str]:
-        """Names that an import can mean because a file or folder of the submission has them."""
-        return {name for n in self.files for name in (n.partition("/")[0], n.removesuffix(".py").partition("/")[0])}
-
-    @cached_property
-    def declared(self) -> str:
-        """Where a submission may say what it needs, in lower case."""
-        return " ".join(self.text(n) for n in self.files if "requirements" in n.lower()).lower() + self.readme.lower()
 
     @cached_property
     def tokenizers(self) -> list[Tokenizer]:
@@ -259,13 +210,17 @@ class Folder:
         return value if isinstance(value, dict) else {}
 
     @cached_property
+    def claimed_hashes(self) -> set[str]:
+        rows = self.claim.raw.get("seed_results")
+        rows = rows.values() if isinstance(rows, dict) else ()
+        return {str(r["artifact_sha256"]) for r in rows if isinstance(r, dict) and r.get("artifact_sha256")}
+
+    @cached_property
     def artifact_hashes(self) -> set[str]:
         """sha256 of every artifact that the claim or the manifest names."""
-        rows = self.claim.raw.get("seed_results")
-        claimed = [r for r in rows.values() if isinstance(r, dict)] if isinstance(rows, dict) else []
-        listed = [row for n, row in (self.manifest or {}).items() if isinstance(row, dict) and weights(n)]
-        hashes = [r.get("artifact_sha256") for r in claimed] + [row.get("sha256") for row in listed]
-        return {str(h) for h in hashes if h}
+        named = {n: row for n, row in (self.manifest or {}).items() if Path(n).suffix in ARTIFACTS}
+        listed = {str(row["sha256"]) for row in named.values() if isinstance(row, dict) and row.get("sha256")}
+        return self.claimed_hashes | listed
 
     @cached_property
     def verification(self) -> tuple[list, list[str]]:
@@ -274,10 +229,6 @@ class Folder:
         rows = value.get("checks") if isinstance(value, dict) else None
         broken = "verification.json" in self.files and not isinstance(rows, list)
         return rows if isinstance(rows, list) else [], ["; ".join(problems) or "no table of checks"] * broken
-
-
-def weights(name: str) -> bool:
-    return Path(name).suffix in ARTIFACTS
 
 
 def hash_in(table: dict, part: str) -> str:
@@ -300,14 +251,6 @@ def load_tokenizer(entry: Entry) -> Tokenizer:
     except (ValueError, RecursionError) as error:
         problems, broken = [str(error)], True
     return Tokenizer(entry.name, entry.path, official, problems, broken)
-
-
-def git(where: Path, revision: str, *words: str) -> str:
-    """What git says, or an error that names the revision it cannot compare with."""
-    done = subprocess.run(["git", *words], cwd=where, capture_output=True, text=True, timeout=60, check=False)
-    if done.returncode:
-        raise ValueError(f"{where}: git cannot compare it with {revision!r}: {done.stderr.strip()}")
-    return done.stdout.strip("\n")
 
 
 def sha256_file(path: Path) -> str:

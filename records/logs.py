@@ -22,11 +22,15 @@ class Metric:
         return self.digits >= 6
 
     @property
+    def rounding(self) -> float:
+        """How far a score that is printed with four decimals may lie from a claim of it."""
+        return 0.0 if self.exact else 5e-5
+
+    @property
     def final(self) -> bool:
         """A score of the shipped model, not of a moment in training or of the model before quantisation."""
-        return not re.search(
-            r"^step|^\d+/\d+|pre[-_ ]?quant|post[-_ ]?ema|\bdiagnostic\b|^val\b|^swa:|^ema", self.tag, re.I
-        )
+        early = r"^step|^\d+/\d+|pre[-_ ]?quant|post[-_ ]?ema|\bdiagnostic\b|^val\b|^swa:|^ema"
+        return not re.search(early, self.tag, re.I)
 
 
 class Size(NamedTuple):
@@ -36,16 +40,12 @@ class Size(NamedTuple):
 
 
 class RunScript(NamedTuple):
-    """The file that ran, as the run itself states it."""
-
     sha256: str
     size: int
     line: int
 
 
 class Stop(NamedTuple):
-    """Where training stopped."""
-
     milliseconds: float
     step: int
     line: int
@@ -71,10 +71,10 @@ class Steps:
     digest: int = 0  # equal for equal curves
 
     def add(self, step: int, loss: float, line: int, milliseconds: float = 0.0) -> None:
-        if not abs(loss) < 1e9:
+        if abs(loss) < 1e9:
+            self.extend([step], [loss], line, milliseconds)
+        else:
             self.bad = self.bad or line
-            return
-        self.extend([step], [loss], line, milliseconds)
 
     def extend(self, steps: list[int], losses: list[float], line: int, milliseconds: float) -> None:
         """Lines of a run, from `line` on, with the longest of their times."""
@@ -143,7 +143,6 @@ class Log:
 
     @property
     def step_seconds(self) -> float:
-        """Mean seconds of one step."""
         step = self.stop.step if self.stop else self.steps.last_step
         return self.training[0] / step if step else 0.0
 

@@ -42,16 +42,15 @@ END_OF_LISTING = re.compile(rf"^(?:{RULER}|(?:step:)?\d{{1,9}}/\d+ (?:train_)?lo
 ESCAPE = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|[@-Z\\-_])")
 CODE_START = re.compile(r'(?:import \w|from [\w.]+ import |"""|\'\'\'|#!/|"\w.*"$)')
 GPU = re.compile(r"\|\s+(\d{1,3})\s+((?:NVIDIA|AMD|Tesla|GeForce)[\w /+-]{0,60}?(?:\d{1,4}GB[\w ]{0,30}?)?)\s{2,}")
-SCALE = {"ms": 0.001, "s": 1.0, "m": 60.0}
-MILLISECONDS = {unit: 1000 * seconds for unit, seconds in SCALE.items()}
+MILLISECONDS = {"ms": 1.0, "s": 1000.0, "m": 60_000.0}
 
 
 def _append(items: list, item: object) -> None:
     items += [item][: MAX_KEPT - len(items)]
 
 
-def _take(log: Log, m: re.Match, line: int, what: str, name: str) -> None:
-    """Keep what one of LINES tells."""
+def _take(log: Log, m: re.Match, what: str, name: str) -> None:
+    line = log.lines
     match what:
         case "number":
             log.values.setdefault(name, (float(m[1]), line))
@@ -90,7 +89,6 @@ LINES = (
     ("essians", rf"GPTQ:collected \d+ Hessians in ({NUM})s", "phase", "hessian"),
     ("sequences in", rf"gptq:generated \d+ sequences in ({NUM})s", "phase", "generate"),
     ("decompression done", rf"Deserialize: .*decompression done in ({NUM})s", "phase", "decompress"),
-    ("compression done", rf"Serialize: .*\bcompression done in ({NUM})s", "phase", "compress"),
     ("warmup done", rf"ttt_lora:compile warmup done \(({NUM})s\)", "phase", "warmup"),
     ("precompute", rf"\w{{1,30}}:precompute .*?elapsed=({NUM})s", "phase", "precompute"),
     ("warming up compile", r"ttt_lora:warming up compile \(random tokens, no val data\)", "note", RANDOM),
@@ -98,7 +96,6 @@ LINES = (
     ("GPTQ", r"GPTQ:collecting Hessians from calibration data", "note", "gptq"),
     ("autoregressive", r"gptq:generating autoregressive calibration", "note", "gptq on own text"),
     ("FORCE_STOP", r".*FORCE_STOP_STEP(?!\S*[=:] ?(?:0|None|$))", "note", "force stop"),
-    ("Traceback", r"(?:\[rank\d+\]: )?Traceback \(most recent call last\)", "note", "traceback"),
     ("script sha256", r".*\bscript sha256 ([0-9a-f]{64}) (\d{1,12}) bytes", "script", ""),
 )
 READERS = [(needle, re.compile(pattern), *taken) for needle, pattern, *taken in LINES]
@@ -106,9 +103,8 @@ READERS = [(needle, re.compile(pattern), *taken) for needle, pattern, *taken in 
 
 def read_log(path: Path, name: str) -> Log:
     """Parse one log file; unreadable content becomes facts of the result, never an exception."""
-    log = Log(name)
+    log, digest = Log(name), hashlib.sha256()
     reader = LogReader(log)
-    digest = hashlib.sha256()
     with open_regular(path) as stream:
         for block in _blocks(stream, log):
             digest.update(block)
@@ -159,7 +155,7 @@ class LogReader:
             text = "\n".join(self._plain(line, self.log.lines + i) for i, line in enumerate(text.split("\n"), 1))
         at = 0
         while at < len(text):
-            at = self._listed(text, at) or self._noise(text, at) or self._steps(text, at) or self._line(text, at)
+            at = self._listed(text, at) or self._run(text, at) or self._line(text, at)
 
     def _listed(self, text: str, at: int) -> int:
         """Skip to the end of an embedded source listing; it is full of text that looks like results."""
@@ -174,29 +170,22 @@ class LogReader:
         self.in_code = end is None
         return stop * (stop > at)
 
-    def _noise(self, text: str, at: int) -> int:
-        match = NOISE.match(text, at)
-        if match is None or self.after_header:
-            return 0
-        self.fresh = self.in_params = False
-        self.log.lines += text.count("\n", at, match.end())
-        return match.end()
-
-    def _steps(self, text: str, at: int) -> int:
-        """A run of lines of the training curve."""
-        match = STEP_ROWS.match(text, at)
-        if match is None or self.after_header:
-            return 0
-        steps, losses = zip(*STEP_PAIR.findall("\n" + match[0]))
-        first = STAMP.match(text, at).end()
-        last = STAMP.match(text, text.rfind("\n", at, match.end() - 1) + 1 or at).end()
-        end = STEP.match(text, last)
-        self.log.family = self.log.family or family_of_step(text[first : first + 40])
-        took = float(end[3] or 0) * MILLISECONDS.get(end[4], 0)
-        self.log.steps.extend([*map(int, steps)], [*map(float, losses)], self.log.lines + 1, took)
-        self.log.lines += len(steps)
-        self.fresh = self.in_params = False
-        return match.end()
+    def _run(self, text: str, at: int) -> int:
+        """Lines that come in thousands: running scores, and the training curve."""
+        noise = None if self.after_header else NOISE.match(text, at)
+        rows = None if self.after_header or noise else STEP_ROWS.match(text, at)
+        end = (noise or rows).end() if noise or rows else 0
+        if rows:
+            steps, losses = zip(*STEP_PAIR.findall("\n" + rows[0]))
+            start = STAMP.match(text, at).end()
+            last = STEP.match(text, STAMP.match(text, text.rfind("\n", at, end - 1) + 1 or at).end())
+            self.log.family = self.log.family or family_of_step(text[start : start + 40])
+            took = float(last[3] or 0) * MILLISECONDS.get(last[4], 0)
+            self.log.steps.extend([*map(int, steps)], [*map(float, losses)], self.log.lines + 1, took)
+        if end:
+            self.fresh = self.in_params = False
+            self.log.lines += text.count("\n", at, end)
+        return end
 
     def _line(self, text: str, at: int) -> int:
         end = text.find("\n", at)
@@ -206,8 +195,13 @@ class LogReader:
         if line.startswith(RULER):
             self._end_listing()
             self.fresh = True
-        elif not self._begins_listing(line):
-            self._text(line[:MAX_LINE])
+        elif self.fresh and line.strip() and CODE_START.match(line):
+            self.fresh, self.in_code = False, True
+            self.source, self.source_size = [line + "\n"], len(line) + 1
+        else:
+            self.fresh = self.fresh and not line.strip()
+            line = line[:MAX_LINE]  # the first reader that knows it takes it
+            any(reader(line) for reader in (self._param, self._header, self._step, self._metric, self._facts))
         return stop + 1
 
     def _plain(self, line: str, number: int) -> str:
@@ -219,14 +213,6 @@ class LogReader:
             self.log.escapes = self.log.escapes or number
             line = ESCAPE.sub("", line)
         return line.rstrip("\r").rpartition("\r")[2]
-
-    def _begins_listing(self, line: str) -> bool:
-        if self.fresh and line.strip():
-            self.fresh = False
-            self.in_code = bool(CODE_START.match(line))
-            if self.in_code:
-                self.source, self.source_size = [line + "\n"], len(line) + 1
-        return self.in_code
 
     def _end_listing(self) -> None:
         text = "".join(self.source).removesuffix("\n")
@@ -243,12 +229,7 @@ class LogReader:
         log.seeds = {**({} if seed is None else {seed: 0}), **log.seeds}
         log.values = {name: (float(n), 0) for name, n in stated.items() if n is not None} | log.values
 
-    def _text(self, line: str) -> None:
-        """The first reader that knows the line takes it."""
-        any(reader(line) for reader in (self._param, self._header, self._step, self._metric, self._facts))
-
     def _param(self, line: str) -> bool:
-        """A line of the block of hyper-parameters."""
         match = self.in_params and PARAM.match(line)
         self.in_params = bool(match) and len(self.log.params) < MAX_KEPT
         if self.in_params:
@@ -269,7 +250,7 @@ class LogReader:
         if m is None or "val_" in line[: m.end()]:
             return False
         self.log.family = self.log.family or family_of_step(line)
-        self.log.steps.add(int(m[1]), float(m[2]), self.log.lines, float(m[3] or 0) * SCALE.get(m[4], 0) * 1000)
+        self.log.steps.add(int(m[1]), float(m[2]), self.log.lines, float(m[3] or 0) * MILLISECONDS.get(m[4], 0))
         return True
 
     def _metric(self, line: str) -> bool:
@@ -279,7 +260,7 @@ class LogReader:
         loss, bpb, rest = float(m[1]), float(m[2]), line[m.end() :]
         digits = min(len(x.partition(".")[2]) for x in (m[1], m[2]))
         took = EVAL_TIME.search(rest)
-        seconds = float(took[1]) * SCALE[took[2]] if took and "train_time" not in rest else None
+        seconds = float(took[1]) * MILLISECONDS[took[2]] / 1000 if took and "train_time" not in rest else None
         metric = Metric(line[: m.start()].strip(" :")[:80], self.log.lines, loss, bpb, digits, seconds)
         if not (abs(loss) < 1e9 and abs(bpb) < 1e9):
             self.log.steps.bad = self.log.steps.bad or self.log.lines
@@ -290,16 +271,14 @@ class LogReader:
     def _facts(self, line: str) -> bool:
         for needle, pattern, what, name in READERS:
             if needle in line and (m := pattern.match(line)):
-                _take(self.log, m, self.log.lines, what, name)
+                _take(self.log, m, what, name)
         if "|" in line and (m := GPU.match(line)):
             self.log.gpus[m[2].strip()] = max(int(m[1]) + 1, self.log.gpus.get(m[2].strip(), 0))
         return True
 
 
 def family_of_step(line: str) -> str:
-    """A, B or D by the form of a line of the training curve."""
-    forms = {"A": line.startswith("step:") and " train_loss" in line, "D": line.startswith("s")}
-    return next((family for family, holds in forms.items() if holds), "B")
+    return ("A" if " train_loss" in line and line.startswith("step:") else "D") if line.startswith("s") else "B"
 
 
 def _read_event(log: Log, line: str) -> None:
@@ -321,7 +300,7 @@ def _read_event(log: Log, line: str) -> None:
         case "eval" if None not in (numbers.get("bpb"), numbers.get("nats")) and numbers.get("tokens"):
             tag, loss = f"eval {event.get('mode', '')}"[:80], numbers["nats"] / numbers["tokens"]
             _append(log.metrics, Metric(tag, log.lines, loss, numbers["bpb"], 12, seconds, partial))
-            _values(log, {"val_tokens": numbers["tokens"], "val_bytes": numbers.get("nbytes")})
+            log.values.setdefault("val_tokens", (numbers["tokens"], log.lines))
         case "phase" if seconds is not None and isinstance(name, str):
             _append(log.phases.setdefault(name[:40], []), (seconds, log.lines))
             log.stop = Stop(seconds * 1000, log.steps.last_step, log.lines) if name == "train" else log.stop
@@ -331,20 +310,17 @@ def _read_event(log: Log, line: str) -> None:
             _event_run(log, event)
 
 
-def _values(log: Log, numbers: dict[str, float | None]) -> None:
-    log.values = {n: (v, log.lines) for n, v in numbers.items() if v is not None} | log.values
-
-
 def _event_run(log: Log, event: dict) -> None:
     for seed in {as_seed(event.get("seed"))} - {None}:
         log.seeds.setdefault(seed, log.lines)
-    _values(log, {name: as_number(event.get(name)) for name in ("world_size", "train_shards")})
-    match event.get("config"):
-        case dict() as config:
+    stated = {name: as_number(event.get(name)) for name in ("world_size", "train_shards")}
+    log.values = {n: (v, log.lines) for n, v in stated.items() if v is not None} | log.values
+    match event:
+        case {"config": dict() as config}:
             log.params.update((str(k)[:60], str(v)[:300]) for k, v in list(config.items())[:MAX_KEPT])
-    match event.get("device"):
-        case str() as device:
+    match event:
+        case {"device": str() as device}:
             log.gpus[device[:80]] = int(as_number(event.get("devices")) or 1)
-    match event.get("script"):
-        case {"sha256": str(digest), "bytes": int(size)}:
+    match event:
+        case {"script": {"sha256": str(digest), "bytes": int(size)}}:
             log.script = RunScript(digest[:64], size, log.lines)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import brotli
 
-from records.script import bindings
+from records.script import FAULTS, bindings
 
 MAX_UNPACKED = 8 << 20  # a train_gpt.py is 0.2 MB; more is a bomb
 MAX_LAYERS = 4
@@ -44,12 +44,6 @@ def source_text(data: bytes) -> str:
     return data.removeprefix(codecs.BOM_UTF8).decode("latin-1" if latin else "utf-8", errors="replace")
 
 
-def bounded(decoder, data: bytes) -> bytes:
-    """Run a streaming decompressor to its end, or stop at the limit."""
-    out = decoder.decompress(data, MAX_UNPACKED + 1)
-    return whole(out, decoder.eof)
-
-
 def whole(out: bytes, ended: bool) -> bytes:
     """What a decompressor gave, if it is not too long and its stream came to an end."""
     if len(out) > MAX_UNPACKED:
@@ -59,14 +53,15 @@ def whole(out: bytes, ended: bool) -> bytes:
     return out
 
 
-def un_lzma(data: bytes, **options: object) -> bytes:
-    """lzma.decompress; allowed options are format, filters and memlimit."""
-    known = {"format": lzma.FORMAT_AUTO, "filters": None}
-    options = {k: v for k, v in {**known, **options}.items() if k in known}
-    if any(f.get("dict_size", 0) > MAX_DICTIONARY for f in options["filters"] or []):
+def bounded(decoder, data: bytes) -> bytes:
+    return whole(decoder.decompress(data, MAX_UNPACKED + 1), decoder.eof)
+
+
+def un_lzma(data: bytes, format: int = lzma.FORMAT_AUTO, filters: list | None = None, **_: object) -> bytes:
+    if any(f.get("dict_size", 0) > MAX_DICTIONARY for f in filters or []):
         raise Unpackable(f"an lzma dictionary above {MAX_DICTIONARY:,} bytes")
-    decoder = lzma.LZMADecompressor(**options, memlimit=None if options["format"] == lzma.FORMAT_RAW else 256 << 20)
-    return bounded(decoder, data)
+    memory = None if format == lzma.FORMAT_RAW else 256 << 20
+    return bounded(lzma.LZMADecompressor(format, memory, filters), data)
 
 
 def un_brotli(data: bytes, **_: object) -> bytes:
@@ -137,7 +132,8 @@ class _Stub:
             case ast.NamedExpr(value=inner):
                 return self.value(inner, depth)
             case ast.Name() | ast.Attribute():
-                return self._named(node, depth)
+                named = self.values.get(getattr(node, "id", ""))
+                return CONSTANTS[self.dotted(node)] if named is None else self.value(named, depth)
             case ast.List(elts=members) | ast.Tuple(elts=members):
                 return [self.value(x, depth) for x in members]
             case ast.Dict(keys=keys, values=values):
@@ -147,24 +143,15 @@ class _Stub:
                 return self.value(whole, depth)[slice(*bounds)]
             case ast.Subscript(value=whole, slice=index):
                 return self.value(whole, depth)[self.value(index, depth)]
-            case ast.BinOp():
+            case ast.BinOp(op=ast.Add()):
                 left, right = self.value(node.left, depth), self.value(node.right, depth)
-                if isinstance(node.op, ast.Add) and isinstance(left, str | bytes) and type(left) is type(right):
+                if isinstance(left, str | bytes) and type(left) is type(right):
                     return left + right
-                raise Unpackable(f"line {node.lineno}: only text is joined in a packed script")
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int(number))):
                 return -number
             case ast.Call():
                 return self._call(node, depth)
         raise Unpackable(f"line {node.lineno}: {type(node).__name__} is not a packing expression")
-
-    def _named(self, node: ast.expr, depth: int) -> object:
-        name = self.dotted(node)
-        if isinstance(node, ast.Name) and node.id in self.values:
-            return self.value(self.values[node.id], depth)
-        if name not in CONSTANTS:
-            raise Unpackable(f"line {node.lineno}: {name} is not a known constant")
-        return CONSTANTS[name]
 
     def _call(self, node: ast.Call, depth: int) -> object:
         name = self.dotted(node.func)
@@ -179,24 +166,22 @@ class _Stub:
             case ast.Attribute(value=ast.Name(id=module)) if module in self.names:
                 pass
             case ast.Attribute(value=owner, attr=method) if method in METHODS:
-                return self._method(node, self.value(owner, depth), method, args, options)
+                text = self.value(owner, depth)
+                if method == "replace" and (text.count(args[0]) + 1) * len(args[1]) > MAX_VALUE:
+                    raise Unpackable("the packing expression grows without end")
+                if isinstance(text, str | bytes):
+                    return getattr(text, method)(*args, **options)
         raise Unpackable(f"line {node.lineno}: call of {name} is not a known decoder")
-
-    def _method(self, node: ast.Call, owner: object, name: str, args: list, options: dict) -> object:
-        if not isinstance(owner, str | bytes):
-            raise Unpackable(f"line {node.lineno}: a method of {type(owner).__name__}")
-        if name == "replace" and (owner.count(args[0]) + 1) * len(args[1]) > MAX_VALUE:
-            raise Unpackable("the packing expression grows without end")
-        return getattr(owner, name)(*args, **options)
 
 
 def unpack(text: str) -> Unpacked:
     """The code a script really runs. Plain scripts come back as they are."""
     layers: list[str] = []
     for _ in range(MAX_LAYERS):
-        stub, hidden = _hidden(text)
+        tree, hidden = _hidden(text)
         if hidden is None:
             return Unpacked(text, tuple(layers))
+        stub = _Stub(tree)
         reads = _reads(stub, hidden)
         if reads:
             return Unpacked(text, tuple(layers), f"executes another file: {reads}", reads)
@@ -209,23 +194,20 @@ def unpack(text: str) -> Unpacked:
     return Unpacked(text, tuple(layers), f"packed more than {MAX_LAYERS} times")
 
 
-def _hidden(text: str) -> tuple[_Stub | None, ast.expr | None]:
+def _hidden(text: str) -> tuple[ast.Module, ast.expr | None]:
     """The argument of a module-level exec; a large plain script that mentions exec further down is not a stub."""
     try:
         tree = ast.parse(text if CALL.search(text) else "")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None, None
+    except FAULTS:
+        tree = ast.parse("")
     for node in tree.body:
-        match node:
-            case ast.Expr(value=call) | ast.Assign(value=call):
-                match call:
-                    case ast.Call(func=ast.Name(id="exec" | "eval"), args=[hidden, *_]):
-                        return _Stub(tree), hidden
-    return None, None
+        match getattr(node, "value", None):
+            case ast.Call(func=ast.Name(id="exec" | "eval"), args=[hidden, *_]):
+                return tree, hidden
+    return tree, None
 
 
 def _reads(stub: _Stub, node: ast.expr) -> str:
-    """Name of the file when the executed text comes from one."""
     for inner in [n for n in ast.walk(node) if isinstance(n, ast.Call)]:
         name = stub.dotted(inner.func)
         if name == "open" or name.endswith((".read_text", ".read_bytes", ".urlopen", ".get")):

@@ -12,13 +12,11 @@ COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)", "var(--e)", "var(--f)
 
 
 def number(x: float) -> str:
-    """A tick label: short, no superfluous digits."""
     forms = ((1e6, f"{x / 1e6:.4g}M"), (1e4, f"{x / 1e3:.4g}k"), (1e-3, f"{x:.4g}"), (1e-300, f"{x:.1e}"), (0, "0"))
     return next(form for limit, form in forms if abs(x) >= limit)
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round positions inside a range."""
     if not high > low:
         return [low]
     raw = (high - low) / count
@@ -35,7 +33,7 @@ class Axes:
         self.log = log and y[0] > 0
         low, high = (math.log10(v) for v in y) if self.log else y
         pad = (high - low) * 0.04 or max(abs(high), 1e-9) * 0.05
-        self.x, self.y = (x[0], x[1] + (x[1] <= x[0])), (low - pad, high + pad)
+        self.x, self.y = (x[0], x[1] + (x[1] <= x[0]) * max(1, 1e-6 * abs(x[0]))), (low - pad, high + pad)
 
     def px(self, x: float | np.ndarray) -> float | np.ndarray:
         return LEFT + (x - self.x[0]) / (self.x[1] - self.x[0]) * (WIDTH - LEFT - RIGHT)
@@ -45,13 +43,11 @@ class Axes:
         return TOP + (self.y[1] - y) / (self.y[1] - self.y[0]) * (HEIGHT - TOP - BOTTOM)
 
     def y_ticks(self) -> list[float]:
-        if not self.log:
-            return ticks(*self.y)
         low, high = self.y
-        exponents = range(math.floor(low), math.floor(high) + 1)
-        whole = [10.0**e for e in exponents if low <= e <= high]
+        exponents = range(math.floor(low), math.floor(high) + 1) if self.log else ()
         fine = [m * 10.0**e for e in exponents for m in (1, 2, 5) if low <= math.log10(m) + e <= high]
-        return whole if len(whole) > 3 else fine or ticks(10**low, 10**high)
+        whole = [v for v in fine if len(fine) < 9 or f"{v:e}"[0] == "1"]
+        return whole or ticks(*(10**v if self.log else v for v in self.y))
 
     def frame(self, x_label: str, y_label: str) -> str:
         x_at, bottom = (LEFT + WIDTH) / 2, HEIGHT - BOTTOM + 15
@@ -121,7 +117,6 @@ def circle(axes: Axes, x: float, y: float, look: str) -> str:
 
 
 def legend(names: list[str]) -> str:
-    """One row above the drawing, from the right."""
     if len(names) < 2:
         return ""
     parts, right = [], WIDTH - RIGHT
@@ -145,22 +140,3 @@ def bars(title: str, rows: list[tuple[str, float]], unit: str, *, zero: bool = T
         body.append(label(124, y + 14, name[:20], "end"))
         body.append(label(134 + wide, y + 14, f"{value:,.4f}".rstrip("0").rstrip(".") + f" {unit}"))
     return svg("".join(body), title, 24 * len(rows) + 8) if rows else ""
-
-
-def spark(x: np.ndarray, y: np.ndarray) -> str:
-    """A word-sized line."""
-    if len(y) < 2:
-        return ""
-    low, span, width = float(np.min(y)), float(np.ptp(y)) or 1.0, float(x[-1] - x[0]) or 1.0
-    body = " ".join(f"{2 + (a - x[0]) / width * 96:.1f},{22 - (b - low) / span * 20:.1f}" for a, b in zip(x, y))
-    line = f'<polyline class="l" style="stroke:var(--a)" points="{body}"/>'
-    return f'<svg class="spark" viewBox="0 0 100 24" aria-hidden="true">{line}</svg>'
-
-
-def text_spark(y: Sequence[float], width: int = 40) -> str:
-    """The same for Markdown."""
-    y = np.asarray([v for v in y if math.isfinite(v)], float)
-    if len(y) < 2:
-        return ""
-    y = y[np.linspace(0, len(y) - 1, min(width, len(y))).astype(int)]
-    return "".join("▁▂▃▄▅▆▇█"[int(v)] for v in (y - y.min()) / (float(np.ptp(y)) or 1.0) * 7.999)

@@ -6,12 +6,8 @@ from typing import NamedTuple
 from records.claim import Claim, tolerance
 from records.logs import Log, Metric
 
-ROUNDING = 5e-5  # of a metric that is printed with four decimals
-
 
 class Proof(NamedTuple):
-    """A claimed score and the log line that shows it, if one does."""
-
     seed: int | None
     claimed: float
     log: Log | None
@@ -33,9 +29,9 @@ def proofs_of(claim: Claim, logs: list[Log]) -> list[Proof]:
     # writers drop trailing zeros, so the longest number of the table says how exact all of them are
     slack = min(map(tolerance, claim.scores()), default=0.0)
     of_seeds = [prove(logs, r.seed, r.val_bpb, slack) for r in claim.results.values() if r.val_bpb is not None]
-    if of_seeds or not claim.headlined:
-        return of_seeds
     headline = claim.number("val_bpb")
+    if of_seeds or headline is None:
+        return of_seeds
     proof = prove(logs, None, headline, tolerance(headline))
     return (prove_mean(logs, headline) if proof.metric is None else []) or [proof]
 
@@ -45,23 +41,16 @@ def prove(logs: list[Log], seed: int | None, value: float, slack: float) -> Proo
     named = [log for log in logs if seed is None or seed in (log_seed(log), seed_in_name(log.name))]
     # a file that names no seed can prove a seed only by showing its number
     unnamed = [log for log in logs if seed is not None and log_seed(log) is None]
-    hits = [(log, m) for log in [*named, *unnamed] for m in log.metrics if matches(value, m, slack)]
+    hits = [(log, m) for log in [*named, *unnamed] for m in log.metrics if abs(m.bpb - value) <= slack + m.rounding]
     hits.sort(key=lambda hit: (not hit[1].final, -hit[1].digits, abs(hit[1].bpb - value)))
     unproven = [(log, None) for log in named if log.final_metrics]
     return Proof(seed, value, *[*hits, *unproven, (None, None)][0])
 
 
-def matches(value: float, metric: Metric, slack: float) -> bool:
-    """A claim equals a log line when the rounding of either explains the difference."""
-    return abs(metric.bpb - value) <= slack + ROUNDING * (not metric.exact)
-
-
 def prove_mean(logs: list[Log], value: float) -> list[Proof]:
-    """A headline without a table may be the mean over logs of one final metric."""
     for tag in sorted({m.tag for log in logs for m in log.final_metrics}):
         rows = {log_seed(log): (log, m) for log in logs for m in log.final_metrics if m.tag == tag}
         mean = sum(m.bpb for _, m in rows.values()) / len(rows)
-        exact = all(m.exact for _, m in rows.values())
-        if len(rows) > 1 and abs(mean - value) <= tolerance(value) + ROUNDING * (not exact):
+        if len(rows) > 1 and abs(mean - value) <= tolerance(value) + max(m.rounding for _, m in rows.values()):
             return [Proof(seed, m.bpb, log, m) for seed, (log, m) in rows.items()]
     return []

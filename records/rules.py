@@ -6,6 +6,7 @@ of the row that holds for a fact decides: its severity by track and policy, and 
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 from records.files import clean
@@ -76,14 +77,11 @@ class Rule:
 
     def findings(self, folder: Folder) -> Iterator[Finding]:
         column = 2 * (not folder.track.binding) + (folder.policy == "practice")
-        for measured in self.measure(folder):
-            value = measured.value
-            plain = isinstance(value, int | float | str) and not isinstance(value, bool)
-            row = next((c for c in self.cases if c.limit(measured)), None)
-            if row is not None:
-                note = row.note.format(value=value, **measured.words)
-                status = SEVERITIES[row.severity][column]
-                yield Finding(status, note, measured.file, measured.line, value if plain else None)
+        for fact in self.measure(folder):
+            plain = isinstance(fact.value, int | float | str) and not isinstance(fact.value, bool)
+            for row in islice((c for c in self.cases if c.limit(fact)), 1):
+                note, status = row.note.format(value=fact.value, **fact.words), SEVERITIES[row.severity][column]
+                yield Finding(status, note, fact.file, fact.line, fact.value if plain else None)
 
 
 def rule(name: str, title: str, source: str) -> Callable:
@@ -128,10 +126,12 @@ def within(measured: Fact) -> bool:
 
 
 def word(name: str) -> Callable[[Fact], bool]:
-    """Whether a word of the fact is true."""
     return lambda measured: bool(measured.words[name])
 
 
 def pick(holds: object, kind: object, other: object) -> object:
-    """The word for a fact, by whether something holds."""
     return kind if holds else other
+
+
+def first(kinds: dict[str, object], other: str) -> str:
+    return next((kind for kind, holds in kinds.items() if holds), other)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from records.claim import as_number, parse_json
-from records.files import open_regular, read_bytes
+from records.files import open_regular, read_bytes, read_text
 from records.folder import sha256_file
 
 CHUNK = 1 << 20  # bytes of metrics parsed at a time
@@ -23,99 +23,59 @@ MAX_EVENTS = 500  # kept of each rare kind; all are counted
 LINE_LIMIT = 8 << 20
 UNCHANGED = re.compile(r"default|profile|file")
 FREE_FIELDS = {"seed", "run_id", "runs", "data", "profile"}
+STEP_FIELDS = ("loss", "lr", "grad_norm", "tokens_per_second", "seconds", "memory")
 
 
 class Curve:
-    """A series of any length in a fixed number of buckets: each keeps last x, mean, minimum and maximum."""
+    """A series of any length in a fixed, even number of buckets of equal length."""
 
     def __init__(self, capacity: int = 1024):
         self.stride, self.count, self.bad = 1, 0, 0
-        self.x, self.total, self.n = np.zeros(capacity), np.zeros(capacity), np.zeros(capacity)
-        self.low, self.high = np.full(capacity, np.inf), np.full(capacity, -np.inf)
+        self.buckets = empty_buckets(capacity)
 
     def extend(self, x: np.ndarray, y: np.ndarray) -> None:
         good = np.isfinite(x) & np.isfinite(y)
         self.bad += int((~good & ~np.isnan(x)).sum())
         x, y = x[good], y[good]
-        while self.count + len(y) > len(self.x) * self.stride:
+        while self.count + len(y) > self.buckets.shape[1] * self.stride:
             self._halve()
+        last, total, n, low, high = self.buckets
         at = (self.count + np.arange(len(y))) // self.stride
-        np.add.at(self.total, at, y)
-        np.add.at(self.n, at, 1)
-        np.minimum.at(self.low, at, y)
-        np.maximum.at(self.high, at, y)
-        self.x[at] = x
+        np.add.at(total, at, y)
+        np.add.at(n, at, 1)
+        np.minimum.at(low, at, y)
+        np.maximum.at(high, at, y)
+        last[at] = x
         self.count += len(y)
 
     def _halve(self) -> None:
-        rest = len(self.x) - len(self.x) // 2
-        self.x = np.concatenate([np.where(self.n[1::2] > 0, self.x[1::2], self.x[::2]), np.zeros(rest)])
-        for name, join, empty in (
-            ("total", np.add, 0),
-            ("n", np.add, 0),
-            ("low", np.minimum, np.inf),
-            ("high", np.maximum, -np.inf),
-        ):
-            old = getattr(self, name)
-            setattr(self, name, np.concatenate([join(old[::2], old[1::2]), np.full(rest, float(empty))]))
+        x, total, n, low, high = self.buckets.reshape(5, -1, 2)
+        last = np.where(n[:, 1] > 0, x[:, 1], x[:, 0])
+        half = np.stack([last, total.sum(1), n.sum(1), low.min(1), high.max(1)])
+        self.buckets = np.concatenate([half, empty_buckets(len(last))], axis=1)
         self.stride *= 2
 
-    def rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """x, mean, low, high of the used buckets."""
-        used = self.n > 0
-        return self.x[used], self.total[used] / self.n[used], self.low[used], self.high[used]
+    def rows(self) -> np.ndarray:
+        x, total, n, low, high = self.buckets[:, self.buckets[2] > 0]
+        return np.stack([x, total / n, low, high])
 
-    def thin(self, points: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """The same in at most `points` buckets."""
+    def thin(self, points: int) -> np.ndarray:
         rows = self.rows()
-        parts = list(pairwise(np.linspace(0, len(rows[0]), points + 1).astype(int)))
-        picks = (lambda v: v[-1], np.mean, np.min, np.max)
-        short = len(rows[0]) <= points
-        return rows if short else tuple(np.array([pick(v[a:b]) for a, b in parts]) for pick, v in zip(picks, rows))
+        parts = list(pairwise(np.linspace(0, rows.shape[1], points + 1).astype(int)))
+        thinned = [(p[0, -1], p[1].mean(), p[2].min(), p[3].max()) for a, b in parts if (p := rows[:, a:b]).size]
+        return rows if rows.shape[1] <= points else np.array(thinned).T
 
     def nearest(self, x: float) -> float | str:
-        """The mean nearest to x; empty when there is none."""
         xs, mean, _, _ = self.rows()
         return float(mean[np.abs(xs - x).argmin()]) if len(xs) else ""
 
     @property
     def last(self) -> float:
-        _, mean, _, _ = self.rows()
-        return float(mean[-1]) if len(mean) else math.nan
+        return float([math.nan, *self.rows()[1, -1:]][-1])
 
 
-class Percentiles:
-    """Quantiles of positive numbers from a logarithmic histogram, within 3 %; mean, maximum and shares are exact."""
-
-    def __init__(self, limits: tuple[float, ...] = (1, 100, 1000)) -> None:
-        self.counts, self.limits = np.zeros(800, np.int64), limits
-        self.total, self.highest, self.above = 0.0, 0.0, np.zeros(len(limits), np.int64)
-
-    def extend(self, y: np.ndarray) -> None:
-        y = y[np.isfinite(y) & (y > 0)]
-        at = np.clip((np.log10(y) + 10) * 40, 0, 799).astype(int)
-        self.counts += np.bincount(at, minlength=800)
-        self.total += float(y.sum())
-        self.highest = float(y.max(initial=self.highest))
-        self.above += [(y > limit).sum() for limit in self.limits]
-
-    @property
-    def count(self) -> int:
-        return int(self.counts.sum())
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.count if self.count else math.nan
-
-    def share_above(self, limit: float) -> float:
-        return int(self.above[self.limits.index(limit)]) / max(self.count, 1)
-
-    def at(self, share: float) -> float:
-        i = int(np.searchsorted(np.cumsum(self.counts), share * self.count, side="left"))
-        return float(10 ** ((i + 0.5) / 40 - 10)) if self.count else math.nan
-
-
-STEP_FIELDS = ("loss", "lr", "grad_norm", "tokens_per_second", "seconds", "memory")
+def empty_buckets(count: int) -> np.ndarray:
+    return np.repeat([[0.0], [0.0], [0.0], [np.inf], [-np.inf]], count, axis=1)
 
 
 @dataclass
@@ -124,7 +84,7 @@ class Metrics:
 
     curves: dict[str, Curve] = field(default_factory=lambda: {name: Curve() for name in STEP_FIELDS})
     aux: dict[str, Curve] = field(default_factory=dict)
-    grad: Percentiles = field(default_factory=Percentiles)
+    norms: list[np.ndarray] = field(default_factory=list)  # of the gradient, as many as steps are read
     stats: dict[str, Curve] = field(default_factory=dict)
     val_loss: Curve = field(default_factory=Curve)
     val_bpb: Curve = field(default_factory=Curve)
@@ -135,8 +95,6 @@ class Metrics:
     run: dict = field(default_factory=dict)
     events: dict[str, list[dict]] = field(default_factory=dict)  # alert, spike, sample, checkpoint
     counts: dict[str, int] = field(default_factory=dict)
-    milestones: dict[float, tuple[int, float]] = field(default_factory=dict)
-    smooth: float = math.nan
     first_loss: float = math.nan
     last_step: int = 0
     tokens: float = 0.0
@@ -147,31 +105,18 @@ class Metrics:
     def steps(self, events: list[dict]) -> None:
         if not events:
             return
-        column = {name: numbers(events, name) for name in (*STEP_FIELDS, "step")}
-        x = column["step"]
+        x, loss, norm = (numbers(events, name) for name in ("step", "loss", "grad_norm"))
         for name in [name for name in STEP_FIELDS if any(name in e for e in events)]:
-            self.curves[name].extend(x, column[name])
-        self.grad.extend(column["grad_norm"])
+            self.curves[name].extend(x, numbers(events, name))
+        self.norms.append(norm[np.isfinite(norm)])
         names = {k for e in (events[0], events[-1]) for k in e if k.startswith("aux.")}
         for name in [n for n in names if n in self.aux or len(self.aux) < MAX_NAMES]:
             self.aux.setdefault(name, Curve(512)).extend(x, numbers(events, name))
-        self.first_loss = float(column["loss"][0]) if math.isnan(self.first_loss) else self.first_loss
+        self.first_loss = float(loss[0]) if math.isnan(self.first_loss) else self.first_loss
         self.last_step = int(as_number(events[-1].get("step")) or self.last_step)
         self.tokens = max(self.tokens, float(np.nanmax(numbers(events, "tokens"), initial=0.0)))
-        self._milestones(column)
-
-    def _milestones(self, column: dict) -> None:
-        """First step at which a smoothed loss passes each mark: half nats, below 4 quarters, below 2.5 tenths."""
-        for step, loss, seconds in zip(column["step"], column["loss"], column["seconds"]):
-            if math.isfinite(loss):
-                self.smooth = loss if math.isnan(self.smooth) else 0.98 * self.smooth + 0.02 * loss
-                fine = 2 if self.smooth > 4 else 4 if self.smooth > 2.5 else 10
-                mark = math.ceil(self.smooth * fine) / fine
-                if mark not in self.milestones and len(self.milestones) < 200 and math.isfinite(step):
-                    self.milestones[mark] = (int(step), float(seconds))
 
     def other(self, event: dict) -> None:
-        """What comes rarely, in whatever order."""
         kind, name, seconds = str(event.get("kind")), event.get("name"), as_number(event.get("seconds"))
         x = np.array([as_number(event.get("step")) or 0.0])
         self.counts[kind] = self.counts.get(kind, 0) + 1
@@ -180,15 +125,13 @@ class Metrics:
                 self.other(event | {"kind": "spike", "loss": event.get("value")})
             case "alert" | "spike" | "sample" | "checkpoint":
                 rows = self.events.setdefault(kind, [])
-                del rows[
-                    MAX_EVENTS // 2 : max(MAX_EVENTS // 2, len(rows) + 1 - MAX_EVENTS // 2)
-                ]  # first and latest stay
-                rows.append(event)
+                rows[MAX_EVENTS // 2 :] = [*rows[MAX_EVENTS // 2 :], event][-MAX_EVENTS // 2 :]  # first and latest
             case "val":
                 self.val_loss.extend(x, numbers([event], "val_loss"))
                 self.val_bpb.extend(x, numbers([event], "val_bpb"))
                 self.val_partial |= bool(event.get("partial"))
             case "stats" if isinstance(event.get("stats"), dict):
+                self.curves["memory"].extend(x, numbers([event], "memory"))
                 good = [(n, float(v)) for n, v in event["stats"].items() if as_number(v) is not None]
                 for n, value in [row for row in good if row[0] in self.stats or len(self.stats) < MAX_NAMES]:
                     self.stats.setdefault(n, Curve(128)).extend(x, np.array([value]))
@@ -204,13 +147,8 @@ class Metrics:
 
 def numbers(events: list[dict], name: str) -> np.ndarray:
     """One field as floats; what is absent or no number becomes NaN."""
-    values = [e.get(name) for e in events]
-    try:
-        array = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        array = np.zeros((0, 0))
-    clean = [math.nan if (n := as_number(v)) is None else n for v in values] if array.shape != (len(values),) else array
-    return np.asarray(clean, dtype=np.float64)
+    values = [as_number(e.get(name)) for e in events]
+    return np.array([math.nan if v is None else v for v in values], dtype=np.float64)
 
 
 def event_chunks(path: Path, metrics: Metrics) -> Iterator[list[dict]]:
@@ -283,26 +221,21 @@ class Run:
     def config_file(self) -> dict:
         return self._json("config.json")
 
-    @property
-    def config(self) -> dict:
-        """Resolved fields, whether the file nests them or not."""
-        tables = [self.config_file.get(k) for k in ("config", "values", "resolved", "fields")]
-        flat = {k: v for k, v in self.config_file.items() if k not in {"origin", "origins", "hash"}}
-        return next((t for t in tables if isinstance(t, dict)), None) or flat
-
-    def _table(self, *names: str) -> dict:
-        told = next((self.config_file[name] for name in names if name in self.config_file), None)
+    def stored(self, name: str) -> dict:
+        """A table of config.json: config, origin (who set each field), script (sha256 and bytes of what ran)."""
+        told = self.config_file.get(name)
         return told if isinstance(told, dict) else {}
 
-    @property
-    def origins(self) -> dict:
-        """Who set each field: a profile, the command line, the environment."""
-        return self._table("origin", "origins")
+    @cached_property
+    def config(self) -> dict:
+        return self.stored("config")
 
     @property
     def changed(self) -> str:
         """The fields that no profile or default set, as key=value words."""
-        fields = [(k, self.config.get(k)) for k, who in sorted(self.origins.items()) if not UNCHANGED.match(str(who))]
+        fields = [
+            (k, self.config.get(k)) for k, who in sorted(self.stored("origin").items()) if not UNCHANGED.match(str(who))
+        ]
         return " ".join(f"{k}={v}" for k, v in fields if k not in FREE_FIELDS)
 
     @cached_property
@@ -319,11 +252,6 @@ class Run:
     @cached_property
     def certificate(self) -> dict:
         return self._json("certificate.json")
-
-    @property
-    def script(self) -> dict:
-        """sha256 and bytes of the file that ran, as the trainer logged them."""
-        return self._table("script")
 
     @property
     def name(self) -> str:
@@ -349,7 +277,7 @@ class Run:
     def machine(self) -> tuple[str, int]:
         """Device and ranks as the first lines of train.log name them."""
         log = self.path / "train.log"
-        head = read_bytes(log, 1 << 16).decode("utf-8", errors="replace") if log.exists() else ""
+        head = read_text(log, 1 << 16) if log.exists() else ""
         match = re.search(r"^device (\S+), (\d{1,5}) ranks", head, re.M)
         return (match[1], int(match[2])) if match else ("unknown", 1)
 
@@ -358,7 +286,6 @@ class Run:
         return str(self.fact("device_name") or self.fact("device") or self.machine[0])
 
     def fact(self, name: str, default: object = "") -> object:
-        """A fact from result.json, the run line of the metrics, or the configuration file."""
         tables = (self.result, self.metrics.run, self.config_file, self._json("supervisor.json"))
         told = (table.get(name) for table in tables)
         return next((value for value in told if value is not None), default)
@@ -380,7 +307,6 @@ class Run:
         return self.metrics.phases | {n: s for n, s in stated.items() if s and n not in self.metrics.phases}
 
     def modes(self) -> dict[str, float]:
-        """BPB of every evaluation mode."""
         scores = {k.removeprefix("val_bpb_"): v for k, v in self.result.items() if k.startswith("val_bpb_")}
         scores |= {mode: event.get("bpb") for mode, event in self.metrics.evals.items()}
         return {mode: number for mode, v in scores.items() if (number := as_number(v)) is not None}

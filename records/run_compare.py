@@ -65,7 +65,6 @@ def run_side(run: Run, mode: str = "") -> Side:
 
 
 def compare(a: Side, b: Side) -> dict:
-    """b against the baseline a: the test, the rules, and a table of everything both know."""
     test = tested(a, b)
     note = f"no test: {len(a.bpb)} and {len(b.bpb)} scores; a Welch test needs two on each side"
     table = [

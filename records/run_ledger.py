@@ -2,7 +2,6 @@
 
 import hashlib
 import operator
-import os
 import re
 import subprocess
 from datetime import UTC, datetime
@@ -17,17 +16,14 @@ MODES = ("chunked", "sliding", "stream", "engram", "ttt", "all")
 FIRST = "date run commit config_hash data_hash device status steps tokens seconds bytes val_bpb"
 LAST = "first_loss last_loss artifact_sha256 flags note changed"
 COLUMNS = (*FIRST.split(), *MODES, *LAST.split())
-OLD_COLUMNS = COLUMNS[:-1]  # rows written before changed fields were told
 
 
 def cell(value: object) -> str:
-    """One field of a tab-separated line."""
     number = isinstance(value, float)
-    if value is None or value == "" or (number and value != value):
-        return "-"
-    if number:
-        return format(value, {True: ".8g", False: ".0f"}[abs(value) < 1e6])
-    return clean(re.sub(r"\s+", " ", str(value)).strip(), 300) or "-"
+    if number and value == value:
+        return format(value, ".8g" if abs(value) < 1e6 else ".0f")
+    empty = value is None or number
+    return "-" if empty else clean(re.sub(r"\s+", " ", str(value)).strip(), 300) or "-"
 
 
 def row_of(run: Run, note: str = "") -> dict[str, str]:
@@ -78,52 +74,38 @@ def flags_of(run: Run, row: dict[str, str], earlier: list[dict[str, str]]) -> li
 
 
 def read_ledger(path: Path = LEDGER) -> list[dict[str, str]]:
-    """The rows; what an earlier version did not write is a dash."""
     text = path.read_text(encoding="utf-8") if path.exists() else "\t".join(COLUMNS)
     head, *lines = text.splitlines() or [""]
-    if tuple(head.split("\t")) not in (COLUMNS, OLD_COLUMNS):
+    if tuple(head.split("\t")) != COLUMNS:
         raise ValueError(f"{path}: the header is not the one this version writes: {clean(head, 80)}")
-    rows = [(i, line.split("\t")) for i, line in enumerate(lines, 2) if line.strip()]
-    for i, cells in rows:
-        if len(cells) not in (len(COLUMNS), len(OLD_COLUMNS)):
+    rows = {i: line.split("\t") for i, line in enumerate(lines, 2) if line.strip()}
+    for i, cells in rows.items():
+        if len(cells) != len(COLUMNS):
             raise ValueError(f"{path}: line {i} has {len(cells)} fields, should have {len(COLUMNS)}")
-    return [dict.fromkeys(COLUMNS, "-") | dict(zip(COLUMNS, cells)) for _, cells in rows]
+    return [dict(zip(COLUMNS, cells)) for cells in rows.values()]
 
 
 def add_runs(runs: list[Run], path: Path = LEDGER, note: str = "") -> list[dict[str, str]]:
     """Append one line a run; a run that is there already with the same values is left alone."""
-    earlier = read_ledger(path)
-    added = []
-    for run in runs:
-        row = row_of(run, note)
-        told = [k for k in COLUMNS if k not in {"flags", "note", "date", "commit", "changed"}]
-        if not any(all(r[k] == row[k] for k in told) for r in earlier):
-            row["flags"] = cell("; ".join(flags_of(run, row, earlier)))
-            earlier.append(row)
+    earlier, added = read_ledger(path), []
+    told = [k for k in COLUMNS if k not in {"flags", "note", "date", "commit", "changed"}]
+    for row, run in [(row_of(run, note), run) for run in runs]:
+        if not any(all(r[k] == row[k] for k in told) for r in [*earlier, *added]):
+            row["flags"] = cell("; ".join(flags_of(run, row, [*earlier, *added])))
             added.append(row)
-    append(path, "".join("\t".join(row[c] for c in COLUMNS) + "\n" for row in added))
+    with open(path, "a", encoding="utf-8") as stream:
+        head = [] if stream.tell() else [dict(zip(COLUMNS, COLUMNS))]
+        stream.writelines("\t".join(row[c] for c in COLUMNS) + "\n" for row in [*head, *added])
     return added
-
-
-def append(path: Path, text: str) -> None:
-    """Add lines below a header; an earlier version's header is replaced, its rows stay as they are."""
-    head, _, rest = (path.read_text(encoding="utf-8") if path.exists() else "").partition("\n")
-    if head != "\t".join(COLUMNS):
-        fresh = path.with_suffix(".new")
-        fresh.write_text("\t".join(COLUMNS) + "\n" + rest, encoding="utf-8")
-        fresh.replace(path)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "ab") as stream:
-        stream.write(text.encode())
 
 
 def leaderboard(
     rows: list[dict[str, str]], mode: str = "val_bpb", where: list[str] | None = None, limit: int = 0
 ) -> list[dict[str, str]]:
-    """Rows with a score, best first; `where` holds column=text filters, matched as substrings, or column<number."""
+    """Rows with a score, best first; `where` holds COLUMN=TEXT filters, matched as substrings, COLUMN<NUMBER or >."""
     conditions = [condition_of(text) for text in where or []]
-    held = [r for r in rows if all(holds(r) for holds in conditions)]
-    scored = sorted((r for r in held if number(r.get(mode, "-")) is not None), key=lambda r: number(r[mode]))
-    return scored[: limit or None]
+    scored = [r for r in rows if number(r.get(mode, "-")) is not None and all(holds(r) for holds in conditions)]
+    return sorted(scored, key=lambda r: number(r[mode]))[: limit or None]
 
 
 def number(text: str) -> float | None:
@@ -135,15 +117,12 @@ def number(text: str) -> float | None:
 
 
 def condition_of(text: str):
-    """The test that a filter names."""
-    m = re.fullmatch(r"(\w+)([=<>~])(.*)", text)
+    m = re.fullmatch(r"(\w+)([=<>])(.*)", text)
     if not m or m[1] not in COLUMNS:
         ways = f"write COLUMN=TEXT, COLUMN<NUMBER or COLUMN>NUMBER; columns {', '.join(COLUMNS)}"
         raise ValueError(f"filter {text!r}: {ways}")
     column, sign, wanted = m[1], m[2], m[3]
     if sign not in "<>":
         return lambda row: wanted.lower() in row[column].lower()
-    limit, compare = number(wanted), {"<": operator.lt, ">": operator.gt}[sign]
-    if limit is None:
-        raise ValueError(f"filter {text!r}: {wanted!r} is no number")
+    limit, compare = float(wanted), {"<": operator.lt, ">": operator.gt}[sign]
     return lambda row: number(row[column]) is not None and compare(number(row[column]), limit)

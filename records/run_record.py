@@ -4,9 +4,10 @@ import json
 import math
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from records.claim import as_number, parse_json
 from records.competition import CAP_BYTES, IMPLIED_BYTES, MARGIN_NATS, NON_RECORD, RECORD, SMALL_MACHINE, VAL_TOKENS
@@ -19,6 +20,7 @@ from records.run_report import HEADS, loss_ranges, md_table, span
 from records.stats import deviation, mean
 
 REQUIRED = ("torch", "triton", "numpy", "brotli", "sentencepiece")
+FREE_FIELDS = re.compile(r"seed|run_id|path|dir$|folder|resume|log|out$|publish|notify", re.I)
 MAX_METRIC_LINES = 4_000  # step lines kept in a record; every other event is kept whole
 
 
@@ -31,19 +33,14 @@ class Request:
     github: str
     script: Path
     out: Path
-    date: str = ""
+    date: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d"))
     blurb: str = ""
     mode: str = ""
     address: str = ""  # where the artifact lies, when the folder does not carry it
     build: Path | None = None  # the builder's manifest; by default the one beside the script
 
     @property
-    def day(self) -> str:
-        return self.date or datetime.now(UTC).strftime("%Y-%m-%d")
-
-    @property
     def manifest(self) -> dict:
-        """What the builder made of which sources."""
         path = self.build or self.script.with_name("manifest.json")
         value, problems = parse_json(path.read_bytes()) if path.is_file() else ({}, [])
         if not isinstance(value, dict):
@@ -51,10 +48,7 @@ class Request:
         return value
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """One finished run with the evaluation that counts."""
-
+class Scored(NamedTuple):
     run: Run
     mode: str
     bpb: float
@@ -87,23 +81,23 @@ def score_of(run: Run, mode: str) -> Scored:
 
 
 def build(runs: list[Run], request: Request) -> Path:
-    """The new folder; nothing is left behind when a run cannot be claimed."""
     absent = f"{request.script}: no such script; build one with build_submission.py and name it with --script"
     refuse_if(not request.script.is_file(), absent)
     good = [run for run in runs if run.finished]
     refuse_if(not good, f"none of {', '.join(str(r.path) for r in runs)} is finished")
-    seeds = [run.seed for run in good]
+    seeds, first = [run.seed for run in good], good[0].config
     refuse_if(len(set(seeds)) < len(seeds), f"two runs have the same seed: {seeds}")
-    different = differing_fields(good) if len({run.config_hash for run in good}) > 1 else []
-    refuse_if(different, f"the runs differ in {', '.join(different)}; a record needs one configuration")
+    names = {k for run in good for k in run.config if not FREE_FIELDS.search(k)}
+    different = sorted(k for k in names if any(run.config.get(k) != first.get(k) for run in good))
+    unequal = different if len({run.config_hash for run in good}) > 1 else []
+    refuse_if(unequal, f"the runs differ in {', '.join(unequal)}; a record needs one configuration")
     one_chain(good, request)
     scored = [score_of(run, request.mode) for run in good]
-    modes = ", ".join(s.mode for s in scored)
-    refuse_if(
-        len({s.mode for s in scored}) > 1, f"the runs are scored by different modes: {modes}; name one with --mode"
-    )
+    modes = [s.mode for s in scored]
+    told = f"the runs are scored by different modes: {', '.join(modes)}; name one with --mode"
+    refuse_if(len(set(modes)) > 1, told)
     slug = re.sub(r"[^A-Za-z0-9]+", "_", request.name).strip("_")[:60] or "record"
-    folder = request.out / f"{request.day}_{slug}"
+    folder = request.out / f"{request.date}_{slug}"
     folder.mkdir(parents=True, exist_ok=False)
     try:
         write_all(folder, scored, [r for r in runs if not r.finished], request)
@@ -118,20 +112,12 @@ def one_chain(runs: list[Run], request: Request) -> None:
     shipped = sha256_file(request.script)
     named = [("the builder's manifest", hash_in(request.manifest, "train_gpt.py"), shipped)]
     for run in runs:
-        named.append((f"the log of {run.path}", str(run.script.get("sha256", "")), shipped))
-        named.append((f"the certificate of {run.path}", hash_in(run.certificate, "script"), shipped))
-        named.append((f"the certificate of {run.path}", hash_in(run.certificate, "artifact"), run.artifact[2]))
+        named.append((f"the log of {run.path}", hash_in(run.config_file, "script"), shipped))
+        for part, right in (("script", shipped), ("artifact", run.artifact[2])):
+            named.append((f"the certificate of {run.path}", hash_in(run.certificate, part), right))
     for who, digest, right in named:
         wrong = digest and digest != right
         refuse_if(wrong, f"{who} is of another file: sha256 {digest[:12]}, should be {right[:12]}")
-
-
-FREE_FIELDS = re.compile(r"seed|run_id|path|dir$|folder|resume|log|out$|publish|notify", re.I)
-
-
-def differing_fields(runs: list[Run]) -> list[str]:
-    names = {k for run in runs for k in run.config if not FREE_FIELDS.search(k)}
-    return sorted(k for k in names if any(run.config.get(k) != runs[0].config.get(k) for run in runs))
 
 
 def write_all(folder: Path, scored: list[Scored], failed: list[Run], request: Request) -> None:
@@ -165,7 +151,6 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def copy_run(folder: Path, run: Run, label: str) -> None:
-    """Log, configuration, result, certificate and thinned metrics of one run."""
     for name in ("train.log", "config.json", "result.json", "certificate.json"):
         if (run.path / name).exists():
             shutil.copyfile(run.path / name, folder / name.replace(".", f"_{label}."))
@@ -173,18 +158,10 @@ def copy_run(folder: Path, run: Run, label: str) -> None:
         return
     steps = run.metrics.every * (run.metrics.curves["loss"].count + run.metrics.curves["loss"].bad)
     every = max(1, -(-steps // MAX_METRIC_LINES))
-    head = {
-        "kind": "run",
-        "run_id": run.name,
-        "seed": run.seed,
-        "config_hash": run.config_hash,
-        "world_size": world_size(run),
-        "device": run.device,
-        "devices": world_size(run),
-        "step_lines": f"1 of {every}",
-        "script": run.script,
-        "config": {k: v for k, v in run.config.items() if isinstance(v, str | int | float | bool)},
-    }
+    ranks, fields = world_size(run), {k: v for k, v in run.config.items() if isinstance(v, str | int | float | bool)}
+    head = {"kind": "run", "run_id": run.name, "seed": run.seed, "config_hash": run.config_hash, "world_size": ranks}
+    head |= {"device": run.device, "devices": ranks, "script": run.stored("script"), "config": fields}
+    head |= {"step_lines": f"1 of {every}"}
     with open(run.path / "metrics.jsonl", "rb") as source, open(folder / f"metrics_{label}.jsonl", "wb") as target:
         target.write(json.dumps(head).encode() + b"\n")
         for i, line in enumerate(source):
@@ -196,10 +173,6 @@ def world_size(run: Run) -> int:
     return int(as_number(run.fact("world_size")) or run.machine[1])
 
 
-def is_official(s: Scored) -> bool:
-    return s.tokens in VAL_TOKENS and IMPLIED_BYTES[0] <= s.nbytes <= IMPLIED_BYTES[1]
-
-
 def submission(scored: list[Scored], failed: list[Run], request: Request, code: int) -> dict:
     bpb, nats = [s.bpb for s in scored], [s.nats / s.tokens for s in scored]
     first = scored[0]
@@ -207,14 +180,16 @@ def submission(scored: list[Scored], failed: list[Run], request: Request, code: 
     over = {seed: total for seed, total in totals.items() if total > CAP_BYTES}
     refuse_if(over, f"over the cap of {CAP_BYTES:,} bytes with the script: {over}; nothing was written")
     met = all(world_size(s.run) == RECORD.ranks and RECORD.hardware in s.run.device for s in scored)
-    track = {True: RECORD, False: NON_RECORD}[met] if all(map(is_official, scored)) else SMALL_MACHINE
+    low, high = IMPLIED_BYTES
+    official = [s.tokens in VAL_TOKENS and low <= s.nbytes <= high for s in scored]
+    track = SMALL_MACHINE if not all(official) else RECORD if met else NON_RECORD
     spread = {"val_bpb_std": bpb, "val_loss_std": nats} if len(bpb) > 1 else {}
     claim = {
         "author": request.author,
         "github_id": request.github,
         "name": request.name,
         "blurb": request.blurb or request.name,
-        "date": request.day,
+        "date": request.date,
         "track": track.name,
         "val_bpb": round(mean(bpb), 8),
         "val_loss": round(mean(nats), 8),
@@ -227,7 +202,7 @@ def submission(scored: list[Scored], failed: list[Run], request: Request, code: 
         "mode": first.mode,
         "config_hash": first.run.config_hash,
         "data_hash": first.run.fact("data_hash"),
-        "dataset": {"official": is_official(first), "val_tokens": first.tokens, "val_bytes": first.nbytes},
+        "dataset": {"official": official[0], "val_tokens": first.tokens, "val_bytes": first.nbytes},
     }
     rows = [{"run": r.name, "seed": r.seed, "status": r.status, "steps": r.metrics.last_step} for r in failed]
     claim |= {"failed_runs": rows} if rows else {}
@@ -248,18 +223,14 @@ def seed_row(s: Scored, total: int) -> dict:
 
 
 def plots(folder: Path, scored: list[Scored]) -> None:
-    """Loss and modes as SVG files beside the README."""
     loss = [(f"seed {s.run.seed}", *s.run.metrics.curves["loss"].rows()[:2]) for s in scored[:6]]
     tables = [s.run.modes() for s in scored]
     modes = [(mode, mean([t[mode] for t in tables if mode in t])) for mode in tables[0]]
-    style = '<svg xmlns="http://www.w3.org/2000/svg" style="background:var(--bg)" '
-    drawings = {
-        "loss.svg": lines("training loss", loss, "step", "nats per token"),
-        "modes.svg": bars("BPB by mode", modes, "", zero=False),
-    }
-    for name, drawing in [(name, drawing) for name, drawing in drawings.items() if drawing]:
-        styled = drawing.replace("<svg ", style, 1).replace("<title>", f"<style>{STYLE}</style><title>", 1)
-        (folder / name).write_text(styled, encoding="utf-8")
+    curves = lines("training loss", loss, "step", "nats per token")
+    for name, drawing in (("loss.svg", curves), ("modes.svg", bars("BPB by mode", modes, "", zero=False))):
+        styled = drawing.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background:var(--bg)" ', 1)
+        styled = styled.replace("<title>", f"<style>{STYLE}</style><title>", 1)
+        (folder / name).write_text(styled, encoding="utf-8") if drawing else None
 
 
 def readme(claim: dict, scored: list[Scored], failed: list[Run], request: Request) -> str:
@@ -269,18 +240,12 @@ def readme(claim: dict, scored: list[Scored], failed: list[Run], request: Reques
     scope = "." if text["official"] else ": **not the official validation text**; no score of the leaderboard compares."
     run, tables = scored[0].run, [s.run.modes() for s in scored]
     modes = [[m, *(f"{t[m]:.6f}" if m in t else "" for t in tables)] for m in tables[0]]
-    seeds = [
-        [
-            seed,
-            f"{s.bpb:.8f}",
-            f"{s.nats / s.tokens:.8f}",
-            r["steps"],
-            span(r["train_time_s"]),
-            span(s.seconds),
-            r["bytes_total"],
-        ]
-        for (seed, r), s in zip(claim["seed_results"].items(), scored)
-    ]
+    seeds = []
+    for s in scored:
+        row = claim["seed_results"][str(s.run.seed)]
+        times = [span(row["train_time_s"]), span(s.seconds)]
+        scores = [f"{s.bpb:.8f}", f"{s.nats / s.tokens:.8f}"]
+        seeds.append([s.run.seed, *scores, row["steps"], *times, row["bytes_total"]])
     command = f"SEED={run.seed} torchrun --standalone --nproc_per_node={world_size(run)} train_gpt.py"
     parts = [
         f"# {clean(request.name)}",

@@ -1,20 +1,11 @@
-"""Facts about a training script, from its syntax tree alone; nothing is run. Standard library only: for code in a
-newer grammar than ours a newer Python prints the same, `python3.13 -I -S -c PRINT_FACTS . < train_gpt.py`.
-"""
+"""Facts about a training script, from its syntax tree alone; nothing is run."""
 
 import ast
-import json
 import re
-import shutil
-import subprocess
-import sys
 from functools import lru_cache
-from pathlib import Path
 
 from records.script_leaks import leaks
 
-PRINT_FACTS = "import sys; sys.path.insert(0, sys.argv[1]); from records.script import print_facts; print_facts()"
-ROOT = Path(__file__).resolve().parents[1]
 NETWORK = (
     "urllib requests httpx aiohttp socket.socket socket.create_connection ftplib huggingface_hub datasets.load_dataset"
     " wget kernels.get_kernel hf_hub_download snapshot_download load_state_dict_from_url urlretrieve urlopen"
@@ -22,20 +13,24 @@ NETWORK = (
 NETWORKED = re.compile("|".join(rf"(?:^|\.){re.escape(w)}(?:\.|$)" for w in NETWORK.split()))
 MAX_FACTS = 200
 PIECE = re.compile(r"^(?=(?:def|class|@|async|import|from|if|for|while|try|with|[A-Za-z_]\w*\s*[=(:]))", re.M)
+F_STRING, FIELD = re.compile(r"""\b[rR]?[fF]['"]"""), re.compile(r"\{[^{}]*\}")
 FAULTS = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
-def parse(text: str, pieces: bool) -> tuple[list[ast.stmt], int, str]:
+def parse(text: str) -> tuple[list[ast.stmt], int, str]:
     """Top-level statements, the number of pieces that did not parse, and the first error.
 
-    A script in a newer grammar is cut at its top-level statements, so that one f-string does not hide the rest.
+    Fields of f-strings may be in a newer grammar, and say nothing that a rule asks: if they are in the way, they are
+    left out. What does not parse then is cut at its top-level statements, so that one of them does not hide the rest.
     """
-    try:
-        return ast.parse(text).body, 0, ""
-    except FAULTS as error:
-        first = f"line {getattr(error, 'lineno', None) or '?'}: {getattr(error, 'msg', None) or error}"
-    statements, failed, line = [], 0, 0
-    for piece in PIECE.split(text[: 1 << 20]) if pieces else []:
+    first, statements, failed, line = "", [], 0, 0
+    without = "\n".join(FIELD.sub("{0}", row) if F_STRING.search(row) else row for row in text.split("\n"))
+    for source in (text, without):
+        try:
+            return ast.parse(source).body, 0, first
+        except FAULTS as error:
+            first = first or f"line {getattr(error, 'lineno', None) or '?'}: {getattr(error, 'msg', None) or error}"
+    for piece in PIECE.split(without[: 1 << 20]):
         try:
             statements += [ast.increment_lineno(node, line) for node in ast.parse(piece).body]
         except FAULTS:
@@ -89,19 +84,13 @@ def byte_table(body: list, functions: list) -> str:
         nodes = list(ast.walk(node))
         if {"is_control", "id_to_piece"} <= {n.attr for n in nodes if isinstance(n, ast.Attribute)}:
             names = {n.id for n in nodes if isinstance(n, ast.Name)}
-            return "\n".join(ast.unparse(s) for s in [*(s for s in body if defines(s, names)), node])
+            constants = [s for s in body if isinstance(s, ast.Assign) and isinstance(s.value, ast.Constant)]
+            named = [s for s in constants if getattr(s.targets[0], "id", "") in names]
+            return "\n".join(map(ast.unparse, [*named, node]))
     return ""
 
 
-def defines(statement: ast.stmt, names: set) -> bool:
-    match statement:
-        case ast.Assign(targets=[ast.Name(id=name), *_], value=ast.Constant()):
-            return name in names
-    return False
-
-
 def minimum_of_scores(nodes: list) -> list:
-    """Lines where the smaller of two scores is taken: a choice made by looking at the result."""
     calls = [n for n in nodes if isinstance(n.func, ast.Name) and n.func.id == "min" and len(n.args) > 1]
     inner = [(node.lineno, [n for a in node.args for n in ast.walk(a)]) for node in calls]
     names = [(line, [str(getattr(n, "id", getattr(n, "attr", ""))) for n in parts]) for line, parts in inner]
@@ -127,22 +116,17 @@ def defaults(nodes: list) -> dict:
     return options
 
 
-def minifier(nodes: list) -> list:
-    """The options of the pyminify command that the script would pack itself with."""
-    texts = [[e.value for e in n.elts if isinstance(e, ast.Constant) and isinstance(e.value, str)] for n in nodes]
-    commands = [[w for w in words if w.startswith("--")] for words in texts if words[:1] == ["pyminify"]]
-    return [*commands, []][0]
-
-
-def facts(text: str, pieces: bool = True) -> dict:
-    """Everything the rules want to know about a script; of one that does not parse, what its pieces say, if wanted."""
-    body, failed, error = parse(text, pieces)
+@lru_cache(maxsize=256)
+def facts(text: str) -> dict:
+    """Everything the rules want to know about a script; of one that does not parse, what its pieces say."""
+    body, failed, error = parse(text)
     by_type = every(body)
     imports = by_type.get(ast.Import, []) + [n for n in by_type.get(ast.ImportFrom, []) if n.module and not n.level]
     call_nodes = by_type.get(ast.Call, [])
     names, lines = bindings(imports), text.split("\n")
     calls = sorted(((dotted(n.func, names), n.lineno) for n in call_nodes), key=lambda c: c[1])
     functions = [(n, "\n".join(lines[n.lineno - 1 : n.end_lineno])) for n in by_type.get(ast.FunctionDef, [])]
+    methods = [f for c in by_type.get(ast.ClassDef, []) for f in c.body if isinstance(f, ast.FunctionDef)]
     return {
         "error": error,
         "failed": failed,
@@ -152,42 +136,8 @@ def facts(text: str, pieces: bool = True) -> dict:
         "network": [[name[:80], line] for name, line in calls if NETWORKED.search(name)][:MAX_FACTS],
         "byte_table": byte_table(body, functions),
         "minimum": minimum_of_scores(call_nodes),
-        "leaks": leaks(functions, call_nodes, text),
+        "leaks": leaks(functions, methods, call_nodes, text),
         "defaults": defaults(call_nodes),
-        "minifier": minifier(by_type.get(ast.List, [])),
         "smear": "smear" in text.lower(),
         "smear_bos": any("smear" in s.lower() and "bos" in s.lower() for _, s in functions),
     }
-
-
-def print_facts() -> None:
-    json.dump(facts(sys.stdin.buffer.read().decode("utf-8", errors="replace")), sys.stdout)
-
-
-@lru_cache(maxsize=256)
-def facts_of(text: str) -> dict:
-    """Facts by our own parser, or by a newer one where the grammar is newer than ours."""
-    ours = facts(text, pieces=False)
-    newer = newer_python() if ours["error"] else None
-    theirs = facts_by(newer[0], text.replace("\0", "?")) if newer else None
-    if theirs:
-        return theirs | {"parsed_by": f"Python {newer[1]}"}
-    return facts(text) if ours["error"] else ours
-
-
-@lru_cache(maxsize=1)
-def newer_python() -> tuple[str, str] | None:
-    """Path and version of a Python on this machine with a newer grammar than ours; it only ever parses."""
-    names = [f"python3.{minor}" for minor in range(sys.version_info[1] + 6, sys.version_info[1], -1)]
-    homes = sorted(Path.home().glob(".pyenv/versions/3.*/bin"), reverse=True)
-    places = [(n, path) for n in names for path in (shutil.which(n), *(str(h / n) for h in homes)) if path]
-    usable = ((path, n[6:]) for n, path in places if Path(path).exists() and facts_by(path, "f'{'a'}'"))
-    return next(usable, None)
-
-
-def facts_by(path: str, text: str) -> dict | None:
-    """The same facts from another interpreter; None when it does not run or does not parse the text either."""
-    command = [path, "-I", "-S", "-c", PRINT_FACTS, str(ROOT)]
-    done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=60, check=False)
-    value = json.loads(done.stdout) if done.returncode == 0 else {"error": "it does not run"}
-    return None if value["error"] else value

@@ -9,6 +9,7 @@ A loop body is read once and in order: what one round leaves behind is context i
 """
 
 import ast
+import math
 import re
 from functools import cache
 
@@ -46,26 +47,13 @@ NONE: Labels = frozenset()
 KNOWN = {"token", "mixed", "key"}
 
 
-def marked(labels: Labels, state: str, of: set) -> Labels:
-    return labels and frozenset((state if s in of else s, o) for s, o in labels)
+CHANGED = {"token": set(), "mixed": {"token"}, "key": {"token", "mixed"}}
 
 
-def mixed(labels: Labels) -> Labels:
-    return marked(labels, "mixed", {"token"})
-
-
-def hashed(labels: Labels) -> Labels:
-    return marked(labels, "key", {"token", "mixed"})
-
-
-def scored(labels: Labels, state: str = "score") -> Labels:
-    return labels and frozenset((state, o) for s, o in labels if s in KNOWN)
-
-
-def at_parameter(state: str, given: Labels) -> Labels:
-    """What the label `state` of a parameter means for the labels of the argument in its place."""
-    made = {"token": lambda labels: labels, "mixed": mixed, "key": hashed}
-    return made[state](given) if state in made else scored(given, state)
+def made(labels: Labels, state: str, of: set | None = None) -> Labels:
+    """What labels become with their value: added to (`mixed`), hashed (`key`), or only told of (`score`, `trait`)."""
+    changed = of or CHANGED.get(state, KNOWN)
+    return labels and frozenset((state if s in changed else s, o) for s, o in labels if state in CHANGED or s in KNOWN)
 
 
 def states(labels: Labels) -> set:
@@ -74,40 +62,41 @@ def states(labels: Labels) -> set:
 
 @cache
 def named(name: str) -> Labels:
-    """What a name alone says of its value."""
     states = ["all"] * bool(WHOLE.match(name)) + ["token"] * bool(TOKEN.search(name))
     return frozenset((state, HERE) for state in states[:1])
 
 
 def combined(op: ast.operator, left: Labels, right: Labels) -> Labels:
-    both = left | right
     if isinstance(op, ast.BitXor):
-        return hashed(both)
-    return marked(both, "key", {"mixed"}) if isinstance(op, ast.Mod | ast.BitAnd | ast.RShift) else mixed(both)
+        return made(left | right, "key")
+    wraps = isinstance(op, ast.Mod | ast.BitAnd | ast.RShift)
+    return made(left | right, "key", {"mixed"}) if wraps else made(left | right, "mixed")
 
 
 class Reader:
     """Reads the functions of one script, in two rounds, so that the second knows what each function returns."""
 
-    def __init__(self, functions: list, sums: set):
-        self.functions, self.sums = functions, sums  # `sums` are lines of sums in the log domain
+    def __init__(self, functions: list, methods: list, sums: set):
+        self.methods, self.sums = set(methods), sums  # `sums` are lines of sums in the log domain
         self.returns: dict = {}  # function name -> the labels of each member of what it returns
         self.reads: dict = {}  # function name -> the parameters it indexes a table with
-        self.parameters: dict = {}
+        self.parameters: dict = {}  # function name -> its parameters, and how many arguments it takes
         self.told: dict = {}  # (what, line) in order
 
-    def run(self) -> list:
         for last in (False, True):
-            for function in self.functions:
+            for function in functions:
                 self.function(function, last)
-        return [[what, line] for what, line in sorted(self.told, key=lambda t: t[1])]
 
     def function(self, node: ast.FunctionDef, last: bool) -> None:
-        names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-        names = names[names[:1] in (["self"], ["cls"]) :]
+        given, by_name = [*node.args.posonlyargs, *node.args.args], node.args.kwonlyargs
+        method = node in self.methods or any(a.arg in ("self", "cls") for a in given[:1])
+        static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in node.decorator_list)
+        names = [a.arg for a in (*given, *by_name)][method and not static :]
+        optional = len(node.args.defaults) + sum(d is not None for d in node.args.kw_defaults)
+        most = math.inf if node.args.vararg or node.args.kwarg else len(names)
         returns = any(isinstance(n, ast.Return) and n.value is not None for n in ast.walk(node))
-        self.name, self.silent = node.name, not last or bool(LEARNER.match(node.name) and not returns)
-        self.parameters[node.name] = names
+        self.name, self.silent = "." * method + node.name, not last or bool(LEARNER.match(node.name) and not returns)
+        self.parameters[self.name] = names, len(names) - optional, most
         self.env = {n: frozenset({("token", i)}) | named(n) for i, n in enumerate(names)}
         self.stores: set = set()
         self.body(node.body)
@@ -129,13 +118,14 @@ class Reader:
     def value(self, node: ast.expr) -> Labels:
         return getattr(self, node.__class__.__name__, self.parts_only)(node)
 
-    def union(self, nodes: list) -> Labels:
-        return NONE.union(*[self.value(n) for n in nodes])
+    def union(self, node: ast.AST) -> Labels:
+        return NONE.union(*[self.value(n) for n in ast.iter_child_nodes(node) if isinstance(n, ast.expr)])
+
+    Tuple = List = Starred = UnaryOp = BoolOp = union
 
     def parts_only(self, node: ast.AST) -> Labels:
         """What is computed inside is read; the value itself, like a range of positions, says nothing."""
-        self.union([inner for inner in ast.iter_child_nodes(node) if isinstance(inner, ast.expr)])
-        return NONE
+        return self.union(node) & NONE
 
     def blocks(self, node: ast.stmt) -> None:
         self.parts_only(node)
@@ -144,7 +134,6 @@ class Reader:
             self.body(block)
 
     def ignored(self, _: ast.AST) -> Labels:
-        """A constant, or a definition, which is read on its own."""
         return NONE
 
     FunctionDef = AsyncFunctionDef = ClassDef = Constant = ignored
@@ -161,8 +150,8 @@ class Reader:
         self.bind(node.target, source, self.value(source))
 
     def AugAssign(self, node: ast.AugAssign) -> None:
-        value, name = self.value(node.value), path_of(node.target)
-        self.env[name] = combined(node.op, self.env.get(name, NONE), value)
+        name = path_of(node.target)
+        self.env[name] = combined(node.op, self.env.get(name, NONE), self.value(node.value))
 
     def For(self, node: ast.For) -> None:
         self.bind(node.target, node.iter, self.value(node.iter))
@@ -189,8 +178,8 @@ class Reader:
                 self.bind(part, ast.Constant(None), inner)
             return
         name = path_of(target)
-        kept = {True: self.env.get(name, NONE), False: named(name) if ("all", HERE) not in labels else NONE}
-        self.env[name] = labels | kept[isinstance(target, ast.Subscript)]
+        of_name = named(name) if ("all", HERE) not in labels else NONE
+        self.env[name] = labels | (self.env.get(name, NONE) if isinstance(target, ast.Subscript) else of_name)
 
     def members(self, source: ast.expr, count: int) -> list | None:
         """The labels of the members of a tuple, of what a function returns, or of what `zip` and `enumerate` walk."""
@@ -201,23 +190,16 @@ class Reader:
                 return [self.value(a) for a in args]
             case ast.Call(args=[walked, *_]) if call_name(source) == "enumerate" and count == 2:
                 return [NONE, self.value(walked)]
-            case ast.Call(args=args) if len(self.returns.get(call_name(source), [])) == count:
+            case ast.Call(args=args) if len(self.returns.get(self.callee(source), [])) == count:
                 by_name = {k.arg: self.value(k.value) for k in source.keywords}
                 return self.called(source, [self.value(a) for a in args], by_name)
         return None
 
     def Name(self, node: ast.Name) -> Labels:
-        return self.env[node.id] if node.id in self.env else named(node.id)
+        return self.env.get(node.id, named(node.id))
 
     def Attribute(self, node: ast.Attribute) -> Labels:
-        path = path_of(node)
-        labels = self.env[path] if path in self.env else named(node.attr)
-        return NONE if node.attr in SIZES else labels
-
-    def made_of_parts(self, node: ast.expr) -> Labels:
-        return self.union([inner for inner in ast.iter_child_nodes(node) if isinstance(inner, ast.expr)])
-
-    Tuple = List = Starred = UnaryOp = BoolOp = made_of_parts
+        return NONE if node.attr in SIZES else self.env.get(path_of(node), named(node.attr))
 
     def BinOp(self, node: ast.BinOp) -> Labels:
         return combined(node.op, self.value(node.left), self.value(node.right))
@@ -228,7 +210,7 @@ class Reader:
         return frozenset({("choice", HERE)}) if order and all("score" in states(s) for s in sides) else NONE
 
     def IfExp(self, node: ast.IfExp) -> Labels:
-        test, branches = self.value(node.test), self.union([node.body, node.orelse])
+        test, branches = self.value(node.test), self.value(node.body) | self.value(node.orelse)
         self.choose(node, test, branches)
         return branches
 
@@ -241,13 +223,12 @@ class Reader:
         """A table read at an index; a slice of the tokens themselves stays tokens."""
         self.reads.setdefault(self.name, set()).update(o for s, o in index if s in KNOWN and o != HERE)
         if ("all", HERE) in index | base:
-            return scored(index)
+            return made(index, "score")
         self.tell("key" in states(index), HASHED, node)
-        name = path_of(table)
-        trait, counts = TRAITS.search(name), BYTES.search(name)
+        trait, counts = (words.search(path_of(table)) for words in (TRAITS, BYTES))
         if states(index) & KNOWN and (trait or counts):
-            return scored(index, "trait") if trait else NONE
-        return base | scored(index)
+            return made(index, "trait") if trait else NONE
+        return base | made(index, "score")
 
     def ListComp(self, node: ast.ListComp) -> Labels:
         outside = dict(self.env)
@@ -268,18 +249,17 @@ class Reader:
         whole = name in {"arange", "range"} and any(VOCABULARY.search(path_of(a)) for a in node.args)
         scores = "token" in states(every) and (SCORER.search(name) or per_token(node))
         kinds = (
-            (name in self.returns or name in self.reads, lambda: NONE.union(*self.called(node, given, by_name))),
+            (self.callee(node), lambda: NONE.union(*self.called(node, given, by_name))),
             (name in READS and given and not default, lambda: self.read_call(node, owner, given)),
-            (name in HASHES, lambda: hashed(every)),
-            (name in WRAPS, lambda: marked(every, "key", {"mixed"})),
+            (name in HASHES, lambda: made(every, "key")),
+            (name in WRAPS, lambda: made(every, "key", {"mixed"})),
             (whole, lambda: frozenset({("all", HERE)})),
             (SAME.fullmatch(name), lambda: self.same(node, name, owner, given)),
-            (scores, lambda: scored(every)),
+            (scores, lambda: made(every, "score")),
         )
         return next((labels() for holds, labels in kinds if holds), NONE)
 
     def same(self, node: ast.Call, name: str, owner: Labels, given: list) -> Labels:
-        """A call whose value is made of its operands."""
         if name == "append" and isinstance(node.func, ast.Attribute):
             path = path_of(node.func.value)
             self.env[path] = self.env.get(path, NONE).union(*given)
@@ -300,14 +280,21 @@ class Reader:
             return NONE
         return self.read(node, table, given[0] if module else owner, NONE.union(*given[int(module) :]))
 
+    def callee(self, node: ast.Call) -> str:
+        """The function of this script that a call means; `list.count(x)` is no method of ours that takes two."""
+        name = "." * isinstance(node.func, ast.Attribute) + call_name(node)
+        _, least, most = self.parameters.get(name, ((), 0, 0))
+        count = len(node.args) + len(node.keywords)
+        starred = any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords)
+        return name * ((name in self.returns or name in self.reads) and (starred or least <= count <= most))
+
     def called(self, node: ast.Call, given: list, by_name: dict) -> list:
-        """What a function of this script gives back for these arguments, and what it reads with them."""
-        name = call_name(node)
-        names = self.parameters[name]
+        name = self.callee(node)
+        names, _, _ = self.parameters[name]
         placed = dict(enumerate(given)) | {names.index(k): v for k, v in by_name.items() if k in names}
         self.tell(any("key" in states(placed.get(i, NONE)) for i in self.reads.get(name, ())), HASHED, node)
         return [
-            NONE.union(*(at_parameter(s, placed.get(o, NONE)) if o != HERE else frozenset({(s, o)}) for s, o in labels))
+            NONE.union(*(made(placed.get(o, NONE), s) if o != HERE else frozenset({(s, o)}) for s, o in labels))
             for labels in self.returns.get(name, [])
         ]
 
@@ -327,7 +314,6 @@ def call_name(node: ast.Call) -> str:
 
 
 def per_token(node: ast.Call) -> bool:
-    """A loss of every token, not their mean."""
     none = [k for k in node.keywords if k.arg == "reduction" and getattr(k.value, "value", "") == "none"]
     return call_name(node) in {"cross_entropy", "nll_loss"} and bool(none)
 
@@ -379,6 +365,10 @@ class Order:
             names |= bound if source else set()
             names -= {n for n in bound if not (source or part or self.validation(n))}
 
+    def scores_and_learns_in(self, loop: ast.For) -> bool:
+        inside = range(loop.lineno, loop.end_lineno + 1)
+        return all(any(line in inside for line in lines) for lines in (self.learns, self.scores))
+
     def validation(self, name: str) -> bool:
         return bool(VALIDATION.match(name) or (IN_EVALUATION.match(name) and EVALUATES.search(self.name)))
 
@@ -407,15 +397,9 @@ def learning_first(functions: list) -> list:
     learners = [order for node, text in functions if "backward" in text and (order := Order(node)).learns]
     names = "|".join(re.escape(order.name) for order in learners)
     callers = [Order(node) for node, text in functions if learners and re.search(rf"\b(?:{names})\b", text)]
-    again = [[AGAIN, loop.lineno] for order in learners for loop in order.epochs if scored_again(order, loop)]
+    again = [[AGAIN, loop.lineno] for order in learners for loop in order.epochs if order.scores_and_learns_in(loop)]
     early = [order for order in learners if min(order.scores, default=order.learns[0]) >= order.learns[0]]
-    first = [[(FITTED if o.scores else BEFORE), o.learns[0]] for o in early if unscored(o, callers)]
-    return again + first
-
-
-def scored_again(order: Order, loop: ast.For) -> bool:
-    inside = range(loop.lineno, loop.end_lineno + 1)
-    return any(line in inside for line in order.learns) and any(line in inside for line in order.scores)
+    return again + [[(FITTED if o.scores else BEFORE), o.learns[0]] for o in early if unscored(o, callers)]
 
 
 def unscored(order: Order, callers: list) -> bool:
@@ -425,13 +409,14 @@ def unscored(order: Order, callers: list) -> bool:
     return bool(order.scores) or order.name == "main" or before_caller
 
 
-def leaks(functions: list, calls: list, text: str) -> list:
+def leaks(functions: list, methods: list, calls: list, text: str) -> list:
     """[what, line] of everything that the rulings concern; most scripts can be told to be free of it by a few words."""
     told = []
     try:  # nothing of code that is nested deeper than people write
         if re.search(r"\^|%|hash|remainder|where|minimum|maximum", text):
             sums = {n.lineno for n in calls if call_name(n) in {"log1p", "logaddexp"}}
-            told = Reader([node for node, _ in functions], sums).run()
+            reader = Reader([node for node, _ in functions], methods, sums)
+            told = [[what, line] for what, line in sorted(reader.told, key=lambda t: t[1])]
         return told + learning_first(functions)
     except RecursionError:
         return told

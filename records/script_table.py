@@ -46,9 +46,9 @@ class Tokenizer:
             case ("is_control" | "is_unknown" | "is_byte" | "is_unused") as asked, [i]:
                 return VOCABULARY[int(i)][1] == asked[3:]
             case "id_to_piece", [i]:
-                return VOCABULARY[int(i)][0]
+                return PIECES[int(i)]
             case (("vocab_size" | "get_piece_size" | "__len__"), []):
-                return len(VOCABULARY)
+                return len(PIECES)
             case "unk_id", []:
                 return PIECES.index("<unk>")
             case "decode", [list() as ids]:
@@ -59,7 +59,6 @@ class Tokenizer:
 
 
 def short_range(*bounds: int) -> range:
-    """A range that fits the step budget."""
     numbers = range(*map(int, bounds))
     if len(numbers) > MAX_STEPS:
         raise Unknown(f"a range of {len(numbers)}")
@@ -87,8 +86,6 @@ def operate(op: ast.AST, a: object, b: object) -> object:
 
 
 class Walker:
-    """Interprets one table function over VOCABULARY."""
-
     def __init__(self) -> None:
         self.steps = 0
         self.env: dict[str, object] = {}
@@ -112,11 +109,11 @@ class Walker:
             raise Unknown(f"too many steps at {type(node).__name__}")
 
     def block(self, body: list) -> None:
-        for statement in body:
-            self.statement(statement)
+        for node in body:
+            self.count(node)
+            self.statement(node)
 
     def statement(self, node: ast.stmt) -> None:
-        self.count(node)
         match node:
             case ast.Pass() | ast.Assert() | ast.Expr() | ast.AnnAssign(value=None):
                 return
@@ -169,8 +166,15 @@ class Walker:
                 return self.env[name]
             case ast.Tuple(elts=parts) | ast.List(elts=parts):
                 return [self.value(x) for x in parts]
-            case ast.BoolOp() | ast.UnaryOp() | ast.BinOp() | ast.Compare():
-                return self.computed(node)
+            case ast.BoolOp(op=op, values=values):
+                return {ast.And: all, ast.Or: any}[type(op)](bool(self.value(v)) for v in values)
+            case ast.UnaryOp(op=op, operand=inner):
+                return not self.value(inner) if isinstance(op, ast.Not) else -self.value(inner)
+            case ast.BinOp(left=left, op=op, right=right):
+                return operate(op, self.value(left), self.value(right))
+            case ast.Compare(left=left, ops=ops, comparators=others):
+                sides = [self.value(n) for n in (left, *others)]
+                return all(operate(op, a, b) for op, a, b in zip(ops, sides, sides[1:]))
             case ast.IfExp():
                 return self.value(node.body if self.value(node.test) else node.orelse)
             case ast.Subscript(value=whole, slice=ast.Slice() as cut):
@@ -181,20 +185,6 @@ class Walker:
             case ast.Call():
                 return self.call(node)
         raise Unknown(getattr(node, "id", type(node).__name__))
-
-    def computed(self, node: ast.expr) -> object:
-        match node:
-            case ast.BoolOp(op=op, values=values):
-                return {ast.And: all, ast.Or: any}[type(op)](bool(self.value(v)) for v in values)
-            case ast.UnaryOp(op=ast.Not(), operand=inner):
-                return not self.value(inner)
-            case ast.UnaryOp(operand=inner):
-                return -self.value(inner)
-            case ast.BinOp(left=left, op=op, right=right):
-                return operate(op, self.value(left), self.value(right))
-            case _:
-                sides = [self.value(n) for n in (node.left, *node.comparators)]
-                return all(operate(op, a, b) for op, a, b in zip(node.ops, sides, sides[1:]))
 
     def call(self, node: ast.Call) -> object:
         match node.func:
@@ -228,12 +218,11 @@ class Walker:
 
     def array(self, name: str, node: ast.Call) -> object:
         first = self.value(node.args[0])
-        if name not in FILLS:
-            return first
-        size = int(first[0] if isinstance(first, list | tuple) else first)
+        size = int(first[0] if isinstance(first, list | tuple) else first) if name in FILLS else 0
         if size > 10 * TABLE_SIZE:
             raise Unknown(f"an array of {size}")
-        return [self.value(node.args[1]) if name == "full" else FILLS[name]] * size
+        fill = self.value(node.args[1]) if name == "full" else FILLS.get(name)
+        return [fill] * size if name in FILLS else first
 
 
 REFUSED = (TypeError, IndexError, KeyError, AttributeError, StopIteration, SyntaxError, RecursionError, ValueError)

@@ -1,8 +1,10 @@
-"""Means, deviations, the one-sided Welch test from scratch, and by it both rules of the competition on scores per seed:
-a record's p-value must not need an installation."""
+"""The one-sided Welch test from scratch, and by it both rules of the competition on scores per seed: a record's p-value
+must not need an installation."""
 
 import math
 from dataclasses import dataclass, field
+from statistics import fmean as mean
+from statistics import stdev as deviation
 from typing import NamedTuple
 
 from records.competition import MARGIN_NATS, P_PRACTICE, P_README, bytes_per_token
@@ -10,22 +12,11 @@ from records.competition import MARGIN_NATS, P_PRACTICE, P_README, bytes_per_tok
 TINY = 1e-300
 
 
-def mean(xs: list[float]) -> float:
-    return math.fsum(xs) / len(xs)
-
-
-def deviation(xs: list[float], ddof: int = 1) -> float:
-    """Standard deviation; `ddof=1` is the sample form, 0 the population form."""
-    m = mean(xs)
-    return math.sqrt(math.fsum((x - m) ** 2 for x in xs) / (len(xs) - ddof))
-
-
 def not_zero(x: float) -> float:
     return math.copysign(max(abs(x), TINY), x)
 
 
 def beta_fraction(a: float, b: float, x: float) -> float:
-    """Continued fraction of the incomplete beta function by Lentz's method."""
     c, d = 1.0, 1 / not_zero(1.0 - (a + b) * x / (a + 1))
     h = d
     for m in range(1, 500):
@@ -78,33 +69,6 @@ def welch(baseline: list[float], new: list[float], margin: float = 0.0) -> Welch
     return Welch(gain, t, df, t_upper(t, df))
 
 
-def seeds_needed(
-    gain: float, sd_baseline: float, n_baseline: int, sd_new: float, margin: float, p: float
-) -> int | None:
-    """Smallest number of new seeds with which this gain at these deviations would pass; None above 1,000."""
-    excess, va = gain - margin, sd_baseline**2 / n_baseline
-    if excess <= 0 or va + sd_new == 0:
-        return {True: 2, False: None}[excess > 0]
-    variances = ((n, sd_new**2 / n) for n in range(2, 1001))
-    tests = ((n, excess / math.sqrt(va + vb), welch_df(va, n_baseline, vb, n)) for n, vb in variances)
-    return next((n for n, t, df in tests if t_upper(t, df) < p), None)
-
-
-class Significance(NamedTuple):
-    bpb: Welch
-    nats: Welch | None  # against the margin, per token
-    readme: bool | None
-    practice: bool
-
-
-def significance(base_bpb: list, new_bpb: list, base_nats: list, new_nats: list) -> Significance:
-    """Both rules: 0.005 nats a token at p < 0.01 (README), any gain in BPB at p < 0.25 (applied in the last weeks)."""
-    bpb = welch(base_bpb, new_bpb)
-    nats = welch(base_nats, new_nats, MARGIN_NATS) if min(len(base_nats), len(new_nats)) > 1 else None
-    readme = nats and nats.gain > MARGIN_NATS and nats.p < P_README
-    return Significance(bpb, nats, readme, bpb.gain > 0 and bpb.p < P_PRACTICE)
-
-
 @dataclass
 class Side:
     """What one side of a comparison knows; scores per seed, facts by name."""
@@ -120,30 +84,39 @@ class Side:
         return bytes_per_token(mean(self.nats), mean(self.bpb)) if self.nats and self.bpb else None
 
 
+def seeds_needed(gain: float, a: Side, b: Side, margin: float, p: float) -> int | None:
+    (va, n), excess, new = (deviation(a.bpb) ** 2 / len(a.bpb), len(a.bpb)), gain - margin, deviation(b.bpb)
+    if excess <= 0 or va + new == 0:
+        return 2 if excess > 0 else None
+    variances = ((m, new**2 / m) for m in range(2, 1001))
+    tests = ((m, excess / math.sqrt(va + vb), welch_df(va, n, vb, m)) for m, vb in variances)
+    return next((m for m, t, df in tests if t_upper(t, df) < p), None)
+
+
 def tested(a: Side, b: Side) -> dict | None:
-    """Both significance rules for b against a; None with fewer than two scores on a side."""
+    """Both rules for b against a: any gain in BPB at p < 0.25, as applied in the last weeks, and 0.005 nats a token at
+    p < 0.01, as written; None with fewer than two scores on a side."""
     if min(len(a.bpb), len(b.bpb)) < 2:
         return None
-    result = significance(a.bpb, b.bpb, a.nats, b.nats)
-    gain, t, df, p = result.bpb
-    needed = seeds_needed(gain, deviation(a.bpb), len(a.bpb), deviation(b.bpb), 0.0, P_PRACTICE)
-    test = {"gain_bpb": gain, "t": t, "df": df, "p": p, "practice": result.practice}
+    gain, t, df, p = welch(a.bpb, b.bpb)
+    needed = seeds_needed(gain, a, b, 0.0, P_PRACTICE)
+    test = {"gain_bpb": gain, "t": t, "df": df, "p": p, "practice": gain > 0 and p < P_PRACTICE}
     test |= {"practice_rule": f"p < {P_PRACTICE} on BPB", "seeds_needed_practice": needed}
-    return test | written_rule(a, b, result) if b.ratio else test
+    return test | written_rule(a, b, gain) if b.ratio else test
 
 
-def written_rule(a: Side, b: Side, result: Significance) -> dict:
+def written_rule(a: Side, b: Side, gain: float) -> dict:
     """The margin in nats is another BPB for every tokenizer; nats of two tokenizers cannot be subtracted."""
-    gain, margin = result.bpb.gain, MARGIN_NATS / (math.log(2) * b.ratio)
+    margin = MARGIN_NATS / (math.log(2) * b.ratio)
     same_tokens = a.ratio is not None and abs(a.ratio / b.ratio - 1) < 1e-3
-    converted = Welch(gain * math.log(2) * b.ratio, 0.0, 0.0, welch(a.bpb, b.bpb, margin).p)
-    used = result.nats if same_tokens and result.nats else converted
+    in_nats = same_tokens and min(len(a.nats), len(b.nats)) > 1
+    used = welch(a.nats, b.nats, MARGIN_NATS) if in_nats else welch(a.bpb, b.bpb, margin)
     rule = f"{MARGIN_NATS} nats a token at p < {P_README}"
     return {
         "margin_bpb": margin,
-        "gain_nats": used.gain,
+        "gain_nats": used.gain if in_nats else gain * math.log(2) * b.ratio,
         "p_margin": used.p,
         "readme": used.p < P_README,
         "readme_rule": rule + ", converted by the new record's tokenizer" * (not same_tokens),
-        "seeds_needed_readme": seeds_needed(gain, deviation(a.bpb), len(a.bpb), deviation(b.bpb), margin, P_README),
+        "seeds_needed_readme": seeds_needed(gain, a, b, margin, P_README),
     }

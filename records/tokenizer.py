@@ -26,15 +26,10 @@ print(json.dumps([sp.decode(sp.encode(text)) for text in json.load(sys.stdin)]))
 
 
 def varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        if at >= len(data) or shift > 63:
-            raise ValueError(f"not a SentencePiece model: broken number at byte {at}")
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
+    number = re.compile(rb"[\x80-\xff]{0,9}[\0-\x7f]", re.S).match(data, at)
+    if number is None:
+        raise ValueError(f"not a SentencePiece model: broken number at byte {at}")
+    return sum((byte & 127) << 7 * i for i, byte in enumerate(number[0])), number.end()
 
 
 def fields(data: bytes) -> Iterator[tuple[int, object]]:
@@ -60,7 +55,6 @@ class Vocabulary(NamedTuple):
     keeps_spaces: bool = False  # whether decoding keeps a document's leading space
 
     def problems(self) -> list[str]:
-        """What would make byte counts wrong."""
         rows, count = list(zip(self.pieces, self.kinds)), self.kinds.count("byte")
         names = [p for p, k in rows if k != "unused"]
         spaces = "no standalone ▁ piece: spaces fall into byte pieces and are counted three times (issue 897)"
@@ -85,8 +79,7 @@ class Vocabulary(NamedTuple):
         base, space, boundary = [0] * n, [False] * n, [not self.keeps_spaces] * n
         counted = [(i, p, k) for i, (p, k) in enumerate(zip(self.pieces, self.kinds)) if k not in UNCOUNTED]
         for i, piece, kind in counted:
-            boundary[i] = False
-            space[i] = kind != "byte" and piece.startswith("▁")
+            boundary[i], space[i] = False, kind != "byte" and piece.startswith("▁")
             base[i] = 1 if kind == "byte" else len(piece.removeprefix("▁").replace("▁", " ").encode())
         return base, space, boundary
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from records.claim import as_number, parse_json
-from records.competition import CAP_BYTES, EVAL_SECONDS, SHARD_HEADER, SHARD_MAGIC, SHARD_VERSION
+from records.competition import EVAL_SECONDS, SHARD_HEADER, SHARD_MAGIC, SHARD_VERSION
 from records.folder import Folder, sha256_file
 from records.logs_reader import read_log
 from records.rules import RANK, Finding, pick
@@ -37,9 +37,7 @@ KEEP = "PATH HOME LANG LD_LIBRARY_PATH CUDA_VISIBLE_DEVICES OMP_NUM_THREADS TMPD
 SPAN = ("start", "stop", "nats", "nbytes")
 TOLERANCE = 5e-6  # BPB
 NOISE = 5e-4  # BPB; two honest evaluations never lie further apart
-ARTIFACTS = frozenset({".skc", ".ptz", ".pt", ".bin", ".xz", ".br"})
 COMMAND = "{python} {script} --evaluate {artifact} data={data} run_id=verify"
-EXPORT = "{python} {script} --export --checkpoint {checkpoint} data={data} run_id=verify"
 
 
 @dataclass
@@ -55,103 +53,71 @@ class Outcome:
         return max((f.status for _, f in self.findings), key=RANK.__getitem__, default="na")
 
 
-class Evaluation(NamedTuple):
-    """What one run of the evaluation left: scores by mode, and (start, stop, nats, bytes, lane) rows by mode."""
-
-    printed: dict[str, float]
-    spans: dict[str, list[tuple]]
-
-
 class Trial(NamedTuple):
-    """What to run, how often, and for how long at most."""
-
     command: str = COMMAND
     repeat: int = 1
     seconds: float = 3600.0
-    checkpoint: Path | None = None
-    export: str = EXPORT
 
 
 def verify(folder: Folder, artifact: Path, data: Path, trial: Trial) -> Outcome:
     """Evaluate `artifact` with the folder's script and compare everything that can be compared."""
     out = Outcome()
-    script = folder.main
-    if script is None:
+    if folder.main is None:
         out.add("L7", "fail", "no training script to run")
         return out
     claimed_artifact(folder, artifact, out)
-    values = {"{python}": sys.executable, "{script}": script.name, "{data}": str(data.resolve())}
-    values["{artifact}"] = "final_model.skc"
-    runs: list[Evaluation] = []
+    values = {"{python}": sys.executable, "{script}": folder.main.name, "{data}": str(data.resolve())}
+    values |= {"{artifact}": "final_model.skc"}
+    scores: list[dict[str, float]] = []
     for turn in range(trial.repeat):
-        with room(folder) as box:
-            shutil.copyfile(artifact, box / "final_model.skc")
-            if execute(box, fill(trial.command, values), trial.seconds, out) is None:
+        with room(folder, artifact, "final_model.skc") as box:
+            if not execute(box, fill(trial.command, values), trial.seconds, out):
                 break
-            runs.append(Evaluation(printed_scores(box), spans_by_mode(box)))
-        if turn == 0:
-            judge(folder, runs[0], data, out)
-    noise_floor(runs, out)
-    if trial.checkpoint is not None:
-        export_twice(folder, trial, values, out)
-    certificate_agrees(folder, out)
+            scores.append(printed_scores(box))
+            if turn == 0:
+                judge(folder, scores[0], spans_by_mode(box), data, out)
+    noise_floor(scores, out)
+    for certificate in folder.certificates:
+        legal = certificate.table.get("legal")
+        status = {"True": "pass", "False": "fail"}.get(str(legal), "warn")
+        out.add("L1-L5", status, "; ".join(certificate.problems) or f"legal: {legal}", file=certificate.name)
+    if not folder.certificates:
+        out.add("L1-L5", "na", "no certificate in the folder")
     return out
 
 
 @contextmanager
-def room(folder: Folder) -> Iterator[Path]:
-    """A fresh folder with the submission's code and nothing else."""
+def room(folder: Folder, extra: Path, name: str) -> Iterator[Path]:
+    """A fresh folder with the submission's code, one file more, and nothing else."""
     code = {folder.main.name, *(s.name for s in folder.helpers), *(e.name for e in folder.native)}
     with tempfile.TemporaryDirectory(prefix="verify_") as place:
         box = Path(place)
         for source in code:
             (box / source).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder.files[source].path, box / source)
+        shutil.copyfile(extra, box / name)
         yield box
 
 
-def noise_floor(runs: list[Evaluation], out: Outcome) -> None:
+def noise_floor(runs: list[dict[str, float]], out: Outcome) -> None:
     """How far evaluations of one artifact lie apart: no smaller gain means anything."""
     if len(runs) < 2:
         out.add("L9", "na", "one evaluation; --repeat 2 shows how far two lie apart")
         return
-    names = set.intersection(*(set(r.printed) for r in runs))
-    spread = {name: max(r.printed[name] for r in runs) - min(r.printed[name] for r in runs) for name in names}
+    names = set.intersection(*map(set, runs))
+    spread = {max(r[name] for r in runs) - min(r[name] for r in runs): name for name in names}
     if not spread:
         out.add("L9", "warn", "the evaluations print no score in common")
         return
-    name = max(spread, key=spread.__getitem__)
-    same = ", to the last digit" * (not spread[name])
-    note = f"{len(runs)} evaluations of one artifact lie {spread[name]:.2e} BPB apart ({name}{same})"
-    out.add("L9", closeness(spread[name]), note, value=spread[name])
+    most = max(spread)
+    told = f"{spread[most]}{', to the last digit' * (not most)}"
+    out.add(
+        "L9", closeness(most), f"{len(runs)} evaluations of one artifact lie {most:.2e} BPB apart ({told})", value=most
+    )
 
 
 def closeness(off: float) -> str:
-    """Whether two scores are the same, as near as honest evaluations lie, or different."""
     return next((status for status, limit in (("pass", TOLERANCE), ("warn", NOISE)) if off <= limit), "fail")
-
-
-def export_twice(folder: Folder, trial: Trial, values: dict[str, str], out: Outcome) -> None:
-    """Quantise and pack one checkpoint twice: how much the size wavers, and how far it stays below the cap."""
-    artifacts: list[tuple[int, str]] = []
-    for _ in range(2):
-        with room(folder) as box:
-            shutil.copyfile(trial.checkpoint, box / "checkpoint.pt")
-            before = set(box.rglob("*"))
-            command = fill(trial.export, values | {"{checkpoint}": "checkpoint.pt"})
-            if execute(box, command, trial.seconds, out) is None:
-                return
-            made = [p for p in set(box.rglob("*")) - before if p.suffix in ARTIFACTS]
-            if not made:
-                out.add("L11", "fail", f"the export leaves no file with a suffix of {', '.join(sorted(ARTIFACTS))}")
-                return
-            largest = max(made, key=lambda p: p.stat().st_size)
-            artifacts.append((largest.stat().st_size, sha256_file(largest)))
-    (one, first), (two, second) = artifacts
-    margin, jitter = CAP_BYTES - max(one, two) - folder.main.size, abs(one - two)
-    told = pick(first == second, "two exports are the same file", f"two exports differ by {jitter:,} bytes")
-    status = pick(margin < 0, "fail", pick(margin >= jitter, "pass", "warn"))
-    out.add("L11", status, f"{told}; {max(one, two):,} bytes, {margin:,} below the cap with the script", value=margin)
 
 
 def fill(command: str, values: dict[str, str]) -> list[str]:
@@ -159,15 +125,13 @@ def fill(command: str, values: dict[str, str]) -> list[str]:
 
 
 def has_network_namespace() -> bool:
-    """Whether this machine lets a user start a process in an empty network."""
-    if shutil.which("unshare") is None:
-        return False
-    return subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode == 0
+    command = ["unshare", "-rn", "true"]
+    return bool(shutil.which("unshare")) and not subprocess.run(command, capture_output=True, check=False).returncode
 
 
-def execute(box: Path, command: list[str], seconds: float, out: Outcome) -> float | None:
-    """Run in `box` with a bare environment; wall seconds, or None when it failed."""
-    guard = box / ".guard"
+def execute(box: Path, command: list[str], seconds: float, out: Outcome) -> bool:
+    """Run in `box` with a bare environment; whether it ended well."""
+    guard, sink = box / ".guard", box / "output.txt"
     guard.mkdir()
     (guard / "sitecustomize.py").write_text(GUARD)
     env = {k: os.environ[k] for k in KEEP.split() if k in os.environ}
@@ -175,46 +139,48 @@ def execute(box: Path, command: list[str], seconds: float, out: Outcome) -> floa
     isolated = has_network_namespace()
     refused = ("warn", "no network namespace here; sockets of Python processes are refused instead")
     out.add("L7", *pick(isolated, ("pass", "no network: an empty network namespace"), refused))
-    full, start, sink = ["unshare", "-rn"] * isolated + command, os.times().elapsed, box / "output.txt"
+    full, start = ["unshare", "-rn"] * isolated + command, os.times().elapsed
     try:
         with open(sink, "wb") as stream:
             options = {"stdout": stream, "stderr": subprocess.STDOUT, "timeout": seconds, "check": False}
-            done = subprocess.run(full, cwd=box, env=env, **options)
+            code = subprocess.run(full, cwd=box, env=env, **options).returncode
     except subprocess.TimeoutExpired:
         out.add("L8", "fail", f"the evaluation was stopped after {seconds:.0f} s")
-        return None
+        return False
     took = os.times().elapsed - start
     with open(sink, "rb") as stream:
         stream.seek(max(0, stream.seek(0, 2) - 20_000))
         out.output = stream.read().decode("utf-8", errors="replace")
-    if done.returncode:
-        last = next((line for line in reversed(out.output.splitlines()) if line.strip()), "")
-        out.add("L7", "fail", f"the evaluation exits with {done.returncode}: {last}", value=done.returncode)
-        return None
-    status = {True: "pass", False: "warn"}[took <= EVAL_SECONDS]
-    out.add("L8", status, f"{took:.1f} s from process start to end", value=round(took, 1))
-    return took
+    if code:
+        last = [line for line in out.output.splitlines() if line.strip()][-1:]
+        out.add("L7", "fail", f"the evaluation exits with {code}: {''.join(last)}", value=code)
+    else:
+        status = pick(took <= EVAL_SECONDS, "pass", "warn")
+        out.add("L8", status, f"{took:.1f} s from process start to end", value=round(took, 1))
+    return code == 0
 
 
-def judge(folder: Folder, run: Evaluation, data: Path, out: Outcome) -> None:
-    """The printed score, the spans, and the claim."""
-    if not run.printed:
+def judge(folder: Folder, printed: dict[str, float], modes: dict[str, list], data: Path, out: Outcome) -> None:
+    if not printed:
         out.add("L6", "fail", "the evaluation printed no val_bpb")
         return
     claims = [p.claimed for p in folder.proofs] or list(filter(None, [folder.claim.number("val_bpb")]))
-    pairs = [(abs(v - claimed), name, v, claimed) for name, v in run.printed.items() for claimed in claims]
+    pairs = [(abs(v - claimed), name, v, claimed) for name, v in printed.items() for claimed in claims]
     for off, name, value, claimed in sorted(pairs)[:1]:
         out.add("L6", closeness(off), f"{name} gives {value:.8f}, a seed claims {claimed}", value=off)
     if not pairs:
-        out.add("L6", "na", f"no claim to compare with; the evaluation says {run.printed}")
-    if not run.spans:
+        out.add("L6", "na", f"no claim to compare with; the evaluation says {printed}")
+    if not modes:
         out.add("L6", "na", "the evaluation leaves no spans (spans*.jsonl or MODE.N.npz); its sums were not recomputed")
-    weights = byte_weights(data) if run.spans else None
-    for mode, spans in run.spans.items():
-        out.findings += [("L6", finding) for finding in judge_mode(mode, sorted(spans), weights, run.printed)]
-        order = pick(in_stream_order(spans), ("pass", "in"), ("warn", "out of"))
-        declared = ", which has to be declared" * (order[0] == "warn")
-        out.add("L10", order[0], f"{mode}: scored {order[1]} the order of the stream{declared}")
+    weights = byte_weights(data) if modes else None
+    for mode, spans in modes.items():
+        out.findings += [("L6", finding) for finding in judge_mode(mode, sorted(spans), weights, printed)]
+        lanes: dict[tuple, list[int]] = {}
+        for start, *_, lane in spans:
+            lanes.setdefault(lane, []).append(start)
+        ordered = all(starts == sorted(starts) for starts in lanes.values())  # every lane from front to back
+        told = pick(ordered, "in the order of the stream", "out of the order of the stream, which has to be declared")
+        out.add("L10", pick(ordered, "pass", "warn"), f"{mode}: scored {told}")
 
 
 def printed_scores(box: Path) -> dict[str, float]:
@@ -251,14 +217,6 @@ def spans_by_mode(box: Path) -> dict[str, list[tuple]]:
     return modes
 
 
-def in_stream_order(spans: list[tuple]) -> bool:
-    """Whether every lane walks the stream from front to back."""
-    lanes: dict[tuple, list[int]] = {}
-    for start, *_, lane in spans:
-        lanes.setdefault(lane, []).append(start)
-    return all(starts == sorted(starts) for starts in lanes.values())
-
-
 def judge_mode(
     mode: str, spans: list[tuple], weights: np.ndarray | None, printed: dict[str, float]
 ) -> Iterator[Finding]:
@@ -277,11 +235,10 @@ def judge_mode(
     for note in [note for note, holds in faults.items() if holds][:4]:
         yield Finding("fail", f"{mode}: {note}")
     bpb = math.fsum(s[2] for s in spans) / math.log(2) / nbytes
-    for score in [v for name, v in printed.items() if mode and mode in name][:1]:
-        status = pick(abs(score - bpb) <= TOLERANCE, "pass", "fail")
-        yield Finding(status, f"{mode}: spans give {bpb:.8f}, printed {score:.8f}", value=bpb)
-        return
-    yield Finding("pass", f"{mode}: spans give {bpb:.8f}; no printed score names the mode", value=bpb)
+    score = next((v for name, v in printed.items() if mode and mode in name), None)
+    told = "; no printed score names the mode" if score is None else f", printed {score:.8f}"
+    agrees = score is None or abs(score - bpb) <= TOLERANCE
+    yield Finding(pick(agrees, "pass", "fail"), f"{mode}: spans give {bpb:.8f}{told}", value=bpb)
 
 
 def byte_weights(data: Path) -> np.ndarray | None:
@@ -312,22 +269,9 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 def claimed_artifact(folder: Folder, artifact: Path, out: Outcome) -> None:
-    """The given file must be the one the record names, where it names one."""
-    digest, rows = sha256_file(artifact), folder.claim.raw.get("seed_results")
-    rows = list(rows.values()) if isinstance(rows, dict) else []
-    named = {str(r["artifact_sha256"]) for r in rows if isinstance(r, dict) and r.get("artifact_sha256")}
-    verdicts = {
-        (True, True): ("pass", "the artifact is one the record names"),
-        (True, False): ("fail", "the artifact is none that the record names"),
-    }
-    unnamed = ("na", f"the record names no artifact; sha256 {digest}")
-    out.add("L7", *verdicts.get((bool(named), digest in named), unnamed), value=digest)
-
-
-def certificate_agrees(folder: Folder, out: Outcome) -> None:
-    for certificate in folder.certificates:
-        legal = certificate.table.get("legal")
-        status = {"True": "pass", "False": "fail"}.get(str(legal), "warn")
-        out.add("L1-L5", status, "; ".join(certificate.problems) or f"legal: {legal}", file=certificate.name)
-    if not folder.certificates:
-        out.add("L1-L5", "na", "no certificate in the folder")
+    digest, named = sha256_file(artifact), folder.claimed_hashes
+    if named:
+        told = pick(digest in named, ("pass", "one the record names"), ("fail", "none that the record names"))
+        out.add("L7", told[0], f"the artifact is {told[1]}", value=digest)
+    else:
+        out.add("L7", "na", f"the record names no artifact; sha256 {digest}", value=digest)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from harness.__main__ import main
-from harness.certify import learned_tensors
+from harness.certify import learned_tensors, summary
 from packer.bundle import read_tree
 from packer.pack import pack, unpack
 from packer.steps import build
@@ -101,6 +101,13 @@ def test_the_file_that_ran_is_certified_with_its_artifact(entry):
     assert complete["twin.all"]["complete"] and not complete["artifact.all"].get("faults")
     assert certificate["L4"]["statuses"] == dict.fromkeys(complete, "pass")
     assert certificate["L5"]["statuses"]["artifact.all"] == "na"
+
+
+@pytest.mark.parametrize("status", ["pass", "na"])
+def test_a_reason_is_told_only_where_documents_are_not_isolated(status):
+    probes = {f"L{i}": {"status": "pass", "evidence": ""} for i in range(1, 5)}
+    mode = probes | {"L5": {"status": status, "evidence": ""}, "legal": True}
+    assert ("reason" in summary({"twin": {"stream": mode}})["L5"]) == (status == "na")
 
 
 @pytest.mark.slow

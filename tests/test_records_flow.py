@@ -278,6 +278,19 @@ def main():
 }
 
 
+NAMESAKES = """
+class Table(NamedTuple):
+	base:int;space:int
+	def count(A,targets,previous):  # 1 % of what is read
+		D=previous;B=targets
+		return A.base[B]+(A.space[B]&D)
+def halves(c,looping):
+	A,D=c.looped,[*range(c.depth)]
+	for(I,B)in enumerate(D):F=D[:I].count(B)if A else 0;J=c.depth+(F-1)*len(A)+B if F else B
+	return J
+"""
+
+
 def told(source):
     return {what for what, _ in facts(source)["leaks"]}
 
@@ -295,6 +308,12 @@ def test_a_cheat_is_told_by_its_ruling_and_its_line(source, what):
 @pytest.mark.parametrize("source", CLEAN.values(), ids=CLEAN)
 def test_a_clean_evaluator_is_left_alone(source):
     assert told(source) == set()
+
+
+def test_a_method_of_a_list_is_no_method_of_the_same_name_in_the_script():
+    assert told(NAMESAKES) == set()
+    gate = NAMESAKES.replace("D[:I].count(B)if A else 0", "c.table.count(B, D)")
+    assert told(gate) == {GATED}  # the method itself, chosen by and choosing among scores
 
 
 def test_renamed_tables_and_masks_do_not_hide_the_cheat_but_a_renamed_token_does():

@@ -1,13 +1,13 @@
 """Significance: the Welch test against known values, the published p-values of the leaderboard, both rules."""
 
 import math
-import statistics
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from records.stats import beta_regularised, deviation, mean, seeds_needed, significance, t_upper, welch
+from records import stats
+from records.stats import Side, beta_regularised, seeds_needed, t_upper, welch
 
 # per-seed BPB as printed in the logs of the accepted records
 PR1493 = [1.08079352, 1.08103103, 1.08118408]
@@ -45,22 +45,25 @@ def test_published_p_values_are_reproduced():
 
 def test_the_written_rule_wants_more_than_the_applied_one():
     nats = math.log(2) * 3.726631
-    found = significance(PR1493, PR1514, [b * nats for b in PR1493], [b * nats for b in PR1514])
-    assert found.practice and found.readme is False
-    far = [b - 0.01 for b in PR1493]
-    assert significance(PR1493, far, [b * nats for b in PR1493], [b * nats for b in far]).readme
+    old, new, far = (Side("", bpb, [b * nats for b in bpb]) for bpb in (PR1493, PR1514, [b - 0.01 for b in PR1493]))
+    assert stats.tested(old, new)["practice"] and stats.tested(old, new)["readme"] is False
+    assert stats.tested(old, far)["readme"]
 
 
 def test_a_worse_record_is_never_significant():
-    assert not significance(PR1514, PR1493, [], []).practice and welch(PR1514, PR1493).p > 0.97
+    worse = stats.tested(Side("", PR1514, []), Side("", PR1493, []))
+    assert not worse["practice"] and worse["p"] > 0.97 and worse["seeds_needed_practice"] is None
 
 
 def test_seeds_needed_match_the_noise():
     # gain 0.003 BPB at deviation 0.0007 against 0.005 nats of a CaseOps token
     margin = 0.005 / (math.log(2) * 3.157152)
-    assert seeds_needed(0.006, 0.0007, 3, 0.0007, margin, 0.01) == 3
-    assert seeds_needed(margin / 2, 0.0007, 3, 0.0007, margin, 0.01) is None
-    needed = [seeds_needed(g, 0.0007, 9, 0.0007, margin, 0.01) for g in (0.003, 0.004, 0.006)]
+    three, nine = (
+        Side("", [1 - d, 1.0, 1 + d] + [1.0 - d, 1.0 + d] * more, []) for d, more in ((0.0007, 0), (0.000703, 3))
+    )
+    assert seeds_needed(0.006, three, three, margin, 0.01) == 3
+    assert seeds_needed(margin / 2, three, three, margin, 0.01) is None
+    needed = [seeds_needed(g, nine, three, margin, 0.01) for g in (0.003, 0.004, 0.006)]
     assert needed == sorted(needed, reverse=True) and None not in needed
 
 
@@ -72,10 +75,3 @@ def test_one_seed_is_no_test():
 def test_equal_constants_have_no_evidence_either_way():
     assert welch([1.0, 1.0], [1.0, 1.0]).p == 0.5
     assert welch([1.0, 1.0], [0.9, 0.9]).p == 0.0
-
-
-@given(st.lists(st.floats(0.5, 3), min_size=2, max_size=20))
-def test_mean_and_deviation_agree_with_the_standard_library(xs):
-    assert mean(xs) == pytest.approx(statistics.fmean(xs))
-    assert deviation(xs) == pytest.approx(statistics.stdev(xs), abs=1e-12)
-    assert deviation(xs, 0) == pytest.approx(statistics.pstdev(xs), abs=1e-12)

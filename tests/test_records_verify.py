@@ -134,35 +134,6 @@ def test_scores_out_of_the_order_of_the_stream_are_told_but_lanes_are_not(world,
     assert "L10 pass: stream: scored in the order" in run(world, world(spans=lanes), capsys)[2]
 
 
-EXPORTER = """
-import os, sys
-if "--export" in sys.argv:
-    again = os.path.exists(COUNT)
-    open(COUNT, "w").close()
-    open("out.skc", "wb").write(b"x" * (SIZE + JITTER * again))
-    raise SystemExit
-"""
-
-
-@pytest.mark.parametrize(
-    ("size", "jitter", "status", "told"),
-    [
-        (5_000, 0, "pass", "two exports are the same file; 5,000 bytes"),
-        (15_999_000, 90, "fail", "below the cap"),
-        (0, 0, "fail", "the export leaves no file"),
-    ],
-)
-def test_a_checkpoint_is_packed_twice_and_its_room_below_the_cap_told(world, capsys, size, jitter, status, told):
-    folder = world()
-    code = EXPORTER.replace("SIZE", str(size)).replace("JITTER", str(jitter))
-    code = code.replace("COUNT", repr(str(folder / "packed_once")))
-    code = code if size else "import sys\nif '--export' in sys.argv:\n    raise SystemExit\n"
-    script = folder / "train_gpt.py"
-    script.write_text(code + script.read_text())
-    notes = run(world, folder, capsys, "--checkpoint", str(world.artifact))[2]
-    assert any(f"L11 {status}" in n and told in n for n in notes.split(" | ")), notes
-
-
 def test_a_hanging_evaluation_is_stopped(world, capsys):
     folder = world(extra="import time; time.sleep(60)")
     assert "stopped after 1 s" in run(world, folder, capsys, "--timeout", "1")[2]
