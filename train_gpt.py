@@ -825,7 +825,8 @@ class Optimizer:
             rate = self.families[g.family].rate * self.last_multiplier
             g.update(rate, c.weight_decay, 0.85 + 0.1 * min(1.0, progress / 0.05), self.ranks)
             if g.family == "engram" and c.engram_keep < 1 and progress >= 0.5 and g.keep is None:
-                g.keep = self.model.engram.keep_mask(self.c.engram_keep).unsqueeze(-1)
+                count = mean_over_ranks(self.ranks, self.model.engram.count)  # every rank met tokens of its own
+                g.keep = self.model.engram.keep_mask(c.engram_keep, count).unsqueeze(-1)
             if c.ema > 0 and progress >= 1 - 8 * c.ema:  # what was before weighs less than e^-8
                 g.update_average(max(2.0, c.ema * step / max(progress, 1e-9)))  # a share of the run, in steps
         self.project()
@@ -1027,6 +1028,7 @@ def checkpoint(c: Config, rt: Runtime, run: Run, log: Log) -> None:
     """All it takes to go on as if nothing had happened, on any number of ranks. A full disk costs only this one."""
     model, optimizer, data, clock = run
     model.carried = None  # a file holds no lanes: the run that goes on and the one that resumes both begin them anew
+    counts = mean_over_ranks(rt.ranks, model.engram.count) * rt.world if c.engram_layers else None
     if rt.rank != 0:
         return
     state = {
@@ -1034,7 +1036,7 @@ def checkpoint(c: Config, rt: Runtime, run: Run, log: Log) -> None:
         "clock": {"step": clock.step, "seconds": clock.seconds},
         "multiplier": optimizer.last_multiplier,
         "optimizer": [g.state() for g in optimizer.groups],
-        "buffers": {name: b for name, b in model.named_buffers() if name in model.state_dict()},
+        "counts": counts,
         "windows": data.feed.order.position * rt.world,
         "rng": torch.get_rng_state(),
         "log_sizes": log.sizes(),
@@ -1046,7 +1048,8 @@ def restore(c: Config, run: Run, saved: dict, world: int) -> None:
     model, optimizer, data, clock = run
     clock.step, clock.seconds = saved["clock"]["step"], saved["clock"]["seconds"]
     optimizer.restore(saved["optimizer"])
-    model.load_state_dict(saved["buffers"], strict=False)
+    if c.engram_layers:
+        model.engram.count.copy_(saved["counts"] / world)
     data.feed.order.position = saved["windows"] // world
     torch.set_rng_state(saved["rng"])
     if (saved["config"]["max_steps"], saved["config"]["max_seconds"]) != (c.max_steps, c.max_seconds):
