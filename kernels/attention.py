@@ -73,7 +73,7 @@ def attend(q, k, v, mask):
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if isinstance(mask, torch.Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
-    fused = fused_attention() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    fused = flex_attention if torch.compiler.is_compiling() else fused_attention()
     return fused(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
