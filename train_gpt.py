@@ -825,7 +825,8 @@ class Optimizer:
             rate = self.families[g.family].rate * self.last_multiplier
             g.update(rate, c.weight_decay, 0.85 + 0.1 * min(1.0, progress / 0.05), self.ranks)
             if g.family == "engram" and c.engram_keep < 1 and progress >= 0.5 and g.keep is None:
-                g.keep = self.model.engram.keep_mask(self.c.engram_keep).unsqueeze(-1)
+                count = mean_over_ranks(self.ranks, self.model.engram.count)  # every rank met tokens of its own
+                g.keep = self.model.engram.keep_mask(c.engram_keep, count).unsqueeze(-1)
             if c.ema > 0 and progress >= 1 - 8 * c.ema:  # what was before weighs less than e^-8
                 g.update_average(max(2.0, c.ema * step / max(progress, 1e-9)))  # a share of the run, in steps
         self.project()
@@ -941,9 +942,9 @@ def begin_run(c: Config, rt: Runtime) -> Run:
 def train(c: Config, rt: Runtime, run: Run, val: Validation, log: Log) -> dict:
     """Until a limit ends it, or a signal. Returns the facts of the run."""
     model, optimizer, data, clock = run
-    loss = torch.compile(model.loss, fullgraph=True, dynamic=False) if rt.device.type == "cuda" else model.loss
+    loss = compiled(rt, model.loss)
     with log.phase("warmup"):
-        warm_up(c, rt, model, loss)
+        warm_up(c, rt, run, loss)
     bits, mean = 1 / math.log(2) / val.bytes_per_token, partial(mean_over_ranks, rt.ranks)
     progress = Progress(log, c.batch_tokens, bits, mean, [name for name, _, _ in family_rows(model)])
     trace = Trace(log, c.profile_steps)
@@ -954,7 +955,8 @@ def train(c: Config, rt: Runtime, run: Run, val: Validation, log: Log) -> dict:
             share, stopped = agree(rt.ranks, [clock.progress() if rt.rank == 0 else 0.0, float(stop.wanted)])
             if share >= 1 or stopped:
                 break
-            model.phase = phase_at(c, share)
+            if (phase := phase_at(c, share)) != model.phase:  # a state of other steps is of no use
+                model.phase, model.carried = phase, None
             parts, origin = accumulate(model, loss, data, optimizer.buckets)
             norms = optimizer.step(share, clock.step)
             log.step = clock.step = clock.step + 1
@@ -1002,19 +1004,58 @@ def accumulate(model: GPT, loss: Callable, data: Data, buckets: GradientBuckets)
     return sums, origins
 
 
-def warm_up(c: Config, rt: Runtime, model: GPT, loss: Callable) -> None:
-    """Compile every phase on random tokens before the clock starts; nothing but gradients is touched."""
+def compiled(rt: Runtime, function: Callable) -> Callable:
+    """One graph a phase; on a CPU the function as it is."""
+    return torch.compile(function, fullgraph=True, dynamic=False) if rt.device.type == "cuda" else function
+
+
+def warm_up(c: Config, rt: Runtime, run: Run, loss: Callable) -> None:
+    """Compile and run all that the run will, on random tokens, before the clock starts; the model stays as it is."""
+    model, buckets = run.model, run.optimizer.buckets
     if loss == model.loss:
         return
     generator, shape = torch.Generator(rt.device).manual_seed(0), (c.micro_tokens // c.seq_len, c.seq_len + 1)
     windows = torch.randint(c.vocab, shape, device=rt.device, generator=generator)
-    model.eval()  # training mode would count these tokens into the engram
+    counts = model.engram.count.clone() if c.engram_layers else None
+    torch._dynamo.config.recompile_limit = 64  # of a function: phases times states, and shapes of evaluation
+    model.train()
     for model.phase in range(len(phases(c))):
-        total, _, state = loss(windows[:, :-1], windows[:, 1:], None)  # other strides would compile again, in the run
-        total.backward()
-        if "carry" in c.parts:
-            loss(windows[:, :-1], windows[:, 1:], state)[0].backward()
+        state, outlines = None, []
+        while outline(state) not in outlines:
+            outlines.append(outline(state))
+            total, _, state = loss(windows[:, :-1], windows[:, 1:], state)  # other strides would compile again
+            total.backward()
+    buckets.arm()
+    buckets.finish()  # ranks connect when they first send
+    if c.engram_layers:
+        model.engram.count.copy_(counts)
+    with evaluating(model):
+        if c.reserve_seconds and c.rounding in ("gptq", "lite_gptq") and "qat" not in c.parts:
+            curvature_pass(c, model, windows)
+        if c.ema:
+            with torch.no_grad():
+                model.nll(windows[:, :-1], windows[:, 1:])
+        warm_up_evaluation(c, model)
     model.zero_grad(set_to_none=True)
+
+
+def outline(state):
+    """Of a carried state, what a graph is made for: shapes and numbers."""
+    if isinstance(state, dict):
+        return {name: outline(value) for name, value in state.items()}
+    return state.shape if isinstance(state, torch.Tensor) else state
+
+
+def warm_up_evaluation(c: Config, model: GPT) -> None:
+    """Both fits, and every mode on one group of lanes, until a state holds all it may."""
+    s, pieces = dataclasses.replace(eval_settings(c), eval_seconds=0.0), 1 - (1 - c.reach) // c.seq_len
+    fits, modes = (dataclasses.replace(s, eval_lanes=n, eval_batch=n) for n in (min(8, c.eval_lanes), s.eval_batch))
+    size = 1 + pieces * c.seq_len * max(fits.eval_lanes, modes.eval_lanes)
+    tokens, nbytes = np.random.default_rng(0).integers(c.vocab, size=size), np.ones(size, np.int64)
+    alpha = fit_engram(model, tokens, fits) if "engram" in c.eval_modes or "all" in c.eval_modes else None
+    for temperature in (1.0, fit_temperature(model, tokens, fits)):
+        modes, names = dataclasses.replace(modes, temperature=temperature), dict.fromkeys(("chunked", *c.eval_modes))
+        evaluate_modes(model, tokens, nbytes, modes, names, alpha=alpha)
 
 
 def ternary_weights(c: Config, optimizer: Optimizer) -> dict[str, torch.Tensor]:
@@ -1027,6 +1068,7 @@ def checkpoint(c: Config, rt: Runtime, run: Run, log: Log) -> None:
     """All it takes to go on as if nothing had happened, on any number of ranks. A full disk costs only this one."""
     model, optimizer, data, clock = run
     model.carried = None  # a file holds no lanes: the run that goes on and the one that resumes both begin them anew
+    counts = mean_over_ranks(rt.ranks, model.engram.count) * rt.world if c.engram_layers else None
     if rt.rank != 0:
         return
     state = {
@@ -1034,7 +1076,7 @@ def checkpoint(c: Config, rt: Runtime, run: Run, log: Log) -> None:
         "clock": {"step": clock.step, "seconds": clock.seconds},
         "multiplier": optimizer.last_multiplier,
         "optimizer": [g.state() for g in optimizer.groups],
-        "buffers": {name: b for name, b in model.named_buffers() if name in model.state_dict()},
+        "counts": counts,
         "windows": data.feed.order.position * rt.world,
         "rng": torch.get_rng_state(),
         "log_sizes": log.sizes(),
@@ -1046,7 +1088,8 @@ def restore(c: Config, run: Run, saved: dict, world: int) -> None:
     model, optimizer, data, clock = run
     clock.step, clock.seconds = saved["clock"]["step"], saved["clock"]["seconds"]
     optimizer.restore(saved["optimizer"])
-    model.load_state_dict(saved["buffers"], strict=False)
+    if c.engram_layers:
+        model.engram.count.copy_(saved["counts"] / world)
     data.feed.order.position = saved["windows"] // world
     torch.set_rng_state(saved["rng"])
     if (saved["config"]["max_steps"], saved["config"]["max_seconds"]) != (c.max_steps, c.max_seconds):
@@ -1150,11 +1193,16 @@ def curvature(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
     run.model.eval()
     with log.phase("hessian"), CurvatureCollector(modules) as collector:
         while time.perf_counter() - began < 0.5 * min(c.reserve_seconds, c.max_seconds) or not collector.inputs:
-            windows = torch.from_numpy(order.next(run.data.feed.rows)[0]).to(rt.device)
-            run.model.loss(windows[:, :-1], windows[:, 1:])[0].backward()
+            curvature_pass(c, run.model, torch.from_numpy(order.next(run.data.feed.rows)[0]).to(rt.device))
     run.model.zero_grad(set_to_none=True)
     run.clock.pause()
     return {f"{name}.weight": curve for name, curve in collector.finish().items()}
+
+
+def curvature_pass(c: Config, model: GPT, windows: torch.Tensor) -> None:
+    """Not compiled, because hooks watch it: a few windows at a time, or it would save more than a device holds."""
+    for rows in windows.split(max(1, 16_384 // c.seq_len)):
+        model.loss(rows[:, :-1], rows[:, 1:])[0].backward()
 
 
 def load_model(c: Config, rt: Runtime, blob: bytes) -> tuple[GPT, dict]:

@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 
@@ -19,11 +20,20 @@ def positions(start, before):
     return torch.where(last >= 0, t - last, t + before.unsqueeze(1))
 
 
-def rotary_tables(pos, dims: int):
-    """Cosines and sines (B, T, 1, dims / 2) of positions in the document; angles in fp64, so far ones stay exact."""
+@torch.library.custom_op("skc::rotary", mutates_args=())
+def rotary_tables(pos: Tensor, dims: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, T, 1, dims / 2) of positions in the document; angles in fp64, so far ones stay exact.
+
+    An operator, because a compiler would else work the angles out again inside every kernel that rotates.
+    """
     exponents = torch.arange(0, dims, 2, device=pos.device, dtype=torch.float64) / dims
     angles = pos.double().unsqueeze(-1) * 10_000.0**-exponents
     return angles.cos().unsqueeze(2).float(), angles.sin().unsqueeze(2).float()
+
+
+@rotary_tables.register_fake
+def rotary_fake(pos, dims):
+    return tuple(pos.new_empty(*pos.shape, 1, dims // 2, dtype=torch.float32) for _ in range(2))
 
 
 def rotate_pairs(x, tables):
@@ -63,7 +73,7 @@ def attend(q, k, v, mask):
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if isinstance(mask, torch.Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
-    fused = fused_attention() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    fused = flex_attention if torch.compiler.is_compiling() else fused_attention()
     return fused(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
 

@@ -45,10 +45,10 @@ class Engram(Part):
             self.count.index_add_(0, ids.flatten(), live.flatten().float())
         return (F.embedding(ids, self.table) * live.unsqueeze(-1)).flatten(2)
 
-    def keep_mask(self, share: float):
-        """The rows training met most often, as ones."""
-        keep = max(1, round(share * len(self.count)))
-        return (self.count.argsort(descending=True, stable=True).argsort() < keep).float()
+    def keep_mask(self, share: float, count):
+        """Ones for the rows that were met most often, by `count`."""
+        keep = max(1, round(share * len(count)))
+        return (count.argsort(descending=True, stable=True).argsort() < keep).to(self.table)
 
 
 class EngramRead(Part):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention.flex_attention import flex_attention
 
 from kernels.attention import attend, block_mask, dense_mask, rotary_tables, rotate_pairs
 from kernels.engram import engram_rows
@@ -36,7 +38,8 @@ def test_the_mask_is_what_the_words_say(cached, reach, null):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_the_fused_path_agrees_with_the_dense_one():
+def test_the_fused_path_agrees_with_the_dense_one(monkeypatch):
+    monkeypatch.setattr("kernels.attention.fused_attention", lambda: flex_attention)
     pos = places(torch.rand(2, 40) < 0.1)
     q, k, v = torch.randn(2, 40, 4, 16), torch.randn(2, 41, 2, 16), torch.randn(2, 41, 2, 16)
     dense = attend(q, k, v, dense_mask(pos, 0, 9, 1))
@@ -50,6 +53,20 @@ def test_rotation_depends_on_distance_only_and_spares_the_other_dimensions():
     scores = rotate_pairs(q, tables)[0, :, 0] @ rotate_pairs(k, tables)[0, :, 0].T
     assert torch.allclose(scores.diagonal(-3), scores[3, 0].expand(47), atol=1e-4)
     assert torch.equal(rotate_pairs(q, tables)[..., 8:], q[..., 8:])
+
+
+def test_angles_are_worked_out_once_and_not_where_they_are_used():
+    """In a graph the tables are one operator: nothing is left of them for a compiler to fuse into other kernels."""
+
+    def rotated(pos, x, tables):
+        return rotate_pairs(x, tables(pos, 8)) + rotate_pairs(2 * x, tables(pos, 8))
+
+    pos, x = torch.arange(50).unsqueeze(0), torch.randn(1, 50, 1, 16)
+    angles = {torch.ops.aten.cos.default, torch.ops.aten.sin.default, torch.ops.aten.pow.Scalar}
+    for tables, inlined in ((rotary_tables, False), (rotary_tables._init_fn, True)):
+        graph = make_fx(rotated, tracing_mode="fake")(pos, x, tables).graph
+        assert bool(angles & {node.target for node in graph.nodes}) == inlined
+    torch.library.opcheck(rotary_tables, (pos, 8))
 
 
 def test_engram_rows_depend_on_the_last_n_tokens_and_no_others():

@@ -19,7 +19,7 @@ from kernels.loss import softcap_ce
 from kernels.scan import koopman_scan
 from runtime.ranks import Runtime
 from tests.toys import stirred, tiny
-from train_gpt import warm_up
+from train_gpt import Optimizer, Run, warm_up
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,7 +86,7 @@ def test_training_runs_the_graph_that_the_warm_up_traced():
     c = tiny(layers="AS")
     model, device = stirred(c), torch.device("cpu")
     loss = torch.compile(model.loss, fullgraph=True, dynamic=False, backend="eager")
-    warm_up(c, Runtime(0, 1, device, torch.float32, 1e9), model, loss)
+    warm_up(c, Runtime(0, 1, device, torch.float32, 1e9), Run(model, Optimizer(c, model), None, None), loss)
     model.train()
     windows = torch.randint(2, c.vocab, (c.micro_tokens // c.seq_len, c.seq_len + 1))
     with torch._dynamo.config.patch(error_on_recompile=True):

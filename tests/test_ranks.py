@@ -150,6 +150,52 @@ def test_what_rank_zero_made_is_what_all_have(tmp_path):
     assert Runtime(0, 1, torch.device("cpu"), torch.float32, 1.0).of_rank_zero("mine") == "mine"
 
 
+COUNTED = """
+import sys, hashlib
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+import train_gpt
+from tests.toys import tiny
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", f"file://{sys.argv[2]}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+ranks, share = dist.new_group(backend="gloo"), train_gpt.mean_over_ranks
+for rule in (share, lambda group, values: values):
+    train_gpt.mean_over_ranks = rule
+    c = tiny(engram_layers=(0,), engram_rows=64, engram_keep=0.25)
+    torch.manual_seed(0)
+    model = train_gpt.GPT(c).train()
+    optimizer = train_gpt.Optimizer(c, model, ranks)
+    tokens = torch.randint(1, 64, (4, 33), generator=torch.Generator().manual_seed(rank))
+    model.loss(tokens[:, :-1], tokens[:, 1:])[0].backward()
+    optimizer.buckets.arm()
+    optimizer.buckets.finish()
+    optimizer.step(0.6, 1)
+    print(hashlib.sha256(model.engram.table.detach().numpy().tobytes()).hexdigest())
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_prune_the_same_rows_of_the_engram(tmp_path):
+    """Each met other tokens. The planted fault: every rank prunes by its own counts."""
+    command, environment = [sys.executable, "-c", COUNTED], os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT, "env": environment}
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], **pipes) for rank in range(2)]
+    (honest, planted), (other, odd) = (process.communicate(timeout=120)[0].split() for process in ranks)
+    assert honest == other and planted != odd
+
+
+@pytest.mark.slow
+def test_a_checkpoint_holds_the_counts_of_all_ranks(dataset, tmp_path):
+    words = ["engram_layers=1", "engram_rows=64", "checkpoint_every=2", "max_steps=2", "eval_modes=chunked"]
+    totals = {}
+    for ranks in (1, 2):
+        done = launch(ranks, tmp_path, dataset, *words)
+        assert done.returncode == 0, done.stderr[-2000:]
+        totals[ranks] = load_checkpoint(checkpoints(tmp_path / f"r{ranks}")[0][0])["counts"].double()
+    assert totals[1].sum() > 0 and torch.equal(totals[1], totals[2])
+
+
 def test_a_matrix_too_many_for_the_ranks_is_padded():
     from runtime.ranks import shared_out
 
