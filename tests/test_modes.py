@@ -476,6 +476,21 @@ def test_a_timeout_keeps_the_groups_that_were_finished(tmp_path, monkeypatch):
     assert len(finished) == 4  # one more: a larger budget is no other evaluation
 
 
+def test_gathering_that_takes_too_long_is_out_of_time(monkeypatch):
+    tokens, nbytes = stream(60)
+    now = [0.0]
+    monkeypatch.setattr(modes.time, "monotonic", lambda: now[0])
+    evaluate_modes(Toy(), tokens, nbytes, settings(eval_seconds=10), ["chunked"])
+
+    def slow(spans, world):
+        now[0] += 11
+        return spans
+
+    monkeypatch.setattr(modes, "gather_spans", slow)
+    with pytest.raises(TimeoutError, match="eval_seconds=10 is spent in mode chunked"):
+        evaluate_modes(Toy(), tokens, nbytes, settings(eval_seconds=10), ["chunked"])
+
+
 @pytest.mark.parametrize("mode", ["chunked", "sliding", "all"])
 def test_progress_is_told_as_it_is_made_and_ends_with_all_of_it(mode, tmp_path):
     tokens, nbytes = stream(700)
