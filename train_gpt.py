@@ -182,6 +182,7 @@ class Config:
     val_every: int = free(0, "steps between validations; 0 is only at the end", resumable=True)
     val_tokens: int = free(0, "validation tokens; 0 is all, fewer marks the score partial", resumable=True)
     eval_lanes: int = free(8, "contiguous lanes the validation stream is cut into", least=1)
+    eval_batch: int = free(8, "lanes of one forward; all of them, if there are fewer", least=1)
     eval_stride: int = free(64, "new tokens per window of sliding evaluation", least=1)
     eval_modes: tuple[str, ...] = structural(
         ("chunked", "sliding", "stream", "engram", "ttt", "all"), "ways to score", "EVAL_MODES", resumable=True
@@ -243,19 +244,20 @@ PROFILES = {  # what one would type after the name of the program
         layers=AAAAAAAAA parts=unet,plain dim=512 heads=8 kv_heads=4 vocab=1024 mlp_mult=2 activation=relu2
         conv_taps=0 rope_dims=64 weight_codec=int8 embed_codec=int8 matrix_lr=0.04 embed_lr=0.05 scalar_lr=0.04
         gate_lr=0.04 decay=0.1 seq_len=1024 batch_tokens=524288 micro_tokens=65536 max_seconds=600
-        eval_modes=sliding data=datasets/sp1024
+        eval_modes=sliding eval_lanes=512 eval_batch=64 data=datasets/sp1024
     """,
     "skc_competition": """
         layers=AKAAKAASAAA parts=reset,unet,smear,null,xsa,gate,spectral,qat dim=768 heads=12 kv_heads=4
         vocab=8192 embed_rank=256 softcap=10 z_loss=0.0001 seq_len=2048 window=1024 batch_tokens=524288
-        micro_tokens=65536 max_seconds=600 reserve_seconds=8 eval_modes=stream,all data=datasets/sp8192
+        micro_tokens=65536 max_seconds=600 reserve_seconds=8 eval_modes=stream,all eval_lanes=512 eval_batch=64
+        data=datasets/sp8192
     """,
     "frontier": """
         layers=AAAAAAAAAAA parts=reset,unet,smear,null,xsa,gate dim=512 heads=8 kv_heads=4 vocab=8192 conv_taps=0
         streams=2 parallel_from=8 loop=3,5,3 weight_codec=int6 embed_codec=int7 matrix_lr=0.026 embed_lr=0.03
         scalar_lr=0.02 weight_decay=0.095 decay=0.85 lr_floor=0.1 clip_norm=0.3 ema=0.06 reserve_seconds=8
         seq_len=2048 batch_tokens=786432 micro_tokens=98304 max_seconds=600 eval_modes=sliding
-        data=datasets/sp8192
+        eval_lanes=512 eval_batch=64 data=datasets/sp8192
     """,
 }
 
@@ -301,6 +303,8 @@ def check_config(c: Config) -> None:
         (any(length < 1 or c.seq_len % length for length in sequence_lengths(c).values()),
          f"seq_schedule {show_value(c.seq_schedule)}: lengths must divide seq_len {c.seq_len}"),
         ("carry" in c.parts and c.seq_schedule, "part carry goes on from window to window: leave seq_schedule empty"),
+        (c.eval_lanes % min(c.eval_batch, c.eval_lanes),
+         f"eval_lanes {c.eval_lanes} is not a multiple of eval_batch {c.eval_batch}: change one of them"),
         (c.micro_tokens % c.seq_len, f"micro_tokens {c.micro_tokens} is not a multiple of seq_len {c.seq_len}"),
         (not c.max_steps and not c.max_seconds, "no limit: set max_steps or max_seconds"),
         ("trellis" in [trained_codec(c, f) if c.reserve_seconds else row.codec for f, row in families(c).items()],
@@ -1221,7 +1225,7 @@ def load_model(c: Config, rt: Runtime, blob: bytes) -> tuple[GPT, dict]:
 
 
 def eval_settings(c: Config) -> EvalSettings:
-    lanes = {"eval_lanes": c.eval_lanes, "eval_batch": min(8, c.eval_lanes), "eval_stride": c.eval_stride}
+    lanes = {"eval_lanes": c.eval_lanes, "eval_batch": min(c.eval_batch, c.eval_lanes), "eval_stride": c.eval_stride}
     learning = {"ttt_scope": c.ttt_scope, "ttt_lr": c.ttt_lr}
     return EvalSettings(eval_seq_len=c.seq_len, eval_seconds=c.eval_seconds, bos=BOS, **lanes, **learning)
 
@@ -1233,7 +1237,8 @@ def eval_constants(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
         return {"temperature": 1.0, "alpha": []}
     run.clock.run()
     with log.phase("fit"):
-        s, tokens = eval_settings(c), read_tokens(c.data, "train", c.vocab, 1 + 32 * c.seq_len)
+        tokens, lanes = read_tokens(c.data, "train", c.vocab, 1 + 32 * c.seq_len), min(8, c.eval_lanes)
+        s = dataclasses.replace(eval_settings(c), eval_lanes=lanes, eval_batch=lanes)  # more would be too short to fit
         s = dataclasses.replace(s, temperature=fit_temperature(run.model, tokens, s))
         alpha = fit_engram(run.model, tokens, s) * 16 if remembering else np.zeros(0)
     run.clock.pause()

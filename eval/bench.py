@@ -1,5 +1,6 @@
-"""What scoring costs beside the model: the EvalEngram's speed, and the scorer's overhead over bare forwards."""
+"""What scoring costs beside the model: the EvalEngram's speed, the scorer's overhead over bare forwards, its spans."""
 
+import pickle
 import statistics
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from torch import nn
 
 from eval.engram import ENGRAM_ALPHA_SHAPE, EvalEngram
 from eval.modes import score
-from eval.score import EvalSettings, cut_windows, lane_groups
+from eval.score import EvalSettings, Span, bpb, cut_windows, lane_groups, merge_spans
 
 LANES, VOCAB, DIM = 8, 8192, 512
 
@@ -67,6 +68,16 @@ def overhead(rounds: int = 5, length: int = 16384) -> list[float]:
     return [seconds(scored) / seconds(bare) for _ in range(rounds)]
 
 
+def span_seconds(tokens: int, lanes: int = 512, chunk: int = 32) -> tuple[int, float]:
+    """Spans of a stream, and the seconds to merge them, send them to another process, and fold them."""
+    each, length, spans = np.ones(chunk, np.float32), tokens // lanes // chunk * chunk, []
+    for lane in range(lanes):
+        starts = range(1 + lane * length, 1 + (lane + 1) * length, chunk)
+        spans += [Span(lane, start, start + chunk, float(chunk), 4 * chunk, each) for start in starts]
+    took = seconds(lambda: bpb(pickle.loads(pickle.dumps(merge_spans(spans))), 1 + lanes * length))
+    return len(spans), took
+
+
 def seconds(work: Callable[[], None]) -> float:
     began = time.perf_counter()
     work()
@@ -83,4 +94,6 @@ def bench() -> str:
     ratios = overhead()
     median, least, most = statistics.median(ratios), min(ratios), max(ratios)
     lines.append(f"scoring over bare forwards  {median:.3f} ({least:.3f} .. {most:.3f})")
+    count, took = span_seconds(40_541_000)
+    lines.append(f"{count:,} spans merged, sent to another process and folded in {took:.2f} s")
     return "\n".join(lines)

@@ -33,6 +33,7 @@ from eval.score import (
     evaluating,
     gather_spans,
     lane_groups,
+    merge_spans,
     score_windows,
     token_nats,
 )
@@ -119,10 +120,21 @@ def adapt_lanes(
             yield from legal_ttt(score_windows(reader, learner, windows, nbytes, how.carries), learn)
 
 
+def mode_settings(mode: str, s: EvalSettings) -> EvalSettings:
+    """One lane to a group where all rows of a batch would share what is learned."""
+    return replace(s, eval_batch=1) if EVAL_MODES[mode].learns and s.ttt_scope != LORA else s
+
+
 def mode_groups(tokens: np.ndarray, nbytes: np.ndarray, mode: str, s: EvalSettings) -> list:
-    """The groups of lanes a mode runs, one lane to a group where all rows of a batch would share what is learned."""
-    shared = EVAL_MODES[mode].learns and s.ttt_scope != LORA
-    return lane_groups(tokens, nbytes, replace(s, eval_batch=1) if shared else s)
+    """The groups of lanes a mode runs."""
+    return lane_groups(tokens, nbytes, mode_settings(mode, s))
+
+
+def groups_per_rank(mode: str, s: EvalSettings, world: int) -> list[int]:
+    """How many groups of lanes each rank scores, one after another, of a stream with a window for every lane."""
+    s.check()
+    groups = s.eval_lanes // mode_settings(mode, s).eval_batch
+    return [len(range(rank, groups, world)) for rank in range(world)]
 
 
 def score(
@@ -171,9 +183,10 @@ def evaluate_modes(
     for mode in modes:
         began = time.monotonic()
         spans = score(model, tokens, nbytes, mode, s, ranks=ranks, alpha=alpha, journal=journal)
-        spans = gather_spans(list(within(spans, deadline, mode, s)), ranks[1])
-        seconds, detail = time.monotonic() - began, breakdown(spans, tokens, nbytes, s.bos)
-        scores[mode] = replace(bpb(spans, len(tokens)), seconds=seconds, partial=partial, **detail)
+        spans = gather_spans(merge_spans(within(spans, deadline, mode, s)), ranks[1])
+        total, detail = bpb(spans, len(tokens)), breakdown(spans, tokens, nbytes, s.bos)
+        list(within(spans[-1:], deadline, mode, s))  # to gather and to fold take time too
+        scores[mode] = replace(total, seconds=time.monotonic() - began, partial=partial, **detail)
     return scores
 
 

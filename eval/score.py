@@ -10,9 +10,10 @@ weights learn: there a lane starts afresh, with the token before it as its first
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -109,7 +110,7 @@ class Score:
     tokens: int
     seconds: float = 0.0
     partial: bool = False
-    spans: str = ""  # a digest of every span's place, nats and bytes
+    spans: str = ""  # a digest of every lane's place, sums, and nats of each token
     by_position: tuple[dict, ...] = ()
     by_length: tuple[dict, ...] = ()
     documents: np.ndarray = field(default=(), compare=False, repr=False)  # float64, nats of every document
@@ -281,6 +282,23 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def merge_spans(spans: Iterable[Span]) -> list[Span]:
+    """One span a lane, as a million take a minute to send. Parts that do not adjoin are left for `bpb` to refuse."""
+    lanes, merged = {}, []
+    for span in spans:
+        lanes.setdefault(span.lane, []).append(span)
+    for parts in lanes.values():
+        whole = all(a.stop == b.start for a, b in pairwise(parts))
+        merged += [joined_span(parts)] if whole else parts
+    return merged
+
+
+def joined_span(parts: list[Span]) -> Span:
+    nats, nbytes = math.fsum(part.nats for part in parts), sum(part.nbytes for part in parts)
+    each = np.concatenate([part.each for part in parts])
+    return Span(parts[0].lane, parts[0].start, parts[-1].stop, nats, nbytes, each)
+
+
 def gather_spans(spans: list[Span], world: int) -> list[Span]:
     """The spans of all ranks, on every rank."""
     if world == 1:
@@ -292,7 +310,7 @@ def gather_spans(spans: list[Span], world: int) -> list[Span]:
 
 def bpb(spans: list[Span], n: int) -> Score:
     """Bits per byte of a stream of n tokens, of which the spans must cover 1..n-1 exactly once."""
-    at, nbytes = 1, 0
+    at, nbytes, digest = 1, 0, hashlib.sha256()
     spans = sorted(spans, key=lambda span: span.start)
     for span in spans:
         if not span.start == at < span.stop:
@@ -300,42 +318,39 @@ def bpb(spans: list[Span], n: int) -> Score:
         if not math.isfinite(span.nats):
             raise ValueError(f"the model gives no finite score: {span}")
         at, nbytes = span.stop, nbytes + span.nbytes
+        digest.update(repr(span).encode() + np.asarray(span.each, np.float32).tobytes())
     if at != n:
         raise ValueError(f"{at} of {n} tokens are charged")
     if nbytes < 1:
         raise ValueError(f"the {n} tokens add {nbytes} bytes of text, so there is no score; check the tokenizer")
     nats = math.fsum(span.nats for span in spans)  # exact, so the order of ranks and lanes cannot show
-    places = repr([(span.lane, span.start, span.stop, span.nats, span.nbytes) for span in spans])
-    return Score(nats / math.log(2) / nbytes, nats, nbytes, n - 1, spans=hashlib.sha256(places.encode()).hexdigest())
+    return Score(nats / math.log(2) / nbytes, nats, nbytes, n - 1, spans=digest.hexdigest())
 
 
 def breakdown(spans: list[Span], tokens: np.ndarray, nbytes: np.ndarray, bos: int) -> dict:
     """The same nats by position in the document, by length of the document, and of every document."""
     each = np.concatenate([span.each for span in sorted(spans, key=lambda span: span.start)]).astype(np.float64)
-    document = np.cumsum(tokens[1:] == bos)  # of every target; 0 before the first start
-    starts = np.searchsorted(document, np.arange(document[-1] + 1))
+    document = np.cumsum(tokens[1:] == bos, dtype=np.int32)  # of every target; 0 before the first start
     lengths = np.bincount(document)
-    documents = np.bincount(document, each)
-    if not lengths[0]:  # the stream begins with its first document's start
-        document, starts, lengths, documents = document - 1, starts[1:], lengths[1:], documents[1:]
-    position = np.arange(len(each)) - starts[document]
+    starts = (np.cumsum(lengths) - lengths).astype(np.int32)
+    position = np.arange(len(each), dtype=np.int32) - starts[document]
+    rows = np.stack([lengths, np.bincount(document, each), np.bincount(document, nbytes[1:])])
+    rows = rows[:, 0 if lengths[0] else 1 :]  # the stream may begin with its first document's start
     return {
-        "by_position": score_buckets(position, each, nbytes[1:]),
-        "by_length": score_buckets(lengths[document], each, nbytes[1:]),
-        "documents": documents,
+        "by_position": score_buckets(position, None, each, nbytes[1:]),
+        "by_length": score_buckets(rows[0], *rows),
+        "documents": rows[1],
     }
 
 
-def score_buckets(sizes: np.ndarray, each: np.ndarray, nbytes: np.ndarray) -> tuple[dict, ...]:
-    """Sums over the tokens whose size falls between two edges."""
-    bucket = np.searchsorted(BREAKDOWN_EDGES, sizes, side="right") - 1
-    rows = []
-    for i, low in enumerate(BREAKDOWN_EDGES):
-        inside = bucket == i
-        count, nats, total = int(inside.sum()), float(each[inside].sum()), int(nbytes[inside].sum())
+def score_buckets(sizes: np.ndarray, counts: np.ndarray | None, nats: np.ndarray, nbytes: np.ndarray) -> tuple:
+    """Sums over what has a size between two edges: documents of so many tokens each, or single tokens."""
+    bucket = sum((sizes >= edge).view(np.int8) for edge in BREAKDOWN_EDGES[1:])
+    rows, sums = [], (np.bincount(bucket, of).tolist() for of in (counts, nats, nbytes))
+    for low, count, loss, total in zip(BREAKDOWN_EDGES, *sums):
         if count:
-            row = {"from": low, "tokens": count, "nats": nats, "nbytes": total}
-            rows.append(row | {"bpb": nats / math.log(2) / total if total else None})
+            row = {"from": low, "tokens": int(count), "nats": loss, "nbytes": int(total)}
+            rows.append(row | {"bpb": loss / math.log(2) / total if total else None})
     return tuple(rows)
 
 

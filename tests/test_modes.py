@@ -12,10 +12,10 @@ from eval import modes
 from eval.adapters import LaneAdam, LaneLearner, adapted_parameters, check_scope, frozen_tables
 from eval.engram import ENGRAM_ALPHA_SHAPE, EvalEngram
 from eval.journal import Journal
-from eval.modes import EVAL_MODES, evaluate_modes, fit_engram, fit_temperature, legal_ttt, score
+from eval.modes import EVAL_MODES, evaluate_modes, fit_engram, fit_temperature, groups_per_rank, legal_ttt, score
 from eval.score import EvalSettings, PlainReader, ScoreRound, Span, bpb, lane_groups, score_charge, without_graph
 from tests.toys import stirred, tiny
-from train_gpt import GPT
+from train_gpt import GPT, eval_settings, load_config
 
 V, D = 16, 8
 LEARNING = ("ttt", "all")
@@ -83,6 +83,35 @@ def bits(model):
 
 def same_bits(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- lanes and ranks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", EVAL_MODES)
+def test_groups_of_every_rank_are_told_without_tokens(mode):
+    tokens, _ = stream(300)
+    for s in (settings(), settings(eval_lanes=8, eval_batch=1), settings(ttt_scope="scales")):
+        groups = modes.mode_groups(tokens, np.ones_like(tokens), mode, s)
+        for world in (1, 2, 3, 8):
+            told = groups_per_rank(mode, s, world)
+            assert told == [len(groups[rank::world]) for rank in range(world)]
+    shared = groups_per_rank(mode, settings(ttt_scope="scales"), 2)
+    assert shared == ([2, 2] if EVAL_MODES[mode].learns else [1, 1])
+
+
+@pytest.mark.parametrize("profile", ["baseline", "skc_competition", "frontier"])
+def test_eight_ranks_have_equal_work_in_every_mode_of_a_competition(profile):
+    c, _ = load_config([], {}, profile)
+    for mode in c.eval_modes:
+        assert len(set(groups_per_rank(mode, eval_settings(c), 8))) == 1
+        assert 0 in groups_per_rank(mode, eval_settings(replace(c, eval_lanes=64)), 8)  # planted: one group of lanes
+
+
+def test_a_batch_of_more_lanes_than_there_are_takes_all_of_them():
+    s = eval_settings(tiny(eval_lanes=2, eval_batch=8))
+    assert (s.eval_lanes, s.eval_batch) == (2, 2)
+    assert eval_settings(tiny(eval_lanes=6, eval_batch=3)).eval_batch == 3
 
 
 # ---- order ----------------------------------------------------------------------------------------------------------
@@ -445,6 +474,21 @@ def test_a_timeout_keeps_the_groups_that_were_finished(tmp_path, monkeypatch):
     monkeypatch.setattr("eval.journal.write_spans", lambda path, spans: finished.add(path.name))
     evaluate_modes(Toy(), tokens, nbytes, settings(eval_seconds=4000), both, journal=place)
     assert len(finished) == 4  # one more: a larger budget is no other evaluation
+
+
+def test_gathering_that_takes_too_long_is_out_of_time(monkeypatch):
+    tokens, nbytes = stream(60)
+    now = [0.0]
+    monkeypatch.setattr(modes.time, "monotonic", lambda: now[0])
+    evaluate_modes(Toy(), tokens, nbytes, settings(eval_seconds=10), ["chunked"])
+
+    def slow(spans, world):
+        now[0] += 11
+        return spans
+
+    monkeypatch.setattr(modes, "gather_spans", slow)
+    with pytest.raises(TimeoutError, match="eval_seconds=10 is spent in mode chunked"):
+        evaluate_modes(Toy(), tokens, nbytes, settings(eval_seconds=10), ["chunked"])
 
 
 @pytest.mark.parametrize("mode", ["chunked", "sliding", "all"])

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eval.bench import VOCAB, engram_speed, overhead, zipf_text
+from eval.bench import VOCAB, engram_speed, overhead, span_seconds, zipf_text
 from eval.modes import evaluate_modes, score
-from eval.score import EvalSettings, Score, Span, bpb, breakdown, cut_windows, red_flags
+from eval.score import EvalSettings, Score, Span, bpb, breakdown, cut_windows, merge_spans, red_flags
 
 V = 16
 MODES = ("chunked", "sliding", "stream")
@@ -167,6 +167,40 @@ def test_a_gap_an_overlap_and_a_score_of_nothing_are_errors(spans, words):
         bpb(spans, 9)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_lanes_spans_become_one_and_nothing_is_lost(mode):
+    tokens, nbytes = stream(400)
+    spans = list(score(Echo(), tokens, nbytes, mode, settings()))
+    merged = merge_spans(spans)
+    assert len(merged) == 4 and len(spans) > 8
+    assert np.array_equal(per_token(merged), per_token(spans))
+    small, whole = bpb(spans, len(tokens)), bpb(merged, len(tokens))
+    assert whole.nats == pytest.approx(small.nats, rel=1e-15) and whole.nbytes == small.nbytes
+    assert merge_spans(merged) == merged
+
+
+@pytest.mark.parametrize("spoil", ["drop", "repeat", "swap"])
+def test_a_fault_inside_a_lane_is_not_merged_away(spoil):
+    tokens, nbytes = stream(400)
+    spans = list(score(Echo(), tokens, nbytes, "stream", settings()))
+    at = next(i for i, span in enumerate(spans) if span.lane == 2) + 2
+    kept, rest = spans[:at], spans[at + 1 :]
+    faulty = {"drop": kept + rest, "repeat": [*kept, spans[at], *spans[at:]], "swap": [spans[at], *kept, *rest]}[spoil]
+    assert len(merge_spans(faulty)) > 4
+    if spoil != "swap":  # in whatever order they come, all tokens are there
+        with pytest.raises(ValueError, match=f"token {spans[at].start + (spoil == 'repeat') * 16} is"):
+            bpb(merge_spans(faulty), len(tokens))
+
+
+def test_the_digest_of_the_spans_sees_a_single_token():
+    tokens, nbytes = stream(400)
+    spans = merge_spans(score(Echo(), tokens, nbytes, "stream", settings()))
+    before, each = bpb(spans, len(tokens)).spans, spans[1].each.copy()
+    each[[3, 4]] = each[[4, 3]]  # the same sum
+    assert bpb([spans[0], replace(spans[1], each=each), *spans[2:]], len(tokens)).spans != before
+    assert bpb(spans[::-1], len(tokens)).spans == before
+
+
 def test_bits_per_byte_is_sums_over_sums():
     assert bpb(GOOD[::-1], 9).bpb == pytest.approx(6.0 / np.log(2) / 7)
 
@@ -260,3 +294,5 @@ def test_the_bench_measures_all_it_names():
     assert engram_speed(8, calls=2) > 0
     assert len(zipf_text(64)) == 64 and zipf_text(64).max() < VOCAB
     assert all(ratio > 0 for ratio in overhead(rounds=1, length=257))
+    count, took = span_seconds(4 * 100, lanes=4, chunk=8)
+    assert count == 4 * 12 and took > 0

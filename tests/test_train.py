@@ -87,6 +87,7 @@ def test_a_command_line_beats_the_environment_beats_the_profile_beats_the_defaul
     (["warmup=1.5"], "at most 1"),
     (["mlp_mult=0"], "no feed-forward width"),
     (["batch_tokens=3000"], "not a multiple of micro_tokens"),
+    (["eval_lanes=12"], "eval_lanes 12 is not a multiple of eval_batch 8"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_that_names_the_way_out(words, text, capsys, tmp_path):
     assert command_line([*words, f"runs={tmp_path}"]) == 2
@@ -96,7 +97,8 @@ def test_bad_input_is_one_line_that_names_the_way_out(words, text, capsys, tmp_p
 
 
 SIZES = ["dim", "heads", "kv_heads", "vocab", "slots", "mix_rank", "streams", "group", "seq_len", "batch_tokens"]
-COUNTS = ["micro_tokens", "eval_lanes", "eval_stride", "log_every", "engram_heads", "engram_rows", "engram_width"]
+SIZES += ["micro_tokens"]
+COUNTS = ["eval_lanes", "eval_batch", "eval_stride", "log_every", "engram_heads", "engram_rows", "engram_width"]
 
 
 @pytest.mark.parametrize("value", [0, -1])
