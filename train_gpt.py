@@ -1081,7 +1081,7 @@ def checkpoint(c: Config, rt: Runtime, run: Run, log: Log) -> None:
         "multiplier": optimizer.last_multiplier,
         "optimizer": [g.state() for g in optimizer.groups],
         "counts": counts,
-        "windows": data.feed.order.position * rt.world,
+        "windows": data.feed.position * rt.world,
         "rng": torch.get_rng_state(),
         "log_sizes": log.sizes(),
     }
@@ -1094,7 +1094,7 @@ def restore(c: Config, run: Run, saved: dict, world: int) -> None:
     optimizer.restore(saved["optimizer"])
     if c.engram_layers:
         model.engram.count.copy_(saved["counts"] / world)
-    data.feed.order.position = saved["windows"] // world
+    data.feed.seek(saved["windows"] // world)
     torch.set_rng_state(saved["rng"])
     if (saved["config"]["max_steps"], saved["config"]["max_seconds"]) != (c.max_steps, c.max_seconds):
         optimizer.ramp = (clock.step, saved["multiplier"])

@@ -1,18 +1,30 @@
 """Windows of tokens on their way to a device."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 
 class Feed:
-    """The next `rows` windows of an order; on a GPU the copy waits for nobody: it is queued behind what is at work."""
+    """The next `rows` windows of an order, read by a thread while the device is at work; the copy waits for nobody."""
 
     def __init__(self, order, rows: int, device: torch.device):
         self.order, self.rows, self.device = order, rows, device
+        self.reader, self.position, self.ahead = ThreadPoolExecutor(1), order.position, None
+
+    def seek(self, position: int) -> None:
+        """Go on from there: what was read ahead is dropped."""
+        if self.ahead:
+            self.ahead.result()
+        self.position, self.order.position, self.ahead = position, position, None
 
     def next(self):
         """(rows, T + 1) int64 on the device, and the (shard, offset) each row came from."""
+        host, origin, self.position = self.ahead.result() if self.ahead else self.read()
+        self.ahead = self.reader.submit(self.read)
+        return host.to(self.device, non_blocking=True), origin
+
+    def read(self):
         windows, origin = self.order.next(self.rows)
         host = torch.from_numpy(windows)
-        if self.device.type == "cuda":
-            host = host.pin_memory()
-        return host.to(self.device, non_blocking=True), origin
+        return host.pin_memory() if self.device.type == "cuda" else host, origin, self.order.position

@@ -7,6 +7,7 @@ stream; an export with fewer has put the others into training (issue 2127 of ope
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from data.manifest import BOS, describe_files, overlap, read_manifest, write_man
 from data.shards import open_shard
 from data.tokenise import Tokenizer
 
+AT_ONCE = 8  # files on their way
 VALIDATION_DOCUMENTS = 50_000
 VALIDATION_BYTES = 151_020_000, 151_090_000  # of the text, by any tokenizer of the competition
 TOLERATED_OVERLAP = 0.05  # FineWeb repeats some pages of its own accord; the faulty split repeats 80 % of them
@@ -73,12 +75,18 @@ def fetch(variant, out, train_shards, force, say):
         if path.name not in chain(*wanted.values()) or not (path.name in have or force):
             raise ValueError(f"{path}: not a shard that this command brought or wants; give another --out or remove it")
     model = _get(export, model_path, out)
-    paths = {kind: [] for kind in wanted}
-    for kind, names in wanted.items():
-        for name in names:
-            path = out / name if name in have else _get(export, f"datasets/{export.dataset}/{name}", out)
-            say(f"  {name}  {len(open_shard(path)):,} tokens")
-            paths[kind].append(path)
+
+    def bring(name):
+        path = out / name if name in have else _get(export, f"datasets/{export.dataset}/{name}", out)
+        say(f"  {name}  {len(open_shard(path)):,} tokens")
+        return path
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        arriving = {kind: [pool.submit(bring, name) for name in names] for kind, names in wanted.items()}
+        try:
+            paths = {kind: [file.result() for file in files] for kind, files in arriving.items()}
+        finally:
+            pool.shutdown(cancel_futures=True)  # where one cannot be had, no other is begun
     _verify(export, model, paths)
     model.replace(out / "tokenizer.model")
     files = [path.replace(out / path.name) for path in chain(*paths.values())]

@@ -20,7 +20,7 @@ from runtime.fields import nearest
 COMMANDS = {  # where each stands: one that only watches needs no tensors, and its memory is the run's
     "plan": "harness.plan",
     "profiles": "harness.plan",
-    "preflight": "harness.plan",
+    "preflight": "harness.preflight",
     "generate": "harness.files",
     "load": "harness.files",
     "export": "harness.files",

@@ -50,7 +50,7 @@ def rank_options(command: list[str]) -> list[str]:
     """How many ranks the command starts, as preflight takes it; of nodes given as LEAST:MOST the most."""
     words = command[: script_place(command)]
     each, nodes = option(words, "nproc_per_node", "nproc-per-node"), option(words, "nnodes")
-    return ["--ranks-per-node", each or "1", "--nodes", nodes.rpartition(":")[2] or "1"]
+    return ["--ranks", each or "1", "--nodes", nodes.rpartition(":")[2] or "1"]
 
 
 def node_number(command: list[str]) -> int:

@@ -73,19 +73,18 @@ class Journal:
     def check_publish(self, sample: str, resumed: bool) -> Finding:
         """The first file is the test of credentials, and of the way there."""
         if not self.target:
-            return Finding("ok", "publish", "nowhere, the run stays on this machine")
-        worst = "warn" if resumed else "fail"  # a run that goes on has something to lose by not going on
+            return Finding("publish", True, "nowhere, the run stays on this machine")
         way_out = "Renew HF_TOKEN, make room, give another place to --publish, or none"
         try:
             receipt = self.publisher.send(self.folder / sample)
         except Unreached as error:
-            return Finding(worst, "publish", str(error), way_out)
-        return Finding("ok", "publish", f"{receipt.address} arrived")
+            return Finding("publish", resumed, str(error), way_out)  # a run that goes on loses by not going on
+        return Finding("publish", True, f"{receipt.address} arrived")
 
     def check_notifier(self, body: str) -> Finding:
         """The first message is the test."""
         if not self.url:
-            return Finding("ok", "notifier", "none, NOTIFY_URL is empty")
+            return Finding("notifier", True, "none, NOTIFY_URL is empty")
         trouble = [f"no answer within {FIRST_MESSAGE:g} s"]
 
         def send():
@@ -95,7 +94,9 @@ class Journal:
         thread = threading.Thread(target=send, daemon=True)
         thread.start()
         thread.join(FIRST_MESSAGE)
-        return finding("notifier", trouble[0] or "took a message", bool(trouble[0]), "The run goes on without", "warn")
+        return finding(
+            "notifier", trouble[0] or "took a message", bool(trouble[0]), "The run goes on without", advice=True
+        )
 
     # files on their way
 

@@ -1,23 +1,20 @@
 """What a configuration costs, without data or weights."""
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from export.budget import BYTE_CAP, plan_bytes
-from harness.files import stored_config
-from harness.findings import refusal
-from harness.preflight import Plan, check_disk, check_plan, check_price
+from harness.costs import Machine
 from optim.families import family_rows
-from runtime.fields import split_words
 from runtime.ranks import Runtime, detect_runtime
 from train_gpt import (
     PROFILES,
     Config,
-    accumulation,
+    execution_order,
     families,
     flops_per_token,
     grid_settings,
@@ -25,6 +22,57 @@ from train_gpt import (
     trained_codec,
     weightless,
 )
+
+CHECKPOINT_BYTES = 16  # a weight: what is kept
+
+
+class Plan(NamedTuple):
+    """What a run intends and will cost, in plain numbers."""
+
+    families: list[tuple[str, int, str, str, int]]  # name, parameters, codec, codec in training, bytes
+    code: int
+    cap: int
+    flops: float  # of a trained token
+    activations: float  # bytes that a rank saves for the backward
+    batch_tokens: int
+    max_steps: int
+    max_seconds: float
+    reserve_seconds: float
+    world: int
+    device: torch.device
+    memory: float  # bytes of a device that is not here; 0 is this machine
+    rate: float  # measured FLOP/s of a matrix product on one device
+    folder: Path  # of the run
+    data: Path
+    vocab: int
+    eval_seconds: float
+
+    @property
+    def weights(self) -> int:
+        return sum(count for _, count, *_ in self.families)
+
+    @property
+    def predicted(self) -> int:
+        """Bytes of the artifact."""
+        return sum(size for *_, size in self.families)
+
+    def disk(self) -> int:
+        """Three checkpoints at the moment of writing one, and the artifact."""
+        return 3 * CHECKPOINT_BYTES * self.weights + self.predicted
+
+    def text(self) -> str:
+        lines = [f"{'family':10} {'parameters':>12} {'ships as':>8} {'trains as':>9} {'bits':>6} {'bytes':>12}"]
+        for family, count, ships, trains, size in self.families:
+            lines.append(f"{family:10} {count:12,} {ships:>8} {trains:>9} {8 * size / max(count, 1):6.2f} {size:12,}")
+        whole = f"{self.predicted:12,}; {self.code:,} of code, cap {self.cap:,}"
+        lines.append(f"{'all':10} {self.weights:12,} {'':25} {whole}")
+        lines.append(f"FLOPs per token {self.flops:.4g} (forward and backward, all passes)")
+        machines = {"this machine at half its matmul rate": self.rate / 2, "8 H100 at 30 % of peak": 8 * 0.3 * 989e12}
+        for name, rate in machines.items():
+            seconds = self.flops * self.batch_tokens / rate
+            steps = self.max_steps or int(self.max_seconds / seconds)
+            lines.append(f"{name}: {seconds:.3g} s a step, {steps:,} steps, {steps * self.batch_tokens:,} tokens")
+        return "\n".join(lines)
 
 
 def parameter_table(c: Config) -> dict[str, int]:
@@ -35,7 +83,13 @@ def parameter_table(c: Config) -> dict[str, int]:
     return table
 
 
-def plan(c: Config, rt: Runtime) -> Plan:
+def saved_bytes(c: Config) -> float:
+    """For the backward of one forward pass of a rank: what was traced at full size, as a rule of thumb."""
+    slots = len(execution_order(c, looping=True))
+    return c.micro_tokens * (slots * c.dim * 2 * (10 + 4.2 * c.mlp_mult) + 4 * c.vocab)
+
+
+def plan(c: Config, rt: Runtime, machine: Machine | None = None) -> Plan:
     """The plan that preflight checks."""
     table = families(c)
     rows = [(name, p, family) for name, p, family in family_rows(weightless(c)) if table[family].ships]
@@ -48,18 +102,18 @@ def plan(c: Config, rt: Runtime) -> Plan:
         code=c.code_bytes,
         cap=BYTE_CAP,
         flops=flops_per_token(c),
+        activations=saved_bytes(c),
         batch_tokens=c.batch_tokens,
         max_steps=c.max_steps,
         max_seconds=c.max_seconds,
+        reserve_seconds=c.reserve_seconds,
         world=rt.world,
         device=rt.device,
+        memory=machine.memory if machine else 0.0,
         rate=rt.peak_flops,
         folder=Path(c.runs) / c.run_id,
         data=Path(c.data),
         vocab=c.vocab,
-        modes=c.eval_modes,
-        window_over_stride=c.seq_len / c.eval_stride,
-        val_tokens=c.val_tokens,
         eval_seconds=c.eval_seconds,
     )
 
@@ -75,29 +129,3 @@ def plan_command(words: list[str], env: dict[str, str]) -> None:
 def profiles_command(words: list[str], env: dict[str, str]) -> None:
     for name, text in PROFILES.items():
         sys.stdout.write(f"{name}: {' '.join(text.split())}\n")
-
-
-OPTIONS = "--profile", "--evaluate", "--ranks-per-node", "--nodes", "--publish", "--price-per-hour", "--price-limit"
-
-
-def preflight_command(words: list[str], env: dict[str, str]) -> None:
-    """Every check that a run of these fields might fail later, as a list; --ranks-per-node takes a number or gpu."""
-    words, given = split_words(words, [field.name for field in dataclasses.fields(Config)], OPTIONS)
-    if "--help" in given:
-        sys.stdout.write(f"{preflight_command.__doc__}\n{', '.join(OPTIONS)}; field=value ...\n")
-        return
-    stored = stored_config(Path(given["--evaluate"])) if "--evaluate" in given else None
-    c, _ = load_config(words, env, given.get("--profile"), stored)
-    each = given.get("--ranks-per-node", "1")
-    each = max(1, torch.cuda.device_count()) if each == "gpu" else int(each)
-    rt = dataclasses.replace(detect_runtime(env, c.dtype), world=each * int(given.get("--nodes", 1)))
-    accumulation(c, rt)
-    costs = plan(c, rt)
-    rows = check_plan(costs)
-    if "--price-per-hour" in given:
-        price = float(given["--price-per-hour"]), float(given.get("--price-limit", 0))
-        rows.append(check_price(c.max_seconds + c.eval_seconds, *price))
-    if "--publish" in given:
-        rows.append(check_disk(Path(given["--publish"]).expanduser(), costs.disk()))
-    if reason := refusal(rows, lambda line: sys.stdout.write(line + "\n")):
-        raise ValueError(reason)

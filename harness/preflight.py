@@ -3,39 +3,46 @@
 Every check takes plain values and gives a Finding.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import sentencepiece
 import torch
 
 from data.shards import open_shard, shard_paths, shard_sha256
-from harness.findings import Finding, finding
+from harness.costs import MACHINES, Costs, Machine, by_flops, measured, rank_rounds, stated
+from harness.files import stored_config
+from harness.findings import Finding, as_json, at_most, finding, refusal, unknown
+from harness.plan import Plan, plan
+from harness.publish import FOLDER_STARTS, REPOSITORY
+from runtime.fields import split_words
+from runtime.ranks import Runtime, detect_runtime
+from train_gpt import Config, accumulation, eval_settings, load_config
 
 MARGIN = 0.01  # of the cap: what a prediction may be wrong by, and seeds differ by
 FEW_STEPS = 100
-EFFICIENCY = 1 / 3  # of the measured matmul rate
-MODE_PASSES = {"chunked": 1.0, "stream": 1.0, "engram": 1.3, "ttt": 6.5, "all": 7.0}  # measured time, in plain forwards
-TRAINING_BYTES, CHECKPOINT_BYTES = 24, 16  # a weight: value, gradient, master, two moments, average; what is kept
+TRAINING_BYTES = 24  # a weight: value, gradient, master, two moments, average
 PACKERS = ("brotli", "sentencepiece", "python_minifier")
+OFFICIAL_TOKENS = {1024: 62_000_000, 8192: 40_500_000}  # of the official validation set, by vocabulary
 
 
 def check_devices(kind: str, world: int, visible: int) -> Finding:
     idle = kind == "cuda" and visible > world
-    found = f"{world} ranks on {kind}" + (f", {visible} visible here" if kind == "cuda" else "")
-    return finding("devices", found, idle, "Some stand idle: torchrun --standalone --nproc_per_node=gpu", "warn")
+    said = f"{world} ranks on {kind}" + (f", {visible} visible here" if kind == "cuda" else "")
+    return finding("devices", said, idle, "Some stand idle: torchrun --standalone --nproc_per_node=gpu", advice=True)
 
 
 def check_memory(needed: float, free: float, where: str) -> Finding:
-    text = f"{needed / 1e9:.1f} GB for weights and optimizer, {free / 1e9:.1f} GB free on the {where}"
-    return finding("memory", text, needed > free, "Lower dim or layers, or free memory that others hold")
+    said = f"{needed / 1e9:.1f} GB for weights, optimizer and activations, {free / 1e9:.1f} GB free on the {where}"
+    return at_most("memory", needed, free, said, "Lower micro_tokens, dim or layers, or free memory that others hold")
 
 
 def host_memory() -> int:
@@ -55,8 +62,8 @@ def standing(path: Path) -> Path:
 def check_disk(folder: Path, needed: float) -> Finding:
     folder = standing(folder)
     free = shutil.disk_usage(folder).free
-    found = f"{needed / 1e9:.2f} GB for checkpoints and artifact, {free / 1e9:.2f} GB free at {folder}"
-    return finding("disk", found, needed > free, "Make room, or set runs= to a larger disk")
+    said = f"{needed / 1e9:.2f} GB for checkpoints and artifact, {free / 1e9:.2f} GB free at {folder}"
+    return at_most("disk", needed, free, said, "Make room, or set runs= to a larger disk")
 
 
 def check_logs(folder: Path, record: Path) -> list[Finding]:
@@ -66,14 +73,14 @@ def check_logs(folder: Path, record: Path) -> list[Finding]:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("x")
         probe.unlink()
-        written = Finding("ok", "logs", f"{folder} can be written")
+        written = Finding("logs", True, f"{folder} can be written")
     except OSError as error:
-        written = Finding("fail", "logs", f"{folder}: {error.strerror}", "Set runs= to a folder that can be written")
+        written = Finding("logs", False, f"{folder}: {error.strerror}", "Set runs= to a folder that can be written")
     ignored = shutil.which("git") and subprocess.run(
         ["git", "check-ignore", "-q", record], cwd=standing(record), capture_output=True, check=False
     ).returncode == 0  # fmt: skip
-    found = f"git {'ignores' if ignored else 'takes'} {record}"
-    return [written, finding("record", found, ignored, "Take the pattern out of .gitignore, or the record lacks logs")]
+    said = f"git {'ignores' if ignored else 'takes'} {record}"
+    return [written, finding("record", said, ignored, "Take the pattern out of .gitignore, or the record lacks logs")]
 
 
 def check_data(folder: Path, vocab: int) -> list[Finding]:
@@ -87,11 +94,11 @@ def check_data(folder: Path, vocab: int) -> list[Finding]:
             open_shard(path)
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).vocab_size()
     except (ValueError, KeyError, OSError, RuntimeError) as error:
-        return [Finding("fail", "data", str(error), again)]
+        return [Finding("data", False, str(error), again)]
     faults = damaged(folder, files)
     sound = f"{len(files)} files as their manifest says" if files else f"{len(shards)} shards, no manifest to compare"
-    rows = [Finding("fail", "data", fault, again) for fault in faults]
-    rows = rows or [finding("data", sound, not files, "Nothing shows that they are what was prepared", "warn")]
+    rows = [Finding("data", False, fault, again) for fault in faults]
+    rows = rows or [finding("data", sound, not files, "Nothing shows that they are what was prepared", advice=True)]
     ways = "Set vocab to the tokenizer's, or data to the right folder"
     return [*rows, finding("tokenizer", f"{pieces} pieces, vocab {vocab}", pieces != vocab, ways)]
 
@@ -100,127 +107,165 @@ def damaged(folder: Path, files: dict) -> list[str]:
     """What is wrong with each file that is not as described; all cores hash, so it is a matter of seconds."""
 
     def fault(name: str) -> str:
-        path, known = folder / name, files[name]
+        path, described = folder / name, files[name]
         if not path.is_file():
             return f"{path} is missing"
-        if path.stat().st_size != known["bytes"]:
-            return f"{path} has {path.stat().st_size:,} bytes, not {known['bytes']:,}"
-        return "" if shard_sha256(path) == known["sha256"] else f"{path} does not match its hash"
+        if path.stat().st_size != described["bytes"]:
+            return f"{path} has {path.stat().st_size:,} bytes, not {described['bytes']:,}"
+        return "" if shard_sha256(path) == described["sha256"] else f"{path} does not match its hash"
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        return [found for found in pool.map(fault, files) if found]
+        return list(filter(None, pool.map(fault, files)))
 
 
 def check_packers(names: Iterable[str] = PACKERS) -> Finding:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
-    found = f"{', '.join(missing)} missing" if missing else f"{', '.join(names)} can be imported"
-    return finding("packers", found, bool(missing), f"pip install {' '.join(missing)}".replace("_", "-"))
+    said = f"{', '.join(missing)} missing" if missing else f"{', '.join(names)} can be imported"
+    return finding("packers", said, bool(missing), f"pip install {' '.join(missing)}".replace("_", "-"))
 
 
-def check_artifact(predicted: int, code: int, cap: int) -> Finding:
-    left = cap - predicted - code
-    found = f"predicted {predicted:,} bytes and {code:,} of code, {left:,} under the cap of {cap:,}"
-    if left < 0:
-        return Finding(
-            "fail",
-            "artifact",
-            found,
-            "Lower dim, layers or the codecs; `python -m harness plan` shows where the bytes go",
-        )
-    close = left < MARGIN * cap
-    return finding("artifact", found, close, f"A prediction may be {MARGIN:.0%} off: keep more room", "warn")
+def check_bytes(predicted: int, code: int, cap: int) -> Finding:
+    left = cap - code - predicted
+    said = f"predicted {predicted:,} bytes and {code:,} of code, {left:,} under the cap of {cap:,}"
+    shrink = "Lower dim, layers or the codecs; `python -m harness plan` shows where the bytes go"
+    row = at_most("bytes", predicted, cap - code, said, shrink)
+    close = row.ok and left < MARGIN * cap
+    return row._replace(way_out=f"A prediction may be {MARGIN:.0%} off: keep more room") if close else row
 
 
-def check_steps(seconds_per_step: float, max_seconds: float, max_steps: int) -> Finding:
-    by_time = max_seconds / seconds_per_step if max_seconds else float("inf")
-    steps = min(by_time, max_steps or float("inf"))
-    found = f"about {steps:,.0f} steps of {seconds_per_step:.3g} s, {steps * seconds_per_step:,.0f} s"
-    return finding("training", found, steps < FEW_STEPS, "Few: lower batch_tokens or the model's size", "warn")
+def check_training(steps: float, seconds: float, max_seconds: float, basis: str) -> list[Finding]:
+    few = "Few: lower batch_tokens or the model's size" if steps < FEW_STEPS else ""
+    said = f"about {steps:,.0f} steps of {seconds / max(steps, 1e-9):.3g} s, {basis}"
+    rows = [Finding("steps", True, said, few, steps, FEW_STEPS, steps - FEW_STEPS)]
+    return [*rows, at_most("seconds", seconds, max_seconds, f"about {seconds:,.0f} s of training", "Raise max_seconds")]
 
 
-def check_evaluation(seconds: float, budget: float) -> Finding:
-    found = f"about {seconds:,.0f} s" + (f" of {budget:g}" if budget else ", no budget")
-    slow = 0 < budget < seconds
-    return finding("evaluation", found, slow, "Evaluate fewer modes, or raise eval_seconds or eval_stride", "warn")
+def check_evaluation(costs: Costs, rounds: dict[str, list[int]], budget: float, alone: bool) -> list[Finding]:
+    """Every mode, all together, and whether the ranks, each `alone` on a device, have equal work."""
+    rows, way_out = [], "Evaluate fewer modes, or raise eval_seconds, eval_lanes or eval_stride"
+    for name, seconds in [*costs.evaluation.items(), ("", sum(costs.evaluation.values()))]:
+        of, name = f" of {budget:g}" if budget else ", no budget", f"eval.{name}".rstrip(".")
+        row = at_most(name, seconds, budget, f"about {seconds:,.0f} s{of}, {costs.basis}", way_out)
+        rows.append(row if costs.sure else row._replace(ok=None, way_out=""))
+    uneven = {mode: each for mode, each in rounds.items() if max(each) > 1.1 * min(each)}
+    said = f"rounds of each rank: {'; '.join(f'{mode} {each}' for mode, each in (uneven or rounds).items())}"
+    ways = "Some ranks wait: make eval_lanes / eval_batch a multiple of the ranks"
+    return [*rows, finding("eval.ranks", said, bool(uneven), ways, advice=not alone)]
 
 
 def check_price(seconds: float, per_hour: float, limit: float) -> Finding:
     cost = seconds / 3600 * per_hour
-    found = f"about {cost:.2f} at {per_hour:g} an hour" + (f", limit {limit:g}" if limit else "")
-    short = 0 < limit < cost
-    return finding("price", found, short, "The limit will end the run early: raise PRICE_LIMIT", "warn")
+    said = f"about {cost:.2f} at {per_hour:g} an hour" + (f", limit {limit:g}" if limit else "")
+    row = at_most("price", cost, limit, said, "The limit will end the run early: raise PRICE_LIMIT")
+    return row._replace(ok=True)
 
 
-class Plan(NamedTuple):
-    """What a run intends and will cost, in plain numbers."""
+def check_credentials(target: str, token: str) -> Finding:
+    """Whether they are good, the first file shows that the supervisor sends."""
+    if not REPOSITORY.match(target):
+        return Finding("credentials", True, "none are needed")
+    return (
+        unknown("credentials", "HF_TOKEN is there, and not tried")
+        if token
+        else Finding(
+            "credentials", False, f"HF_TOKEN is empty, and {target} wants one", "Set it, or publish to a folder"
+        )
+    )
 
-    families: list[tuple[str, int, str, str, int]]  # name, parameters, codec, codec in training, bytes
-    code: int
-    cap: int
-    flops: float  # of a trained token
-    batch_tokens: int
-    max_steps: int
-    max_seconds: float
-    world: int
-    device: torch.device
-    rate: float  # measured FLOP/s of a matrix product on one device
-    folder: Path  # of the run
-    data: Path
-    vocab: int
-    modes: tuple[str, ...]
-    window_over_stride: float
-    val_tokens: int  # 0 is all
-    eval_seconds: float
 
-    @property
-    def weights(self) -> int:
-        return sum(count for _, count, *_ in self.families)
-
-    @property
-    def predicted(self) -> int:
-        """Bytes of the artifact."""
-        return sum(size for *_, size in self.families)
-
-    @property
-    def token_seconds(self) -> float:
-        """Of a trained token, at the share of the measured rate that training reaches."""
-        return self.flops / (EFFICIENCY * self.rate * self.world)
-
-    def evaluation(self) -> float:
-        """Seconds; a forward pass is a third of a trained token."""
-        held = sum(open_shard(path).size for path in shard_paths(self.data, "val"))
-        passes = sum(MODE_PASSES.get(mode, self.window_over_stride) for mode in self.modes)
-        return min(held, self.val_tokens or held) * passes * self.token_seconds / 3
-
-    def disk(self) -> int:
-        """Three checkpoints at the moment of writing one, and the artifact."""
-        return 3 * CHECKPOINT_BYTES * self.weights + self.predicted
-
-    def text(self) -> str:
-        lines = [f"{'family':10} {'parameters':>12} {'ships as':>8} {'trains as':>9} {'bits':>6} {'bytes':>12}"]
-        for family, count, ships, trains, size in self.families:
-            lines.append(f"{family:10} {count:12,} {ships:>8} {trains:>9} {8 * size / max(count, 1):6.2f} {size:12,}")
-        whole = f"{self.predicted:12,}; {self.code:,} of code, cap {self.cap:,}"
-        lines.append(f"{'all':10} {self.weights:12,} {'':25} {whole}")
-        lines.append(f"FLOPs per token {self.flops:.4g} (forward and backward, all passes)")
-        machines = {"this machine at half its matmul rate": self.rate / 2, "8 H100 at 30 % of peak": 8 * 0.3 * 989e12}
-        for name, rate in machines.items():
-            seconds = self.flops * self.batch_tokens / rate
-            steps = self.max_steps or int(self.max_seconds / seconds)
-            lines.append(f"{name}: {seconds:.3g} s a step, {steps:,} steps, {steps * self.batch_tokens:,} tokens")
-        return "\n".join(lines)
+def check_machine(p: Plan) -> list[Finding]:
+    """Devices, memory and disk; of another machine only the memory of its cards is known."""
+    on_card = p.memory or p.device.type == "cuda"
+    each = TRAINING_BYTES * p.weights + p.activations
+    if p.memory:
+        away = [unknown(name, "cannot be known here") for name in ("devices", "disk", "logs")]
+        return [check_memory(each, p.memory, "device"), *away]
+    free = torch.cuda.mem_get_info(p.device)[0] if on_card else host_memory()
+    needed = each * (1 if on_card else p.world)
+    rows = [check_devices(p.device.type, p.world, torch.cuda.device_count())]
+    rows += [check_memory(needed, free, "device" if on_card else "host"), check_disk(p.folder, p.disk())]
+    return [*rows, *check_logs(p.folder, Path("records/new/train_seed42.log").absolute())]
 
 
 def check_plan(p: Plan) -> list[Finding]:
-    """Everything but the outside world."""
-    on_card = p.device.type == "cuda"
-    free = torch.cuda.mem_get_info(p.device)[0] if on_card else host_memory()
-    needed = TRAINING_BYTES * p.weights * (1 if on_card else p.world)
-    step = p.token_seconds * p.batch_tokens
-    record = Path("records/new/train_seed42.log").absolute()
-    rows = [check_devices(p.device.type, p.world, torch.cuda.device_count())]
-    rows += [check_memory(needed, free, "device" if on_card else "host"), check_disk(p.folder, p.disk())]
-    rows += [*check_logs(p.folder, record), *check_data(p.data, p.vocab), check_packers()]
-    rows += [check_artifact(p.predicted, p.code, p.cap), check_steps(step, p.max_seconds, p.max_steps)]
-    sound = all(row.verdict != "fail" for row in rows if row.what == "data")
-    return [*rows, check_evaluation(p.evaluation(), p.eval_seconds)] if sound else rows
+    """Everything that needs no model: machine, data, bytes."""
+    data = check_data(p.data, p.vocab)
+    if p.memory and not p.data.exists():
+        data = [unknown(name, f"{p.data} is not here") for name in ("data", "tokenizer")]
+    return [*check_machine(p), *data, check_packers(), check_bytes(p.predicted, p.code, p.cap)]
+
+
+OPTIONS = {
+    "--profile": "a profile, as the trainer takes it",
+    "--evaluate": "the artifact whose stored fields count",
+    "--ranks": "processes of each node, or gpu: one for each device",
+    "--nodes": "machines",
+    "--device": f"of another machine: {', '.join(MACHINES)}; what cannot be known here is said",
+    "--measure": "seconds to measure steps and rounds for, on this machine with this data",
+    "--publish": "where files will go",
+    "--price-per-hour": "of all machines",
+    "--price-limit": "of the run",
+}
+
+
+def validation_tokens(c: Config) -> int:
+    """Of the data that is here, or of the official validation set of that vocabulary; 0 if neither is known."""
+    if Path(c.data).exists():
+        count = sum(open_shard(path).size for path in shard_paths(c.data, "val"))
+    else:
+        count = OFFICIAL_TOKENS.get(c.vocab, 0)
+    return min(count, c.val_tokens or count)
+
+
+def check_costs(c: Config, rt: Runtime, machine: Machine | None, seconds: float) -> list[Finding]:
+    """Steps, seconds, and the evaluation of every mode and rank."""
+    tokens = validation_tokens(c)
+    if seconds:
+        costs = measured(c, rt, seconds)
+    else:
+        costs = stated(c, machine, tokens, rt.world) if machine else by_flops(c, rt.all_flops, tokens)
+    training = costs.training(c.max_steps, c.max_seconds - c.reserve_seconds)
+    rounds = {mode: rank_rounds(mode, eval_settings(c), tokens, rt.world) for mode in c.eval_modes}
+    rows = check_training(*training, c.max_seconds, costs.basis)
+    return rows + check_evaluation(costs, rounds, c.eval_seconds, bool(machine) or rt.device.type == "cuda")
+
+
+def check_run(c: Config, rt: Runtime, given: dict[str, str], token: str) -> list[Finding]:
+    """Every check that a run of these fields might fail later."""
+    machine = MACHINES[given["--device"]] if "--device" in given else None
+    costs, target = plan(c, rt, machine), given.get("--publish", "")
+    rows = check_plan(costs)
+    if all(row.ok is not False for row in rows if row.name in ("data", "tokenizer")):
+        rows += check_costs(c, rt, machine, float(given.get("--measure", 0)))
+    if "--price-per-hour" in given:
+        price = float(given["--price-per-hour"]), float(given.get("--price-limit", 0))
+        rows.append(check_price(c.max_seconds + c.eval_seconds, *price))
+    if target.startswith(FOLDER_STARTS):
+        rows.append(check_disk(Path(target).expanduser(), costs.disk()))
+    return [*rows, check_credentials(target, token)]
+
+
+def preflight_command(words: list[str], env: dict[str, str]) -> int:
+    """Every check that a run of these fields might fail later, as a list; as one object on one line with --json."""
+    as_object = "--json" in words
+    words = [word for word in words if word != "--json"]
+    words, given = split_words(words, [field.name for field in dataclasses.fields(Config)], tuple(OPTIONS))
+    if "--help" in given:
+        options = "".join(f"  {name:17} {text}\n" for name, text in OPTIONS.items())
+        sys.stdout.write(f"{preflight_command.__doc__}\n{options}  field=value ...\n")
+        return 0
+    if given.get("--device", "h100") not in MACHINES:
+        raise ValueError(f"--device {given['--device']}: one of {', '.join(MACHINES)}")
+    stored = stored_config(Path(given["--evaluate"])) if "--evaluate" in given else None
+    c, _ = load_config(words, env, given.get("--profile"), stored)
+    each = given.get("--ranks", "1")
+    each = max(1, torch.cuda.device_count()) if each == "gpu" else int(each)
+    rt = dataclasses.replace(detect_runtime(env, c.dtype), world=each * int(given.get("--nodes", 1)))
+    accumulation(c, rt)
+    rows = check_run(c, rt, given, env.get("HF_TOKEN", ""))
+    if as_object:
+        sys.stdout.write(as_json(rows) + "\n")
+        return 2 if any(row.ok is False for row in rows) else 0
+    if reason := refusal(rows, lambda line: sys.stdout.write(line + "\n")):
+        raise ValueError(reason)
+    return 0

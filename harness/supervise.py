@@ -143,7 +143,7 @@ class Supervisor:
         self.keep_record(NOBODY)
         publish = self.journal.check_publish(self.record_file.name, resumed=any(self.folder.glob("checkpoint_*.pt")))
         self.journal.text(publish.line())
-        if done.returncode or publish.verdict == "fail":
+        if done.returncode or publish.ok is False:
             faults = [line.strip() for line in [*lines, publish.line()] if "FAIL" in line]
             return "; ".join(faults or lines[-1:])
         self.journal.text(self.journal.check_notifier(f"{done.stdout}{publish.line()}").line())

@@ -23,9 +23,12 @@ DOCUMENTS, DOCUMENT_TOKENS = 50, 33
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Files from memory with Range requests; `cuts` names files whose connection breaks in the middle, once each."""
+    """Files from memory with Range requests; `cuts` names files whose connection breaks in the middle, once each.
 
-    files, cuts, asked = {}, set(), []
+    `meeting`, if there is one, is where the requests for training shards wait for each other.
+    """
+
+    files, cuts, asked, meeting = {}, set(), [], None
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self):
@@ -52,6 +55,8 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             self.asked.append((name, start))
+            if self.meeting and "_train_" in name:
+                self.meeting.wait(60)
             stop = len(whole) // 2 if name in self.cuts else len(whole)
             self.close_connection = name in self.cuts
             self.cuts.discard(name)
@@ -163,6 +168,12 @@ def test_more_shards_fetch_only_what_is_new_and_fewer_are_refused(served, tmp_pa
     assert len(shard_paths(out, "train")) == 3
     assert fetch(out, "--train-shards", "4") == 2
     assert "--train-shards 4: someone/golf has 1 to 3" in capsys.readouterr().err
+
+
+def test_shards_come_side_by_side(served, tmp_path, monkeypatch):
+    monkeypatch.setattr(Hub, "meeting", threading.Barrier(2))
+    assert fetch(tmp_path / "out") == 0
+    assert not Hub.meeting.broken
 
 
 def test_a_broken_connection_goes_on_in_the_middle_of_the_file(served, tmp_path, monkeypatch):

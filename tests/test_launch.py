@@ -273,4 +273,4 @@ def test_a_missing_shard_and_an_artifact_over_the_cap_are_found_before_the_clock
     next(copy.glob("*_train_*.bin")).unlink()
     out = refused(folder, copy, "dim=4096", "mlp_mult=4")
     assert "FAIL  data" in out and "no *_train_000000.bin" in out
-    assert "FAIL  artifact" in out and "nothing was started" in out
+    assert "FAIL  bytes" in out and "nothing was started" in out

@@ -1,16 +1,18 @@
 """Each thing that could fail after ten paid minutes is found in the first one, with a way out."""
 
+import json
 import subprocess
 
 import pytest
 import torch
 
 from data.manifest import describe_files, write_manifest
-from harness.findings import Finding, refusal
-from harness.plan import preflight_command
+from harness.costs import Costs
+from harness.findings import Finding, as_json, at_most, refusal, unknown
+from harness.plan import Plan
 from harness.preflight import (
-    Plan,
-    check_artifact,
+    check_bytes,
+    check_credentials,
     check_data,
     check_devices,
     check_disk,
@@ -20,8 +22,9 @@ from harness.preflight import (
     check_packers,
     check_plan,
     check_price,
-    check_steps,
+    check_training,
     host_memory,
+    preflight_command,
 )
 from tests.toys import toy_dataset
 
@@ -36,30 +39,39 @@ def dataset(tmp_path):
 def plan(dataset, **changes):
     p = Plan(
         families=[("matrix", 1_000_000, "ternary", "ternary", 200_000), ("embed", 1_000, "int6", "int6", 800)],
-        code=24_000, cap=16_000_000, flops=6e6, batch_tokens=1000, max_steps=0, max_seconds=600.0, world=2,
-        device=torch.device("cpu"), rate=1e12, folder=dataset.parent / "runs" / "x", data=dataset, vocab=64,
-        modes=("chunked", "sliding"), window_over_stride=32.0, val_tokens=0, eval_seconds=600.0,
+        code=24_000, cap=16_000_000, flops=6e6, activations=1e6, batch_tokens=1000, max_steps=0, max_seconds=600.0,
+        reserve_seconds=0.0, world=2, device=torch.device("cpu"), memory=0.0, rate=1e12, eval_seconds=600.0,
+        folder=dataset.parent / "runs" / "x", data=dataset, vocab=64,
     )  # fmt: skip
     return p._replace(**changes)
 
 
 def verdicts(rows):
-    return {row.what: row.verdict for row in rows}
+    return {row.name: verdict(row) for row in rows}
+
+
+def verdict(row):
+    return row.line().split()[0].lower()
 
 
 def test_a_sound_plan_passes_every_check(dataset):
     rows = check_plan(plan(dataset))
-    assert {row.verdict for row in rows} == {"ok"}, [row.line() for row in rows]
-    assert {"devices", "memory", "disk", "logs", "record", "data", "tokenizer", "packers", "artifact", "training",
-            "evaluation"} == set(verdicts(rows))  # fmt: skip
+    assert set(verdicts(rows).values()) == {"ok"}, [row.line() for row in rows]
+    assert {"devices", "memory", "disk", "logs", "record", "data", "tokenizer", "packers", "bytes"} == set(
+        verdicts(rows)
+    )
+
+
+def test_of_another_machine_it_says_what_cannot_be_known_here(dataset):
+    rows = verdicts(check_plan(plan(dataset, memory=80e9, data=dataset / "none")))
+    assert {name for name, each in rows.items() if each == "?"} == {"devices", "disk", "logs", "data", "tokenizer"}
+    assert rows["memory"] == rows["bytes"] == "ok"
+    assert verdicts(check_plan(plan(dataset, memory=80e9, activations=90e9)))["memory"] == "fail"
 
 
 def test_a_plan_adds_up(dataset):
     p = plan(dataset)
     assert (p.weights, p.predicted) == (1_001_000, 200_800)
-    assert p.token_seconds == pytest.approx(6e6 / (1e12 * 2 / 3))
-    tokens = (next(dataset.glob("*_val_*.bin")).stat().st_size - 1024) // 2
-    assert p.evaluation() == pytest.approx(tokens * 33 * p.token_seconds / 3)
     assert "200,800; 24,000 of code" in p.text() and "FLOPs per token 6e+06" in p.text()
 
 
@@ -95,8 +107,8 @@ def lose_tokenizer(folder):
 def test_data_that_is_not_as_prepared_is_named(dataset, fault, said):
     assert verdicts(check_data(dataset, 64)) == {"data": "ok", "tokenizer": "ok"}
     fault(dataset)
-    rows = [row for row in check_data(dataset, 64) if row.verdict == "fail"]
-    assert len(rows) == 1 and said in rows[0].found and "Prepare it again" in rows[0].way_out
+    rows = [row for row in check_data(dataset, 64) if row.ok is False]
+    assert len(rows) == 1 and said in rows[0].said and "Prepare it again" in rows[0].way_out
 
 
 def test_one_of_many_shards_missing_is_named(dataset):
@@ -104,12 +116,12 @@ def test_one_of_many_shards_missing_is_named(dataset):
     second.write_bytes(next(dataset.glob("*_train_000000.bin")).read_bytes())
     write_manifest(dataset, {"files": describe_files([dataset / "tokenizer.model", *dataset.glob("*.bin")])})
     second.unlink()
-    assert [row.found for row in check_data(dataset, 64) if row.verdict == "fail"] == [f"{second} is missing"]
+    assert [row.said for row in check_data(dataset, 64) if row.ok is False] == [f"{second} is missing"]
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(dataset):
     assert check_data(dataset, 8192)[-1] == Finding(
-        "fail", "tokenizer", "64 pieces, vocab 8192", "Set vocab to the tokenizer's, or data to the right folder"
+        "tokenizer", False, "64 pieces, vocab 8192", "Set vocab to the tokenizer's, or data to the right folder"
     )
 
 
@@ -129,27 +141,69 @@ def test_logs_that_git_ignores_are_found(tmp_path):
 def test_a_folder_that_cannot_be_written_is_found(tmp_path):
     (tmp_path / "file").write_text("")
     row = check_logs(tmp_path / "file" / "run", tmp_path / "x.log")[0]
-    assert row.verdict == "fail" and "runs=" in row.way_out
+    assert row.ok is False and "runs=" in row.way_out
 
 
 @pytest.mark.parametrize("row, verdict", [
     (check_devices("cuda", 1, 8), "warn"), (check_devices("cuda", 8, 8), "ok"), (check_devices("cpu", 2, 0), "ok"),
     (check_memory(2e9, 1e9, "device"), "fail"), (check_memory(1e9, 2e9, "device"), "ok"),
     (check_packers(["json"]), "ok"), (check_packers(["no_such_packer"]), "fail"),
-    (check_artifact(15_900_000, 24_000, 16_000_000), "warn"), (check_artifact(15_990_000, 24_000, 16_000_000), "fail"),
-    (check_artifact(15_000_000, 24_000, 16_000_000), "ok"),
-    (check_steps(0.1, 600, 0), "ok"), (check_steps(10, 600, 0), "warn"), (check_steps(0.1, 0, 50), "warn"),
-    (check_evaluation(700, 600), "warn"), (check_evaluation(700, 0), "ok"), (check_evaluation(500, 600), "ok"),
+    (check_bytes(15_900_000, 24_000, 16_000_000), "warn"), (check_bytes(15_981_000, 24_000, 16_000_000), "fail"),
+    (check_bytes(15_000_000, 24_000, 16_000_000), "ok"),
+    (check_training(6000, 600, 600, "x")[0], "ok"), (check_training(60, 600, 600, "x")[0], "warn"),
+    (check_training(60, 600, 600, "x")[1], "ok"),
+    (check_credentials("", ""), "ok"), (check_credentials("a/b", ""), "fail"), (check_credentials("a/b", "t"), "?"),
     (check_price(1200, 21.5, 5.0), "warn"), (check_price(1200, 21.5, 8.0), "ok"), (check_price(1200, 21.5, 0), "ok"),
 ])  # fmt: skip
 def test_each_limit_has_its_verdict_and_a_way_out(row, verdict):
-    assert row.verdict == verdict
-    assert bool(row.way_out) == (verdict != "ok")
+    assert row.line().split()[0].lower() == verdict
+    assert bool(row.way_out) == (verdict not in ("ok", "?"))
+
+
+ROUNDS = {"stream": [10, 10], "all": [90, 90]}
+
+
+def evaluation(seconds, sure=True, rounds=ROUNDS, alone=True):
+    costs = Costs([(0.0, 1.0)], {"stream": 80.0, "all": seconds}, "measured", sure)
+    return check_evaluation(costs, rounds, 600.0, alone)
+
+
+def test_an_evaluation_twenty_seconds_over_its_budget_is_refused():
+    assert verdicts(evaluation(540)) == {"eval.stream": "ok", "eval.all": "ok", "eval": "fail", "eval.ranks": "ok"}
+    assert verdicts(evaluation(620))["eval.all"] == "fail"
+    assert verdicts(evaluation(500)) == dict.fromkeys(("eval.stream", "eval.all", "eval", "eval.ranks"), "ok")
+
+
+def test_a_guess_refuses_nothing():
+    assert verdicts(evaluation(5000, sure=False))["eval.all"] == "?"
+
+
+def test_ranks_with_unequal_work_are_refused():
+    idle = evaluation(10, rounds={"all": [90, 0]})[-1]
+    assert idle.ok is False and "eval_batch" in idle.way_out and "all [90, 0]" in idle.said
+    assert evaluation(10, rounds={"all": [90, 0]}, alone=False)[-1].ok  # on CPU all share the same cores
+
+
+def test_phases_of_a_run_take_their_shares_of_it():
+    costs = Costs([(0.0, 1.0), (0.5, 2.0)], {}, "", True)
+    assert costs.training(0, 100.0) == (75.0, 100.0)  # half the time at each
+    assert costs.training(10, 0.0) == (10, 15.0) and costs.training(10, 100.0) == (10, 15.0)
+    assert costs.training(1000, 100.0) == (75.0, 100.0)
+
+
+def test_scripts_read_one_object():
+    rows = [at_most("bytes", 120, 100, "large", "Shrink"), at_most("disk", 1, 2, "fine", "x"), unknown("data", "away")]
+    told = json.loads(as_json(rows))
+    assert told["verdict"] == "refused" and [row["ok"] for row in told["checks"]] == [False, True, None]
+    assert told["checks"][0] == {
+        "name": "bytes", "ok": False, "predicted": 120, "limit": 100, "margin": -20, "way_out": "large. Shrink",
+    }  # fmt: skip
+    assert json.loads(as_json(rows[1:]))["verdict"] == "ok"
 
 
 def test_a_full_disk_is_found_before_it_is_needed(tmp_path):
-    assert check_disk(tmp_path / "not" / "yet", 1.0).verdict == "ok"
-    assert check_disk(tmp_path, 1e18).verdict == "fail"
+    assert check_disk(tmp_path / "not" / "yet", 1.0).ok
+    assert not check_disk(tmp_path, 1e18).ok
 
 
 def test_memory_is_what_may_be_used():
@@ -158,11 +212,11 @@ def test_memory_is_what_may_be_used():
 
 def test_all_faults_come_as_one_list():
     said = []
-    failed = Finding("fail", "data", "gone", "Get it"), Finding("fail", "packers", "none", "pip")
-    rows = [Finding("ok", "disk", "fine"), *failed]
+    failed = Finding("data", False, "gone", "Get it"), Finding("packers", False, "none", "pip")
+    rows = [Finding("disk", True, "fine"), *failed]
     assert refusal(rows, said.append).endswith("nothing was started. data: gone. Get it; packers: none. pip")
-    assert len(said) == 4 and said[2] == "  FAIL  data        gone. Get it"
-    assert refusal([Finding("warn", "data", "odd", "Look")], said.append) == ""
+    assert len(said) == 4 and said[2] == "  FAIL  data          gone. Get it"
+    assert refusal([Finding("data", True, "odd", "Look"), unknown("disk", "away")], said.append) == ""
 
 
 @pytest.fixture
@@ -172,7 +226,7 @@ def no_measurement(monkeypatch):
 
 
 def test_the_command_prints_the_list_and_refuses_in_one_line(dataset, tmp_path, capsys, no_measurement):
-    words = ["--profile", "tiny", "--ranks-per-node", "2", "--nodes", "2", "--batch_tokens", "2048"]
+    words = ["--profile", "tiny", "--ranks", "2", "--nodes", "2", "--batch_tokens", "2048"]
     words += [f"data={dataset}", f"runs={tmp_path}"]
     prices = ["--price-per-hour", "20", "--price-limit", "1", "--publish", str(tmp_path / "there")]
     preflight_command([*words, *prices], {})
@@ -187,4 +241,15 @@ def test_the_command_prints_the_list_and_refuses_in_one_line(dataset, tmp_path, 
 def test_an_impossible_batch_is_told_before_anything_is_checked(dataset, no_measurement):
     words = ["--profile", "tiny", f"data={dataset}", "batch_tokens=512", "micro_tokens=512"]
     with pytest.raises(ValueError, match="batch_tokens 512: not a multiple of micro_tokens x ranks, 1024"):
-        preflight_command([*words, "--ranks-per-node", "2"], {})
+        preflight_command([*words, "--ranks", "2"], {})
+
+
+def test_a_run_is_measured_by_doing_it(dataset, tmp_path, capsys, no_measurement):
+    words = ["--profile", "tiny", f"data={dataset}", f"runs={tmp_path}", "eval_modes=chunked,stream,sliding,all"]
+    assert preflight_command([*words, "--measure", "2", "--json"], {}) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["checks"]}
+    assert rows["steps"]["predicted"] == 8 and rows["seconds"]["predicted"] > 0
+    modes = [rows[f"eval.{mode}"] for mode in ("chunked", "stream", "sliding", "all")]
+    assert all(row["ok"] and 0 < row["predicted"] < row["limit"] for row in modes)
+    assert preflight_command([*words, "--measure", "2", "--json", "eval_seconds=0.001"], {}) == 2
+    assert json.loads(capsys.readouterr().out)["verdict"] == "refused"

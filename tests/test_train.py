@@ -365,7 +365,18 @@ def test_batches_come_as_int64_with_their_provenance(dataset):
     data = Data(c, CPU)
     windows, origin = data.feed.next()
     assert windows.dtype == torch.int64 and windows.shape == (8, 33) and len(origin) == 8
-    assert data.feed.order.position == 8
+    assert data.feed.position == 8
+
+
+def test_what_is_read_ahead_is_not_consumed(dataset):
+    feed = Data(tiny(data=dataset), CPU).feed
+    batches = [feed.next() for _ in range(3)]
+    assert feed.position == 24
+    feed.seek(8)
+    for windows, origin in batches[1:]:
+        again, same = feed.next()
+        assert torch.equal(again, windows) and same == origin
+    assert feed.position == 24
 
 
 def test_validation_counts_every_byte_of_the_text_once(dataset):

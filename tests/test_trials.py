@@ -383,7 +383,7 @@ def test_a_missing_shard_and_an_artifact_over_the_cap_are_refused_before_the_clo
     text, seconds = refused(tmp_path / "runs", copy, *large)
     assert "FAIL  data" in text and "toy_train_000001.bin is missing. Prepare it again" in text
     tell("a shard missing", 2, "refused by the preflight, exit 2", "nothing", seconds)
-    assert "FAIL  artifact" in text and "`python -m harness plan` shows where the bytes go" in text
+    assert "FAIL  bytes" in text and "`python -m harness plan` shows where the bytes go" in text
     tell("an artifact predicted over the cap", 2, "refused by the preflight, exit 2", "nothing", seconds)
 
 
