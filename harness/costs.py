@@ -1,7 +1,6 @@
-"""Seconds of training and evaluation: measured here, or by the stated constants of a machine that is not here.
+"""Seconds of training and evaluation: measured by doing a little of both, or guessed from FLOPs.
 
-An evaluation is a row of rounds that wait for each other: what a mode costs is its rounds times what one takes, and a
-round of few tokens takes what its kernels take to launch, not its FLOPs.
+An evaluation is a row of rounds that wait for each other: what a mode costs is its rounds times what one takes.
 """
 
 import time
@@ -13,31 +12,11 @@ import numpy as np
 from eval.engram import ENGRAM_ALPHA_SHAPE
 from eval.modes import EVAL_MODES, adapt_lanes, mode_groups
 from eval.score import EvalSettings
-from harness.round_costs import RoundCosts, round_costs
 from runtime.ranks import Runtime
 from train_gpt import Config, Run, Validation, accumulate, begin_run, eval_settings, flops_per_token, phases
 
 EFFICIENCY = 1 / 3  # of the measured matmul rate, in training
 MODE_PASSES = {"chunked": 1.0, "stream": 1.0, "engram": 1.3, "ttt": 6.5, "all": 7.0}  # measured time, in plain forwards
-
-
-class Machine(NamedTuple):
-    """One device, as fast as our code drives it."""
-
-    training: float  # FLOP/s
-    products: float  # FLOP/s of an evaluation's products
-    bandwidth: float  # bytes/s
-    launch: float  # seconds the host takes for a kernel
-    sync: float  # seconds the host waits for the device, each time it does
-    memory: float  # bytes
-
-    def round_seconds(self, costs: RoundCosts) -> float:
-        """The host launches while the device works: the slower of the two decides."""
-        host = costs.launches * self.launch + costs.waits * self.sync
-        return max(host, costs.flops / self.products + costs.bytes / self.bandwidth)
-
-
-MACHINES = {"h100": Machine(0.25 * 989e12, 0.4 * 989e12, 0.7 * 3.35e12, 8e-6, 1e-4, 80e9)}
 
 
 class Costs(NamedTuple):
@@ -66,17 +45,6 @@ def rank_rounds(mode: str, s: EvalSettings, tokens: int, world: int) -> list[int
         for lanes in mode_groups(absent, absent, mode, s)
     ]
     return [sum(rounds[rank::world]) for rank in range(world)]
-
-
-def stated(c: Config, machine: Machine, tokens: int, world: int) -> Costs:
-    """By the constants of a machine that is not here."""
-    s = eval_settings(c)
-    seconds = {
-        mode: max(rank_rounds(mode, s, tokens, world)) * machine.round_seconds(round_costs(c, mode))
-        for mode in c.eval_modes
-    }
-    step = flops_per_token(c) * c.batch_tokens / machine.training / world
-    return Costs([(0.0, step)], seconds, "stated constants", sure=True)
 
 
 def by_flops(c: Config, rate: float, tokens: int) -> Costs:

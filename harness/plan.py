@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from export.budget import BYTE_CAP, plan_bytes
-from harness.costs import Machine
 from optim.families import family_rows
 from runtime.ranks import Runtime, detect_runtime
 from train_gpt import (
@@ -40,7 +39,6 @@ class Plan(NamedTuple):
     reserve_seconds: float
     world: int
     device: torch.device
-    memory: float  # bytes of a device that is not here; 0 is this machine
     rate: float  # measured FLOP/s of a matrix product on one device
     folder: Path  # of the run
     data: Path
@@ -89,7 +87,7 @@ def saved_bytes(c: Config) -> float:
     return c.micro_tokens * (slots * c.dim * 2 * (10 + 4.2 * c.mlp_mult) + 4 * c.vocab)
 
 
-def plan(c: Config, rt: Runtime, machine: Machine | None = None) -> Plan:
+def plan(c: Config, rt: Runtime) -> Plan:
     """The plan that preflight checks."""
     table = families(c)
     rows = [(name, p, family) for name, p, family in family_rows(weightless(c)) if table[family].ships]
@@ -109,7 +107,6 @@ def plan(c: Config, rt: Runtime, machine: Machine | None = None) -> Plan:
         reserve_seconds=c.reserve_seconds,
         world=rt.world,
         device=rt.device,
-        memory=machine.memory if machine else 0.0,
         rate=rt.peak_flops,
         folder=Path(c.runs) / c.run_id,
         data=Path(c.data),

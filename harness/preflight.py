@@ -18,7 +18,7 @@ import sentencepiece
 import torch
 
 from data.shards import open_shard, shard_paths, shard_sha256
-from harness.costs import MACHINES, Costs, Machine, by_flops, measured, rank_rounds, stated
+from harness.costs import Costs, by_flops, measured, rank_rounds
 from harness.files import stored_config
 from harness.findings import Finding, as_json, at_most, finding, refusal, unknown
 from harness.plan import Plan, plan
@@ -31,7 +31,6 @@ MARGIN = 0.01  # of the cap: what a prediction may be wrong by, and seeds differ
 FEW_STEPS = 100
 TRAINING_BYTES = 24  # a weight: value, gradient, master, two moments, average
 PACKERS = ("brotli", "sentencepiece", "python_minifier")
-OFFICIAL_TOKENS = {1024: 62_000_000, 8192: 40_500_000}  # of the official validation set, by vocabulary
 
 
 def check_devices(kind: str, world: int, visible: int) -> Finding:
@@ -173,26 +172,16 @@ def check_credentials(target: str, token: str) -> Finding:
     )
 
 
-def check_machine(p: Plan) -> list[Finding]:
-    """Devices, memory and disk; of another machine only the memory of its cards is known."""
-    on_card = p.memory or p.device.type == "cuda"
+def check_plan(p: Plan) -> list[Finding]:
+    """Everything that needs no model: machine, disk, data, bytes."""
+    on_card = p.device.type == "cuda"
     each = TRAINING_BYTES * p.weights + p.activations
-    if p.memory:
-        away = [unknown(name, "cannot be known here") for name in ("devices", "disk", "logs")]
-        return [check_memory(each, p.memory, "device"), *away]
     free = torch.cuda.mem_get_info(p.device)[0] if on_card else host_memory()
     needed = each * (1 if on_card else p.world)
     rows = [check_devices(p.device.type, p.world, torch.cuda.device_count())]
     rows += [check_memory(needed, free, "device" if on_card else "host"), check_disk(p.folder, p.disk())]
-    return [*rows, *check_logs(p.folder, Path("records/new/train_seed42.log").absolute())]
-
-
-def check_plan(p: Plan) -> list[Finding]:
-    """Everything that needs no model: machine, data, bytes."""
-    data = check_data(p.data, p.vocab)
-    if p.memory and not p.data.exists():
-        data = [unknown(name, f"{p.data} is not here") for name in ("data", "tokenizer")]
-    return [*check_machine(p), *data, check_packers(), check_bytes(p.predicted, p.code, p.cap)]
+    rows += check_logs(p.folder, Path("records/new/train_seed42.log").absolute())
+    return [*rows, *check_data(p.data, p.vocab), check_packers(), check_bytes(p.predicted, p.code, p.cap)]
 
 
 OPTIONS = {
@@ -200,7 +189,6 @@ OPTIONS = {
     "--evaluate": "the artifact whose stored fields count",
     "--ranks": "processes of each node, or gpu: one for each device",
     "--nodes": "machines",
-    "--device": f"of another machine: {', '.join(MACHINES)}; what cannot be known here is said",
     "--measure": "seconds to measure steps and rounds for, on this machine with this data",
     "--publish": "where files will go",
     "--price-per-hour": "of all machines",
@@ -208,35 +196,23 @@ OPTIONS = {
 }
 
 
-def validation_tokens(c: Config) -> int:
-    """Of the data that is here, or of the official validation set of that vocabulary; 0 if neither is known."""
-    if Path(c.data).exists():
-        count = sum(open_shard(path).size for path in shard_paths(c.data, "val"))
-    else:
-        count = OFFICIAL_TOKENS.get(c.vocab, 0)
-    return min(count, c.val_tokens or count)
-
-
-def check_costs(c: Config, rt: Runtime, machine: Machine | None, seconds: float) -> list[Finding]:
+def check_costs(c: Config, rt: Runtime, seconds: float) -> list[Finding]:
     """Steps, seconds, and the evaluation of every mode and rank."""
-    tokens = validation_tokens(c)
-    if seconds:
-        costs = measured(c, rt, seconds)
-    else:
-        costs = stated(c, machine, tokens, rt.world) if machine else by_flops(c, rt.all_flops, tokens)
+    tokens = sum(open_shard(path).size for path in shard_paths(c.data, "val"))
+    tokens = min(tokens, c.val_tokens or tokens)
+    costs = measured(c, rt, seconds) if seconds else by_flops(c, rt.all_flops, tokens)
     training = costs.training(c.max_steps, c.max_seconds - c.reserve_seconds)
     rounds = {mode: rank_rounds(mode, eval_settings(c), tokens, rt.world) for mode in c.eval_modes}
     rows = check_training(*training, c.max_seconds, costs.basis)
-    return rows + check_evaluation(costs, rounds, c.eval_seconds, bool(machine) or rt.device.type == "cuda")
+    return rows + check_evaluation(costs, rounds, c.eval_seconds, rt.device.type == "cuda")
 
 
 def check_run(c: Config, rt: Runtime, given: dict[str, str], token: str) -> list[Finding]:
     """Every check that a run of these fields might fail later."""
-    machine = MACHINES[given["--device"]] if "--device" in given else None
-    costs, target = plan(c, rt, machine), given.get("--publish", "")
+    costs, target = plan(c, rt), given.get("--publish", "")
     rows = check_plan(costs)
     if all(row.ok is not False for row in rows if row.name in ("data", "tokenizer")):
-        rows += check_costs(c, rt, machine, float(given.get("--measure", 0)))
+        rows += check_costs(c, rt, float(given.get("--measure", 0)))
     if "--price-per-hour" in given:
         price = float(given["--price-per-hour"]), float(given.get("--price-limit", 0))
         rows.append(check_price(c.max_seconds + c.eval_seconds, *price))
@@ -254,8 +230,6 @@ def preflight_command(words: list[str], env: dict[str, str]) -> int:
         options = "".join(f"  {name:17} {text}\n" for name, text in OPTIONS.items())
         sys.stdout.write(f"{preflight_command.__doc__}\n{options}  field=value ...\n")
         return 0
-    if given.get("--device", "h100") not in MACHINES:
-        raise ValueError(f"--device {given['--device']}: one of {', '.join(MACHINES)}")
     stored = stored_config(Path(given["--evaluate"])) if "--evaluate" in given else None
     c, _ = load_config(words, env, given.get("--profile"), stored)
     each = given.get("--ranks", "1")
