@@ -23,7 +23,7 @@ def check_folder(folder: Folder) -> dict:
         "track": "record" if folder.track.binding else "non-record",
         "claim": summary | ({"name": clean(claim.text("name"))} if claim.given else {}),
         "checks": checks,
-        "verdict": "pass" if worst == "na" else worst,
+        "verdict": {"na": "pass"}.get(worst, worst),
     }
 
 

@@ -6,9 +6,18 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from records import competition as rules
 from records.claim import as_number, tolerance
-from records.competition import MARGIN_NATS, P_PRACTICE, VAL_DOCS, bytes_per_token, nearest_fingerprint
+from records.competition import (
+    IMPLIED_BYTES,
+    LEAKY_SHARDS,
+    MARGIN_NATS,
+    P_PRACTICE,
+    VAL_DOCS,
+    VAL_TOKENS,
+    WRONG_VAL_TOKENS,
+    bytes_per_token,
+    nearest_fingerprint,
+)
 from records.folder import Folder
 from records.logs import Metric
 from records.proofs import Proof
@@ -92,7 +101,7 @@ def byte_ratios(folder: Folder) -> Iterator[Fact]:
 def judged_ratio(folder: Folder, ratio: float, error: float, tokens: float | None, file: str, line: int) -> Fact:
     """A known stream, the right number of bytes, a declared other text, or a wrong count."""
     name, off = nearest_fingerprint(ratio)
-    low, high = rules.IMPLIED_BYTES[0] * (1 - error), rules.IMPLIED_BYTES[1] * (1 + error)
+    low, high = IMPLIED_BYTES[0] * (1 - error), IMPLIED_BYTES[1] * (1 + error)
     total, declared = ratio * (tokens or 0), folder.claim.declared_text
     if declared is not None and abs(off) > error + 1.5e-6:
         return judged_declaration(folder, declared, (ratio, error), file, line)
@@ -145,15 +154,15 @@ def validation_text(folder: Folder) -> Iterator[Fact]:
         (tokens, line), (docs, docs_line), (shards, shards_line) = values.values()
         exact = [p.metric for p in usable(folder) if p.log is log and p.metric.exact]
         total = [ratio_of(metric)[0] * (tokens or 0) for metric in exact]
-        whole = tokens in rules.VAL_TOKENS or any(rules.IMPLIED_BYTES[0] <= n <= rules.IMPLIED_BYTES[1] for n in total)
-        why, official = rules.WRONG_VAL_TOKENS.get(tokens), folder.claim.declared_text is None
+        whole = tokens in VAL_TOKENS or any(IMPLIED_BYTES[0] <= n <= IMPLIED_BYTES[1] for n in total)
+        why, official = WRONG_VAL_TOKENS.get(tokens), folder.claim.declared_text is None
         if why or (official and tokens is not None):
             kind = pick(why, "part", pick(whole, "whole", "unusual"))
             yield fact(kind, log.name, line, n=tokens, why=why)
         if docs is not None and official:
             yield fact("other " * (docs != VAL_DOCS) + "documents", log.name, docs_line, n=docs)
-        if shards in rules.LEAKY_SHARDS:
-            yield fact("shards", log.name, shards_line, n=shards, why=rules.LEAKY_SHARDS[shards])
+        if shards in LEAKY_SHARDS:
+            yield fact("shards", log.name, shards_line, n=shards, why=LEAKY_SHARDS[shards])
 
 
 @rule("F20", "beats the best earlier record significantly", "issue 1902: p < 0.25")

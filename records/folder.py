@@ -14,7 +14,7 @@ from records.logs import Log
 from records.logs_reader import read_log
 from records.packed import Unpacked, source_text, unpack
 from records.proofs import Proof, log_seed, proofs_of
-from records.script import facts as read_facts
+from records.script import read_facts
 from records.tokenizer import read_vocabulary
 
 MAX_JSON = 4 << 20

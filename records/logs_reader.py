@@ -172,19 +172,19 @@ class LogReader:
 
     def _run(self, text: str, at: int) -> int:
         """Lines that come in thousands: running scores, and the training curve."""
-        noise = None if self.after_header else NOISE.match(text, at)
-        rows = None if self.after_header or noise else STEP_ROWS.match(text, at)
-        end = (noise or rows).end() if noise or rows else 0
-        if rows:
-            steps, losses = zip(*STEP_PAIR.findall("\n" + rows[0]))
+        lines = not self.after_header and (NOISE.match(text, at) or STEP_ROWS.match(text, at))
+        if not lines:
+            return 0
+        end = lines.end()
+        if lines.re is STEP_ROWS:
+            steps, losses = zip(*STEP_PAIR.findall("\n" + lines[0]))
             start = STAMP.match(text, at).end()
             last = STEP.match(text, STAMP.match(text, text.rfind("\n", at, end - 1) + 1 or at).end())
             self.log.family = self.log.family or family_of_step(text[start : start + 40])
             took = float(last[3] or 0) * MILLISECONDS.get(last[4], 0)
             self.log.steps.extend([*map(int, steps)], [*map(float, losses)], self.log.lines + 1, took)
-        if end:
-            self.fresh = self.in_params = False
-            self.log.lines += text.count("\n", at, end)
+        self.fresh = self.in_params = False
+        self.log.lines += text.count("\n", at, end)
         return end
 
     def _line(self, text: str, at: int) -> int:
@@ -226,7 +226,7 @@ class LogReader:
         log.family = {("B", True): "C"}.get((log.family, "total_docs" in log.values), log.family)
         stated = {key: as_seed(log.params.get(key, "")) for key in ("seed", "world_size", "val_tokens")}
         seed = stated.pop("seed")
-        log.seeds = {**({} if seed is None else {seed: 0}), **log.seeds}
+        log.seeds = dict.fromkeys({seed} - {None}, 0) | log.seeds
         log.values = {name: (float(n), 0) for name, n in stated.items() if n is not None} | log.values
 
     def _param(self, line: str) -> bool:
@@ -278,7 +278,8 @@ class LogReader:
 
 
 def family_of_step(line: str) -> str:
-    return ("A" if " train_loss" in line and line.startswith("step:") else "D") if line.startswith("s") else "B"
+    forms = {"A": line.startswith("step:") and " train_loss" in line, "D": line.startswith("s")}
+    return next((family for family, holds in forms.items() if holds), "B")
 
 
 def _read_event(log: Log, line: str) -> None:
@@ -303,7 +304,8 @@ def _read_event(log: Log, line: str) -> None:
             log.values.setdefault("val_tokens", (numbers["tokens"], log.lines))
         case "phase" if seconds is not None and isinstance(name, str):
             _append(log.phases.setdefault(name[:40], []), (seconds, log.lines))
-            log.stop = Stop(seconds * 1000, log.steps.last_step, log.lines) if name == "train" else log.stop
+            stops = {"train": Stop(seconds * 1000, log.steps.last_step, log.lines)}
+            log.stop = stops.get(name, log.stop)
         case "artifact" if numbers.get("bytes"):
             _append(log.models, Size("artifact", log.lines, int(numbers["bytes"])))
         case "run":

@@ -23,7 +23,7 @@ def cell(value: object) -> str:
     if number and value == value:
         return format(value, ".8g" if abs(value) < 1e6 else ".0f")
     empty = value is None or number
-    return "-" if empty else clean(re.sub(r"\s+", " ", str(value)).strip(), 300) or "-"
+    return clean(re.sub(r"\s+", " ", str(value)).strip(), 300) * (not empty) or "-"
 
 
 def row_of(run: Run, note: str = "") -> dict[str, str]:

@@ -117,7 +117,7 @@ def defaults(nodes: list) -> dict:
 
 
 @lru_cache(maxsize=256)
-def facts(text: str) -> dict:
+def read_facts(text: str) -> dict:
     """Everything the rules want to know about a script; of one that does not parse, what its pieces say."""
     body, failed, error = parse(text)
     by_type = every(body)

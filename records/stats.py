@@ -35,13 +35,15 @@ def beta_regularised(a: float, b: float, x: float) -> float:
         return float(x >= 1)
     front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
     swapped = x >= (a + 1) / (a + b + 2)
-    return 1 - front * beta_fraction(b, a, 1 - x) / b if swapped else front * beta_fraction(a, b, x) / a
+    if swapped:
+        return 1 - front * beta_fraction(b, a, 1 - x) / b
+    return front * beta_fraction(a, b, x) / a
 
 
 def t_upper(t: float, df: float) -> float:
     """P(T > t) for Student's t."""
-    half = 0.0 if math.isinf(t) else beta_regularised(df / 2, 0.5, df / (df + t * t)) / 2
-    return half if t >= 0 else 1 - half
+    half = beta_regularised(df / 2, 0.5, df / (df + t * t)) / 2
+    return {True: half, False: 1 - half}[t >= 0]
 
 
 class Welch(NamedTuple):
@@ -87,7 +89,7 @@ class Side:
 def seeds_needed(gain: float, a: Side, b: Side, margin: float, p: float) -> int | None:
     (va, n), excess, new = (deviation(a.bpb) ** 2 / len(a.bpb), len(a.bpb)), gain - margin, deviation(b.bpb)
     if excess <= 0 or va + new == 0:
-        return 2 if excess > 0 else None
+        return {True: 2, False: None}[excess > 0]
     variances = ((m, new**2 / m) for m in range(2, 1001))
     tests = ((m, excess / math.sqrt(va + vb), welch_df(va, n, vb, m)) for m, vb in variances)
     return next((m for m, t, df in tests if t_upper(t, df) < p), None)
@@ -110,11 +112,14 @@ def written_rule(a: Side, b: Side, gain: float) -> dict:
     margin = MARGIN_NATS / (math.log(2) * b.ratio)
     same_tokens = a.ratio is not None and abs(a.ratio / b.ratio - 1) < 1e-3
     in_nats = same_tokens and min(len(a.nats), len(b.nats)) > 1
-    used = welch(a.nats, b.nats, MARGIN_NATS) if in_nats else welch(a.bpb, b.bpb, margin)
+    used, gained = welch(a.bpb, b.bpb, margin), gain * math.log(2) * b.ratio
+    if in_nats:
+        used = welch(a.nats, b.nats, MARGIN_NATS)
+        gained = used.gain
     rule = f"{MARGIN_NATS} nats a token at p < {P_README}"
     return {
         "margin_bpb": margin,
-        "gain_nats": used.gain if in_nats else gain * math.log(2) * b.ratio,
+        "gain_nats": gained,
         "p_margin": used.p,
         "readme": used.p < P_README,
         "readme_rule": rule + ", converted by the new record's tokenizer" * (not same_tokens),

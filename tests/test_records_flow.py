@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from records.script import facts
+from records.script import read_facts
 from records.script_leaks import AGAIN, BEFORE, BETTER, FITTED, GATED, HASHED
 
 SCORE = """
@@ -292,12 +292,12 @@ def halves(c,looping):
 
 
 def told(source):
-    return {what for what, _ in facts(source)["leaks"]}
+    return {what for what, _ in read_facts(source)["leaks"]}
 
 
 @pytest.mark.parametrize(("source", "what"), CHEATS.values(), ids=CHEATS)
 def test_a_cheat_is_told_by_its_ruling_and_its_line(source, what):
-    found = facts(source)["leaks"]
+    found = read_facts(source)["leaks"]
     assert {w for w, _ in found} == {what}
     line = source.split("\n")[found[0][1] - 1]
     assert any(
@@ -353,7 +353,7 @@ NESTS = {
 
 @pytest.mark.parametrize("source", NESTS.values(), ids=NESTS)
 def test_nested_code_costs_no_more_than_its_length(source):
-    assert isinstance(facts(source)["leaks"], list)
+    assert isinstance(read_facts(source)["leaks"], list)
 
 
 WORDS = st.sampled_from(["y", "x", "self.t", "val_tokens", "h", "tgt", "all_tokens", "3"])
@@ -379,4 +379,4 @@ def test_any_code_is_read_without_an_error(values):
     body = "\n".join(f"    h = {v}\n    a, self.t[y] = {v}, h" for v in values)
     source = f"def f(self, x, y=1):\n{body}\n    loss.backward()\n    return h, y\n"
     ast.parse(source)
-    assert isinstance(facts(source)["leaks"], list)
+    assert isinstance(read_facts(source)["leaks"], list)

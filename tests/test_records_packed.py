@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from records.packed import MAX_UNPACKED, source_text, unpack
-from records.script import facts
+from records.script import read_facts
 from records.script_table import VOCABULARY, Unknown, canonical, deviations
 from records.tokenizer import altered_texts, read_vocabulary
 
@@ -127,14 +127,14 @@ def test_a_plain_script_that_mentions_exec_is_not_packed():
 @given(st.text(max_size=300))
 def test_any_text_can_be_inspected(text):
     for source in (text, f"exec({text})", f"import zlib\nexec(zlib.decompress({text!r}))"):
-        assert isinstance(facts(unpack(source).text)["statements"], int)
+        assert isinstance(read_facts(unpack(source).text)["statements"], int)
 
 
 def test_a_grammar_we_do_not_know_hides_only_its_own_piece():
     source = "import torch\n" + TABLE + '\ndef g(x):\n    return x["a" + ]\n\nimport socket\nsocket.socket()\n'
-    found = facts(source)
+    found = read_facts(source)
     assert found["error"] and found["failed"] == 1
-    nested = facts(source.replace('x["a" + ]', "f'{x['a']} {1}', min(a_bpb, b_bpb)"))
+    nested = read_facts(source.replace('x["a" + ]', "f'{x['a']} {1}', min(a_bpb, b_bpb)"))
     assert nested["failed"] == 0 and len(nested["minimum"]) == 1
     assert deviations(found["byte_table"]) == [] and found["network"] == [
         ["socket.socket", source[: source.index("socket.socket")].count("\n") + 1]
@@ -182,7 +182,7 @@ def test_the_table_walker_gives_up_instead_of_running_on(body):
 
 
 def test_the_projects_own_table_is_understood(request):
-    source = facts((request.config.rootpath / "eval" / "tokens.py").read_text(encoding="utf-8"))["byte_table"]
+    source = read_facts((request.config.rootpath / "eval" / "tokens.py").read_text(encoding="utf-8"))["byte_table"]
     assert deviations(source) == []
     assert deviations(source.replace(".removeprefix(SPACE_PIECE)", ""))
 
