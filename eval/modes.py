@@ -185,7 +185,7 @@ def evaluate_modes(
         spans = score(model, tokens, nbytes, mode, s, ranks=ranks, alpha=alpha, journal=journal)
         spans = gather_spans(merge_spans(within(spans, deadline, mode, s)), ranks[1])
         total, detail = bpb(spans, len(tokens)), breakdown(spans, tokens, nbytes, s.bos)
-        list(within(spans[-1:], deadline, mode, s))  # to gather and to fold take time too
+        in_time(spans[-1], deadline, mode, s)  # to gather and to fold take time too
         scores[mode] = replace(total, seconds=time.monotonic() - began, partial=partial, **detail)
     return scores
 
@@ -204,10 +204,14 @@ def check_modes(model: nn.Module, s: EvalSettings, modes: Iterable[str], alpha: 
 def within(spans: Iterator[Span], deadline: float, mode: str, s: EvalSettings) -> Iterator[Span]:
     """The spans, until the budget is spent."""
     for span in spans:
-        if time.monotonic() > deadline:
-            at = f"in mode {mode}, lane {span.lane}, at token {span.stop}"
-            raise TimeoutError(f"eval_seconds={s.eval_seconds:g} is spent {at}; raise it, or evaluate fewer modes")
+        in_time(span, deadline, mode, s)
         yield span
+
+
+def in_time(span: Span, deadline: float, mode: str, s: EvalSettings) -> None:
+    if time.monotonic() > deadline:
+        at = f"in mode {mode}, lane {span.lane}, at token {span.stop}"
+        raise TimeoutError(f"eval_seconds={s.eval_seconds:g} is spent {at}; raise it, or evaluate fewer modes")
 
 
 def fit_engram(model: nn.Module, tokens: np.ndarray, s: EvalSettings) -> np.ndarray:
