@@ -12,7 +12,8 @@ profile=${PROFILE:-skc_competition} variant=sp8192
 if [ "$profile" = baseline ]; then variant=sp1024; fi
 run=${RUN_ID:-1gpu-$profile} data=datasets/$variant prepare=(hub --variant "$variant" --train-shards 20)
 start=("$PY") out=runs/records title="${NAME:-$profile on one GPU}" mode=all
-words=(micro_tokens=32768 val_tokens=4000000 eval_seconds=0 checkpoint_every=500)
+words=(micro_tokens=32768 val_tokens=4000000 eval_seconds=0 checkpoint_every=500
+    eval_lanes=64 eval_batch=16)  # of 4 M tokens 512 lanes would be four windows each
 if [ "${SMOKE:-}" ]; then . run_scripts/smoke.sh; fi
 if [ "$profile" != skc_competition ]; then mode=sliding; fi
 enter "$mode" "$@"

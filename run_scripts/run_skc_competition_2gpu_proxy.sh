@@ -10,7 +10,8 @@ set -euo pipefail
 
 profile=skc_competition run=${RUN_ID:-proxy} out=runs/records title="${NAME:-Two-GPU proxy}"
 data=datasets/sp8192 prepare=(hub --variant sp8192 --train-shards 10) start=("${torchrun[@]}" --nproc_per_node=2)
-words=(batch_tokens=131072 micro_tokens=32768 max_seconds=300 val_tokens=4000000 checkpoint_every=500)
+words=(batch_tokens=131072 micro_tokens=32768 max_seconds=300 val_tokens=4000000 checkpoint_every=500
+    eval_lanes=64 eval_batch=16)  # of 4 M tokens 512 lanes would be four windows each
 if [ "${SMOKE:-}" ]; then . run_scripts/smoke.sh; fi
 enter all "$@"
 "$PY" -m records report "${runs[@]}"
