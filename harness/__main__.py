@@ -6,7 +6,7 @@ generate FILE [--text TEXT]    text from a checkpoint or an artifact
 load FILE                      an artifact read and checked, without data
 export CHECKPOINT              the artifact of a checkpoint
 follow RUN [--sample] [--proxy]  samples and proxies of the artifact from a run's checkpoints, while it trains
-preflight [field=value ...]    whatever could fail later, tried now
+preflight [--measure S] [--json] [field=value ...]  whatever could fail later, tried now
 supervise [options] -- COMMAND   a run that may be left alone: watched, told of, published, ended when it hangs
 certify --script FILE --artifact FILE --data DIR   the probes of legality on the file that ran and what it wrote
 """

@@ -1,7 +1,4 @@
-"""Seconds of training and evaluation: measured by doing a little of both, or guessed from FLOPs.
-
-An evaluation is a row of rounds that wait for each other: what a mode costs is its rounds times what one takes.
-"""
+"""Seconds of training and evaluation: measured by doing a little of both, or guessed from FLOPs."""
 
 import time
 from itertools import islice
@@ -10,10 +7,19 @@ from typing import NamedTuple
 import numpy as np
 
 from eval.engram import ENGRAM_ALPHA_SHAPE
-from eval.modes import EVAL_MODES, adapt_lanes, mode_groups
-from eval.score import EvalSettings
+from eval.modes import EVAL_MODES, adapt_lanes, groups_per_rank, mode_groups
 from runtime.ranks import Runtime
-from train_gpt import Config, Run, Validation, accumulate, begin_run, eval_settings, flops_per_token, phases
+from train_gpt import (
+    Config,
+    Run,
+    Validation,
+    accumulate,
+    begin_run,
+    compiled,
+    eval_settings,
+    flops_per_token,
+    phases,
+)
 
 EFFICIENCY = 1 / 3  # of the measured matmul rate, in training
 MODE_PASSES = {"chunked": 1.0, "stream": 1.0, "engram": 1.3, "ttt": 6.5, "all": 7.0}  # measured time, in plain forwards
@@ -35,18 +41,6 @@ class Costs(NamedTuple):
         return max_steps, max_steps * sum(share * step for share, step in rows)
 
 
-def rank_rounds(mode: str, s: EvalSettings, tokens: int, world: int) -> list[int]:
-    """Of each rank: rounds that wait for each other."""
-    how, absent = EVAL_MODES[mode], np.broadcast_to(np.int64(0), tokens)  # only their number is asked for
-    step = s.ttt_chunk if how.learns else s.eval_stride if how.slides else s.eval_seq_len
-    back = s.eval_seq_len if how.reads_back else 0
-    rounds = [
-        max(-(-(stop - start + min(back, start - 1)) // step) for _, start, stop in lanes)
-        for lanes in mode_groups(absent, absent, mode, s)
-    ]
-    return [sum(rounds[rank::world]) for rank in range(world)]
-
-
 def by_flops(c: Config, rate: float, tokens: int) -> Costs:
     """By the matmul rate of all ranks alone: a guess, and no reason to refuse a run."""
     token = flops_per_token(c) / (EFFICIENCY * rate)  # a forward pass is a third of it
@@ -56,27 +50,27 @@ def by_flops(c: Config, rate: float, tokens: int) -> Costs:
 
 
 def measured(c: Config, rt: Runtime, seconds: float) -> Costs:
-    """By doing it: steps of every phase and rounds of every mode on the real data, for about so many seconds."""
-    run, val = begin_run(c, rt), Validation(c)
-    part = 0.5 * seconds / len(phases(c))
-    steps = [(phase.start, step_seconds(run, number, part)) for number, phase in enumerate(phases(c))]
-    part, rates = 0.5 * seconds / len(c.eval_modes), {}
+    """By doing it: steps of every phase and windows of every mode on the real data, for about so many seconds."""
+    run, val, each, modes = begin_run(c, rt), Validation(c), 0.5 * seconds / len(phases(c)), {}
+    steps = [(phase.start, step_seconds(rt, run, number, each)) for number, phase in enumerate(phases(c))]
     for mode in c.eval_modes:
-        rates[mode] = token_seconds(c, run, val, mode, part)
-    ranks = rt.world if rt.device.type == "cuda" else 1  # ranks on CPU share its cores
-    evaluation = {mode: len(val.tokens) * each / ranks for mode, each in rates.items()}
-    return Costs(steps, evaluation, f"measured here for {seconds:g} s", sure=True)
+        groups = groups_per_rank(mode, eval_settings(c), rt.world)
+        share = max(groups) / sum(groups) if rt.device.type == "cuda" else 1.0  # ranks on CPU share its cores
+        modes[mode] = len(val.tokens) * share * token_seconds(c, run, val, mode, 0.5 * seconds / len(c.eval_modes))
+    return Costs(steps, modes, f"measured here for {seconds:g} s", sure=True)
 
 
-def step_seconds(run: Run, phase: int, budget: float) -> float:
+def step_seconds(rt: Runtime, run: Run, phase: int, budget: float) -> float:
     """Of an optimizer step; the first one warms up."""
+    loss = compiled(rt, run.model.loss)
 
     def step() -> None:
-        accumulate(run.model, run.model.loss, run.data, run.optimizer.buckets)
+        accumulate(run.model, loss, run.data, run.optimizer.buckets)
         run.optimizer.step(0.0, 0)
+        rt.wait()
 
     run.model.train()
-    run.model.phase = phase
+    run.model.phase, run.model.carried = phase, None
     step()
     began, steps = time.perf_counter(), 0
     while not steps or time.perf_counter() - began < budget:
@@ -86,16 +80,15 @@ def step_seconds(run: Run, phase: int, budget: float) -> float:
 
 
 def token_seconds(c: Config, run: Run, val: Validation, mode: str, budget: float) -> float:
-    """Of a scored token, of whole windows; the first one warms up."""
+    """Of a scored token, by whole windows; the first one warms up, and counts only where it is all there is."""
     s, alpha, how = eval_settings(c), np.ones(ENGRAM_ALPHA_SHAPE, np.float32), EVAL_MODES[mode]
     lanes = mode_groups(val.tokens, val.bytes, mode, s)[0]
     rounds = s.eval_seq_len // s.engram_chunk if how.remembers and not how.learns else 1  # of a window
     spans = adapt_lanes(run.model, val.tokens, val.bytes, mode, s, lanes, alpha)
-    windows = iter(lambda: list(islice(spans, len(lanes) * rounds)), [])
-    next(windows)
-    began, now, tokens = time.perf_counter(), 0.0, 0
-    for window in windows:
-        now, tokens = time.perf_counter(), tokens + sum(span.stop - span.start for span in window)
-        if now - began > budget:
-            break
-    return (now - began) / tokens if tokens else 0.0
+    rates, began, spent = [], time.perf_counter(), 0.0
+    while (len(rates) < 2 or spent < budget) and (window := list(islice(spans, len(lanes) * rounds))):
+        tokens, now = sum(span.stop - span.start for span in window), time.perf_counter()
+        rates.append((now - began, tokens))
+        spent, began = spent + now - began, now
+    took, tokens = np.sum(rates[1:] or rates, axis=0)
+    return float(took / tokens)

@@ -36,14 +36,12 @@ class Plan(NamedTuple):
     batch_tokens: int
     max_steps: int
     max_seconds: float
-    reserve_seconds: float
     world: int
     device: torch.device
     rate: float  # measured FLOP/s of a matrix product on one device
     folder: Path  # of the run
     data: Path
     vocab: int
-    eval_seconds: float
 
     @property
     def weights(self) -> int:
@@ -104,14 +102,12 @@ def plan(c: Config, rt: Runtime) -> Plan:
         batch_tokens=c.batch_tokens,
         max_steps=c.max_steps,
         max_seconds=c.max_seconds,
-        reserve_seconds=c.reserve_seconds,
         world=rt.world,
         device=rt.device,
         rate=rt.peak_flops,
         folder=Path(c.runs) / c.run_id,
         data=Path(c.data),
         vocab=c.vocab,
-        eval_seconds=c.eval_seconds,
     )
 
 

@@ -18,7 +18,8 @@ import sentencepiece
 import torch
 
 from data.shards import open_shard, shard_paths, shard_sha256
-from harness.costs import Costs, by_flops, measured, rank_rounds
+from eval.modes import groups_per_rank
+from harness.costs import Costs, by_flops, measured
 from harness.files import stored_config
 from harness.findings import Finding, as_json, at_most, finding, refusal, unknown
 from harness.plan import Plan, plan
@@ -132,22 +133,25 @@ def check_bytes(predicted: int, code: int, cap: int) -> Finding:
     return row._replace(way_out=f"A prediction may be {MARGIN:.0%} off: keep more room") if close else row
 
 
-def check_training(steps: float, seconds: float, max_seconds: float, basis: str) -> list[Finding]:
+def check_training(steps: float, seconds: float, max_steps: int, max_seconds: float, basis: str) -> list[Finding]:
+    """Advice: a run ends at its limits, whatever was predicted."""
     few = "Few: lower batch_tokens or the model's size" if steps < FEW_STEPS else ""
     said = f"about {steps:,.0f} steps of {seconds / max(steps, 1e-9):.3g} s, {basis}"
     rows = [Finding("steps", True, said, few, steps, FEW_STEPS, steps - FEW_STEPS)]
-    return [*rows, at_most("seconds", seconds, max_seconds, f"about {seconds:,.0f} s of training", "Raise max_seconds")]
+    short = "The clock ends the run before max_steps" if steps < max_steps else ""
+    text, limit = f"about {seconds:,.0f} s of training", max_seconds or None
+    return [*rows, Finding("seconds", True, text, short, seconds, limit, limit and limit - seconds)]
 
 
-def check_evaluation(costs: Costs, rounds: dict[str, list[int]], budget: float, alone: bool) -> list[Finding]:
+def check_evaluation(costs: Costs, groups: dict[str, list[int]], budget: float, alone: bool) -> list[Finding]:
     """Every mode, all together, and whether the ranks, each `alone` on a device, have equal work."""
     rows, way_out = [], "Evaluate fewer modes, or raise eval_seconds, eval_lanes or eval_stride"
     for name, seconds in [*costs.evaluation.items(), ("", sum(costs.evaluation.values()))]:
         of, name = f" of {budget:g}" if budget else ", no budget", f"eval.{name}".rstrip(".")
         row = at_most(name, seconds, budget, f"about {seconds:,.0f} s{of}, {costs.basis}", way_out)
         rows.append(row if costs.sure else row._replace(ok=None, way_out=""))
-    uneven = {mode: each for mode, each in rounds.items() if max(each) > 1.1 * min(each)}
-    said = f"rounds of each rank: {'; '.join(f'{mode} {each}' for mode, each in (uneven or rounds).items())}"
+    uneven = {mode: each for mode, each in groups.items() if len(set(each)) > 1}
+    said = f"groups of lanes of each rank: {'; '.join(f'{mode} {each}' for mode, each in (uneven or groups).items())}"
     ways = "Some ranks wait: make eval_lanes / eval_batch a multiple of the ranks"
     return [*rows, finding("eval.ranks", said, bool(uneven), ways, advice=not alone)]
 
@@ -163,13 +167,9 @@ def check_credentials(target: str, token: str) -> Finding:
     """Whether they are good, the first file shows that the supervisor sends."""
     if not REPOSITORY.match(target):
         return Finding("credentials", True, "none are needed")
-    return (
-        unknown("credentials", "HF_TOKEN is there, and not tried")
-        if token
-        else Finding(
-            "credentials", False, f"HF_TOKEN is empty, and {target} wants one", "Set it, or publish to a folder"
-        )
-    )
+    if token:
+        return unknown("credentials", "HF_TOKEN is there, and not tried")
+    return Finding("credentials", False, f"HF_TOKEN is empty, {target} wants one", "Set it, or publish to a folder")
 
 
 def check_plan(p: Plan) -> list[Finding]:
@@ -202,9 +202,9 @@ def check_costs(c: Config, rt: Runtime, seconds: float) -> list[Finding]:
     tokens = min(tokens, c.val_tokens or tokens)
     costs = measured(c, rt, seconds) if seconds else by_flops(c, rt.all_flops, tokens)
     training = costs.training(c.max_steps, c.max_seconds - c.reserve_seconds)
-    rounds = {mode: rank_rounds(mode, eval_settings(c), tokens, rt.world) for mode in c.eval_modes}
-    rows = check_training(*training, c.max_seconds, costs.basis)
-    return rows + check_evaluation(costs, rounds, c.eval_seconds, rt.device.type == "cuda")
+    groups = {mode: groups_per_rank(mode, eval_settings(c), rt.world) for mode in c.eval_modes}
+    rows = check_training(*training, c.max_steps, c.max_seconds, costs.basis)
+    return rows + check_evaluation(costs, groups, c.eval_seconds, rt.device.type == "cuda")
 
 
 def check_run(c: Config, rt: Runtime, given: dict[str, str], token: str) -> list[Finding]:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from data.manifest import describe_files, write_manifest
-from harness.costs import Costs
+from harness.costs import Costs, measured
 from harness.findings import Finding, as_json, at_most, refusal, unknown
-from harness.plan import Plan
+from harness.plan import Plan, saved_bytes
 from harness.preflight import (
     check_bytes,
     check_credentials,
@@ -26,7 +26,9 @@ from harness.preflight import (
     host_memory,
     preflight_command,
 )
+from runtime.ranks import Runtime
 from tests.toys import toy_dataset
+from train_gpt import load_config
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def plan(dataset, **changes):
     p = Plan(
         families=[("matrix", 1_000_000, "ternary", "ternary", 200_000), ("embed", 1_000, "int6", "int6", 800)],
         code=24_000, cap=16_000_000, flops=6e6, activations=1e6, batch_tokens=1000, max_steps=0, max_seconds=600.0,
-        reserve_seconds=0.0, world=2, device=torch.device("cpu"), rate=1e12, eval_seconds=600.0,
+        world=2, device=torch.device("cpu"), rate=1e12,
         folder=dataset.parent / "runs" / "x", data=dataset, vocab=64,
     )  # fmt: skip
     return p._replace(**changes)
@@ -143,8 +145,8 @@ def test_a_folder_that_cannot_be_written_is_found(tmp_path):
     (check_packers(["json"]), "ok"), (check_packers(["no_such_packer"]), "fail"),
     (check_bytes(15_900_000, 24_000, 16_000_000), "warn"), (check_bytes(15_981_000, 24_000, 16_000_000), "fail"),
     (check_bytes(15_000_000, 24_000, 16_000_000), "ok"),
-    (check_training(6000, 600, 600, "x")[0], "ok"), (check_training(60, 600, 600, "x")[0], "warn"),
-    (check_training(60, 600, 600, "x")[1], "ok"),
+    (check_training(6000, 600, 0, 600, "x")[0], "ok"), (check_training(60, 600, 0, 600, "x")[0], "warn"),
+    (check_training(60, 600, 0, 600, "x")[1], "ok"), (check_training(60, 600, 99, 600, "x")[1], "warn"),
     (check_credentials("", ""), "ok"), (check_credentials("a/b", ""), "fail"), (check_credentials("a/b", "t"), "?"),
     (check_price(1200, 21.5, 5.0), "warn"), (check_price(1200, 21.5, 8.0), "ok"), (check_price(1200, 21.5, 0), "ok"),
 ])  # fmt: skip
@@ -153,12 +155,12 @@ def test_each_limit_has_its_verdict_and_a_way_out(row, verdict):
     assert bool(row.way_out) == (verdict not in ("ok", "?"))
 
 
-ROUNDS = {"stream": [10, 10], "all": [90, 90]}
+GROUPS = {"stream": [1, 1], "all": [4, 4]}
 
 
-def evaluation(seconds, sure=True, rounds=ROUNDS, alone=True):
+def evaluation(seconds, sure=True, groups=GROUPS, alone=True):
     costs = Costs([(0.0, 1.0)], {"stream": 80.0, "all": seconds}, "measured", sure)
-    return check_evaluation(costs, rounds, 600.0, alone)
+    return check_evaluation(costs, groups, 600.0, alone)
 
 
 def test_an_evaluation_twenty_seconds_over_its_budget_is_refused():
@@ -172,9 +174,9 @@ def test_a_guess_refuses_nothing():
 
 
 def test_ranks_with_unequal_work_are_refused():
-    idle = evaluation(10, rounds={"all": [90, 0]})[-1]
-    assert idle.ok is False and "eval_batch" in idle.way_out and "all [90, 0]" in idle.said
-    assert evaluation(10, rounds={"all": [90, 0]}, alone=False)[-1].ok  # on CPU all share the same cores
+    idle = evaluation(10, groups={"all": [1, 0]})[-1]
+    assert idle.ok is False and "eval_batch" in idle.way_out and "all [1, 0]" in idle.said
+    assert evaluation(10, groups={"all": [1, 0]}, alone=False)[-1].ok  # on CPU all share the same cores
 
 
 def test_phases_of_a_run_take_their_shares_of_it():
@@ -246,3 +248,17 @@ def test_a_run_is_measured_by_doing_it(dataset, tmp_path, capsys, no_measurement
     assert all(row["ok"] and 0 < row["predicted"] < row["limit"] for row in modes)
     assert preflight_command([*words, "--measure", "2", "--json", "eval_seconds=0.001"], {}) == 2
     assert json.loads(capsys.readouterr().out)["verdict"] == "refused"
+
+
+TRACED = {"skc_competition": 30.0e9, "baseline": 10.9e9, "frontier": 40.8e9}  # as CUDA, at full size
+
+
+@pytest.mark.parametrize("profile", TRACED)
+def test_what_a_step_saves_is_near_what_was_traced(profile):
+    assert saved_bytes(load_config([], {}, profile)[0]) == pytest.approx(TRACED[profile], rel=0.25)
+
+
+def test_one_window_is_enough_to_measure_and_is_never_free(dataset):
+    c, _ = load_config([f"data={dataset}", "val_tokens=20", "eval_lanes=1"], {}, "tiny")
+    rt = Runtime(0, 1, torch.device("cpu"), torch.float32, 1e10)
+    assert all(seconds > 0 for seconds in measured(c, rt, 0.1).evaluation.values())
