@@ -708,7 +708,7 @@ class GPT(Part):
             i, block, site = len(trip.new), self.blocks[slot.layer % c.blocks], self.sites[slot.site]
             damp = (slot.layer + 1) ** -0.5
             if c.feedback_passes and c.halt:
-                xs = trip.kept[slot.site] = hold(ctx.rest, trip.kept.get(slot.site, xs), xs)
+                xs = trip.entered[slot.site] = hold(ctx.rest, trip.entered.get(slot.site, xs), xs)
             alone = slot.layer % c.streams  # the stream that mixer and MLP read where they do not work side by side
             reads = (0, 1) if 0 < c.parallel_from <= slot.layer else (alone, alone)
             if slot.take is not None:

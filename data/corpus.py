@@ -148,5 +148,5 @@ def choose_validation(rows, val_bytes):
 
 
 def cut_at_line(text, size):
-    kept = text.encode()[:size].decode("utf-8", "ignore")
-    return kept if kept == text else kept[: kept.rfind("\n") + 1] or kept
+    start = text.encode()[:size].decode("utf-8", "ignore")
+    return start if start == text else start[: start.rfind("\n") + 1] or start

@@ -56,7 +56,7 @@ def overlap(val_paths, train_paths):
     starts, stops = _documents(validation)
     heads = _fingerprints(validation, starts, stops)
     order = np.argsort(heads)
-    found = np.zeros(len(starts), bool)
+    shared = np.zeros(len(starts), bool)
     for path in train_paths:
         tokens = open_shard(path)
         begins, ends = _documents(tokens)
@@ -64,8 +64,8 @@ def overlap(val_paths, train_paths):
         first, last = (np.searchsorted(heads, marks, side, sorter=order) for side in ("left", "right"))
         for i in np.flatnonzero(first < last):
             for j in order[first[i] : last[i]]:
-                found[j] |= np.array_equal(tokens[begins[i] : ends[i]], validation[starts[j] : stops[j]])
-    return int(found.sum()), len(found)
+                shared[j] |= np.array_equal(tokens[begins[i] : ends[i]], validation[starts[j] : stops[j]])
+    return int(shared.sum()), len(shared)
 
 
 def _documents(tokens):

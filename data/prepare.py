@@ -92,8 +92,8 @@ def tokenise(texts, tokenizer, folder, split, a):
 def make_tokenizer(a, corpus, making, recipe):
     path = making / "tokenizer.model"
     for folder in (making, a.out):  # of an interrupted run, or of the dataset that is to be replaced
-        known = read_manifest(folder) if not a.force else {}
-        if known.get("tokenizer") == recipe and intact(folder, {path.name: known["files"][path.name]}):
+        manifest = read_manifest(folder) if not a.force else {}
+        if manifest.get("tokenizer") == recipe and intact(folder, {path.name: manifest["files"][path.name]}):
             path.write_bytes((folder / path.name).read_bytes())
             print("  tokenizer: reused", flush=True)
             return Tokenizer(path)

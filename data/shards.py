@@ -45,8 +45,8 @@ def open_shard(path, vocab=None):
         raise ValueError(f"{path}: {size} bytes is shorter than the {SHARD_HEADER_BYTES}-byte shard header; {again}")
     magic, version, count = np.fromfile(path, "<i4", 3).tolist()
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        known = f"magic {SHARD_MAGIC}, version {SHARD_VERSION}"
-        raise ValueError(f"{path}: not a token shard: magic {magic}, version {version} where {known} belong; {again}")
+        ours = f"magic {SHARD_MAGIC}, version {SHARD_VERSION}"
+        raise ValueError(f"{path}: not a token shard: magic {magic}, version {version} where {ours} belong; {again}")
     held = size - SHARD_HEADER_BYTES
     if held != 2 * count:
         fault = "truncated" if held < 2 * count else "too long"
@@ -201,13 +201,13 @@ def dataset_hash(folder):
     files = [*shard_paths(folder, "train"), *shard_paths(folder, "val"), *sidecar_paths(folder)]
     files += sorted(folder.glob("tokenizer.model"))
     try:
-        known = json.loads((folder / "manifest.json").read_text()).get("files", {})
+        listed = json.loads((folder / "manifest.json").read_text()).get("files", {})
     except FileNotFoundError:
-        known = {}
+        listed = {}
     except json.JSONDecodeError as e:
         raise ValueError(f"{folder / 'manifest.json'}: damaged ({e}); delete it or prepare the data again") from e
-    trusted = all(known.get(p.name, {}).get("bytes") == p.stat().st_size for p in files)
-    lines = [f"{p.name} {known[p.name]['sha256'] if trusted else shard_sha256(p)}\n" for p in files]
+    trusted = all(listed.get(p.name, {}).get("bytes") == p.stat().st_size for p in files)
+    lines = [f"{p.name} {listed[p.name]['sha256'] if trusted else shard_sha256(p)}\n" for p in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
 
 

@@ -76,9 +76,9 @@ class FolderTarget:
                 os.fsync(there.fileno())
             wanted = digest(file, hashlib.sha256())
             with part.open("rb") as there:
-                found = digest(there, hashlib.sha256())
-            if found != wanted:
-                raise Unreached(f"{path}: holds {found[:12]}, {wanted[:12]} was sent")
+                arrived = digest(there, hashlib.sha256())
+            if arrived != wanted:
+                raise Unreached(f"{path}: holds {arrived[:12]}, {wanted[:12]} was sent")
             part.replace(path)
         except PermissionError as error:
             raise Refused(f"{path}: {error.strerror}") from error
@@ -124,8 +124,8 @@ class HubTarget:
         commit = api.upload_file(
             path_or_fileobj=file, path_in_repo=name, repo_id=self.repository, commit_message=f"{name}, {size:,} bytes"
         )
-        found = api.get_paths_info(self.repository, [name], revision=commit.oid)
-        held = [entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in found]
+        entries = api.get_paths_info(self.repository, [name], revision=commit.oid)
+        held = [entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in entries]
         if held not in ([sha256], [blob]):
             raise Unreached(f"{self}: {name} is there as {held}, {sha256[:12]} was sent")
         return Receipt(name, f"{api.endpoint}/{self.repository}/resolve/{commit.oid}/{name}", sha256, size)

@@ -228,19 +228,19 @@ def _capsule_flow(
     step = t if REVERSE else t + 1
     here, inside = (t >= first) & (t < end), (step >= first) & (step < end)
     row, slots = ((b * T + t) * H + h)[:, None], here[:, None] & (n[None, :] < C)
-    own = tl.load(loga + row * C + n[None, :], mask=slots, other=0.0).to(tl.float32)
+    log_decay = tl.load(loga + row * C + n[None, :], mask=slots, other=0.0).to(tl.float32)
     weight = tl.load(x + row * C + n[None, :], mask=slots, other=0.0).to(tl.float32)
     value = tl.load(v + row * D + k[None, :], mask=here[:, None] & (k[None, :] < D), other=0.0).to(tl.float32)
     row, slots = ((b * T + step) * H + h)[:, None], inside[:, None] & (n[None, :] < C)
     weight *= tl.exp(tl.cumsum(tl.load(loga + row * C + n[None, :], mask=slots, other=0.0).to(tl.float32), 0))
-    keep = tl.exp(tl.sum(own, 0))
+    decay = tl.exp(tl.sum(log_decay, 0))
     if not REVERSE:
-        weight *= _capsule_gain(own)
+        weight *= _capsule_gain(log_decay)
     if HAS_START:
         cuts = tl.cumsum(tl.load(start + b * T + step, mask=inside, other=0).to(tl.int32), 0)
         weight = tl.where((cuts == 0)[:, None], weight, 0.0)
-        keep = tl.where(tl.sum(tl.load(start + b * T + t, mask=here, other=0).to(tl.int32), 0) == 0, keep, 0.0)
-    return keep, tl.dot(tl.trans(weight), value, input_precision=PRECISION)
+        decay = tl.where(tl.sum(tl.load(start + b * T + t, mask=here, other=0).to(tl.int32), 0) == 0, decay, 0.0)
+    return decay, tl.dot(tl.trans(weight), value, input_precision=PRECISION)
 
 
 @triton.jit
@@ -310,13 +310,13 @@ def _capsule_block(r, loga, u, start, b, h, t, T, H, C, D, HAS_START: tl.constex
     row = (b * T + t) * H + h
     here = t < T
     slots = here[:, None] & (n[None, :] < C)
-    own = tl.load(loga + row[:, None] * C + n[None, :], mask=slots, other=0.0).to(tl.float32)
-    gain = _capsule_gain(own)
+    log_decay = tl.load(loga + row[:, None] * C + n[None, :], mask=slots, other=0.0).to(tl.float32)
+    gain = _capsule_gain(log_decay)
     write = tl.load(r + row[:, None] * C + n[None, :], mask=slots, other=0.0).to(tl.float32)
     value = tl.load(u + row[:, None] * D + k[None, :], mask=here[:, None] & (k[None, :] < D), other=0.0).to(tl.float32)
     if HAS_START:  # a decay of zero: its logarithm is finite, so that no product of it is a NaN
-        own = tl.where(tl.load(start + b * T + t, mask=here, other=0)[:, None] != 0, -1.0e9, own)
-    return own, write * gain, gain, value
+        log_decay = tl.where(tl.load(start + b * T + t, mask=here, other=0)[:, None] != 0, -1.0e9, log_decay)
+    return log_decay, write * gain, gain, value
 
 
 @triton.jit
@@ -448,9 +448,9 @@ def _capsule_backward_kernel(
     # the same step
     inner = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
     equal = i[:, None] == i[None, :]
-    own = tl.sum(tl.where(equal, inner, 0.0), 1)[:, None]
-    dread += own * weight
-    dweight += own * read
+    same_step = tl.sum(tl.where(equal, inner, 0.0), 1)[:, None]
+    dread += same_step * weight
+    dweight += same_step * read
     score = tl.where(equal, tl.sum(read * weight, 1)[:, None], 0.0)
     # the borders inside it
     for level in tl.static_range(LOG):

@@ -139,7 +139,7 @@ class Trip(NamedTuple):
     states: dict  # by step, as it was
     new: dict  # by step, to go on from
     stored: dict  # by layer, for the skips
-    kept: dict  # by site, what entered it last
+    entered: dict  # by site, what entered it last
     aux: dict
 
 

@@ -88,9 +88,9 @@ def _softcap_ce_forward_kernel(logits, targets, nll, lse, V, stride, cap, BV: tl
         first += BV
     peak = tl.max(top, 0)
     level = peak + tl.log(tl.sum(total * tl.exp(top - peak), 0))
-    known = (target >= 0) & (target < V)
+    in_vocabulary = (target >= 0) & (target < V)
     tl.store(lse + n, level)
-    tl.store(nll + n, tl.where(known, level - tl.sum(hit, 0), float("nan")))
+    tl.store(nll + n, tl.where(in_vocabulary, level - tl.sum(hit, 0), float("nan")))
 
 
 @triton.jit

@@ -98,10 +98,10 @@ def _ternary_project_kernel(
         scale = _tree_sum_of(size, NG, G, LOG) * (1 / G)
     else:
         scale = tl.sqrt_rn(_tree_sum_of(x * x, NG, G, LOG) * (1 / G))
-    kept = size > ((0.6 if RULE == 2 else 0.5) * scale)[:, None]
+    nonzero = size > ((0.6 if RULE == 2 else 0.5) * scale)[:, None]
     if RULE == 2:
-        count = tl.maximum(_tree_sum_of(kept.to(tl.float32), NG, G, LOG), 1.0)
-        scale = tl.div_rn(_tree_sum_of(tl.where(kept, size, size * 0.0), NG, G, LOG), count)
+        count = tl.maximum(_tree_sum_of(nonzero.to(tl.float32), NG, G, LOG), 1.0)
+        scale = tl.div_rn(_tree_sum_of(tl.where(nonzero, size, size * 0.0), NG, G, LOG), count)
     top = tl.max(scale, 0)
     row = (top * (1 / MOST)).to(tl.float16).to(tl.float32)
     row = tl.where(top > 0, tl.maximum(row, LEAST), row)
@@ -109,7 +109,7 @@ def _ternary_project_kernel(
     factor = tl.floor(tl.div_rn(scale, step + scale * 0.0) + 0.5)
     factor = tl.where(scale == 0, 0.0, tl.minimum(tl.maximum(factor, 1.0), MOST))
     # the row's NaN, if there is one, must reach every weight of it
-    value = tl.where(kept, tl.where(x < 0, -1.0, 1.0), 0.0) * (row * factor + tl.sum(scale * 0.0, 0))[:, None]
+    value = tl.where(nonzero, tl.where(x < 0, -1.0, 1.0), 0.0) * (row * factor + tl.sum(scale * 0.0, 0))[:, None]
     tl.store(out + at, value, mask=k < K)
 
 

@@ -58,12 +58,12 @@ def is_current(folder, files, profile, prove, traced=False):
     path, script = folder / "manifest.json", folder / "train_gpt.py"
     if not (path.exists() and script.exists()):
         return False
-    known = json.loads(path.read_text())
-    sources = {name: source_hash(files.get(name, "")) for name in known["sources"]}
-    same = (known["profile"], known["sources"]) == (profile, sources)
+    manifest = json.loads(path.read_text())
+    sources = {name: source_hash(files.get(name, "")) for name in manifest["sources"]}
+    same = (manifest["profile"], manifest["sources"]) == (profile, sources)
     wanted = {"steps"} if prove else set()
     wanted |= {"shares"} if prove and traced else set()
-    return same and known["train_gpt.py"]["sha256"] == source_hash(script) and wanted <= set(known["proof"] or ())
+    return same and manifest["train_gpt.py"]["sha256"] == source_hash(script) and wanted <= set(manifest["proof"] or ())
 
 
 def source_hash(source):

@@ -45,23 +45,23 @@ class Folder(Scoped):
     visit_FunctionDef = visit_AsyncFunctionDef = visit_Lambda = visit_function
 
     @staticmethod
-    def is_generator(own):
-        return any(isinstance(n, (ast.Yield, ast.YieldFrom)) for n in own)
+    def is_generator(nodes):
+        return any(isinstance(n, (ast.Yield, ast.YieldFrom)) for n in nodes)
 
-    def enter(self, node, scope, own):
+    def enter(self, node, scope, nodes):
         """Aliases `c = self.c`, bound once, and parameters of lambdas named as Configs are held: configs, too."""
-        self.generators.append(self.is_generator(own))
-        self.check_config(own, {a.arg for a in all_arguments(node.args) if is_config(a.annotation)})
+        self.generators.append(self.is_generator(nodes))
+        self.check_config(nodes, {a.arg for a in all_arguments(node.args) if is_config(a.annotation)})
         if isinstance(node, ast.Lambda):
             scope.configs |= {a.arg for a in all_arguments(node.args)} & self.facts.holders
-        bound = Counter(n.id for n in own if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load))
-        assigned = [pair for n in own if isinstance(n, ast.Assign) for pair in pairs(n)]
+        bound = Counter(n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load))
+        assigned = [pair for n in nodes if isinstance(n, ast.Assign) for pair in pairs(n)]
         once = [(t.id, value) for t, value in assigned if isinstance(t, ast.Name) and bound[t.id] == 1]
         scope.configs.update(name for name, value in once if self.is_config(value))
 
     @staticmethod
-    def check_config(own, arguments):
-        for n in own:
+    def check_config(nodes, arguments):
+        for n in nodes:
             match n:
                 case ast.Name(id=name, ctx=ast.Store() | ast.Del()) if name in arguments:
                     fail(n, f"the Config parameter {name} is rebound")

@@ -75,9 +75,9 @@ TRACER = """
 import json, os, runpy, sys, threading
 name, target, *sys.argv = sys.argv[1:]
 sys.argv.insert(0, name)
-seen = set()
+executed = set()
 def line(frame, event, arg):
-    seen.add(frame.f_lineno)
+    executed.add(frame.f_lineno)
     return line
 def call(frame, event, arg):
     return line(frame, event, arg) if frame.f_code.co_filename == name else None
@@ -87,7 +87,7 @@ try:
     runpy.run_path(name, run_name="__main__")
 finally:
     sys.settrace(None)
-    open(target + os.environ.get("RANK", ""), "w").write(json.dumps(sorted(seen)))
+    open(target + os.environ.get("RANK", ""), "w").write(json.dumps(sorted(executed)))
 """
 
 

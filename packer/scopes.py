@@ -33,9 +33,9 @@ def is_config(annotation):
     return annotation is not None and ast.unparse(annotation) in ("Config", "'Config'")
 
 
-def scope_of(node, own=None):
+def scope_of(node, nodes=None):
     names, configs, outside = set(), set(), set()
-    for n in own_nodes(node) if own is None else own:
+    for n in own_nodes(node) if nodes is None else nodes:
         match n:
             case ast.Name(id=name, ctx=ast.Store() | ast.Del()):
                 names.add(name)
@@ -81,18 +81,18 @@ class Scoped(ast.NodeTransformer):
             arg.annotation = arg.annotation and self.visit(arg.annotation)
 
     def visit_function(self, node):
-        own = list(own_nodes(node))
-        scope = scope_of(node, own)
+        nodes = list(own_nodes(node))
+        scope = scope_of(node, nodes)
         if self.classes and self.scopes[-1].is_class and self.classes[-1] == "Config" and node.args.args:
             scope.configs.add(node.args.args[0].arg)
         self.visit_outside(node)
         self.scopes.append(scope)
-        self.enter(node, scope, own)
+        self.enter(node, scope, nodes)
         self.visit_inside(node)
         self.scopes.pop()
         return node
 
-    def enter(self, node, scope, own):
+    def enter(self, node, scope, nodes):
         """For subclasses that learn more about a function from the nodes it owns."""
 
     def visit_inside(self, node):

@@ -72,11 +72,11 @@ class Trained:
     def curvature(self, tokens: int) -> dict[str, Curvature]:
         modules = {f"blocks.{name}": m for name, m in self.model.linears().items()} | {"embed": self.model.embed}
         order = training_windows(self.c, CPU, self.c.seed + 1)
-        with evaluating(self.model), CurvatureCollector(modules) as seen:
+        with evaluating(self.model), CurvatureCollector(modules) as collector:
             for _ in range(0, tokens, 4 * self.c.seq_len):
                 windows = torch.from_numpy(order.next(4)[0])
                 self.model.loss(windows[:, :-1], windows[:, 1:])[0].backward()
-        return {f"{name}.weight": curve for name, curve in seen.finish().items()}
+        return {f"{name}.weight": curve for name, curve in collector.finish().items()}
 
     @torch.no_grad()
     def hold(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -85,9 +85,9 @@ class Trained:
 
     def score(self, tensors: dict[str, torch.Tensor]) -> float:
         self.hold(tensors)
-        found = evaluate_modes(self.model, self.val.tokens, self.val.bytes, eval_settings(self.c), ["chunked"])
+        scores = evaluate_modes(self.model, self.val.tokens, self.val.bytes, eval_settings(self.c), ["chunked"])
         self.hold(self.held)
-        return found["chunked"].bpb
+        return scores["chunked"].bpb
 
     @property
     def grid(self) -> dict:
@@ -204,8 +204,8 @@ def budget_table(t: Trained) -> str:
             ways = {"quantise": gptq_rounding(t.curves), "fill": 0.98}
             blob, _ = solve_budget(free, {}, len(uniform), felts, **ways, **t.grid)
             name = {"int6": "budget solver, GPTQ", "trellis": "budget solver, GPTQ on the trellis"}[kind]
-            found = t.line(name, blob, time.process_time() - began)
-            rows.append([*found, f"{len(blob) / len(uniform):.3%}"])
+            cells = t.line(name, blob, time.process_time() - began)
+            rows.append([*cells, f"{len(blob) / len(uniform):.3%}"])
     return markdown("A budget in bytes", [*LOSSES, "filled"], rows)
 
 
@@ -216,11 +216,11 @@ def symbol_tables(blob: bytes) -> str:
             for x in bench_artifact(blob)]  # fmt: skip
     shares = []
     for codec in ("ternary", *STEP_CODECS):
-        own = [x for x in describe(blob)["tensors"] if x["codec"] == codec]
-        weights = sum(torch.Size(x["shape"]).numel() for x in own)
-        if own:
-            bits = [f"{8 * sum(x[part] for x in own) / weights:.4f}" for part in ("symbol_bytes", "scale_bytes")]
-            entropy = sum(x["entropy_bits"] * torch.Size(x["shape"]).numel() for x in own) / weights
+        tensors = [x for x in describe(blob)["tensors"] if x["codec"] == codec]
+        weights = sum(torch.Size(x["shape"]).numel() for x in tensors)
+        if tensors:
+            bits = [f"{8 * sum(x[part] for x in tensors) / weights:.4f}" for part in ("symbol_bytes", "scale_bytes")]
+            entropy = sum(x["entropy_bits"] * torch.Size(x["shape"]).numel() for x in tensors) / weights
             shares.append([codec, f"{weights:,}", bits[0], f"{entropy:.4f}", bits[1]])
     head = ["codec", "weights", "symbols, bits a weight", "entropy by tensor", "scales, bits a weight"]
     return markdown("Codes of the same symbols", SYMBOLS, rows) + "\n" + markdown("In the file", head, shares)

@@ -376,13 +376,13 @@ class Report:
                 for name in ("text", "far") if name in whole
             }  # fmt: skip
             if f"cold{chunk}" in self.passes:
-                own = {f"ttt {chunk}, warm (this lane's), {self.lanes.piece:,} tokens": f"all{chunk}"}
-                own |= {
+                starts = {f"ttt {chunk}, warm (this lane's), {self.lanes.piece:,} tokens": f"all{chunk}"}
+                starts |= {
                     f"ttt {chunk}, {name}, {self.lanes.piece:,} tokens": f"{name}{chunk}"
                     for name in ("back", "trained") if f"{name}{chunk}" in self.passes
                 }  # fmt: skip
                 cold = self.pieces(f"cold{chunk}")
-                changes |= {what: (self.pieces(name) - cold).mean(1) for what, name in own.items()}
+                changes |= {what: (self.pieces(name) - cold).mean(1) for what, name in starts.items()}
         rows = [[what, told(change.mean(1) * self.bits)] for what, change in changes.items()]
         return markdown("Starts, against a cold one (mBPB)", ["start", "change"], rows)
 

@@ -60,10 +60,10 @@ def bigram_bpb(folder: str, vocab: int) -> float:
     train, val = (read_tokens(folder, split, vocab).astype(np.int64) for split in ("train", "val"))
     pairs = np.bincount(train[:-1] * vocab + train[1:], minlength=vocab * vocab).reshape(vocab, vocab)
     unigram = (np.bincount(train, minlength=vocab) + 1.0) / (len(train) + vocab)
-    seen = pairs.sum(1, keepdims=True)
+    times = pairs.sum(1, keepdims=True)
     kinds = (pairs > 0).sum(1, keepdims=True)
-    share = seen / np.maximum(seen + kinds, 1)  # Witten-Bell: trust a context as far as it has stopped surprising
-    p = share * pairs / np.maximum(seen, 1) + (1 - share) * unigram
+    share = times / np.maximum(times + kinds, 1)  # Witten-Bell: trust a context as far as it has stopped surprising
+    p = share * pairs / np.maximum(times, 1) + (1 - share) * unigram
     nats = -np.log(p[val[:-1], val[1:]]).sum()
     return nats / math.log(2) / stream_bytes(val, byte_table(Path(folder) / "tokenizer.model")).sum()
 
@@ -75,14 +75,14 @@ def spread(values: list[float]) -> str:
 def table(options: dict) -> list[str]:
     target = size("AAAAAA", 4.0)
     widths = {name: equal_width(pattern, target) for name, pattern in PATTERNS.items()}
-    found: dict[tuple, list] = {}
+    runs: dict[tuple, list] = {}
     for seed in options["seeds"].split(","):
         for limit in (f"max_steps={options['steps']}", f"max_seconds={options['seconds']}"):
             for name, pattern in PATTERNS.items():
                 result = run(name, pattern, widths[name], int(seed), limit, options)
-                found.setdefault((name, limit), []).append(result)
+                runs.setdefault((name, limit), []).append(result)
     lines = ["| layers | parameters | limit | steps | tokens/s | bpb chunked | bpb stream |", "|---" * 7 + "|"]
-    for (name, limit), results in sorted(found.items(), key=lambda row: row[0][1]):
+    for (name, limit), results in sorted(runs.items(), key=lambda row: row[0][1]):
         steps, speed = (np.mean([r[key] for r in results]) for key in ("steps", "tokens_per_second"))
         scores = [spread([r[name] for r in results]) for name in ("val_bpb", "val_bpb_stream")]
         count = results[0]["parameters"]
