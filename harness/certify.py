@@ -22,10 +22,10 @@ from eval.legality import Probes
 from runtime.log import write_whole
 
 TWIN = """
-    dim=32 heads=2 kv_heads=1 vocab=32 embed_rank=0 group=32 rope_dims=4 slots=4 mlp_mult=1 window=0 state=0 seq_len=16
+    dim=32 heads=2 kv_heads=1 vocab=16 embed_rank=0 group=32 rope_dims=4 slots=4 mlp_mult=1 window=0 state=0 seq_len=16
     eval_lanes=1 eval_stride=8 engram_rows=64 dtype=float32 max_steps=1 max_seconds=0 micro_tokens=16
 """
-POSITIONS, CANDIDATES = 2, {"artifact": 16, "twin": 32}  # probed of each kind, and tokens tried at each of them
+POSITIONS, CANDIDATES = 2, 16  # probed of each kind, and tokens tried at each of them: of the twin all
 BOS = 1  # starts a document, in every dataset of ours
 CARRYING = "state or memory is carried across documents"
 
@@ -114,17 +114,24 @@ def stir(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def probe_modes(script: ModuleType, c, model, constants: dict, tokens: list[int], candidates: int) -> dict[str, dict]:
+def probe_modes(script: ModuleType, c, model, constants: dict, tokens: list[int]) -> dict[str, dict]:
     """The certificate of every mode that the profile scores."""
     settings, alpha = script.fitted_settings(c, constants)
-    settings, certificates = dataclasses.replace(settings, eval_lanes=1, eval_batch=1), {}
+    settings, certificates = short_windows(settings), {}
     for mode in modes_of(script, c):
         observed = Observed(script, model, mode, settings, alpha)
         how = script.EVAL_MODES[mode]
         observed.isolated = "reset" in c.parts and not (how.remembers or how.learns)
-        probes = Probes(observed, c.vocab, tokens, settings.bos, POSITIONS, candidates)
+        probes = Probes(observed, c.vocab, tokens, settings.bos, POSITIONS, CANDIDATES)
         certificates[mode] = probes.certificate()
     return certificates
+
+
+def short_windows(s):
+    """One lane in windows no longer than a part of it: few tokens fill several, and none is padded to full length."""
+    width = min(s.eval_seq_len, max(s.engram_chunk, s.ttt_chunk))
+    stride = min(s.eval_stride, max(1, width // 2))
+    return dataclasses.replace(s, eval_lanes=1, eval_batch=1, eval_seq_len=width, eval_stride=stride)
 
 
 def modes_of(script: ModuleType, c) -> tuple[str, ...]:
@@ -163,8 +170,8 @@ def certify(script_path: Path, artifact: Path, data: Path, count: int = 48) -> d
     torch.manual_seed(1)
     twin = stir(script.GPT(twin_c))
     sides = {
-        "artifact": probe_modes(script, c, model, constants, tokens, CANDIDATES["artifact"]),
-        "twin": probe_modes(script, twin_c, twin, constants, twin_tokens(24, twin_c.vocab), CANDIDATES["twin"]),
+        "artifact": probe_modes(script, c, model, constants, tokens),
+        "twin": probe_modes(script, twin_c, twin, constants, twin_tokens(24, twin_c.vocab)),
     }
     return summary(sides) | {
         "script": facts(script_path),

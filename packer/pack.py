@@ -41,7 +41,7 @@ def quote(data):
 
 def pack(text):
     """The bytes of a Python file."""
-    data = quote(brotli.compress(text.encode(), quality=11, lgwin=24))
+    data = quote(brotli.compress(text.encode(), mode=brotli.MODE_FONT, quality=11, lgwin=24))  # .2 % less than as text
     return FILE.format(name=PACKED_NAME, data=data).encode("latin-1")
 
 
