@@ -46,7 +46,7 @@ class RoundCosts(NamedTuple):
     rounds: int
 
 
-class Counter(TorchDispatchMode):
+class OperationCounter(TorchDispatchMode):
     """Counts what passes: operations that make or change something, and the tensors they read and write."""
 
     def __init__(self):
@@ -84,7 +84,7 @@ def moved(values: Iterable) -> int:
 
 
 @contextmanager
-def forwards_counted(model: nn.Module, counter: Counter) -> Iterator[None]:
+def forwards_counted(model: nn.Module, counter: OperationCounter) -> Iterator[None]:
     """Every forward of the model, by whichever door, passes the counter."""
 
     def counted(function: Callable) -> Callable:
@@ -106,7 +106,7 @@ def forwards_counted(model: nn.Module, counter: Counter) -> Iterator[None]:
 
 def round_costs(model: nn.Module, s: EvalSettings, mode: str) -> RoundCosts:
     """Of one group of lanes, once a state holds a window."""
-    s, how, total, forward = mode_settings(mode, s), EVAL_MODES[mode], Counter(), Counter()
+    s, how, total, forward = mode_settings(mode, s), EVAL_MODES[mode], OperationCounter(), OperationCounter()
     width = s.ttt_chunk if how.learns else s.eval_stride if how.slides else s.eval_seq_len
     rounds = -(-width // s.engram_chunk) if how.remembers else 1
     tokens, alpha = stream(s, width), np.ones(ENGRAM_ALPHA_SHAPE, np.float32)

@@ -6,7 +6,7 @@ import torch
 from eval.adapters import LaneLearner
 from eval.modes import EVAL_MODES, EngramReader
 from eval.score import EvalSettings, PlainReader
-from harness.round_costs import Counter, round_costs
+from harness.round_costs import OperationCounter, round_costs
 from tests.toys import stirred, tiny
 
 SMALL = EvalSettings(
@@ -20,7 +20,7 @@ def model():
 
 def test_operations_are_counted_as_a_device_would_run_them():
     x, y = torch.randn(4, 8), torch.randn(8, 2)
-    with Counter() as counter:
+    with OperationCounter() as counter:
         z = (x @ y).view(-1)
         z.add_(1)
         torch.empty(100)
