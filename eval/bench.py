@@ -55,7 +55,8 @@ def overhead(rounds: int = 5, length: int = 16384) -> list[float]:
     """Seconds of scoring over seconds of its forwards alone, round by round."""
     model, tokens, s = Plain(), zipf_text(length)[:length], EvalSettings(eval_seq_len=256)
     nbytes = np.full(len(tokens), 4)
-    windows = [w for lanes in lane_groups(tokens, nbytes, s) for w in cut_windows(tokens, lanes, 256, 256, "cpu")]
+    lanes, cpu = lane_groups(tokens, nbytes, s), torch.device("cpu")
+    windows = [window for group in lanes for window in cut_windows(tokens, group, 256, 256, cpu)]
 
     @torch.no_grad()
     def bare() -> None:

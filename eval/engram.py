@@ -6,7 +6,7 @@ ctx is the longest context seen at least `min_count` times. An unseen v keeps it
 touched: Z' = 1 + sum over seen v of p(v) (e^delta_v - 1). The key of a row is a hash of the context, never of the token
 to come.
 
-A lane owns `rows` rows; a row is one context and its first `ways` distinct continuations. A context seen once gives way
+A lane has `rows` rows; a row is one context and its first `ways` distinct continuations. A context seen once gives way
 to a newcomer on its row, one seen twice stays: a rule of arrival alone, so counts do not depend on how a stream is cut.
 """
 
@@ -37,23 +37,21 @@ class EvalEngram:
         self.edges = torch.tensor(ENGRAM_ENTROPY_EDGES, device=device)
         self.orders = torch.arange(1, MEMORY_ORDERS + 1, device=device)
         self.powers = HASH_MULTIPLIER**self.orders
-        self.tail = self.history = torch.full((lanes, MEMORY_ORDERS - 1), -1, device=device)  # -1: before its lane
+        self.tail = torch.full((lanes, MEMORY_ORDERS - 1), -1, device=device)  # -1: before its lane
         self.lanes = torch.arange(0, lanes * rows, rows, device=device).view(-1, 1, 1)  # the first row of each
+        self.spare = lanes * rows  # the row after all others takes what is not to count: no size depends on data
         try:
-            self.tag = torch.zeros(lanes * rows, dtype=torch.int64, device=device)  # hash of the row's context; 0: free
-            self.total = torch.zeros(lanes * rows, dtype=torch.int32, device=device)  # times it was seen
-            self.held = torch.zeros(lanes * rows, 2, ways, dtype=torch.int32, device=device)  # continuations, counts
+            self.tag = torch.zeros(self.spare + 1, dtype=torch.int64, device=device)  # hash of its context; 0: free
+            self.total = torch.zeros(self.spare + 1, dtype=torch.int32, device=device)  # times it was seen
+            self.held = torch.zeros(self.spare + 1, 2, ways, dtype=torch.int32, device=device)  # continuations, counts
         except RuntimeError as error:
             raise MemoryError(f"engram_rows={rows} in {lanes} lanes does not fit in memory; lower it") from error
 
     def contexts(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tags and rows (B, T, O) of the contexts that end at each input; tag 0 where the lane is too young."""
-        history = torch.cat([self.tail, x], 1)
-        if not torch.equal(history, self.history):  # else the last call's: what is looked up is then absorbed
-            tokens = (history + 1).unfold(1, MEMORY_ORDERS, 1).flip(-1)
-            tags = (tokens * self.powers).cumsum(-1) * (tokens > 0)
-            self.history, self.places = history, (tags, self.lanes + (tags ^ (tags >> 32)).remainder(self.rows))
-        return self.places
+        tokens = (torch.cat([self.tail, x], 1) + 1).unfold(1, MEMORY_ORDERS, 1).flip(-1)
+        tags = (tokens * self.powers).cumsum(-1) * (tokens > 0)
+        return tags, self.lanes + (tags ^ (tags >> 32)).remainder(self.rows)
 
     def lookup(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """The longest usable context at each input: its order (0: none), times seen, continuations and their counts."""
@@ -86,51 +84,54 @@ class EvalEngram:
     def absorb(self, x: torch.Tensor, y: torch.Tensor, charged: torch.Tensor) -> None:
         """Count the pairs of positions already charged, in order; x continues where the last call ended."""
         tags, rows = self.contexts(x)
-        self.tail = self.history[:, 1 - MEMORY_ORDERS :]
-        pairs = (charged.unsqueeze(-1) & (tags != 0)).flatten().nonzero().squeeze(1)  # a lane's in order of arrival
-        rows, order = rows.take(pairs).sort(stable=True)
-        pairs = pairs.take(order)
-        seated = self.seat(rows, tags.take(pairs)).nonzero().squeeze(1)
-        self.count(rows.take(seated), y.take(pairs.take(seated) // MEMORY_ORDERS))
+        self.tail = torch.cat([self.tail, x], 1)[:, 1 - MEMORY_ORDERS :]
+        rows = torch.where(charged.unsqueeze(-1) & (tags != 0), rows, self.spare).flatten()
+        rows, order = rows.sort(stable=True)  # a row's in order of arrival
+        seated = self.seat(rows, tags.take(order))
+        self.count(rows, torch.where(seated, rows, self.spare), y.take(order // MEMORY_ORDERS))
 
     def seat(self, rows: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
         """Decide which context owns each touched row, as if they came one by one; True where a pair is the owner's."""
-        at = torch.arange(len(rows), device=rows.device)
-        touched, part, size = rows.unique_consecutive(return_inverse=True, return_counts=True)
-        end = size.cumsum(0)
-        first, resident = end - size, self.tag.take(touched)
-        before = torch.where(self.total.take(touched) > 1, tags.take(first), resident)
-        again = tags == tags.roll(1).scatter(0, first, before)  # an arrival that repeats the one before settles the row
-        settled = end.scatter_reduce(0, part, torch.where(again, at, len(rows)), "amin")
+        at, first = runs(rows)
+        head, resident, end = at == first, self.tag.take(rows), torch.full_like(at, len(at))
+        before = torch.where(head, torch.where(self.total.take(rows) > 1, tags, resident), tags.roll(1))
+        # an arrival that repeats the one before settles the row; else what comes after its last one does
+        settles = torch.where(tags == before, at, torch.where(rows == rows.roll(-1), end, at + 1))
+        settled = end.scatter_reduce(0, first, settles, "amin").take(first)
         start = (settled - 1).maximum(first)
         evicted = settled > first
         owner = torch.where(evicted, tags.take(start), resident)
-        self.tag.scatter_(0, touched, owner)
-        touched = touched[evicted]
-        self.total.index_fill_(0, touched, 0)
-        self.held.index_fill_(0, touched, 0)
-        return (tags == owner.take(part)) & (at >= start.take(part))
+        self.tag.scatter_(0, rows, owner)
+        emptied = torch.where(evicted & head, rows, self.spare)
+        self.total.index_fill_(0, emptied, 0)
+        self.held[:, 1].index_fill_(0, emptied, 0)
+        return (tags == owner) & (at >= start)
 
-    def count(self, rows: torch.Tensor, nexts: torch.Tensor) -> None:
-        """Add pairs, sorted by row and arrival, to their rows; a row keeps its first `ways` continuations."""
+    def count(self, touched: torch.Tensor, rows: torch.Tensor, nexts: torch.Tensor) -> None:
+        """Add pairs, sorted by the row they touched and arrival; a row keeps its first `ways` continuations."""
         key, order = (rows * 2**32 + nexts).sort(stable=True)
-        key, size = key.unique_consecutive(return_counts=True)
-        lead = order.take(size.cumsum(0) - size)  # the first of equal pairs
-        row, token, size = key >> 32, nexts.take(lead).int(), size.int()
-        self.total.scatter_add_(0, row, size)
+        at, first = runs(key)
+        row, token = key >> 32, key.int()
+        self.total.scatter_add_(0, row, torch.ones_like(row, dtype=torch.int32))
         nexts, counts = self.held.index_select(0, row).unbind(1)
-        used = counts > 0
-        match = (used & (nexts == token.unsqueeze(-1))).int()
-        new = 1 - match.amax(-1)
-        fresh = torch.zeros_like(rows).scatter_(0, lead, new.long())
+        used = (counts > 0).int()
+        match = used * (nexts == token.unsqueeze(-1))
+        lead = (at == first) & (row < self.spare)  # the first of equal pairs
+        new = lead & (match.amax(-1) == 0)
+        fresh = torch.zeros_like(rows).scatter_(0, order, new.long())
         older = fresh.cumsum(0) - fresh
-        older = older - (older * (rows != rows.roll(1))).cummax(0).values  # in the same row
-        way = torch.where(new > 0, used.sum(-1) + older.take(lead), match.argmax(-1))
+        older = older - (older * (touched != touched.roll(1))).cummax(0).values  # in the same row
+        way = torch.where(new, used.sum(-1, dtype=torch.int32) + older.take(order), match.argmax(-1))
         ways = self.held.shape[2]
-        fits = (way < ways).nonzero().squeeze(1)
-        place = (row * 2 * ways + way).take(fits)
-        self.held.view(-1).scatter_(0, place, token.take(fits))
-        self.held.view(-1).scatter_add_(0, place + ways, size.take(fits))
+        place = torch.where(lead & (way < ways), row * 2 * ways + way, self.spare * 2 * ways)
+        self.held.view(-1).scatter_(0, place, token)
+        self.held.view(-1).scatter_add_(0, place.take(first) + ways, torch.ones_like(token))
+
+
+def runs(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places 0..P-1 of sorted values, and for each where the first value equal to its own is."""
+    at = torch.arange(len(values), device=values.device)
+    return at, (at * (values != values.roll(1))).cummax(0).values
 
 
 def engram_shift(alpha: torch.Tensor, gain: torch.Tensor, target_gain: torch.Tensor, p: torch.Tensor) -> torch.Tensor:

@@ -81,6 +81,7 @@ class ScoreWindow:
     x: torch.Tensor  # (B, T) int64
     y: torch.Tensor  # (B, T) int64
     charged: torch.Tensor  # (B, T) bool; a row's charged targets are contiguous
+    host: tuple[np.ndarray, np.ndarray]  # x and charged, where nobody waits for a device
     places: tuple[tuple[int, int, int, int, int], ...]  # row, column, lane, start, stop
     last: bool  # nothing of these lanes comes after it
 
@@ -203,8 +204,14 @@ def cut_windows(
             if first >= start:
                 charged[row, first - low : last - low] = True
                 places.append((row, first - low, lane, first, last))
-        x, y = torch.from_numpy(xy).to(device)
-        yield ScoreWindow(x, y, torch.from_numpy(charged).to(device), tuple(places), last=k == steps - 1)
+        x, y = on_device(xy, device)
+        yield ScoreWindow(x, y, on_device(charged, device), (xy[0], charged), tuple(places), last=k == steps - 1)
+
+
+def on_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy that the host does not wait for."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def score_windows(

@@ -106,7 +106,9 @@ def test_each_mode_sees_the_context_it_promises(mode):
 
 def test_whole_windows_before_a_lane_are_read_and_not_charged():
     tokens, _ = stream(100)
-    first, second, *_ = cut_windows(tokens, [(0, 1, 33), (1, 33, 65), (2, 65, 65)], 12, 12, "cpu", back=16)
+    first, second, *_ = cut_windows(
+        tokens, [(0, 1, 33), (1, 33, 65), (2, 65, 65)], 12, 12, torch.device("cpu"), back=16
+    )
     assert first.places == ((0, 0, 0, 1, 13),) and first.charged.sum(1).tolist() == [12, 0, 0]
     assert torch.equal(first.x[1], torch.from_numpy(tokens[20:32])) and not first.x[2].any()
     assert second.places == ((0, 0, 0, 13, 25), (1, 0, 1, 33, 45)) and second.charged[1].all()
