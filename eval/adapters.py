@@ -6,9 +6,8 @@ length would be a function of text not yet scored.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import numpy as np
 import torch
@@ -28,129 +27,112 @@ TTT_AHEAD = 4  # steps taken to be behind a leaf that starts at zero: it has far
 class LaneAdapters:
     """A low-rank bypass around each linear, one per lane: y += B A x at the positions that are live.
 
-    A starts from a fixed random draw and stays warm; B starts at zero and returns to it at every reset. All of a lane's
-    lie in one row, every A before every B.
+    A starts from a fixed random draw and stays warm; B starts at zero and returns to it at every reset. The A of all
+    linears are one tensor, and so are the B: a row for each lane.
     """
-
-    leaves = ()  # no weight of the model changes
 
     def __init__(self, linears: dict[str, nn.Module], lanes: int, rank: int):
         require_linears(linears)
-        self.unused, draw = set(linears), torch.Generator().manual_seed(0)
-        sizes = [linear.weight.shape for linear in linears.values()]  # U, I
-        self.shapes = [(rank, inputs) for _, inputs in sizes] + [(outputs, rank) for outputs, _ in sizes]
-        down = [torch.randn(rank, inputs, generator=draw).flatten() / inputs**0.5 for _, inputs in sizes]
-        row = torch.cat([*down, torch.zeros(rank * sum(outputs for outputs, _ in sizes))])
-        self.warm = self.zero_from = sum(map(len, down))
-        device = next(iter(linears.values())).weight.device
-        self.rows = row.to(device).repeat(lanes, 1)
-        self.hooks = [
-            linear.register_forward_hook(self.bypass(name, place))
-            for place, (name, linear) in enumerate(linears.items())
-        ]
+        self.leaves, self.unused, draw = [], set(linears), torch.Generator().manual_seed(0)
+        sizes = [linear.weight.shape for linear in linears.values()]
+        self.shapes = [[(rank, inputs) for _, inputs in sizes], [(outputs, rank) for outputs, _ in sizes]]
+        down = torch.cat([torch.randn(rank, inputs, generator=draw).flatten() / inputs**0.5 for _, inputs in sizes])
+        down = down.to(next(iter(linears.values())).weight.device).repeat(lanes, 1)
+        self.weights = [down, down.new_zeros(lanes, sum(outputs * rank for outputs, _ in sizes))]
+        self.hooks = [m.register_forward_hook(self.bypass(i, name)) for i, (name, m) in enumerate(linears.items())]
 
     def aim(self, live: torch.Tensor) -> None:
         """Hear at which positions (B, T) of the next window there is what the lane learned from."""
-        self.live, self.leaf = live.unsqueeze(-1), None
+        self.live, self.leaves = live.unsqueeze(-1), []
 
-    def bypass(self, name: str, place: int) -> Callable:
+    def bypass(self, i: int, name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
             self.unused.discard(name)
             x = inputs[0]
-            if self.leaf is None:  # the first linear of a window: one cast, and one gradient, for all
-                self.leaf = self.rows.detach().to(x.dtype).requires_grad_()
-                parts = self.leaf.split([math.prod(shape) for shape in self.shapes], 1)
-                self.parts = [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes)]
-            down, up = self.parts[place], self.parts[place + len(self.hooks)]  # A (B, R, I), B (B, U, R)
+            if not self.leaves:  # a window's first linear: one cast for all, and so one gradient
+                self.leaves = [weight.detach().to(x.dtype).requires_grad_() for weight in self.weights]
+                self.parts = [split_rows(leaf, shapes) for leaf, shapes in zip(self.leaves, self.shapes)]
+            down, up = (parts[i] for parts in self.parts)  # A (B, R, I), B (B, U, R)
             return torch.baddbmm(output, x @ down.mT * self.live, up.mT)
 
         return hook
 
-    def gradient(self, loss: torch.Tensor) -> torch.Tensor:
-        return torch.autograd.grad(loss, self.leaf)[0]
-
-    def reset(self, lanes: torch.Tensor) -> None:
-        """Return B to zero in these lanes."""
-        self.rows[:, self.warm :].index_fill_(0, lanes, 0)
+    def reset(self, lanes: torch.Tensor) -> int:
+        """Return B to zero in these lanes; how many of the weights, the first ones, stay as they are."""
+        self.weights[1].index_fill_(0, lanes, 0)
+        return 1
 
     def close(self) -> None:
         for hook in self.hooks:
             hook.remove()
 
 
-class SharedWeights:
-    """The model's own parameters, one lane at a time, as one row; `close` puts the trained ones back.
+def split_rows(rows: torch.Tensor, shapes: list[tuple[int, int]]) -> list[torch.Tensor]:
+    """Rows (B, N) as tensors (B, *shape), one after another."""
+    parts = rows.split([math.prod(shape) for shape in shapes], 1)
+    return [part.unflatten(1, shape) for part, shape in zip(parts, shapes)]
 
-    Weights know no positions, so a reset inside a chunk takes effect after the chunk.
+
+class SharedWeights:
+    """The model's own parameters, one lane at a time; `close` brings the trained values back bit by bit.
+
+    Weights know no positions, so nothing is aimed: a reset inside a chunk takes effect after the chunk.
     """
 
     unused = ()  # parameters are adapted where they are
-    warm = 0  # a reset spares none
 
     def __init__(self, parameters: list[nn.Parameter]):
-        self.leaves = sorted(parameters, key=lambda p: not p.any())
-        self.zero_from = sum(p.numel() for p in parameters if p.any())
-        self.trained = [p.data for p in self.leaves]
-        self.start = torch.cat([p.flatten() for p in self.trained])
-        self.rows = self.start.clone().unsqueeze(0)
-        for p, part in zip(self.leaves, self.rows[0].split([p.numel() for p in self.leaves])):
-            p.data = part.view(p.shape)
+        self.leaves, self.trained = parameters, [p.detach().clone() for p in parameters]
+        self.weights = [p.data for p in parameters]
 
     def aim(self, live: torch.Tensor) -> None:
         """Nothing to aim."""
 
-    def gradient(self, loss: torch.Tensor) -> torch.Tensor:
-        grads = torch.autograd.grad(loss, self.leaves, allow_unused=True, materialize_grads=True)
-        return torch.cat([grad.flatten() for grad in grads]).unsqueeze(0)
+    def reset(self, lanes: torch.Tensor | None = None) -> int:
+        for weight, trained in zip(self.weights, self.trained):
+            weight.copy_(trained)
+        return 0
 
-    def reset(self, lanes: torch.Tensor) -> None:
-        self.rows.copy_(self.start)
-
-    def close(self) -> None:
-        for p, trained in zip(self.leaves, self.trained):
-            p.data = trained
+    close = reset
 
 
 class LaneAdam:
-    """Adam without momentum; step counts of each lane, so that a wiped memory is corrected as a young one.
+    """Adam without momentum; a step count per lane and tensor, so that a wiped memory is corrected as a young one.
 
-    A lane, a row, is clipped by its own norm: its step depends on no other lane. From column `zero_from` on rows start
-    at zero.
+    A lane, the first axis of a tensor or all of it, is clipped by its own norm: its step depends on no other lane.
     """
 
-    def __init__(self, rows: torch.Tensor, zero_from: int, lr: float):
-        self.rows, self.lr, self.second = rows, lr, torch.zeros_like(rows)
-        self.halves = slice(zero_from), slice(zero_from, None)
-        self.steps, self.ahead = rows.new_zeros(len(rows), 2), rows.new_tensor([0, TTT_AHEAD])
+    def __init__(self, weights: list[torch.Tensor], lanes: int, lr: float):
+        self.rows, self.lr = [weight.view(lanes, -1) for weight in weights], lr
+        self.second = [torch.zeros_like(row) for row in self.rows]
+        self.steps = [row.new_zeros(lanes, 1) for row in self.rows]
+        self.ahead = [0 if row.any() else TTT_AHEAD for row in self.rows]
+        self.update = torch.compile(lane_update, dynamic=False) if self.rows[0].is_cuda else lane_update
 
     def forget(self, lanes: torch.Tensor, warm: int) -> None:
-        """Wipe the memory of these lanes, but of the first `warm` columns."""
-        self.second[:, warm:].index_fill_(0, lanes, 0)
-        self.steps[:, bool(warm) :].index_fill_(0, lanes, 0)
+        """Wipe the memory of these lanes, but of the first `warm` tensors."""
+        for memory in self.second[warm:] + self.steps[warm:]:
+            memory.index_fill_(0, lanes, 0)
 
     @torch.no_grad()
-    def step(self, grad: torch.Tensor, share: torch.Tensor) -> None:
+    def step(self, grads: Iterable[torch.Tensor], share: torch.Tensor) -> None:
         """One step, of each lane in proportion to its share (B, 1)."""
-        update = fused_update() if grad.is_cuda else lane_update
-        norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True, dtype=torch.float32)
-        factor = TTT_CLIP / norm.clamp(min=TTT_CLIP)
-        self.steps += 1
-        young = (1 - TTT_BETA2 ** (self.steps + self.ahead)).sqrt()
-        columns = zip(self.halves, (self.lr * share * young).split(1, 1), (TTT_EPS * young).split(1, 1))
-        for half, rate, eps in columns:
-            update(self.rows[:, half], self.second[:, half], grad[:, half], factor, rate, eps)
+        grads = [grad.reshape(row.shape) for grad, row in zip(grads, self.rows)]
+        norms = [
+            torch.linalg.vector_norm(grad, dim=1, keepdim=True, dtype=row.dtype) for grad, row in zip(grads, self.rows)
+        ]
+        factor = TTT_CLIP / torch.stack(norms).norm(dim=0).clamp(min=TTT_CLIP)
+        for row, grad, second, steps, ahead in zip(self.rows, grads, self.second, self.steps, self.ahead):
+            steps += 1
+            young = (1 - TTT_BETA2 ** (steps + ahead)).sqrt()
+            self.update(row, grad, second, factor, self.lr * share * young, TTT_EPS * young)
 
 
-def lane_update(row, second, grad, factor, rate, eps) -> None:
-    """Elementwise, so a compiler makes one kernel of it: six tensors as large as all adapters pass once."""
+def lane_update(row, grad, second, factor, rate, eps) -> None:
+    """All of it elementwise: a compiler makes one kernel, and each tensor passes once."""
     grad = grad * factor
     second.mul_(TTT_BETA2).addcmul_(grad, grad, value=1 - TTT_BETA2)
     row.addcdiv_(grad * rate, second.sqrt().add_(eps), value=-1)
-
-
-@cache
-def fused_update() -> Callable:
-    return torch.compile(lane_update, dynamic=False)
 
 
 class LaneLearner(Learner):
@@ -169,7 +151,7 @@ class LaneLearner(Learner):
             if s.ttt_scope == LORA
             else SharedWeights(adapted_parameters(model, s.ttt_scope))
         )
-        self.steps = LaneAdam(self.adapters.rows, self.adapters.zero_from, s.ttt_lr)
+        self.steps = LaneAdam(self.adapters.weights, lanes, s.ttt_lr)
         self.required = {p: p.requires_grad for p in model.parameters()}
         leaves = {id(leaf) for leaf in self.adapters.leaves}
         for p in self.required:
@@ -177,13 +159,12 @@ class LaneLearner(Learner):
         # document starts each lane has seen, and the block its adapters learned from: documents between two resets
         self.starts = self.block = np.zeros(lanes, np.int64)
 
-    def blocks(self, x: np.ndarray) -> np.ndarray:
-        """The block (B, T) that each input belongs to."""
-        starts = self.starts[:, None] + (x == self.s.bos).cumsum(1)
-        return starts // self.s.ttt_reset if self.s.ttt_reset else np.zeros_like(starts)
-
     def aim(self, window: ScoreWindow) -> None:
-        self.adapters.aim(on_device(self.blocks(window.host[0]) == self.block[:, None], self.device))
+        """Tell the block (B, T) that each input belongs to, and which of them are of what the lane learned from."""
+        starts = self.starts[:, None] + (window.host[0] == self.s.bos).cumsum(1)
+        self.blocks = starts // self.s.ttt_reset if self.s.ttt_reset else 0 * starts
+        self.live = self.blocks == self.block[:, None]
+        self.adapters.aim(on_device(self.live, self.device))
 
     def learn(self, done: ScoreRound) -> None:
         """Learn from the charged tokens of the block each lane was in; then reset the lanes that came to a new one.
@@ -196,27 +177,22 @@ class LaneLearner(Learner):
         if self.adapters.unused:
             raise ValueError(f"the model offers the linear {min(self.adapters.unused)!r} but never calls it")
         x, charged = done.window.host
-        blocks = self.blocks(x)
-        block = (blocks * charged).max(1).clip(min=self.block)
-        stale = block != self.block
-        self.block = block
+        block = (self.blocks * charged).max(1)
+        stale = block > self.block
+        taught = charged & self.live & ~stale[:, None]
+        self.block = block.clip(min=self.block)
         self.starts = self.starts + ((x == self.s.bos) & charged).sum(1)
-        taught = charged & (blocks == block[:, None]) & ~stale[:, None]
-        size = f"{len(taught)} lanes of ttt_chunk={taught.shape[1]} tokens"
-        with memory_named(f"a backward through {size}", "ttt_chunk"):
-            weight, share = self.weights(taught)
-            grad = self.adapters.gradient((self.model_nats(done.ahead, done.window) * weight).sum())
-        self.steps.step(grad, share)
+        count, width = taught.sum(1, keepdims=True), taught.shape[1]
+        # of each token: a mean per lane, so lanes stay apart; of each step: few tokens make a small one, none none
+        shares = np.hstack([taught / count.clip(min=1), count / width]).astype(np.float32)
+        weight, share = on_device(shares, self.device).split([width, 1], 1)
+        with memory_named(f"a backward through {len(taught)} lanes of ttt_chunk={width} tokens", "ttt_chunk"):
+            loss = (self.model_nats(done.ahead, done.window) * weight).sum()
+            grads = torch.autograd.grad(loss, self.adapters.leaves, allow_unused=True, materialize_grads=True)
+        self.steps.step(grads, share)
         if stale.any():
             lanes = on_device(stale.nonzero()[0], self.device)
-            self.adapters.reset(lanes)
-            self.steps.forget(lanes, self.adapters.warm)
-
-    def weights(self, taught: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each token (B, T): a mean per lane, so lanes stay apart; of a step (B, 1): few tokens make a small one."""
-        count, width = taught.sum(1, keepdims=True), taught.shape[1]
-        both = np.hstack([taught / count.clip(min=1), count / width]).astype(np.float32)
-        return on_device(both, self.device).split([width, 1], 1)
+            self.steps.forget(lanes, self.adapters.reset(lanes))
 
     def close(self) -> None:
         self.adapters.close()

@@ -145,21 +145,17 @@ class RecordingReader(PlainReader):
 class Trained(NamedTuple):
     """Where the A of each lane's adapters stands, and Adam's memory of them."""
 
-    down: list[torch.Tensor]
-    second: list[torch.Tensor]
-    steps: list[torch.Tensor]
+    down: torch.Tensor
+    second: torch.Tensor
+    steps: torch.Tensor
 
     @staticmethod
     def by(learner: LaneLearner) -> "Trained":
-        down = [leaf.detach().clone() for leaf in learner.adapters.down]
-        return Trained(down, learner.steps.second[: len(down)], learner.steps.steps[: len(down)])
+        return Trained(learner.adapters.weights[0], learner.steps.second[0], learner.steps.steps[0])
 
     def hand_to(self, learner: LaneLearner) -> None:
         copies = len(learner.starts) // LANES
-        pairs = zip(self.down + self.second + self.steps,
-                    [leaf.data for leaf in learner.adapters.down] + learner.steps.second[: len(self.down)]
-                    + learner.steps.steps[: len(self.down)])  # fmt: skip
-        for start, mine in pairs:
+        for start, mine in zip(self, Trained.by(learner)):
             mine.copy_(start.repeat_interleave(copies, 0))
 
 

@@ -88,12 +88,11 @@ def test_adapters_from_training_text_are_handed_to_every_piece_of_a_lane(lanes):
         start = lanes.trained(lanes.s)
         reader = RecordingReader(lanes.model, lanes.s, {})
         with learning(reader, 2 * LANES) as learner:
-            cold = [leaf.detach().clone() for leaf in learner.adapters.down]
+            down, up = learner.adapters.weights
+            cold = down.clone()
             start.hand_to(learner)
-            for trained, leaf, before in zip(start.down, learner.adapters.down, cold):
-                assert torch.equal(leaf[0::2], trained) and torch.equal(leaf[1::2], trained)
-                assert not torch.equal(leaf, before)
-            assert not any(leaf.any() for leaf in learner.adapters.up)
+            assert torch.equal(down[0::2], start.down) and torch.equal(down[1::2], start.down)
+            assert not torch.equal(down, cold) and not up.any()
 
 
 def test_a_curve_is_summed_where_it_was_measured_and_goes_on_in_the_logarithm():

@@ -40,6 +40,7 @@ def test_costs_are_those_of_the_model_and_of_what_surrounds_it(mode):
     assert one.forward.launches > 100 and one.forward.flops > 0 and one.forward.bytes > 0
     assert (one.around.launches > 10) == (how.remembers or how.learns)
     assert (one.around.flops > 0) == how.learns
+    assert (one.forward.waits, one.around.waits) == (0, 1)  # lanes came to new documents, and were reset, unasked
     assert round_costs(model(), SMALL, mode) == one
 
 
