@@ -22,6 +22,7 @@ from eval.modes import groups_per_rank
 from harness.costs import Costs, by_flops, measured
 from harness.files import stored_config
 from harness.findings import Finding, as_json, at_most, finding, refusal, unknown
+from harness.machines import MACHINES, VALIDATION_TOKENS, planned
 from harness.plan import Plan, plan
 from harness.publish import FOLDER_STARTS, REPOSITORY
 from runtime.fields import split_words
@@ -175,13 +176,25 @@ def check_credentials(target: str, token: str) -> Finding:
 def check_plan(p: Plan) -> list[Finding]:
     """Everything that needs no model: machine, disk, data, bytes."""
     on_card = p.device.type == "cuda"
-    each = TRAINING_BYTES * p.weights + p.activations
     free = torch.cuda.mem_get_info(p.device)[0] if on_card else host_memory()
-    needed = each * (1 if on_card else p.world)
+    needed = training_bytes(p) * (1 if on_card else p.world)
     rows = [check_devices(p.device.type, p.world, torch.cuda.device_count())]
     rows += [check_memory(needed, free, "device" if on_card else "host"), check_disk(p.folder, p.disk())]
     rows += check_logs(p.folder, Path("records/new/train_seed42.log").absolute())
     return [*rows, *check_data(p.data, p.vocab), check_packers(), check_bytes(p.predicted, p.code, p.cap)]
+
+
+def check_plan_elsewhere(p: Plan, name: str) -> list[Finding]:
+    """What can be said of a machine that is not at hand."""
+    rows = [unknown(what, f"of {p.world} x {name}, which is not at hand") for what in ("devices", "disk", "logs")]
+    rows.append(check_memory(training_bytes(p), MACHINES[name].memory, name))
+    here = check_data(p.data, p.vocab) if p.data.is_dir() else [unknown("data", f"{p.data} is not on this machine")]
+    return [*rows, *here, check_bytes(p.predicted, p.code, p.cap)]
+
+
+def training_bytes(p: Plan) -> float:
+    """Of a rank."""
+    return TRAINING_BYTES * p.weights + p.activations
 
 
 OPTIONS = {
@@ -189,6 +202,7 @@ OPTIONS = {
     "--evaluate": "the artifact whose stored fields count",
     "--ranks": "processes of each node, or gpu: one for each device",
     "--nodes": "machines",
+    "--device": "of another machine: " + ", ".join(MACHINES),
     "--measure": "seconds to measure steps and rounds for, on this machine with this data",
     "--publish": "where files will go",
     "--price-per-hour": "of all machines",
@@ -196,23 +210,36 @@ OPTIONS = {
 }
 
 
-def check_costs(c: Config, rt: Runtime, seconds: float) -> list[Finding]:
+def check_costs(c: Config, rt: Runtime, seconds: float, device: str) -> list[Finding]:
     """Steps, seconds, and the evaluation of every mode and rank."""
-    tokens = sum(open_shard(path).size for path in shard_paths(c.data, "val"))
-    tokens = min(tokens, c.val_tokens or tokens)
-    costs = measured(c, rt, seconds) if seconds else by_flops(c, rt.all_flops, tokens)
+    tokens = scored_tokens(c)
+    if not tokens:
+        return [unknown("eval", f"nobody knows how many tokens {c.data} holds")]
+    if device:
+        costs = planned(c, device, tokens, rt.world)
+    else:
+        costs = measured(c, rt, seconds) if seconds else by_flops(c, rt.all_flops, tokens)
     training = costs.training(c.max_steps, c.max_seconds - c.reserve_seconds)
     groups = {mode: groups_per_rank(mode, eval_settings(c), rt.world) for mode in c.eval_modes}
     rows = check_training(*training, c.max_steps, c.max_seconds, costs.basis)
-    return rows + check_evaluation(costs, groups, c.eval_seconds, rt.device.type == "cuda")
+    return rows + check_evaluation(costs, groups, c.eval_seconds, bool(device) or rt.device.type == "cuda")
+
+
+def scored_tokens(c: Config) -> int:
+    """Of the validation text, as far as it is here; else of the official one."""
+    here = sum(open_shard(path).size for path in shard_paths(c.data, "val")) if Path(c.data).is_dir() else 0
+    tokens = here or VALIDATION_TOKENS.get(c.vocab, 0)
+    return min(tokens, c.val_tokens or tokens)
 
 
 def check_run(c: Config, rt: Runtime, given: dict[str, str], token: str) -> list[Finding]:
     """Every check that a run of these fields might fail later."""
-    costs, target = plan(c, rt), given.get("--publish", "")
-    rows = check_plan(costs)
+    costs, target, device = plan(c, rt), given.get("--publish", ""), given.get("--device", "")
+    if device and device not in MACHINES:
+        raise ValueError(f"--device {device}: none that is known; choose from {', '.join(MACHINES)}")
+    rows = check_plan_elsewhere(costs, device) if device else check_plan(costs)
     if all(row.ok is not False for row in rows if row.name in ("data", "tokenizer")):
-        rows += check_costs(c, rt, float(given.get("--measure", 0)))
+        rows += check_costs(c, rt, float(given.get("--measure", 0)), device)
     if "--price-per-hour" in given:
         price = float(given["--price-per-hour"]), float(given.get("--price-limit", 0))
         rows.append(check_price(c.max_seconds + c.eval_seconds, *price))

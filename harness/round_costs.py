@@ -28,21 +28,21 @@ TABLES = {"take", "gather", "index", "index_select", "embedding", "index_put_", 
 TABLES |= {"scatter", "scatter_", "scatter_add_"}
 
 
-class Costs(NamedTuple):
+class Work(NamedTuple):
     launches: int
     waits: int
     flops: int
     bytes: int
 
-    def per(self, rounds: int) -> "Costs":
-        return Costs(*(value // rounds for value in self))
+    def per(self, rounds: int) -> "Work":
+        return Work(*(value // rounds for value in self))
 
 
 class RoundCosts(NamedTuple):
     """The model's forward, once a window, which a compiler may fuse; and all around it, `rounds` times a window."""
 
-    forward: Costs
-    around: Costs
+    forward: Work
+    around: Work
     rounds: int
 
 
@@ -51,7 +51,7 @@ class OperationCounter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.costs, self.names = Costs(0, 0, 0, 0), {}
+        self.costs, self.names = Work(0, 0, 0, 0), {}
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -60,8 +60,8 @@ class OperationCounter(TorchDispatchMode):
         launches = not op.is_view and not name.removeprefix("new_").startswith(("empty", "_local_scalar"))
         new = () if name.endswith("_") else [out]
         size = launches and moved([*args[name in TABLES :], *kwargs.values(), new])
-        more = Costs(launches, name in WAITS or asks_by_mask(name, args), flops, size)
-        self.costs = Costs(*(a + b for a, b in zip(self.costs, more)))
+        more = Work(launches, name in WAITS or asks_by_mask(name, args), flops, size)
+        self.costs = Work(*(a + b for a, b in zip(self.costs, more)))
         self.names[name] = self.names.get(name, 0) + launches
         return out
 
@@ -119,7 +119,7 @@ def round_costs(model: nn.Module, s: EvalSettings, mode: str) -> RoundCosts:
         with total:
             consume(spans, window)
     spans.close()
-    around = Costs(*(a - b for a, b in zip(total.costs, forward.costs))).per(rounds)
+    around = Work(*(a - b for a, b in zip(total.costs, forward.costs))).per(rounds)
     return RoundCosts(forward.costs, around._replace(waits=around.waits + 1), rounds)  # the scores come to the host
 
 
