@@ -62,7 +62,7 @@ def mode_rounds(c: Config, model: GPT, mode: str, tokens: int, world: int) -> Ro
     width = s.ttt_chunk if how.learns else s.eval_seq_len
     step = s.eval_stride if how.slides else width
     short = min(COUNTED, s.eval_seq_len)
-    few = dataclasses.replace(s, eval_seq_len=short, eval_stride=max(1, short * s.eval_stride // s.eval_seq_len))
+    few = dataclasses.replace(s, eval_seq_len=short, eval_stride=short)
     one, two = (round_costs(model, dataclasses.replace(few, eval_lanes=n, eval_batch=n), mode) for n in (1, 2))
     wider = s.eval_batch if how.learns else s.eval_batch * width / short
     parts = -(-width // s.engram_chunk) if how.remembers else 1
