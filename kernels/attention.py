@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+MASK_BLOCK = 128  # queries of a block of the fused kernel's mask
+
 
 def positions(start, before):
     """Tokens since the document's start; `before` (B,) of them came in earlier pieces."""
@@ -65,16 +67,25 @@ def block_mask(pos, cached: int, reach: int, null: int):
 
 
 def attention_mask(pos, cached: int, reach: int, null: int):
-    return (block_mask if pos.is_cuda else dense_mask)(pos, cached, reach, null)
+    """Of whole blocks where there are any: a shorter window would pay for its mask more than for its attention."""
+    return (block_mask if pos.is_cuda and pos.shape[1] >= MASK_BLOCK else dense_mask)(pos, cached, reach, null)
 
 
 def attend(q, k, v, mask):
     """q (B, T, H, d), k and v (B, null + cached + T, K, d) -> (B, T, H, d)."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if isinstance(mask, torch.Tensor):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+        return attend_dense(q, k, v, mask)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     fused = flex_attention if torch.compiler.is_compiling() else fused_attention()
     return fused(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+def attend_dense(q, k, v, mask):
+    """Heads that share keys as more queries of one head, so that no device lacks a kernel or copies keys."""
+    groups = q.shape[2] // k.shape[2]
+    q = q.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask.repeat(1, 1, groups, 1))
+    return y.unflatten(2, (groups, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 @cache

@@ -1,11 +1,13 @@
 """Attention's masks and rotations, and the hashed rows of the engram."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import flex_attention
 
-from kernels.attention import attend, block_mask, dense_mask, rotary_tables, rotate_pairs
+from kernels.attention import attend, attention_mask, block_mask, dense_mask, rotary_tables, rotate_pairs
 from kernels.engram import engram_rows
 
 
@@ -45,6 +47,25 @@ def test_the_fused_path_agrees_with_the_dense_one(monkeypatch):
     dense = attend(q, k, v, dense_mask(pos, 0, 9, 1))
     assert torch.allclose(dense, attend(q, k, v, block_mask(pos, 0, 9, 1)), atol=1e-5)
     assert not torch.allclose(dense, attend(q, k, v, block_mask(pos, 0, 8, 1)), atol=1e-5)
+
+
+def test_windows_shorter_than_a_block_need_no_mask_of_blocks(monkeypatch):
+    for rule in ("block_mask", "dense_mask"):
+        monkeypatch.setattr(f"kernels.attention.{rule}", lambda *_, rule=rule: rule)
+    asked = [(True, 32), (True, 127), (True, 128), (True, 2048), (False, 2048)]
+    rules = [attention_mask(SimpleNamespace(is_cuda=on, shape=(8, T)), 9, 9, 1) for on, T in asked]
+    assert rules == ["dense_mask", "dense_mask", "block_mask", "block_mask", "dense_mask"]
+
+
+def test_heads_share_keys_in_the_dense_path_as_if_each_had_its_own():
+    pos = places(torch.rand(3, 20) < 0.1)[:, 8:]
+    q, k, v = torch.randn(3, 12, 6, 16), torch.randn(3, 21, 2, 16), torch.randn(3, 21, 2, 16)
+    mask = dense_mask(pos, 8, 9, 1)
+    many = [t.repeat_interleave(3, 2) for t in (k, v)]
+    scores = torch.einsum("bthd,bshd->bhts", q, many[0]) / 4
+    expected = torch.einsum("bhts,bshd->bthd", scores.masked_fill(~mask, -torch.inf).softmax(-1), many[1])
+    assert torch.allclose(attend(q, k, v, mask), expected, atol=1e-5)
+    assert not torch.allclose(attend(q, k.flip(2), v.flip(2), mask), expected, atol=1e-2)
 
 
 def test_rotation_depends_on_distance_only_and_spares_the_other_dimensions():
