@@ -87,4 +87,5 @@ def test_what_is_planted_is_seen():
         assert any(text in fault for fault in faults["faulty"]), (text, faults)
     assert sum(fault.count("pow") for fault in faults["faulty"]) == 6  # squares and roots are none
     assert sum("GB saved" in fault for fault in faults["faulty"]) == 2  # of the step, and of the Hessians' pass
-    assert any("graph breaks: Call to `torch._dynamo.graph_break()`" in fault for fault in faults["broken"])
+    for text in ("graph breaks: Call to `torch._dynamo.graph_break()`", "tl.float64", "libdevice.pow", "tl_math.sin"):
+        assert any(text in fault for fault in faults["broken"]), (text, faults)

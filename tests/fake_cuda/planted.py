@@ -1,7 +1,4 @@
-"""Faults planted in a small model, and what its trace says of them.
-
-python -m tests.fake_cuda.planted            one line of JSON: the faults of all rows, by what was planted
-"""
+"""Faults planted in a small model: one line of JSON says what its trace told of them, by what was planted."""
 
 import json
 import sys
@@ -23,31 +20,35 @@ def unused(model: GPT, c) -> None:
     model.spare = nn.Parameter(torch.zeros(3))
 
 
-def costly(model: GPT, past, pos):
-    """And compiled again for every step, by a number that changes."""
-    model.calls = getattr(model, "calls", 0) + 1
-    x = EMBEDDING(model, past, pos) * model.calls
+def slow(x: torch.Tensor) -> torch.Tensor:
+    """And a square and a root, which are not."""
     return x.abs() ** 1.37 + x.sin() + x.double().exp().to(x.dtype) + x**2 + (x * x) ** 0.5
+
+
+def counted(model: GPT, past, pos):
+    """Compiled again for every step, by a number that changes."""
+    model.calls = getattr(model, "calls", 0) + 1
+    return slow(EMBEDDING(model, past, pos) * model.calls)
 
 
 def broken(model: GPT, past, pos):
     torch._dynamo.graph_break("planted")
-    return EMBEDDING(model, past, pos)
+    return slow(EMBEDDING(model, past, pos))
 
 
 def whole(c, model: GPT, windows: torch.Tensor) -> None:
     model.loss(windows[:, :-1], windows[:, 1:])[0].backward()
 
 
-FAULTY = {"train_gpt.GPT.__init__": unused, "train_gpt.GPT.embedding": costly, "train_gpt.curvature_pass": whole}
+FAULTY = {"train_gpt.GPT.__init__": unused, "train_gpt.GPT.embedding": counted, "train_gpt.curvature_pass": whole}
 BROKEN = {"train_gpt.GPT.embedding": broken}
 
 
-def faults(planted: dict, *words: str, hessian: bool = False) -> list[str]:
+def faults(planted: dict, *words: str, **how) -> list[str]:
     patches = [mock.patch(place, what) for place, what in planted.items()]
     for patch in patches:
         patch.start()
-    rows = list(rows_of(train_gpt, [*SMALL, *words], hessian))
+    rows = list(rows_of(train_gpt, [*SMALL, *words], **how))
     mock.patch.stopall()
     return [fault for row in rows for fault in row.faults()]
 
@@ -59,7 +60,7 @@ def main() -> None:
     each = {
         "outlines": outlines,
         "faulty": faults(FAULTY, "micro_tokens=67108864", hessian=True),
-        "broken": faults(BROKEN),
+        "broken": faults(BROKEN, depth="code"),
     }
     sys.stdout.write(json.dumps(each) + "\n")
 

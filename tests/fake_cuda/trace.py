@@ -1,10 +1,10 @@
 """What torch.compile makes of a training step at its real size, as CUDA, and what is held for the backward pass.
 
-    python -m tests.fake_cuda.trace [--json] [--hessian] [--outline] [--packed FILE] PROFILE field=value ... [+ ...]
+    python -m tests.fake_cuda.trace [--json] [--hessian] [--outline | --code] [--packed FILE] PROFILE field=value ...
 
-A row for each phase of each model; exit code 1 if a row has a fault. --hessian adds the pass over training tokens that
-the export makes, which is not compiled. --packed traces the program in a packed file; --outline stops at the graph that
-dynamo reads off the program.
+A row for each phase of each model (more models after a +); exit code 1 if a row has a fault. --hessian adds the pass
+over training tokens that the export makes, which is not compiled. --packed traces the program in a packed file;
+--outline stops at the graph that dynamo reads off the program, --code goes on to what Inductor writes for an H100.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -22,6 +22,8 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor import config
+from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
@@ -32,6 +34,7 @@ import kernels.attention
 import train_gpt
 from eval.score import evaluating
 from export.gptq import CurvatureCollector
+from tests.fake_cuda.code import code_of
 
 SAVED_LIMIT = 60e9  # of the 80 GB that a device has
 COSTLY = {"aten.sin.default", "aten.cos.default", "aten.tan.default", "aten.pow.Scalar", "aten.pow.Tensor_Tensor"}
@@ -48,6 +51,8 @@ class Row(NamedTuple):
     saved: int  # bytes, for the backward pass
     without_gradient: list[str]
     costly: list[str]  # operators in double precision, angles, powers
+    launches: int  # of the code, if it was written
+    traffic: int  # bytes
     own: dict[str, int]  # operators that are kernels
     outlines: list[str]
     seconds: float
@@ -64,40 +69,61 @@ class Row(NamedTuple):
 
     def line(self) -> str:
         graphs, gigabytes = f"{self.forward}+{self.backward}", f"{self.saved / 1e9:.2f}"
-        counts = f"{len(self.breaks):>6} {gigabytes:>9} {len(self.without_gradient):>11} {len(self.costly):>8}"
-        return f"{self.model:40} {self.phase:8} {graphs:>6} {counts} {self.seconds:>8.1f}"
+        counts = f"{len(self.breaks):>6} {gigabytes:>8} {len(self.without_gradient):>11} {len(self.costly):>8}"
+        code = f"{self.launches or '-':>8} {f'{self.traffic / 1e9:.1f}' if self.launches else '-':>7}"
+        return f"{self.model:58} {self.phase:7} {graphs:>6} {counts} {code} {self.seconds:>7.1f}"
 
 
-HEAD = f"{'model':40} {'phase':8} graphs breaks saved/GB no gradient fp64/pow  seconds"
+HEAD = f"{'model':58} phase   graphs breaks saved/GB no gradient fp64/pow launches moved/GB seconds"
+
+
+def running(graph: GraphModule) -> Callable:
+    """The graph as it is, in the form that AOTAutograd takes from a compiler."""
+
+    def run(arguments: list):
+        values = list(arguments)
+        arguments.clear()
+        return graph(*values)
+
+    run._boxed_call = True
+    return run
 
 
 class Tracer:
-    """A backend of torch.compile that keeps the graphs and runs them as they are."""
+    """A backend of torch.compile that keeps the graphs and runs them as they are. `depth` is where it stops."""
 
-    def __init__(self, outline_only: bool = False):
-        self.outlines, self.forward, self.backward = [], [], []
-        compilers = {"fw_compiler": self.keeping(self.forward), "bw_compiler": self.keeping(self.backward)}
-        how = {"partition_fn": min_cut_rematerialization_partition, "decompositions": select_decomp_table}
-        self.finish = (lambda graph, inputs: graph.forward) if outline_only else aot_autograd(**compilers, **how)
+    def __init__(self, depth: str = "graphs"):
+        self.outlines, self.forward, self.backward, self.codes = [], [], [], []
+        self.finish = {"outline": self.outline, "graphs": self.graphs, "code": self.code}[depth]
         counters.clear()
 
-    @staticmethod
-    def keeping(graphs: list):
-        def compiler(graph, inputs):
-            def run(arguments):
-                values = list(arguments)
-                arguments.clear()
-                return graph(*values)
-
-            run._boxed_call = True
-            graphs.append(graph)
-            return run
-
-        return compiler
-
-    def __call__(self, graph, inputs):
+    def __call__(self, graph: GraphModule, inputs: list) -> Callable:
         self.outlines.append(outline(graph))
         return self.finish(graph, inputs)
+
+    def outline(self, graph: GraphModule, inputs: list) -> Callable:
+        return graph.forward
+
+    def graphs(self, graph: GraphModule, inputs: list) -> Callable:
+        compilers = {"fw_compiler": self.keep_forward, "bw_compiler": self.keep_backward}
+        how = {"partition_fn": min_cut_rematerialization_partition, "decompositions": select_decomp_table}
+        return aot_autograd(**compilers, **how)(graph, inputs)
+
+    def code(self, graph: GraphModule, inputs: list) -> Callable:
+        with config.patch(joint_graph_constant_folding=False):  # it would compute
+            return compile_fx(graph, inputs, inner_compile=self.keep_code)
+
+    def keep_forward(self, graph: GraphModule, inputs: list) -> Callable:
+        self.forward.append(graph)
+        return running(graph)
+
+    def keep_backward(self, graph: GraphModule, inputs: list) -> Callable:
+        self.backward.append(graph)
+        return running(graph)
+
+    def keep_code(self, graph: GraphModule, inputs: list, **how) -> Callable:
+        self.codes.append(code_of(graph, inputs, **how))
+        return (self.keep_backward if how.get("is_backward") else self.keep_forward)(graph, inputs)
 
     def facts(self) -> dict:
         """Of what came since the last call."""
@@ -108,11 +134,13 @@ class Tracer:
             "forward": len(self.forward),
             "backward": len(self.backward),
             "breaks": [why.partition("\n")[0] for why in counters["graph_break"]],
-            "costly": [name for graph in graphs for name in costly(graph)],
+            "costly": [name for graph in graphs for name in costly(graph)] + [x for c in self.codes for x in c.slow],
+            "launches": sum(code.launches for code in self.codes),
+            "traffic": sum(code.traffic for code in self.codes),
             "own": {name: n for name, n in sorted(operators.items()) if name.startswith(("skc", "flex"))},
             "outlines": list(self.outlines),
         }
-        for kept in (self.forward, self.backward, self.outlines, counters):
+        for kept in (self.forward, self.backward, self.codes, self.outlines, counters):
             kept.clear()
         return facts
 
@@ -236,9 +264,9 @@ def hessian_row(program: ModuleType, c, name: str, tracer: Tracer) -> Row:
     return Row(model=name, phase="hessian", **facts, seconds=time.perf_counter() - began)
 
 
-def rows_of(program: ModuleType, words: list[str], hessian: bool = False, outline_only: bool = False) -> Iterator[Row]:
+def rows_of(program: ModuleType, words: list[str], hessian: bool = False, depth: str = "graphs") -> Iterator[Row]:
     torch._dynamo.reset()
-    tracer, c = Tracer(outline_only), program.load_config(words[1:], {}, words[0])[0]
+    tracer, c = Tracer(depth), program.load_config(words[1:], {}, words[0])[0]
     yield from training_rows(program, c, " ".join(words), tracer)
     if hessian:
         yield hessian_row(program, c, " ".join(words), tracer)
@@ -264,15 +292,19 @@ def models_in(words: list[str]) -> list[list[str]]:
 
 def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fake_cuda.trace", description=__doc__)
-    for flag in ("--json", "--hessian", "--outline"):
+    for flag in ("--json", "--hessian"):
         parser.add_argument(flag, action="store_true")
+    for flag in ("outline", "code"):
+        parser.add_argument(f"--{flag}", dest="depth", action="store_const", const=flag, default="graphs")
     parser.add_argument("--packed", metavar="FILE")
     parser.add_argument("models", nargs="+")
     options = parser.parse_args(words)
     torch.set_num_threads(1)
     program, faults = program_in(options.packed) if options.packed else train_gpt, []
+    if not options.json:
+        sys.stdout.write(f"{HEAD}\n")
     for model in models_in(options.models):
-        for row in rows_of(program, model, options.hessian, options.outline):
+        for row in rows_of(program, model, options.hessian, options.depth):
             faults += row.faults()
             sys.stdout.write(
                 (json.dumps(row._asdict() | {"faults": row.faults()}) if options.json else row.line()) + "\n"
