@@ -9,6 +9,8 @@ set -euo pipefail
 if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then sed -n '2,7s/^# \{0,1\}//p' "$0"; exit; fi
 . "$(dirname "$0")/env.sh"
 export OMP_NUM_THREADS=1
+command -v g++ >/dev/null || { echo "trace_gpu: no g++ here, which builds the make-believe device: install it" >&2; exit 1; }
+"$PY" -c 'import sys, torch; sys.exit("trace_gpu: this torch has a CUDA of its own: use the CPU build" if torch.version.cuda else None)'
 
 trace=("$PY" -m tests.fake_cuda.trace)
 if [ $# -gt 0 ]; then exec "${trace[@]}" --code --hessian "$@"; fi
@@ -21,6 +23,6 @@ letters+=(+ skc_competition layers=MM seq_len=256 eval_modes=chunked)  # unrolle
 "${trace[@]}" --code --hessian skc_competition "${letters[@]}" + local + baseline + frontier || failed=1
 
 "$PY" build_submission.py --dce --profile skc_competition -o "$folder" >"$folder/log" || { cat "$folder/log"; failed=1; }
-"${trace[@]}" --packed "$folder/train_gpt.py" skc_competition | tail -n +2 || failed=1  # the packed file
+"${trace[@]}" --packed "$folder/train_gpt.py" skc_competition | tail -n +2 || failed=1
 "$PY" -m kernels.gate --check || failed=1
 exit $failed

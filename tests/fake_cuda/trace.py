@@ -305,6 +305,7 @@ def main(words: list[str]) -> int:
         sys.stdout.write(f"{HEAD}\n")
     for model in models_in(options.models):
         for row in rows_of(program, model, options.hessian, options.depth):
+            row = row._replace(model=f"{row.model}, packed") if options.packed else row
             faults += row.faults()
             sys.stdout.write(
                 (json.dumps(row._asdict() | {"faults": row.faults()}) if options.json else row.line()) + "\n"
