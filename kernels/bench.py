@@ -174,6 +174,7 @@ def run_checks(device, dtypes):
             error = worst_error([x.cpu() for x in once], [x.cpu().double() for x in truth])
             same = all(torch.equal(a, b) for a, b in zip(once, again))
             rows.append(check_row(name, dtype, error, limit, same))
+            print(f"{name:44} {rows[-1]['dtype']:8} {error:8.1e} {'ok' if rows[-1]['ok'] else 'FAILED'}", flush=True)
     return rows + check_projection(device)
 
 

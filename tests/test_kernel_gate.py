@@ -111,37 +111,6 @@ def test_every_launch_compiles_as_recorded():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-INTERPRETER = """#!/usr/bin/env bash
-case "$1" in
--) exec {python} "$@" ;;  # the table's rows
--m) echo "$3 $5" ;;
-train_gpt.py)
-    for word; do case $word in runs=*) runs=${{word#runs=}} ;; run_id=*) run=${{word#run_id=}} ;; esac; done
-    mkdir -p "$runs/$run"
-    for step in 2 4 6 8; do  # ten seconds went into the trace after step 4
-        echo '{{"kind": "step", "tokens": '$((step * 100))', "seconds": '$((step + 10 * (step > 4)))'}}'
-    done >"$runs/$run/metrics.jsonl"
-    echo '{{"kind": "stats", "memory": 7}}' >>"$runs/$run/metrics.jsonl"
-    echo '{{"kind": "phase", "name": "train"}}' >>"$runs/$run/metrics.jsonl"
-    exec sleep 1000 ;;  # exporting
-esac
-"""
-
-
-@pytest.mark.slow
-def test_the_gpu_report_measures_every_model_and_waits_for_nothing_else(tmp_path):
-    interpreter = tmp_path / "python"
-    interpreter.write_text(INTERPRETER.format(python=sys.executable))
-    interpreter.chmod(0o755)
-    command = ["bash", "run_scripts/gpu_report.sh", str(tmp_path / "out")]
-    environment = os.environ | {"PYTHON": str(interpreter)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    head, *rows = [line.split("\t") for line in (tmp_path / "out/models.tsv").read_text().splitlines()]
-    assert head == ["model", "seq_len", "tokens_per_second", "peak_memory_bytes"]
-    assert rows == [[model, n, "100", "7"] for n in ("2048", "1024", "8192") for model in ("skc", "attention")]
-
-
 @pytest.mark.slow
 def test_the_bench_checks_and_times_every_operation(tmp_path, capsys):
     assert main_bench(["wht", "--device", "cpu", "--seconds", "0.01", "--json", str(tmp_path / "b.json")]) == 0
