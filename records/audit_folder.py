@@ -96,7 +96,6 @@ def files(folder: Folder) -> Iterator[Fact]:
 @case("too many", "sign", "more than {most} logs; the rest was not read")
 @case("empty", "binding", "the log is empty")
 @case("binary", "wrong", "{nul} NUL bytes: not a text log")
-@case("nul", "sign", "{nul} NUL bytes: not a text log")
 @case("escapes", "sign", "terminal escape sequences")
 @case("cut", "sign", "{size:,} bytes: only the first {read:,} and the end were read")
 @case(otherwise, "pass", "{value} train logs")
@@ -105,7 +104,7 @@ def logs(folder: Folder) -> Iterator[Fact]:
     yield from [fact("too many", most=MAX_LOGS)] * (len(folder.log_names) >= MAX_LOGS)
     for log in folder.all_logs:
         empty = bool(re.search(r"log|train|seed", log.name, re.I)) and log.size == 0
-        kinds = {"empty": empty, "binary": log.nul and not log.is_run and not empty, "nul": log.nul and log.is_run}
+        kinds = {"empty": empty, "binary": log.nul and not log.is_run and not empty}
         kinds |= {"escapes": log.escapes, "cut": log.cut}
         for kind in [k for k, holds in kinds.items() if holds]:
             line = log.escapes * (kind == "escapes")

@@ -35,7 +35,7 @@ def totals(folder: Folder) -> Iterator[Fact]:
         yield fact("claimed" + " over" * (int(stated) > CAP_BYTES), folder.json_name, n=int(stated))
     for log in logs:
         # our own log counts the artifact, to which the shipped script is added
-        ours = [Size("", m.line, m.count + main.size) for m in log.models[-1:] if log.family == "J" and main]
+        ours = [Size("", m.line, m.count + main.size) for m in log.models[-1:] if m.tag == "artifact" and main]
         for total in [t for t in (log.total, *ours) if t][:1]:
             over = total.count - CAP_BYTES
             yield fact("logged" + " over" * (over > 0), log.name, total.line, n=total.count, off=abs(over))

@@ -9,11 +9,9 @@ from pathlib import Path
 from records.audit import check_folder, submission_folders
 from records.files import clean
 from records.folder import Folder
-from records.page import Raw, cell, coloured, folded, page, section, table
-from records.rules import RANK
 from records.run import open_run
 from records.run_compare import compare, load_side
-from records.run_ledger import COLUMNS, LEDGER, MODES, add_runs, leaderboard, read_ledger
+from records.run_ledger import LEDGER, MODES, add_runs, leaderboard, read_ledger
 from records.run_record import Request, build
 from records.run_report import write_report
 from records.verify import COMMAND, Trial, verify
@@ -35,8 +33,6 @@ def check(args: argparse.Namespace) -> int:
     for folder in folders:
         reports.append(check_folder(Folder(folder, args.policy, baseline)))
         say(json.dumps(reports[-1], default=str) if args.json else text_of(reports[-1], args.all))
-    if args.html:
-        Path(args.html).write_text(html_of(reports), encoding="utf-8")
     worst = [r["verdict"] for r in reports]
     if not args.json and len(reports) > 1:
         say(f"{len(reports)} folders: " + ", ".join(f"{worst.count(v)} {v}" for v in ("pass", "warn", "fail")))
@@ -59,28 +55,6 @@ def text_of(report: dict, everything: bool) -> str:
         if everything or e["status"] in {"warn", "fail"}:
             rows.append(f"  {name:4}{MARKS[e['status']]:5} {(where(e) + ': ') * bool(e['file'])}{e['note']}")
     return "\n".join(rows)
-
-
-def html_of(reports: list[dict]) -> str:
-    head = ["verdict", "folder", "track", "val_bpb", "bytes", "seeds", "fail", "warn"]
-    rows = []
-    for r in reports:
-        claim = [r["claim"]["val_bpb"], r["claim"]["bytes_total"], " ".join(map(str, r["claim"]["seeds"]))]
-        counts = [sum(c["status"] == status for c in r["checks"]) for status in ("fail", "warn")]
-        rows.append([coloured(r["verdict"]), Path(r["folder"]).name, r["track"], *claim, *counts])
-    overview = section(f"{len(reports)} folders", table(head, rows))
-    return page("Records checked", overview + "".join(map(details, reports)))
-
-
-def details(r: dict) -> Raw:
-    pairs = sorted(((c, e) for c in r["checks"] for e in c["evidence"]), key=lambda pair: -RANK[pair[1]["status"]])
-    told = [
-        [c["id"], coloured(e["status"]), where(e), e["note"], c["rule"] * (e["status"] in {"warn", "fail"})]
-        for c, e in pairs
-    ]
-    name = Raw(f"<p>{coloured(r['verdict'])} · {cell(r['claim'].get('name', ''))}</p>")
-    rows = table(["check", "status", "where", "finding", "rule"], told)
-    return section(Path(r["folder"]).name, name, folded(f"{len(told)} findings", rows, r["verdict"] == "fail"))
 
 
 def where(e: dict) -> str:
@@ -108,39 +82,30 @@ def verify_command(args: argparse.Namespace) -> int:
 
 
 def compare_command(args: argparse.Namespace) -> int:
-    found = compare(load_side(Path(args.baseline), args.mode), load_side(Path(args.new), args.mode))
-    if args.json:
-        say(json.dumps(found, default=str))
-        return 0
-    names = [clean(found["baseline"], 36), clean(found["new"], 36)]
-    say(f"{'':28}{names[0]:>38}{names[1]:>38}")
-    for name, a, b in found["rows"]:
-        say(f"{clean(name, 27):28}{shown(a):>38}{shown(b):>38}")
-    test = found["test"]
+    report = compare(load_side(Path(args.baseline)), load_side(Path(args.new)))
+    test, rows = report["test"], [["", report["baseline"], report["new"]], *report["rows"]]
+    lines = [clean(name, 27).ljust(28) + f"{shown(a):>38}{shown(b):>38}" for name, a, b in rows]
     if test is None:
-        say(found["note"])
-        return 0
-    p, needed = f"one-sided p {test['p']:.4f}", {k: test.get(f"seeds_needed_{k}") or "none suffices" for k in RULED}
-    say(f"\ngain {test['gain_bpb']:+.6f} BPB, Welch t {test['t']:.3f}, df {test['df']:.2f}, {p}")
-    words = {k: "significant" if test.get(k) else "not significant" for k in RULED}
-    say(f"  applied rule ({test['practice_rule']}): {words['practice']}; seeds needed {needed['practice']}")
-    if "readme" in test:
-        say(f"  written rule ({test['readme_rule']} = {test['margin_bpb']:.6f} BPB): {words['readme']};")
-        say(f"    gain {test['gain_nats']:+.6f} nats, p {test['p_margin']:.4f}; seeds needed {needed['readme']}")
+        lines.append(report["note"])
+    else:
+        needed = {k: test.get(f"seeds_needed_{k}") or "none suffices" for k in RULED}
+        words = {k: "significant" if test.get(k) else "not significant" for k in RULED}
+        p = f"one-sided p {test['p']:.4f}"
+        lines += [
+            f"\ngain {test['gain_bpb']:+.6f} BPB, Welch t {test['t']:.3f}, df {test['df']:.2f}, {p}",
+            f"  applied rule ({test['practice_rule']}): {words['practice']}; seeds needed {needed['practice']}",
+        ]
+    if test and "readme" in test:
+        lines += [
+            f"  written rule ({test['readme_rule']} = {test['margin_bpb']:.6f} BPB): {words['readme']};",
+            f"    gain {test['gain_nats']:+.6f} nats, p {test['p_margin']:.4f}; seeds needed {needed['readme']}",
+        ]
+    say(json.dumps(report, default=str) if args.json else "\n".join(lines))
     return 0
 
 
 def shown(value: object) -> str:
-    match value:
-        case None:
-            return ""
-        case float() if abs(value) < 1000:
-            return f"{value:,.8f}".rstrip("0").rstrip(".")
-        case float():
-            return f"{value:,.1f}"
-        case int():
-            return f"{value:,}"
-    return clean(value, 36)
+    return f"{value:,.12g}" if isinstance(value, int | float) else clean(value or "", 36)
 
 
 def new_command(args: argparse.Namespace) -> int:
@@ -169,7 +134,7 @@ def ledger_command(args: argparse.Namespace) -> int:
 
 
 def list_command(args: argparse.Namespace) -> int:
-    rows = leaderboard(read_ledger(Path(args.file)), args.mode, args.where, args.limit)
+    rows = leaderboard(read_ledger(Path(args.file)), args.mode, args.limit)
     columns = ["date", "run", "commit", args.mode, "bytes", "seconds", "tokens", "device", "status", "changed", "flags"]
     wide = {c: min(30, max([len(c), *(len(r[c]) for r in rows)])) for c in columns}
     lines = [dict(zip(columns, columns)), *rows]
@@ -181,8 +146,7 @@ def list_command(args: argparse.Namespace) -> int:
 
 def report_command(args: argparse.Namespace) -> int:
     run = open_run(Path(args.run))
-    for path in write_report(run, Path(args.out) if args.out else run.path, args.price):
-        say(str(path))
+    say(str(write_report(run, Path(args.out) if args.out else run.path, args.price)))
     return 0
 
 
@@ -208,14 +172,13 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "new": (new_command, "Write a record folder from finished runs."),
     "ledger": (ledger_command, "Append runs to the ledger, or show flags."),
     "list": (list_command, "The leaderboard over the ledger."),
-    "report": (report_command, "Write report.md and report.html of a run."),
+    "report": (report_command, "Write report.html of a run, one page with plots."),
 }
 OPTIONS = (
     ("check", option("path", nargs="+", help="a submission folder, or a folder that holds some")),
     ("check", option("--policy", help="written rules, or as applied (default)", **POLICIES)),
     ("check", text("--baseline", "record to test significance against (default: the best earlier one beside it)")),
     ("check", JSON),
-    ("check", text("--html", "write a page as well", metavar="FILE")),
     ("check", switch("--all", "show what passed, too")),
     ("verify", option("folder")),
     ("verify", option("--artifact", required=True, help="the shipped model")),
@@ -227,7 +190,6 @@ OPTIONS = (
     ("verify", JSON),
     ("compare", option("baseline")),
     ("compare", option("new")),
-    ("compare", text("--mode", "evaluation mode of runs (default: the headline)")),
     ("compare", JSON),
     ("new", option("--from", dest="from_", nargs="+", required=True, metavar="RUN")),
     ("new", text("--script", "the packed script that ran", "train_gpt.py")),
@@ -245,12 +207,6 @@ OPTIONS = (
     ("ledger", text("--note")),
     ("list", FILE),
     ("list", text("--mode", "score to sort by", "val_bpb", choices=("val_bpb", *MODES))),
-    (
-        "list",
-        option(
-            "--where", action="append", metavar="COLUMN=TEXT", help=f"filter; also < and >; of {', '.join(COLUMNS)}"
-        ),
-    ),
     ("list", option("--limit", type=int, default=0)),
     ("list", JSON),
     ("report", option("run")),

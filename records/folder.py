@@ -47,7 +47,6 @@ class Certificate(NamedTuple):
 
 class Tokenizer(NamedTuple):
     name: str
-    path: Path
     official: str  # the name of a known one, or empty
     problems: list[str]
     broken: bool
@@ -250,7 +249,7 @@ def load_tokenizer(entry: Entry) -> Tokenizer:
         problems, broken = ([] if official else read_vocabulary(data).problems()), False
     except (ValueError, RecursionError) as error:
         problems, broken = [str(error)], True
-    return Tokenizer(entry.name, entry.path, official, problems, broken)
+    return Tokenizer(entry.name, official, problems, broken)
 
 
 def sha256_file(path: Path) -> str:

@@ -15,7 +15,6 @@ class Metric:
     bpb: float
     digits: int  # decimals printed
     seconds: float | None = None
-    partial: bool = False
 
     @property
     def exact(self) -> bool:
@@ -99,7 +98,6 @@ class Log:
     size: int = 0
     lines: int = 0
     sha256: str = ""
-    family: str = ""
     nul: int = 0  # NUL bytes: not a text log
     escapes: int = 0  # line of the first terminal escape
     cut: bool = False  # longer than MAX_READ, the middle was skipped

@@ -178,9 +178,7 @@ class LogReader:
         end = lines.end()
         if lines.re is STEP_ROWS:
             steps, losses = zip(*STEP_PAIR.findall("\n" + lines[0]))
-            start = STAMP.match(text, at).end()
             last = STEP.match(text, STAMP.match(text, text.rfind("\n", at, end - 1) + 1 or at).end())
-            self.log.family = self.log.family or family_of_step(text[start : start + 40])
             took = float(last[3] or 0) * MILLISECONDS.get(last[4], 0)
             self.log.steps.extend([*map(int, steps)], [*map(float, losses)], self.log.lines + 1, took)
         self.fresh = self.in_params = False
@@ -223,7 +221,6 @@ class LogReader:
     def close(self) -> None:
         self._end_listing()
         log = self.log
-        log.family = {("B", True): "C"}.get((log.family, "total_docs" in log.values), log.family)
         stated = {key: as_seed(log.params.get(key, "")) for key in ("seed", "world_size", "val_tokens")}
         seed = stated.pop("seed")
         log.seeds = dict.fromkeys({seed} - {None}, 0) | log.seeds
@@ -240,7 +237,6 @@ class LogReader:
         """Of either block of hyper-parameters, and the line of `k=v` pairs below one of them."""
         here, self.after_header = self.after_header, line.startswith("--- Hyperparameters ---")
         self.in_params = line.startswith("Hyperparameters:")
-        self.log.family = "D" if here and not self.in_params else self.log.family or "B" * self.in_params
         pairs = PAIR.findall(line)[: MAX_KEPT * (here and not self.in_params)]
         self.log.params.update((k, v[:300]) for k, v in pairs)
         return here or self.in_params or self.after_header
@@ -249,7 +245,6 @@ class LogReader:
         m = STEP.match(line)
         if m is None or "val_" in line[: m.end()]:
             return False
-        self.log.family = self.log.family or family_of_step(line)
         self.log.steps.add(int(m[1]), float(m[2]), self.log.lines, float(m[3] or 0) * MILLISECONDS.get(m[4], 0))
         return True
 
@@ -277,11 +272,6 @@ class LogReader:
         return True
 
 
-def family_of_step(line: str) -> str:
-    forms = {"A": line.startswith("step:") and " train_loss" in line, "D": line.startswith("s")}
-    return next((family for family, holds in forms.items() if holds), "B")
-
-
 def _read_event(log: Log, line: str) -> None:
     """One line of metrics.jsonl; a damaged line is counted, a run that was killed may end in one."""
     try:
@@ -289,18 +279,17 @@ def _read_event(log: Log, line: str) -> None:
     except (ValueError, RecursionError):
         log.notes.setdefault("unreadable line", log.lines)
         return
-    log.family, event = "J", event if isinstance(event, dict) else {}
+    event = event if isinstance(event, dict) else {}
     numbers = {name: as_number(value) for name, value in event.items()}
-    seconds, name, partial = numbers.get("seconds"), event.get("name"), bool(event.get("partial"))
+    seconds, name = numbers.get("seconds"), event.get("name")
     match event.get("kind"):
         case "step" if numbers.get("step") is not None and isinstance(event.get("loss"), int | float):
             log.steps.add(int(numbers["step"]), float(event["loss"]), log.lines, 1000 * (seconds or 0))
         case "val" if None not in (numbers.get("val_loss"), numbers.get("val_bpb")):
-            score = Metric("val", log.lines, numbers["val_loss"], numbers["val_bpb"], 12, None, partial)
-            _append(log.metrics, score)
+            _append(log.metrics, Metric("val", log.lines, numbers["val_loss"], numbers["val_bpb"], 12))
         case "eval" if None not in (numbers.get("bpb"), numbers.get("nats")) and numbers.get("tokens"):
             tag, loss = f"eval {event.get('mode', '')}"[:80], numbers["nats"] / numbers["tokens"]
-            _append(log.metrics, Metric(tag, log.lines, loss, numbers["bpb"], 12, seconds, partial))
+            _append(log.metrics, Metric(tag, log.lines, loss, numbers["bpb"], 12, seconds))
             log.values.setdefault("val_tokens", (numbers["tokens"], log.lines))
         case "phase" if seconds is not None and isinstance(name, str):
             _append(log.phases.setdefault(name[:40], []), (seconds, log.lines))

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,11 @@ from records.claim import as_number, parse_json
 from records.files import open_regular, read_bytes, read_text
 from records.folder import sha256_file
 
-CHUNK = 1 << 20  # bytes of metrics parsed at a time
-MAX_STEPS = 250_000  # step lines parsed; of a longer run every k-th one, and all that hold NaN or infinity
-STEP_LINE = (b'{"kind": "step"', b'{"kind":"step"')
+CHUNK = 4_096  # steps added at a time
+BUCKETS = 256  # of a curve
 MAX_NAMES = 1_000  # distinct statistics
-MAX_EVENTS = 500  # kept of each rare kind; all are counted
-LINE_LIMIT = 8 << 20
+MAX_EVENTS = 500  # held of each rare kind; all are counted
+LINE_LIMIT = 8 << 20  # bytes
 UNCHANGED = re.compile(r"default|profile|file")
 FREE_FIELDS = {"seed", "run_id", "runs", "data", "profile"}
 STEP_FIELDS = ("loss", "lr", "grad_norm", "tokens_per_second", "seconds", "memory")
@@ -29,7 +27,7 @@ STEP_FIELDS = ("loss", "lr", "grad_norm", "tokens_per_second", "seconds", "memor
 class Curve:
     """A series of any length in a fixed, even number of buckets of equal length."""
 
-    def __init__(self, capacity: int = 1024):
+    def __init__(self, capacity: int = BUCKETS):
         self.stride, self.count, self.bad = 1, 0, 0
         self.buckets = empty_buckets(capacity)
 
@@ -59,12 +57,6 @@ class Curve:
         x, total, n, low, high = self.buckets[:, self.buckets[2] > 0]
         return np.stack([x, total / n, low, high])
 
-    def thin(self, points: int) -> np.ndarray:
-        rows = self.rows()
-        parts = list(pairwise(np.linspace(0, rows.shape[1], points + 1).astype(int)))
-        thinned = [(p[0, -1], p[1].mean(), p[2].min(), p[3].max()) for a, b in parts if (p := rows[:, a:b]).size]
-        return rows if rows.shape[1] <= points else np.array(thinned).T
-
     def nearest(self, x: float) -> float | str:
         xs, mean, _, _ = self.rows()
         return float(mean[np.abs(xs - x).argmin()]) if len(xs) else ""
@@ -84,11 +76,10 @@ class Metrics:
 
     curves: dict[str, Curve] = field(default_factory=lambda: {name: Curve() for name in STEP_FIELDS})
     aux: dict[str, Curve] = field(default_factory=dict)
-    norms: list[np.ndarray] = field(default_factory=list)  # of the gradient, as many as steps are read
+    norms: list[np.ndarray] = field(default_factory=list)  # of the gradient
     stats: dict[str, Curve] = field(default_factory=dict)
     val_loss: Curve = field(default_factory=Curve)
     val_bpb: Curve = field(default_factory=Curve)
-    val_partial: bool = False
     phases: dict[str, float] = field(default_factory=dict)
     evals: dict[str, dict] = field(default_factory=dict)
     artifact: dict = field(default_factory=dict)
@@ -99,7 +90,6 @@ class Metrics:
     last_step: int = 0
     tokens: float = 0.0
     damaged: int = 0
-    every: int = 1  # one step line in so many was read
     status: str = ""
 
     def steps(self, events: list[dict]) -> None:
@@ -111,7 +101,7 @@ class Metrics:
         self.norms.append(norm[np.isfinite(norm)])
         names = {k for e in (events[0], events[-1]) for k in e if k.startswith("aux.")}
         for name in [n for n in names if n in self.aux or len(self.aux) < MAX_NAMES]:
-            self.aux.setdefault(name, Curve(512)).extend(x, numbers(events, name))
+            self.aux.setdefault(name, Curve()).extend(x, numbers(events, name))
         self.first_loss = float(loss[0]) if math.isnan(self.first_loss) else self.first_loss
         self.last_step = int(as_number(events[-1].get("step")) or self.last_step)
         self.tokens = max(self.tokens, float(np.nanmax(numbers(events, "tokens"), initial=0.0)))
@@ -129,12 +119,11 @@ class Metrics:
             case "val":
                 self.val_loss.extend(x, numbers([event], "val_loss"))
                 self.val_bpb.extend(x, numbers([event], "val_bpb"))
-                self.val_partial |= bool(event.get("partial"))
             case "stats" if isinstance(event.get("stats"), dict):
                 self.curves["memory"].extend(x, numbers([event], "memory"))
                 good = [(n, float(v)) for n, v in event["stats"].items() if as_number(v) is not None]
                 for n, value in [row for row in good if row[0] in self.stats or len(self.stats) < MAX_NAMES]:
-                    self.stats.setdefault(n, Curve(128)).extend(x, np.array([value]))
+                    self.stats.setdefault(n, Curve()).extend(x, np.array([value]))
             case "phase" if isinstance(name, str) and seconds is not None and len(self.phases | {name: 0}) <= 50:
                 self.phases[name] = self.phases.get(name, 0.0) + seconds
             case "eval" if len(self.evals) < 50:
@@ -151,52 +140,31 @@ def numbers(events: list[dict], name: str) -> np.ndarray:
     return np.array([math.nan if v is None else v for v in values], dtype=np.float64)
 
 
-def event_chunks(path: Path, metrics: Metrics) -> Iterator[list[dict]]:
-    """Lists of events; a damaged line is counted and skipped."""
+def events_of(path: Path, metrics: Metrics) -> Iterator[dict]:
+    """The events of a file; a damaged line is counted and skipped."""
     with open_regular(path) as stream:
-        size = stream.seek(0, 2)
-        stream.seek(0)
-        seen = 0
-        while lines := stream.readlines(CHUNK):
-            if seen == 0 and size > 32 * CHUNK:
-                metrics.every = max(1, round(size / sum(map(len, lines)) * len(lines) / MAX_STEPS))
-            seen += len(lines)
-            lines = thinned(lines, seen - len(lines), metrics.every) if metrics.every > 1 else lines
-            short = [line for line in lines if len(line) <= LINE_LIMIT]
-            metrics.damaged += len(lines) - len(short)
+        while line := stream.readline(LINE_LIMIT):
             try:
-                events = json.loads(b"[" + b",".join(short) + b"]")
+                event = json.loads(line)
             except (ValueError, RecursionError):
-                events = [e for line in short if (e := one_event(line, metrics)) is not None]
-            yield [e for e in events if isinstance(e, dict)]
-
-
-def thinned(lines: list[bytes], seen: int, every: int) -> list[bytes]:
-    """Every k-th step line, and every line that is no plain step."""
-    rare = (b"NaN", b"Inf")
-    rows = [(i % every == 0 or not line.startswith(STEP_LINE), line) for i, line in enumerate(lines, seen)]
-    return [line for wanted, line in rows if wanted or any(word in line for word in rare)]
-
-
-def one_event(line: bytes, metrics: Metrics) -> object:
-    try:
-        return json.loads(line) if line.strip() else None
-    except (ValueError, RecursionError):
-        metrics.damaged += 1
-        return None
+                metrics.damaged += bool(line.strip())
+                continue
+            if isinstance(event, dict):
+                yield event
 
 
 def read_metrics(path: Path) -> Metrics:
-    metrics, step = Metrics(), 0
-    for events in event_chunks(path, metrics):
-        steps = []
-        for event in events:
-            if event.get("kind") == "step":
-                steps.append(event)
-                step = event.get("step", step)
-            else:
-                metrics.other({"step": step} | event)  # what names no step happened after the last one
-        metrics.steps(steps)
+    metrics, steps, last = Metrics(), [], 0
+    for event in events_of(path, metrics):
+        if event.get("kind") == "step":
+            steps.append(event)
+            last = event.get("step", last)
+        else:
+            metrics.other({"step": last} | event)  # what names no step happened after the last one
+        if len(steps) == CHUNK:
+            metrics.steps(steps)
+            steps = []
+    metrics.steps(steps)
     return metrics
 
 
@@ -244,7 +212,7 @@ class Run:
         path = self.path / "metrics.jsonl"
         metrics = read_metrics(path) if path.exists() else Metrics()
         for beside in (self.path / name for name in ("supervisor.jsonl", "follow.jsonl")):
-            for event in (e for events in event_chunks(beside, metrics) for e in events) if beside.exists() else ():
+            for event in events_of(beside, metrics) if beside.exists() else ():
                 if event.get("kind") in ("alert", "sample"):
                     metrics.other(event)
         return metrics

@@ -1,7 +1,6 @@
 """Every run, good or bad, one line each in ledger.tsv; and the leaderboard over it."""
 
 import hashlib
-import operator
 import re
 import subprocess
 from datetime import UTC, datetime
@@ -99,13 +98,10 @@ def add_runs(runs: list[Run], path: Path = LEDGER, note: str = "") -> list[dict[
     return added
 
 
-def leaderboard(
-    rows: list[dict[str, str]], mode: str = "val_bpb", where: list[str] | None = None, limit: int = 0
-) -> list[dict[str, str]]:
-    """Rows with a score, best first; `where` holds COLUMN=TEXT filters, matched as substrings, COLUMN<NUMBER or >."""
-    conditions = [condition_of(text) for text in where or []]
-    scored = [r for r in rows if number(r.get(mode, "-")) is not None and all(holds(r) for holds in conditions)]
-    return sorted(scored, key=lambda r: number(r[mode]))[: limit or None]
+def leaderboard(rows: list[dict[str, str]], mode: str = "val_bpb", limit: int = 0) -> list[dict[str, str]]:
+    """Rows with a score, best first."""
+    scored = [row for row in rows if number(row[mode]) is not None]
+    return sorted(scored, key=lambda row: number(row[mode]))[: limit or None]
 
 
 def number(text: str) -> float | None:
@@ -114,15 +110,3 @@ def number(text: str) -> float | None:
     except ValueError:
         return None
     return value if value == value else None
-
-
-def condition_of(text: str):
-    m = re.fullmatch(r"(\w+)([=<>])(.*)", text)
-    if not m or m[1] not in COLUMNS:
-        ways = f"write COLUMN=TEXT, COLUMN<NUMBER or COLUMN>NUMBER; columns {', '.join(COLUMNS)}"
-        raise ValueError(f"filter {text!r}: {ways}")
-    column, sign, wanted = m[1], m[2], m[3]
-    if sign not in "<>":
-        return lambda row: wanted.lower() in row[column].lower()
-    limit, compare = float(wanted), {"<": operator.lt, ">": operator.gt}[sign]
-    return lambda row: number(row[column]) is not None and compare(number(row[column]), limit)

@@ -1,23 +1,20 @@
-"""A report that a person reads: one run as Markdown and as one self-contained HTML page with plots."""
+"""A report that a person reads: one run as one self-contained HTML page with plots."""
 
 import functools
 import math
 import re
 from collections.abc import Iterator
-from html import escape
 from pathlib import Path
 
 import numpy as np
 
 from records.claim import as_number
 from records.competition import CAP_BYTES
-from records.files import clean
 from records.page import Raw, cell, coloured, figure, folded, grid, page, section, table, tiles
 from records.plot import bars, lines
 from records.run import Run
 
 RANGES = 10
-PLOT_POINTS = 200
 LAYER_STAT = re.compile(r"(?:.*\.)?layers?\.(\d+)\.(.+)$")
 NORM_LIMITS = (1, 100, 1000)
 TOKENS_PER_PARAMETER = 20  # the ratio of compute-optimal training
@@ -58,13 +55,11 @@ def plain(value: object) -> object:
     return value if isinstance(value, int | float | str) or value is None else str(value)
 
 
-# tables, for the page and for Markdown
+# tables
 
 
 def headline(run: Run, price: float | None) -> list[list[str]]:
     metrics, result = run.metrics, run.result
-    same = [e for e in metrics.evals.values() if e.get("bpb") == result.get("val_bpb")]
-    partial = any(e.get("partial") for e in same) if same else metrics.val_partial
     every = sum(run.phases().values())
     seconds = as_number(result.get("train_seconds")) or metrics.phases.get("train", math.nan)
     _, nbytes, _ = run.artifact
@@ -72,7 +67,7 @@ def headline(run: Run, price: float | None) -> list[list[str]]:
     tokens = tokens or metrics.tokens
     rows = {
         "status": run.status,
-        "BPB (headline)" + ", partial" * partial: shown(as_number(result.get("val_bpb")), ".5f"),
+        "BPB (headline)" + ", partial" * bool(result.get("partial")): shown(as_number(result.get("val_bpb")), ".5f"),
         **{f"BPB {mode}": f"{bpb:.5f}" for mode, bpb in run.modes().items()},
         "artifact bytes": shown(nbytes, ","),
         "left of the cap": shown(nbytes and CAP_BYTES - nbytes, ","),
@@ -193,7 +188,7 @@ def drawn(title: str, series: list, y_label: str, x_label: str = "step", **look:
 
 def curve_figure(run: Run, name: str, title: str, label: str, *more: tuple, called: str = "", **look: object) -> Raw:
     """The mean of each bucket before its range, and other series."""
-    x, mean, low, high = run.metrics.curves[name].thin(PLOT_POINTS)
+    x, mean, low, high = run.metrics.curves[name].rows()
     return drawn(title, [(called or name, x, mean), *more], label, band=(x, low, high) if len(x) > 1 else None, **look)
 
 
@@ -209,7 +204,7 @@ def training_plots(run: Run) -> Raw:
         curve_figure(run, "grad_norm", "Gradient norm before clipping", "norm", log=True),
         drawn("Train-validation gap", [("gap", *gap_rows(run))], "nats"),
         drawn("Validation BPB", [("BPB", *metrics.val_bpb.rows()[:2])], "BPB"),
-        *(drawn(n, [(n, *c.thin(PLOT_POINTS)[:2])], n) for n, c in auxiliary),
+        *(drawn(n, [(n, *c.rows()[:2])], n) for n, c in auxiliary),
     )
 
 
@@ -250,7 +245,6 @@ def sample(event: dict) -> Raw:
 def html_report(run: Run, price: float | None = None) -> str:
     metrics = run.metrics
     notes = f'<p class="warn">{metrics.damaged} damaged lines were skipped</p>' * bool(metrics.damaged)
-    notes += f'<p class="dim">one step line in {metrics.every} was read</p>' * (metrics.every > 1)
     peak = as_number(run.result.get("peak_memory_bytes")) or 0
     memory = Raw(f"<p>peak memory {peak / 2**20:,.0f} MiB</p>" * bool(peak))
     tables = {kind: table(HEADS[kind], rows(run)) for kind, rows in ROWS.items()}
@@ -291,39 +285,7 @@ def html_report(run: Run, price: float | None = None) -> str:
     return page(f"Run {run.name}", head + tiles(headline(run, price)) + body)
 
 
-# Markdown
-
-
-def md_cell(value: object) -> str:
-    """A cell of a Markdown table that stays one: no line breaks, pipes, markup or escapes."""
-    match value:
-        case None | Raw():
-            return re.sub(r"<[^>]*>", "", value or "")
-        case float():
-            return f"{value:,.6g}"
-        case int() if not isinstance(value, bool):
-            value = f"{value:,}"
-    return re.sub(r"([|`*_\[\]\\])", r"\\\1", escape(clean(value, 300), quote=False))
-
-
-def md_table(head: list[str], rows: list[list]) -> str:
-    body = ["| " + " | ".join(map(md_cell, row)) + " |" for row in rows]
-    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *body, ""]) * bool(rows)
-
-
-def md_report(run: Run, price: float | None = None) -> str:
-    titles = {"ranges": "Loss", "grad": "Gradient norm", "time": "Phases", "stats": "Layers", "tensors": "Artifact"}
-    titles |= {"evals": "Evaluation", "probes": "Certificate", "facts": "Environment", "config": "Configuration"}
-    parts = [md_table(["what", "value"], headline(run, price))]
-    for kind, rows in ROWS.items():
-        text = md_table(HEADS[kind], rows(run)[: 40 if kind == "tensors" else None])
-        parts += [f"## {titles.get(kind, kind.title())}\n\n{text}"] * bool(text)
-    return f"# Run {md_cell(run.name)}\n\n" + "\n".join(parts)
-
-
-def write_report(run: Run, out: Path, price: float | None = None) -> list[Path]:
+def write_report(run: Run, out: Path, price: float | None = None) -> Path:
     out.mkdir(parents=True, exist_ok=True)
-    files = {out / "report.md": md_report(run, price), out / "report.html": html_report(run, price)}
-    for path, text in files.items():
-        path.write_text(text, encoding="utf-8")
-    return list(files)
+    (out / "report.html").write_text(html_report(run, price), encoding="utf-8")
+    return out / "report.html"

@@ -3,7 +3,6 @@
 This is the one command that executes a stranger's code; it does so only with --execute.
 """
 
-import json
 import math
 import os
 import re
@@ -19,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from records.claim import as_number, parse_json
 from records.competition import EVAL_SECONDS, SHARD_HEADER, SHARD_MAGIC, SHARD_VERSION
 from records.folder import Folder, sha256_file
 from records.logs_reader import read_log
@@ -77,12 +75,6 @@ def verify(folder: Folder, artifact: Path, data: Path, trial: Trial) -> Outcome:
             if turn == 0:
                 judge(folder, scores[0], spans_by_mode(box), data, out)
     noise_floor(scores, out)
-    for certificate in folder.certificates:
-        legal = certificate.table.get("legal")
-        status = {"True": "pass", "False": "fail"}.get(str(legal), "warn")
-        out.add("L1-L5", status, "; ".join(certificate.problems) or f"legal: {legal}", file=certificate.name)
-    if not folder.certificates:
-        out.add("L1-L5", "na", "no certificate in the folder")
     return out
 
 
@@ -171,7 +163,7 @@ def judge(folder: Folder, printed: dict[str, float], modes: dict[str, list], dat
     if not pairs:
         out.add("L6", "na", f"no claim to compare with; the evaluation says {printed}")
     if not modes:
-        out.add("L6", "na", "the evaluation leaves no spans (spans*.jsonl or MODE.N.npz); its sums were not recomputed")
+        out.add("L6", "na", "the evaluation leaves no spans (MODE.NUMBER.npz); its sums were not recomputed")
     weights = byte_weights(data) if modes else None
     for mode, spans in modes.items():
         out.findings += [("L6", finding) for finding in judge_mode(mode, sorted(spans), weights, printed)]
@@ -184,28 +176,17 @@ def judge(folder: Folder, printed: dict[str, float], modes: dict[str, list], dat
 
 
 def printed_scores(box: Path) -> dict[str, float]:
-    """BPB by mode: result.json of the run where there is one, else the metric lines it printed."""
-    found = {m.tag: m.bpb for m in read_log(box / "output.txt", "output.txt").metrics if m.final}
-    for path in sorted(box.rglob("result.json")):
-        value, _ = parse_json(path.read_bytes()[: 4 << 20])
-        table = value if isinstance(value, dict) else {}
-        found |= {k: n for k, v in table.items() if k.startswith("val_bpb") and (n := as_number(v)) is not None}
-    for path in sorted(box.rglob("metrics.jsonl")):
-        found |= {m.tag: m.bpb for m in read_log(path, "metrics.jsonl").metrics if m.final}
-    return found
+    """BPB by mode, from the metric lines that were printed and the events that were written."""
+    paths = [box / "output.txt", *sorted(box.rglob("metrics.jsonl"))]
+    return {m.tag: m.bpb for path in paths for m in read_log(path, path.name).metrics if m.final}
 
 
 def spans_by_mode(box: Path) -> dict[str, list[tuple]]:
-    """(start, stop, nats, bytes, lane) rows of every mode, from JSON lines or numpy archives named MODE.NUMBER.npz.
+    """(start, stop, nats, bytes, lane) rows of every mode, from numpy archives named MODE.NUMBER.npz.
 
     What one file and lane hold was scored one after the other.
     """
     modes: dict[str, list[tuple]] = {}
-    for path in sorted(box.rglob("spans*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            lane = (path.name, row.get("lane", 0))
-            modes.setdefault(str(row.get("mode", "")), []).append((*(row[k] for k in SPAN), lane))
     for path in sorted(box.rglob("*.npz")):
         with np.load(path, allow_pickle=False) as kept:
             names = kept["rows"].dtype.names or () if "rows" in kept.files else ()

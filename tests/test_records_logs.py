@@ -96,15 +96,15 @@ def test_events_of_this_project_are_a_log_family():
     events = [
         {"kind": "run", "seed": 3, "world_size": 2},
         {"kind": "step", "step": 1, "loss": 8.0, "seconds": 0.5},
-        {"kind": "val", "step": 1, "val_loss": 2.0, "val_bpb": 1.1, "partial": True},
+        {"kind": "val", "step": 1, "val_loss": 2.0, "val_bpb": 1.1},
         {"kind": "artifact", "bytes": 100},
         {"kind": "phase", "name": "train", "seconds": 9.0},
         {"kind": "eval", "mode": "stream", "bpb": 1.2, "nats": 300.0, "nbytes": 360, "tokens": 100, "seconds": 4.0},
         {"kind": "end", "status": "finished"},
     ]
     log = read("\n".join(map(json.dumps, events)) + '\n{"kind": "st', "metrics_seed3.jsonl")
-    assert (log.family, log.seed, log.steps.count, log.models[0].count, log.stop[0]) == ("J", 3, 1, 100, 9000.0)
-    assert [(m.tag, m.final, m.partial) for m in log.metrics] == [("val", False, True), ("eval stream", True, False)]
+    assert (log.seed, log.steps.count, log.models[0].count, log.stop[0]) == (3, 1, 100, 9000.0)
+    assert [(m.tag, m.final) for m in log.metrics] == [("val", False), ("eval stream", True)]
     assert log.metrics[1].loss == 3.0 and "unreadable line" in log.notes
 
 
