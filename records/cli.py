@@ -16,7 +16,6 @@ from records.run_record import Request, build
 from records.run_report import write_report
 from records.verify import COMMAND, Trial, verify
 
-RULED = ("practice", "readme")
 MARKS = {"pass": "ok", "warn": "warn", "fail": "FAIL", "na": "-"}
 
 
@@ -83,29 +82,18 @@ def verify_command(args: argparse.Namespace) -> int:
 
 def compare_command(args: argparse.Namespace) -> int:
     report = compare(load_side(Path(args.baseline)), load_side(Path(args.new)))
-    test, rows = report["test"], [["", report["baseline"], report["new"]], *report["rows"]]
-    lines = [clean(name, 27).ljust(28) + f"{shown(a):>38}{shown(b):>38}" for name, a, b in rows]
-    if test is None:
-        lines.append(report["note"])
-    else:
-        needed = {k: test.get(f"seeds_needed_{k}") or "none suffices" for k in RULED}
-        words = {k: "significant" if test.get(k) else "not significant" for k in RULED}
-        p = f"one-sided p {test['p']:.4f}"
-        lines += [
-            f"\ngain {test['gain_bpb']:+.6f} BPB, Welch t {test['t']:.3f}, df {test['df']:.2f}, {p}",
-            f"  applied rule ({test['practice_rule']}): {words['practice']}; seeds needed {needed['practice']}",
-        ]
-    if test and "readme" in test:
-        lines += [
-            f"  written rule ({test['readme_rule']} = {test['margin_bpb']:.6f} BPB): {words['readme']};",
-            f"    gain {test['gain_nats']:+.6f} nats, p {test['p_margin']:.4f}; seeds needed {needed['readme']}",
-        ]
+    test = report["test"] or {"test": report.get("note")}
+    rows = [["", report["baseline"], report["new"]], *report["rows"], *test.items()]
+    lines = [f"{clean(name, 27):28}" + "".join(f"{shown(value):>38}" for value in values) for name, *values in rows]
     say(json.dumps(report, default=str) if args.json else "\n".join(lines))
     return 0
 
 
 def shown(value: object) -> str:
-    return f"{value:,.12g}" if isinstance(value, int | float) else clean(value or "", 36)
+    words = {True: "significant", False: "not significant", None: ""}
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:,.12g}"
+    return words.get(value) or clean(value, 36)
 
 
 def new_command(args: argparse.Namespace) -> int:
@@ -119,17 +107,11 @@ def new_command(args: argparse.Namespace) -> int:
 
 def ledger_command(args: argparse.Namespace) -> int:
     added = add_runs([open_run(Path(p)) for p in args.run], Path(args.file), args.note)
-    for row in added:
-        flag = f", FLAG {row['flags']}" * (row["flags"] != "-")
-        say(f"{row['run']}: {row['status']}, {row['val_bpb']} BPB, {row['bytes']} bytes{flag}")
     rows = read_ledger(Path(args.file))
-    if not args.run:
-        flagged = [r for r in rows if r["flags"] != "-"]
-        say(f"{len(rows)} runs, {len(flagged)} flagged")
-        for row in flagged:
-            say(f"  {row['run']}: {row['flags']}")
-    elif len(added) < len(args.run):
-        say(f"{len(args.run) - len(added)} already there, unchanged")
+    flagged = [row for row in rows if row["flags"] != "-"]
+    for row in added or flagged:
+        say(f"{row['run']}: {row['status']}, {row['val_bpb']} BPB, {row['bytes']} bytes, flags {row['flags']}")
+    say(f"{len(rows)} runs, {len(flagged)} flagged, {len(added)} new")
     return 0
 
 

@@ -15,7 +15,7 @@ from records.files import open_regular, read_bytes, read_text
 from records.folder import sha256_file
 
 CHUNK = 4_096  # steps added at a time
-BUCKETS = 256  # of a curve
+BUCKETS = 256  # of a curve that is drawn
 MAX_NAMES = 1_000  # distinct statistics
 MAX_EVENTS = 500  # held of each rare kind; all are counted
 LINE_LIMIT = 8 << 20  # bytes
@@ -25,49 +25,33 @@ STEP_FIELDS = ("loss", "lr", "grad_norm", "tokens_per_second", "seconds", "memor
 
 
 class Curve:
-    """A series of any length in a fixed, even number of buckets of equal length."""
+    """A series of points; what is not finite is counted."""
 
-    def __init__(self, capacity: int = BUCKETS):
-        self.stride, self.count, self.bad = 1, 0, 0
-        self.buckets = empty_buckets(capacity)
+    def __init__(self) -> None:
+        self.parts, self.bad = [np.empty((2, 0))], 0
 
     def extend(self, x: np.ndarray, y: np.ndarray) -> None:
         good = np.isfinite(x) & np.isfinite(y)
         self.bad += int((~good & ~np.isnan(x)).sum())
-        x, y = x[good], y[good]
-        while self.count + len(y) > self.buckets.shape[1] * self.stride:
-            self._halve()
-        last, total, n, low, high = self.buckets
-        at = (self.count + np.arange(len(y))) // self.stride
-        np.add.at(total, at, y)
-        np.add.at(n, at, 1)
-        np.minimum.at(low, at, y)
-        np.maximum.at(high, at, y)
-        last[at] = x
-        self.count += len(y)
-
-    def _halve(self) -> None:
-        x, total, n, low, high = self.buckets.reshape(5, -1, 2)
-        last = np.where(n[:, 1] > 0, x[:, 1], x[:, 0])
-        half = np.stack([last, total.sum(1), n.sum(1), low.min(1), high.max(1)])
-        self.buckets = np.concatenate([half, empty_buckets(len(last))], axis=1)
-        self.stride *= 2
-
-    def rows(self) -> np.ndarray:
-        x, total, n, low, high = self.buckets[:, self.buckets[2] > 0]
-        return np.stack([x, total / n, low, high])
-
-    def nearest(self, x: float) -> float | str:
-        xs, mean, _, _ = self.rows()
-        return float(mean[np.abs(xs - x).argmin()]) if len(xs) else ""
+        self.parts.append(np.stack([x[good], y[good]]))
 
     @property
-    def last(self) -> float:
-        return float([math.nan, *self.rows()[1, -1:]][-1])
+    def points(self) -> np.ndarray:
+        return np.concatenate(self.parts, axis=1)
 
+    def rows(self) -> np.ndarray:
+        """Last x, mean, lowest and highest y of at most BUCKETS pieces of equal length."""
+        x, y = self.points
+        cuts = np.linspace(0, len(y), min(BUCKETS, len(y)) + 1).astype(int)
+        first, end = cuts[:-1], cuts[1:]
+        if not len(y):
+            return np.empty((4, 0))
+        sums, low, high = (f.reduceat(y, first) for f in (np.add, np.minimum, np.maximum))
+        return np.stack([x[end - 1], sums / (end - first), low, high])
 
-def empty_buckets(count: int) -> np.ndarray:
-    return np.repeat([[0.0], [0.0], [0.0], [np.inf], [-np.inf]], count, axis=1)
+    def nearest(self, x: float) -> float | str:
+        xs, ys = self.points
+        return float(ys[np.abs(xs - x).argmin()]) if len(xs) else ""
 
 
 @dataclass
@@ -76,7 +60,6 @@ class Metrics:
 
     curves: dict[str, Curve] = field(default_factory=lambda: {name: Curve() for name in STEP_FIELDS})
     aux: dict[str, Curve] = field(default_factory=dict)
-    norms: list[np.ndarray] = field(default_factory=list)  # of the gradient
     stats: dict[str, Curve] = field(default_factory=dict)
     val_loss: Curve = field(default_factory=Curve)
     val_bpb: Curve = field(default_factory=Curve)
@@ -86,7 +69,6 @@ class Metrics:
     run: dict = field(default_factory=dict)
     events: dict[str, list[dict]] = field(default_factory=dict)  # alert, spike, sample, checkpoint
     counts: dict[str, int] = field(default_factory=dict)
-    first_loss: float = math.nan
     last_step: int = 0
     tokens: float = 0.0
     damaged: int = 0
@@ -95,14 +77,12 @@ class Metrics:
     def steps(self, events: list[dict]) -> None:
         if not events:
             return
-        x, loss, norm = (numbers(events, name) for name in ("step", "loss", "grad_norm"))
+        x = numbers(events, "step")
         for name in [name for name in STEP_FIELDS if any(name in e for e in events)]:
             self.curves[name].extend(x, numbers(events, name))
-        self.norms.append(norm[np.isfinite(norm)])
         names = {k for e in (events[0], events[-1]) for k in e if k.startswith("aux.")}
         for name in [n for n in names if n in self.aux or len(self.aux) < MAX_NAMES]:
             self.aux.setdefault(name, Curve()).extend(x, numbers(events, name))
-        self.first_loss = float(loss[0]) if math.isnan(self.first_loss) else self.first_loss
         self.last_step = int(as_number(events[-1].get("step")) or self.last_step)
         self.tokens = max(self.tokens, float(np.nanmax(numbers(events, "tokens"), initial=0.0)))
 

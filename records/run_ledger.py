@@ -28,6 +28,7 @@ def cell(value: object) -> str:
 def row_of(run: Run, note: str = "") -> dict[str, str]:
     metrics, result = run.metrics, run.result
     _, size, digest = run.artifact
+    losses = metrics.curves["loss"].points[1]
     newest = max((p.stat().st_mtime for p in run.path.iterdir() if p.is_file()), default=0.0)  # of runs that do not say
     values: dict[str, object] = {
         "date": run.fact("date") or datetime.fromtimestamp(newest, UTC).strftime("%Y-%m-%d"),
@@ -42,8 +43,8 @@ def row_of(run: Run, note: str = "") -> dict[str, str]:
         "seconds": as_number(result.get("train_seconds")) or metrics.phases.get("train"),
         "bytes": size or None,
         "val_bpb": as_number(result.get("val_bpb")),
-        "first_loss": metrics.first_loss,
-        "last_loss": metrics.curves["loss"].last,
+        "first_loss": [*losses, None][0],
+        "last_loss": [None, *losses][-1],
         "artifact_sha256": digest,
         "note": note,
         "changed": run.changed,

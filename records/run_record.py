@@ -146,7 +146,7 @@ def copy_run(folder: Path, run: Run, label: str) -> None:
             shutil.copyfile(run.path / name, folder / name.replace(".", f"_{label}."))
     if not (run.path / "metrics.jsonl").exists():
         return
-    steps = run.metrics.curves["loss"].count + run.metrics.curves["loss"].bad
+    steps = run.metrics.curves["loss"].points.shape[1] + run.metrics.curves["loss"].bad
     every = max(1, -(-steps // MAX_METRIC_LINES))
     ranks, fields = world_size(run), {k: v for k, v in run.config.items() if isinstance(v, str | int | float | bool)}
     head = {"kind": "run", "run_id": run.name, "seed": run.seed, "config_hash": run.config_hash, "world_size": ranks}

@@ -107,7 +107,7 @@ def gap_rows(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def grad_rows(run: Run) -> list[list]:
-    norms = np.concatenate([[], *run.metrics.norms])
+    norms = run.metrics.curves["grad_norm"].points[1]
     if not len(norms):
         return []
     rows = [[f"p{share}", float(np.percentile(norms, share))] for share in (25, 50, 75, 95)]

@@ -196,7 +196,7 @@ def test_the_canonical_table_counts_each_class_of_piece():
         "▁the": 3,
         "é": 2,
         "日本": 6,
-        "▁▁": 3,
+        "▁▁": 1,
         "dead": 0,
         "\U0001f600": 4,
     }
