@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from itertools import product
 
 from records.competition import VAL_DOCS
+from records.expressions import Refused
 from records.folder import Folder, Script, hash_in
 from records.rules import Fact, case, fact, first, otherwise, pick, rule, word
 from records.script_leaks import BEFORE, FITTED
-from records.script_table import Unknown, deviations
+from records.script_table import deviations
 
 CHAIN = "what ships is what ran: build.json, certificate.json"
 RUNS = "README: must compile and run in the folder"
@@ -134,7 +135,7 @@ def byte_tables(folder: Folder) -> Iterator[Fact]:
     for script in [s for s in folder.sources if s.facts["byte_table"]]:
         try:
             wrong = deviations(script.facts["byte_table"])
-        except Unknown as error:
+        except Refused as error:
             yield fact("unknown", script.name, error=error)
             continue
         yield from (fact("differs", script.name, note=note) for note in wrong[:5])
