@@ -26,13 +26,9 @@ RANDOM = "random warm-up"
 NUM = r"[-+]?(?:\d{1,18}(?:\.\d{0,18})?(?:[eE][-+]?\d{1,3})?|nan|inf)"  # bounded: a hostile line must not cost seconds
 CLOCK = r"(?:\d{10}\.\d{3} |\[?(?:\d{4}-\d\d-\d\d[ T])?\d\d:\d\d:\d\d(?:[.,]\d{1,6})?\]? )?"  # before a line
 PLAIN = r"\d{1,9}(?:\.\d{1,18})?"  # a number that no conversion can make infinite
-STEP_ROWS = re.compile(rf"(?:{CLOCK}(?:step:)?\d{{1,9}}/\d+ (?:train_)?loss: ?{PLAIN}(?![\d.e])[^\n]*\n){{1,512}}")
-STEP_PAIR = re.compile(rf"\n{CLOCK}(?:step:)?(\d+)/\d+ (?:train_)?loss: ?([\d.]+)")
 STEP = re.compile(rf"(?:step:)?(\d{{1,9}})/\d+ (?:train_)?loss: ?({NUM})(?: (?:train_time|t): ?({NUM})(ms|m|s)\b)?")
 VAL = re.compile(rf"\b(?:val_)?loss[:=] ?({NUM})[ ,]+(?:val_)?bpb[:=] ?({NUM})")
-NOISE = re.compile(  # running scores, thousands of lines
-    rf"(?:{CLOCK}(?:ttp:|ttpp:|ttpr:|tttg:|ttt_progress:|  ttt_chunk \[)[^\n]*\n)+"
-)
+RUNNING = ("ttp:", "ttpp:", "ttpr:", "tttg:", "ttt_progress:", "  ttt_chunk [")  # scores so far, thousands of lines
 EVAL_TIME = re.compile(rf"\b(?:eval_time|elapsed|time)[:=]({NUM})(ms|s)")
 PARAM = re.compile(r"  (\w{1,60}): (.*)")
 PAIR = re.compile(r"(\w{1,60})=(\S*)")
@@ -144,7 +140,7 @@ class LogReader:
         self.source_size = 0
 
     def feed(self, block: bytes) -> None:
-        """Read a piece of whole lines: what comes in thousands by the run, the rest line by line."""
+        """Read a piece of whole lines."""
         text = block.decode("utf-8", errors="replace")
         if self.log.name.endswith(".jsonl"):
             for line in text.removesuffix("\n").split("\n"):
@@ -155,7 +151,7 @@ class LogReader:
             text = "\n".join(self._plain(line, self.log.lines + i) for i, line in enumerate(text.split("\n"), 1))
         at = 0
         while at < len(text):
-            at = self._listed(text, at) or self._run(text, at) or self._line(text, at)
+            at = self._listed(text, at) or self._line(text, at)
 
     def _listed(self, text: str, at: int) -> int:
         """Skip to the end of an embedded source listing; it is full of text that looks like results."""
@@ -169,21 +165,6 @@ class LogReader:
         self.log.lines += text.count("\n", at, stop) + (stop == len(text) and text[-1] != "\n")
         self.in_code = end is None
         return stop * (stop > at)
-
-    def _run(self, text: str, at: int) -> int:
-        """Lines that come in thousands: running scores, and the training curve."""
-        lines = not self.after_header and (NOISE.match(text, at) or STEP_ROWS.match(text, at))
-        if not lines:
-            return 0
-        end = lines.end()
-        if lines.re is STEP_ROWS:
-            steps, losses = zip(*STEP_PAIR.findall("\n" + lines[0]))
-            last = STEP.match(text, STAMP.match(text, text.rfind("\n", at, end - 1) + 1 or at).end())
-            took = float(last[3] or 0) * MILLISECONDS.get(last[4], 0)
-            self.log.steps.extend([*map(int, steps)], [*map(float, losses)], self.log.lines + 1, took)
-        self.fresh = self.in_params = False
-        self.log.lines += text.count("\n", at, end)
-        return end
 
     def _line(self, text: str, at: int) -> int:
         end = text.find("\n", at)
@@ -249,7 +230,7 @@ class LogReader:
         return True
 
     def _metric(self, line: str) -> bool:
-        m = VAL.search(line) if "loss" in line and "bpb" in line else None
+        m = VAL.search(line) if "loss" in line and "bpb" in line and not line.startswith(RUNNING) else None
         if m is None:
             return False
         loss, bpb, rest = float(m[1]), float(m[2]), line[m.end() :]

@@ -94,8 +94,7 @@ class Reader:
         names = [a.arg for a in (*given, *by_name)][method and not static :]
         optional = len(node.args.defaults) + sum(d is not None for d in node.args.kw_defaults)
         most = math.inf if node.args.vararg or node.args.kwarg else len(names)
-        returns = any(isinstance(n, ast.Return) and n.value is not None for n in ast.walk(node))
-        self.name, self.silent = "." * method + node.name, not last or bool(LEARNER.match(node.name) and not returns)
+        self.name, self.silent = "." * method + node.name, not last or learns_only(node)
         self.parameters[self.name] = names, len(names) - optional, most
         self.env = {n: frozenset({("token", i)}) | named(n) for i, n in enumerate(names)}
         self.stores: set = set()
@@ -297,6 +296,11 @@ class Reader:
             NONE.union(*(made(placed.get(o, NONE), s) if o != HERE else frozenset({(s, o)}) for s, o in labels))
             for labels in self.returns.get(name, [])
         ]
+
+
+def learns_only(node: ast.FunctionDef) -> bool:
+    values = (n for n in ast.walk(node) if isinstance(n, ast.Return) and n.value is not None)
+    return bool(LEARNER.match(node.name)) and next(values, None) is None
 
 
 def path_of(node: ast.expr) -> str:

@@ -227,14 +227,14 @@ def seen(log):
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(LINES, min_size=1, max_size=30))
-def test_reading_by_the_run_and_line_by_line_see_the_same(lines):
+def test_reading_by_the_block_and_line_by_line_see_the_same(lines):
     whole, alone = Log("a.log"), Log("a.log")
     reader = LogReader(whole)
     reader.feed(("\n".join(lines) + "\n").encode())
     reader.close()
     reader = LogReader(alone)
     for line in lines:
-        reader.feed(line.encode() or b"\n")  # a line without its end is no part of a run
+        reader.feed(line.encode() or b"\n")
     reader.close()
     whole.source, alone.source = (g.source.replace("\n", "") for g in (whole, alone))
     assert seen(whole) == seen(alone)
