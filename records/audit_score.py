@@ -31,8 +31,8 @@ RATIO = "{ratio:.6f} bytes a token"
 NO_STREAM = RATIO + " is no known validation stream; the nearest is {stream}, x{factor:.5f} off{implied}"
 OTHER_TEXT = RATIO + " on a declared other text of {nbytes:,.0f} bytes, not the leaderboard's"
 OTHER_RATIO = "val_loss and val_bpb of the claim give {claimed:.6f} bytes a token, the log {logged:.6f}"
-GAIN = f"{{gain:+.5f}} BPB against {{baseline}}: one-sided Welch p {{p:.4f}} (applied: p < {P_PRACTICE}; {{suffice}})"
-GAIN_IN_NATS = "{gain:+.5f} nats a token, p {p:.4f} that it is above {margin} (written: {rule}; {suffice})"
+GAIN = f"{{gain:+.5f}} BPB against {{baseline}}: one-sided Welch p {{p:.4f}} (applied: p < {P_PRACTICE})"
+GAIN_IN_NATS = "{gain:+.5f} nats a token, p {p:.4f} that it is above {margin} (written: {rule})"
 MIXED_TAGS = {"final_int8_zlib_roundtrip", "final_int6_sliding_window"}  # one metric under two names in early records
 
 
@@ -175,9 +175,7 @@ def gains(folder: Folder) -> Iterator[Fact]:
     if test is None:
         yield fact("untested", baseline=baseline.name)
     for rule_name in [name for name in ("practice", "readme") if name in (test or ())]:
-        needed = test[f"seeds_needed_{rule_name}"]
-        words = {"suffice": pick(needed, f"{needed} seeds suffice", "no number of seeds suffices")}
-        words |= {"baseline": baseline.name, "rule": test[f"{rule_name}_rule"], "margin": MARGIN_NATS}
+        words = {"baseline": baseline.name, "rule": test[f"{rule_name}_rule"], "margin": MARGIN_NATS}
         p, gain = {"practice": ("p", "gain_bpb"), "readme": ("p_margin", "gain_nats")}[rule_name]
         yield fact("no " * (not test[rule_name]) + rule_name, p=test[p], gain=test[gain], **words)
 

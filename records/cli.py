@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 from records.audit import check_folder, submission_folders
@@ -97,11 +98,8 @@ def shown(value: object) -> str:
 
 
 def new_command(args: argparse.Namespace) -> int:
-    runs = [open_run(Path(p)) for p in args.from_]
-    texts = {name: getattr(args, name) for name in ("name", "author", "github", "blurb", "mode", "address")}
-    texts |= {"date": args.date} if args.date else {}
-    made = Path(args.build) if args.build else None
-    say(str(build(runs, Request(script=Path(args.script), out=Path(args.out), build=made, **texts))))
+    given = {field.name: value for field in fields(Request) if (value := getattr(args, field.name))}
+    say(str(build([open_run(Path(p)) for p in args.from_], Request(**given))))
     return 0
 
 
@@ -132,21 +130,6 @@ def report_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def option(*names: str, **details: object) -> tuple:
-    return names, details
-
-
-def switch(name: str, words: str) -> tuple:
-    return option(name, action="store_true", help=words)
-
-
-def text(name: str, words: str = "", default: str = "", **details: object) -> tuple:
-    return option(name, default=default, help=words, **details)
-
-
-JSON = switch("--json", "one object a line")
-FILE = text("--file", default=str(LEDGER))
-POLICIES = {"choices": ("readme", "practice"), "default": "practice"}
 COMMANDS: dict[str, tuple[Callable, str]] = {
     "check": (check, "Check submission folders, anybody's, without running anything in them."),
     "verify": (verify_command, "Run a submission's evaluation without network and compare it with the claim."),
@@ -156,44 +139,46 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "list": (list_command, "The leaderboard over the ledger."),
     "report": (report_command, "Write report.html of a run, one page with plots."),
 }
-OPTIONS = (
-    ("check", option("path", nargs="+", help="a submission folder, or a folder that holds some")),
-    ("check", option("--policy", help="written rules, or as applied (default)", **POLICIES)),
-    ("check", text("--baseline", "record to test significance against (default: the best earlier one beside it)")),
-    ("check", JSON),
-    ("check", switch("--all", "show what passed, too")),
-    ("verify", option("folder")),
-    ("verify", option("--artifact", required=True, help="the shipped model")),
-    ("verify", option("--data", required=True, help="folder with tokenizer and validation shards")),
-    ("verify", switch("--execute", "allow the submission's code to run")),
-    ("verify", text("--command", f"how to evaluate (default: {COMMAND})", COMMAND)),
-    ("verify", option("--repeat", type=int, default=1, help="evaluations; two show how far they lie apart")),
-    ("verify", option("--timeout", type=float, default=3600.0, help="seconds each")),
-    ("verify", JSON),
-    ("compare", option("baseline")),
-    ("compare", option("new")),
-    ("compare", JSON),
-    ("new", option("--from", dest="from_", nargs="+", required=True, metavar="RUN")),
-    ("new", text("--script", "the packed script that ran", "train_gpt.py")),
-    ("new", text("--build", "the builder's manifest.json (default: the one beside the script)")),
-    ("new", option("--name", required=True)),
-    ("new", option("--author", required=True)),
-    ("new", text("--github")),
-    ("new", text("--blurb")),
-    ("new", text("--date", "YYYY-MM-DD (default: today)")),
-    ("new", text("--mode", "evaluation mode that is claimed (default: the last one of the run)")),
-    ("new", text("--address", "where the artifacts lie, instead of copying them")),
-    ("new", text("--out", "parent folder (default: records/)", str(LEDGER.parent))),
-    ("ledger", option("run", nargs="*")),
-    ("ledger", FILE),
-    ("ledger", text("--note")),
-    ("list", FILE),
-    ("list", text("--mode", "score to sort by", "val_bpb", choices=("val_bpb", *MODES))),
-    ("list", option("--limit", type=int, default=0)),
-    ("list", JSON),
-    ("report", option("run")),
-    ("report", option("-o", "--out", default="", help="folder (default: the run's own)")),
-    ("report", option("--price", type=float, help="price of the machine per hour")),
+POLICIES = ("readme", "practice")
+JSON = {"action": "store_true", "help": "one object a line"}
+OPTIONS: tuple[tuple[str, str, dict], ...] = (
+    ("check", "path", {"nargs": "+", "help": "a submission folder, or a folder that holds some"}),
+    ("check", "--policy", {"choices": POLICIES, "default": "practice", "help": "rules as written, or as applied"}),
+    ("check", "--baseline", {"help": "record to test significance against (default: the best earlier one beside it)"}),
+    ("check", "--json", JSON),
+    ("check", "--all", {"action": "store_true", "help": "show what passed, too"}),
+    ("verify", "folder", {}),
+    ("verify", "--artifact", {"required": True, "help": "the shipped model"}),
+    ("verify", "--data", {"required": True, "help": "folder with tokenizer and validation shards"}),
+    ("verify", "--execute", {"action": "store_true", "help": "allow the submission's code to run"}),
+    ("verify", "--command", {"default": COMMAND, "help": f"how to evaluate (default: {COMMAND})"}),
+    ("verify", "--repeat", {"type": int, "default": 1, "help": "evaluations; two show how far they lie apart"}),
+    ("verify", "--timeout", {"type": float, "default": 3600.0, "help": "seconds each"}),
+    ("verify", "--json", JSON),
+    ("compare", "baseline", {}),
+    ("compare", "new", {}),
+    ("compare", "--json", JSON),
+    ("new", "--from", {"dest": "from_", "nargs": "+", "required": True, "metavar": "RUN"}),
+    ("new", "--script", {"type": Path, "default": "train_gpt.py", "help": "the packed script that ran"}),
+    ("new", "--build", {"type": Path, "default": None, "help": "the builder's manifest (default: beside the script)"}),
+    ("new", "--name", {"required": True}),
+    ("new", "--author", {"required": True}),
+    ("new", "--github", {}),
+    ("new", "--blurb", {}),
+    ("new", "--date", {"help": "YYYY-MM-DD (default: today)"}),
+    ("new", "--mode", {"help": "evaluation mode that is claimed (default: the last one of the run)"}),
+    ("new", "--address", {"help": "where the artifacts lie, instead of copying them"}),
+    ("new", "--out", {"type": Path, "default": LEDGER.parent, "help": "parent folder (default: records/)"}),
+    ("ledger", "run", {"nargs": "*"}),
+    ("ledger", "--file", {"default": LEDGER}),
+    ("ledger", "--note", {}),
+    ("list", "--file", {"default": LEDGER}),
+    ("list", "--mode", {"default": "val_bpb", "choices": ("val_bpb", *MODES), "help": "score to sort by"}),
+    ("list", "--limit", {"type": int, "default": 0}),
+    ("list", "--json", JSON),
+    ("report", "run", {}),
+    ("report", "--out", {"help": "folder (default: the run's own)"}),
+    ("report", "--price", {"type": float, "default": None, "help": "price of the machine per hour"}),
 )
 
 
@@ -201,10 +186,10 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m records", description="Check, verify, compare, write, list records.")
     commands = top.add_subparsers(dest="command_name", required=True)
     for name, (run, summary) in COMMANDS.items():
-        sub = commands.add_parser(name, help=summary, description=summary)
+        sub = commands.add_parser(name, help=summary, description=summary, argument_default="")
         sub.set_defaults(run_command=run)
-        for names, details in [row for command, row in OPTIONS if command == name]:
-            sub.add_argument(*names, **details)
+        for flag, details in [row for command, *row in OPTIONS if command == name]:
+            sub.add_argument(flag, **details)
     return top
 
 

@@ -45,13 +45,9 @@ class RunScript(NamedTuple):
 
 
 class Stop(NamedTuple):
-    milliseconds: float
+    seconds: float
     step: int
     line: int
-
-    @property
-    def seconds(self) -> float:
-        return self.milliseconds / 1000
 
 
 @dataclass(slots=True)

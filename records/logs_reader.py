@@ -59,7 +59,7 @@ def _take(log: Log, m: re.Match, what: str, name: str) -> None:
         case "seed":
             log.seeds.setdefault(int(m[1]), line)
         case "stop":
-            log.stop = Stop(float(m[1]), int(m[2]), line)
+            log.stop = Stop(float(m[1]) / 1000, int(m[2]), line)
         case "script":
             log.script = RunScript(m[1], int(m[2]), line)
 
@@ -274,7 +274,7 @@ def _read_event(log: Log, line: str) -> None:
             log.values.setdefault("val_tokens", (numbers["tokens"], log.lines))
         case "phase" if seconds is not None and isinstance(name, str):
             _append(log.phases.setdefault(name[:40], []), (seconds, log.lines))
-            stops = {"train": Stop(seconds * 1000, log.steps.last_step, log.lines)}
+            stops = {"train": Stop(seconds, log.steps.last_step, log.lines)}
             log.stop = stops.get(name, log.stop)
         case "artifact" if numbers.get("bytes"):
             _append(log.models, Size("artifact", log.lines, int(numbers["bytes"])))

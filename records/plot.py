@@ -126,17 +126,3 @@ def legend(names: list[str]) -> str:
         parts.append(f'<rect x="{right:.0f}" y="2" width="9" height="9" style="fill:{colour}"/>')
         parts.append(label(right + 13, 11, name))
     return "".join(parts)
-
-
-def bars(title: str, rows: list[tuple[str, float]], unit: str, *, zero: bool = True) -> str:
-    """Horizontal bars with their values; without `zero` the axis starts near the smallest value."""
-    rows, body = [(name, value) for name, value in rows if math.isfinite(value)], []
-    values = [value for _, value in rows]
-    high, least = max(values, default=0.0) or 1.0, min(values, default=0.0)
-    low = 0.0 if zero else least - 0.25 * (high - least or high * 0.1)
-    for i, (name, value) in enumerate(rows):
-        y, wide = 4 + 24 * i, max(1.0, (value - low) / ((high - low) or 1) * (WIDTH - 240))
-        body.append(f'<rect x="130" y="{y + 2}" width="{wide:.1f}" height="16" style="fill:var(--a)"/>')
-        body.append(label(124, y + 14, name[:20], "end"))
-        body.append(label(134 + wide, y + 14, f"{value:,.4f}".rstrip("0").rstrip(".") + f" {unit}"))
-    return svg("".join(body), title, 24 * len(rows) + 8) if rows else ""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from records.claim import as_number, parse_json
-from records.files import open_regular, read_bytes, read_text
+from records.files import open_regular, read_bytes
 from records.folder import sha256_file
 
 CHUNK = 4_096  # steps added at a time
@@ -221,17 +221,13 @@ class Run:
     def config_hash(self) -> str:
         return str(self.config_file.get("hash") or self.result.get("config_hash") or "")
 
-    @cached_property
-    def machine(self) -> tuple[str, int]:
-        """Device and ranks as the first lines of train.log name them."""
-        log = self.path / "train.log"
-        head = read_text(log, 1 << 16) if log.exists() else ""
-        match = re.search(r"^device (\S+), (\d{1,5}) ranks", head, re.M)
-        return (match[1], int(match[2])) if match else ("unknown", 1)
-
     @property
     def device(self) -> str:
-        return str(self.fact("device_name") or self.fact("device") or self.machine[0])
+        return str(self.fact("device_name") or self.fact("device", "unknown"))
+
+    @property
+    def ranks(self) -> int | None:
+        return (number := as_number(self.fact("world_size"))) and int(number)
 
     def fact(self, name: str, default: object = "") -> object:
         tables = (self.result, self.metrics.run, self.config_file, self._json("supervisor.json"))

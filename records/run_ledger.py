@@ -1,8 +1,6 @@
 """Every run, good or bad, one line each in ledger.tsv; and the leaderboard over it."""
 
-import hashlib
 import re
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,7 +31,7 @@ def row_of(run: Run, note: str = "") -> dict[str, str]:
     values: dict[str, object] = {
         "date": run.fact("date") or datetime.fromtimestamp(newest, UTC).strftime("%Y-%m-%d"),
         "run": run.name,
-        "commit": run.fact("commit") or commit_of(run),
+        "commit": run.fact("commit"),
         "config_hash": run.config_hash,
         "data_hash": run.fact("data_hash"),
         "device": run.device,
@@ -50,16 +48,6 @@ def row_of(run: Run, note: str = "") -> dict[str, str]:
         "changed": run.changed,
     } | run.modes()
     return {name: cell(values.get(name)) for name in COLUMNS}
-
-
-def commit_of(run: Run, checkout: Path = LEDGER.parents[1]) -> str:
-    """The commit of this checkout, where its trainer is the source of a run that names no commit."""
-    source, trainer = str(run.config_file.get("source", "")), checkout / "train_gpt.py"
-    same = bool(source) and trainer.exists() and hashlib.sha256(trainer.read_bytes()).hexdigest().startswith(source)
-    if not same:
-        return ""
-    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty"]
-    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def flags_of(run: Run, row: dict[str, str], earlier: list[dict[str, str]]) -> list[str]:

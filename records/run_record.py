@@ -15,11 +15,10 @@ from records.competition import CAP_BYTES, IMPLIED_BYTES, MARGIN_NATS, NON_RECOR
 from records.files import clean
 from records.folder import Folder, sha256_file
 from records.run import Run
-from records.run_report import HEADS, loss_ranges, span
+from records.run_report import span
 from records.stats import deviation, mean
 
 REQUIRED = ("torch", "triton", "numpy", "brotli", "sentencepiece")
-FREE_FIELDS = re.compile(r"seed|run_id|path|dir$|folder|resume|log|out$|publish|notify", re.I)
 REFUSED = {"F1", "F4", "F6", "F9", "F14"}
 MAX_METRIC_LINES = 4_000  # step lines kept in a record; every other event is kept whole
 
@@ -30,9 +29,9 @@ class Request:
 
     name: str
     author: str
-    github: str
     script: Path
     out: Path
+    github: str = ""
     date: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d"))
     blurb: str = ""
     mode: str = ""
@@ -82,12 +81,10 @@ def build(runs: list[Run], request: Request) -> Path:
     refuse_if(not request.script.is_file(), absent)
     good = [run for run in runs if run.finished]
     refuse_if(not good, f"none of {', '.join(str(r.path) for r in runs)} is finished")
-    seeds, first = [run.seed for run in good], good[0].config
+    seeds = [run.seed for run in good]
     refuse_if(len(set(seeds)) < len(seeds), f"two runs have the same seed: {seeds}")
-    names = {k for run in good for k in run.config if not FREE_FIELDS.search(k)}
-    different = sorted(k for k in names if any(run.config.get(k) != first.get(k) for run in good))
-    unequal = different if len({run.config_hash for run in good}) > 1 else []
-    refuse_if(unequal, f"the runs differ in {', '.join(unequal)}; a record needs one configuration")
+    hashes = {run.config_hash[:12]: run.name for run in good}
+    refuse_if(len(hashes) > 1, f"the runs have other configurations; a record needs one: {hashes}")
     scored = [score_of(run, request.mode) for run in good]
     modes = [s.mode for s in scored]
     told = f"the runs are scored by different modes: {', '.join(modes)}; name one with --mode"
@@ -148,7 +145,7 @@ def copy_run(folder: Path, run: Run, label: str) -> None:
         return
     steps = run.metrics.curves["loss"].points.shape[1] + run.metrics.curves["loss"].bad
     every = max(1, -(-steps // MAX_METRIC_LINES))
-    ranks, fields = world_size(run), {k: v for k, v in run.config.items() if isinstance(v, str | int | float | bool)}
+    ranks, fields = run.ranks, {k: v for k, v in run.config.items() if isinstance(v, str | int | float | bool)}
     head = {"kind": "run", "run_id": run.name, "seed": run.seed, "config_hash": run.config_hash, "world_size": ranks}
     head |= {"device": run.device, "devices": ranks, "script": run.stored("script"), "config": fields}
     head |= {"step_lines": f"1 of {every}"}
@@ -159,17 +156,13 @@ def copy_run(folder: Path, run: Run, label: str) -> None:
                 target.write(line if line.endswith(b"\n") else line + b"\n")
 
 
-def world_size(run: Run) -> int:
-    return int(as_number(run.fact("world_size")) or run.machine[1])
-
-
 def submission(scored: list[Scored], failed: list[Run], request: Request, code: int) -> dict:
     bpb, nats = [s.bpb for s in scored], [s.nats / s.tokens for s in scored]
     first = scored[0]
     totals = {s.run.seed: s.run.artifact[1] + code for s in scored}
     over = {seed: total for seed, total in totals.items() if total > CAP_BYTES}
     refuse_if(over, f"over the cap of {CAP_BYTES:,} bytes with the script: {over}; nothing was written")
-    met = all(world_size(s.run) == RECORD.ranks and RECORD.hardware in s.run.device for s in scored)
+    met = all(s.run.ranks == RECORD.ranks and RECORD.hardware in s.run.device for s in scored)
     low, high = IMPLIED_BYTES
     official = [s.tokens in VAL_TOKENS and low <= s.nbytes <= high for s in scored]
     track = SMALL_MACHINE if not all(official) else RECORD if met else NON_RECORD
@@ -188,7 +181,7 @@ def submission(scored: list[Scored], failed: list[Run], request: Request, code: 
         "seed_results": {str(s.run.seed): seed_row(s, totals[s.run.seed]) for s in scored},
         "bytes_total": max(totals.values()),
         "bytes_code": code,
-        "hardware": f"{world_size(first.run)}x {first.run.device}",
+        "hardware": f"{first.run.ranks}x {first.run.device}",
         "mode": first.mode,
         "config_hash": first.run.config_hash,
         "data_hash": first.run.fact("data_hash"),
@@ -237,7 +230,7 @@ def readme(claim: dict, scored: list[Scored], failed: list[Run], request: Reques
         times = [span(row["train_time_s"]), span(s.seconds)]
         scores = [f"{s.bpb:.8f}", f"{s.nats / s.tokens:.8f}"]
         seeds.append([s.run.seed, *scores, row["steps"], *times, row["bytes_total"]])
-    command = f"SEED={run.seed} torchrun --standalone --nproc_per_node={world_size(run)} train_gpt.py"
+    command = f"SEED={run.seed} torchrun --standalone --nproc_per_node={run.ranks} train_gpt.py"
     parts = [
         f"# {clean(request.name)}",
         f"**val_bpb {claim['val_bpb']:.8f}**{spread}, {where}.",
@@ -245,8 +238,6 @@ def readme(claim: dict, scored: list[Scored], failed: list[Run], request: Reques
         md_table(["seed", "val_bpb", "val_loss", "steps", "training", "evaluation", "bytes"], seeds),
         "## Modes",
         md_table(["mode", *(f"seed {s.run.seed}" for s in scored)], modes),
-        f"## Loss of seed {run.seed}",
-        md_table(HEADS["ranges"], loss_ranges(run)),
         f"## What it was scored on\n\n{text['val_tokens']:,} tokens, {text['val_bytes']:,} bytes{scope}",
         f"The rules ask for {MARGIN_NATS} nats at p < 0.01: `python -m records compare BASELINE .`",
         f"## Run it\n\n```\npip install -r requirements.txt\n{command}\n```",

@@ -1,9 +1,8 @@
 """A report that a person reads: one run as one self-contained HTML page with plots."""
 
-import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from records.claim import as_number
 from records.competition import CAP_BYTES
 from records.page import Raw, cell, coloured, figure, folded, grid, page, section, table, tiles
-from records.plot import bars, lines
+from records.plot import lines
 from records.run import Run
 
 RANGES = 10
@@ -19,24 +18,8 @@ LAYER_STAT = re.compile(r"(?:.*\.)?layers?\.(\d+)\.(.+)$")
 NORM_LIMITS = (1, 100, 1000)
 TOKENS_PER_PARAMETER = 20  # the ratio of compute-optimal training
 FACTS = "device device_name devices world_size commit source data_hash config_hash hash python torch numpy"
-HEADS = {
-    name: [word.strip() for word in words.split(",")]
-    for name, words in {
-        "ranges": "from step, to step, seconds, mean loss, lowest, highest, learning rate",
-        "grad": "gradient norm, value",
-        "time": "phase, seconds, share",
-        "stats": "statistic, first, last, lowest, highest, alerts",
-        "tensors": "tensor, shape, codec, bytes, bits_per_weight, entropy_bits",
-        "alerts": "step, what, where, value",
-        "spikes": "step, loss, provenance",
-        "checkpoints": "step, path, bytes, sha256",
-        "samples": "step, prompt, text",
-        "evals": "mode, bpb, nats, nbytes, tokens, seconds",
-        "probes": "probe, verdict, evidence",
-        "facts": "name, value",
-        "config": "field, value, set by",
-    }.items()
-}
+TENSOR = "tensor, shape, codec, bytes, bits_per_weight, entropy_bits"
+EVALUATION = "mode, bpb, nats, nbytes, tokens, seconds"
 DOTTED = frozenset({"validation", "gap", "BPB"})
 
 
@@ -140,24 +123,16 @@ def natural(name: str) -> list:
 def tensor_rows(run: Run) -> list[list]:
     tensors = run.metrics.artifact.get("tensors")
     tensors = [t for t in (tensors if isinstance(tensors, list) else []) if isinstance(t, dict)]
-    rows = [[t.get("name", ""), *(plain(t.get(name)) for name in HEADS["tensors"][1:])] for t in tensors]
+    rows = [columns(t | {"tensor": t.get("name")}, TENSOR) for t in tensors]
     return sorted(rows, key=lambda row: -(as_number(row[3]) or 0))
 
 
-def event_rows(run: Run, kinds: str) -> list[list]:
-    return [[plain(e.get(n)) for n in HEADS[kinds]] for e in run.metrics.events.get(kinds.removesuffix("s"), [])]
+def columns(event: dict, names: str) -> list:
+    return [plain(event.get(name)) for name in names.split(", ")]
 
 
-def config_rows(run: Run) -> list[list]:
-    return [[k, plain(v), str(run.stored("origin").get(k, ""))] for k, v in sorted(run.config.items())]
-
-
-def fact_rows(run: Run) -> list[list]:
-    return [[name, plain(value)] for name in FACTS.split() if (value := run.fact(name, None)) is not None]
-
-
-def eval_rows(run: Run) -> list[list]:
-    return [[mode, *(as_number(e.get(k)) for k in HEADS["evals"][1:])] for mode, e in run.metrics.evals.items()]
+def events(kind: str, names: str) -> tuple[str, Callable[[Run], list]]:
+    return names, lambda run: [columns(event, names) for event in run.metrics.events.get(kind, [])]
 
 
 def probe_rows(run: Run) -> list[list]:
@@ -165,17 +140,22 @@ def probe_rows(run: Run) -> list[list]:
     return [[n, coloured(v["status"]), plain(v.get("evidence"))] for n, v in probes]
 
 
-ROWS = {
-    "ranges": loss_ranges,
-    "grad": grad_rows,
-    "time": time_rows,
-    "stats": stat_rows,
-    "tensors": tensor_rows,
-    "evals": eval_rows,
-    "probes": probe_rows,
-    **{kind: functools.partial(event_rows, kinds=kind) for kind in ("spikes", "alerts", "samples", "checkpoints")},
-    "facts": fact_rows,
-    "config": config_rows,
+TABLES: dict[str, tuple[str, Callable[[Run], list]]] = {
+    "ranges": ("from step, to step, seconds, mean loss, lowest, highest, learning rate", loss_ranges),
+    "grad": ("gradient norm, value", grad_rows),
+    "time": ("phase, seconds, share", time_rows),
+    "stats": ("statistic, first, last, lowest, highest, alerts", stat_rows),
+    "tensors": (TENSOR, tensor_rows),
+    "evals": (EVALUATION, lambda run: [columns(e, EVALUATION) for e in run.metrics.evals.values()]),
+    "spikes": events("spike", "step, loss, provenance"),
+    "alerts": events("alert", "step, what, where, value"),
+    "checkpoints": events("checkpoint", "step, path, bytes, sha256"),
+    "probes": ("probe, verdict, evidence", probe_rows),
+    "facts": ("name, value", lambda run: [[n, plain(v)] for n in FACTS.split() if (v := run.fact(n)) != ""]),
+    "config": (
+        "field, value, set by",
+        lambda run: [[k, plain(v), run.stored("origin").get(k)] for k, v in sorted(run.config.items())],
+    ),
 }
 
 
@@ -247,12 +227,9 @@ def html_report(run: Run, price: float | None = None) -> str:
     notes = f'<p class="warn">{metrics.damaged} damaged lines were skipped</p>' * bool(metrics.damaged)
     peak = as_number(run.result.get("peak_memory_bytes")) or 0
     memory = Raw(f"<p>peak memory {peak / 2**20:,.0f} MiB</p>" * bool(peak))
-    tables = {kind: table(HEADS[kind], rows(run)) for kind, rows in ROWS.items()}
-    times, modes = time_rows(run), sorted(run.modes().items(), key=lambda m: m[1])
-    costs = [] if price is None else [[name, span(s), round(price * s / 3600, 4)] for name, s, _ in times]
-    phases = figure("Seconds by phase", bars("phases", [row[:2] for row in times], "s"))
+    tables = {kind: table(names.split(", "), rows(run)) for kind, (names, rows) in TABLES.items()}
+    costs = [] if price is None else [[name, span(s), round(price * s / 3600, 4)] for name, s, _ in time_rows(run)]
     speed = curve_figure(run, "tokens_per_second", "Tokens per second", "tokens/s")
-    scores = figure("BPB by mode", bars("BPB by mode", modes, "", zero=False))
     scored = [breakdown_plot(run, "by_position", "BPB by position"), breakdown_plot(run, "by_length", "BPB by length")]
     zeros = [(n.removesuffix("zeros").rstrip("."), *c.rows()[:2]) for n, c in metrics.stats.items() if "zero" in n]
     parts = {
@@ -261,7 +238,7 @@ def html_report(run: Run, price: float | None = None) -> str:
         "Gradient norm": [tables["grad"]],
         "Spikes": [tables["spikes"]],
         "Time and memory": [
-            grid(phases, speed, curve_figure(run, "memory", "Memory", "bytes")),
+            grid(speed, curve_figure(run, "memory", "Memory", "bytes")),
             tables["time"],
             memory,
         ],
@@ -272,12 +249,12 @@ def html_report(run: Run, price: float | None = None) -> str:
             artifact_line(run),
             folded("all tensors", tables["tensors"]),
         ],
-        "Evaluation": [grid(scores, *scored), tables["evals"], tables["probes"]],
+        "Evaluation": [grid(*scored), tables["evals"], tables["probes"]],
         "Samples": map(sample, metrics.events.get("sample", [])),
         "Checkpoints": [tables["checkpoints"]],
         "Cost": [table(["phase", "time", "cost"], costs)],
         "Environment": [tables["facts"]],
-        "Result": [table(HEADS["facts"], [[k, plain(v)] for k, v in sorted(run.result.items())])],
+        "Result": [table(["name", "value"], [[k, plain(v)] for k, v in sorted(run.result.items())])],
         "Configuration": [folded("all fields", tables["config"])],
     }
     head = f'<p class="dim">seed {run.seed} · configuration {cell(run.config_hash[:12])}</p>{notes}'

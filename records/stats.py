@@ -86,24 +86,14 @@ class Side:
         return bytes_per_token(mean(self.nats), mean(self.bpb)) if self.nats and self.bpb else None
 
 
-def seeds_needed(gain: float, a: Side, b: Side, margin: float, p: float) -> int | None:
-    (va, n), excess, new = (deviation(a.bpb) ** 2 / len(a.bpb), len(a.bpb)), gain - margin, deviation(b.bpb)
-    if excess <= 0 or va + new == 0:
-        return {True: 2, False: None}[excess > 0]
-    variances = ((m, new**2 / m) for m in range(2, 1001))
-    tests = ((m, excess / math.sqrt(va + vb), welch_df(va, n, vb, m)) for m, vb in variances)
-    return next((m for m, t, df in tests if t_upper(t, df) < p), None)
-
-
 def tested(a: Side, b: Side) -> dict | None:
     """Both rules for b against a: any gain in BPB at p < 0.25, as applied in the last weeks, and 0.005 nats a token at
     p < 0.01, as written; None with fewer than two scores on a side."""
     if min(len(a.bpb), len(b.bpb)) < 2:
         return None
     gain, t, df, p = welch(a.bpb, b.bpb)
-    needed = seeds_needed(gain, a, b, 0.0, P_PRACTICE)
     test = {"gain_bpb": gain, "t": t, "df": df, "p": p, "practice": gain > 0 and p < P_PRACTICE}
-    test |= {"practice_rule": f"p < {P_PRACTICE} on BPB", "seeds_needed_practice": needed}
+    test |= {"practice_rule": f"p < {P_PRACTICE} on BPB"}
     return test | written_rule(a, b, gain) if b.ratio else test
 
 
@@ -123,5 +113,4 @@ def written_rule(a: Side, b: Side, gain: float) -> dict:
         "p_margin": used.p,
         "readme": used.p < P_README,
         "readme_rule": rule + ", converted by the new record's tokenizer" * (not same_tokens),
-        "seeds_needed_readme": seeds_needed(gain, a, b, margin, P_README),
     }

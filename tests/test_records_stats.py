@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from records import stats
-from records.stats import Side, beta_regularised, seeds_needed, t_upper, welch
+from records.stats import Side, beta_regularised, t_upper, welch
 
 # per-seed BPB as printed in the logs of the accepted records
 PR1493 = [1.08079352, 1.08103103, 1.08118408]
@@ -52,19 +52,7 @@ def test_the_written_rule_wants_more_than_the_applied_one():
 
 def test_a_worse_record_is_never_significant():
     worse = stats.tested(Side("", PR1514, []), Side("", PR1493, []))
-    assert not worse["practice"] and worse["p"] > 0.97 and worse["seeds_needed_practice"] is None
-
-
-def test_seeds_needed_match_the_noise():
-    # gain 0.003 BPB at deviation 0.0007 against 0.005 nats of a CaseOps token
-    margin = 0.005 / (math.log(2) * 3.157152)
-    three, nine = (
-        Side("", [1 - d, 1.0, 1 + d] + [1.0 - d, 1.0 + d] * more, []) for d, more in ((0.0007, 0), (0.000703, 3))
-    )
-    assert seeds_needed(0.006, three, three, margin, 0.01) == 3
-    assert seeds_needed(margin / 2, three, three, margin, 0.01) is None
-    needed = [seeds_needed(g, nine, three, margin, 0.01) for g in (0.003, 0.004, 0.006)]
-    assert needed == sorted(needed, reverse=True) and None not in needed
+    assert not worse["practice"] and worse["p"] > 0.97
 
 
 def test_one_seed_is_no_test():
