@@ -62,7 +62,7 @@ def chain(folder: Folder) -> Iterator[Fact]:
 @case("closed", "wrong", "cannot be unpacked without running it: {problem}")
 @case("opened", "pass", "unpacked by {layers} to {length:,} characters")
 @case("parses", "pass", "parses")
-@case("newer", "unknown", "needs a newer grammar than Python 3.{minor}: {error}; read {read} of {pieces} pieces")
+@case("newer", "unknown", "needs a newer grammar than Python 3.{minor}: {error}; read without the fields of f-strings")
 @case("broken", "wrong", "does not parse: {error}")
 def grammar(folder: Folder) -> Iterator[Fact]:
     """How the code of the main script is reached, and whether it and the one it executes parse; a grammar newer than
@@ -74,10 +74,8 @@ def grammar(folder: Folder) -> Iterator[Fact]:
         yield fact(kind, main.name, problem=packed.problem, layers=layers, length=len(packed.text))
     for script in {s.name: s for s in (folder.main, folder.code) if s}.values():
         facts, error = script.facts, script.facts["error"]
-        kinds = {"parses": not error, "newer": "f-string" in error and sys.version_info < (3, 12)}
-        pieces = facts["statements"] + facts["failed"]
-        words = {"error": error, "minor": sys.version_info[1], "read": facts["statements"], "pieces": pieces}
-        yield fact(first(kinds, "broken"), script.name, **words)
+        kind = first({"parses": not error, "newer": facts["parsed"]}, "broken")
+        yield fact(kind, script.name, error=error, minor=sys.version_info[1])
 
 
 @rule("F10", "with all it imports", RUNS)
@@ -189,7 +187,7 @@ def conduct(folder: Folder) -> Iterator[Fact]:
             yield fact(pick(off, "off", kind), script.name, line, what=what, why=why)
     code, logs = folder.code, folder.proven_logs if folder.code else []
     smear = any(log.params.get("smear_gate_enabled") == "True" for log in logs) and code.facts["smear"]
-    if smear and not code.facts["smear_bos"] and not code.facts["failed"]:
+    if smear and not code.facts["smear_bos"] and code.facts["parsed"]:
         yield fact("smear", code.name)
     for log, (pattern, forbidden, gravity, why) in product(logs[:3], SWITCHES):
         for name, value in log.params.items():

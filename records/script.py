@@ -4,7 +4,7 @@ import ast
 import re
 from functools import lru_cache
 
-from records.script_leaks import leaks
+from records.script_leaks import call_name, leaks
 
 NETWORK = (
     "urllib requests httpx aiohttp socket.socket socket.create_connection ftplib huggingface_hub datasets.load_dataset"
@@ -12,31 +12,23 @@ NETWORK = (
 )
 NETWORKED = re.compile("|".join(rf"(?:^|\.){re.escape(w)}(?:\.|$)" for w in NETWORK.split()))
 MAX_FACTS = 200
-PIECE = re.compile(r"^(?=(?:def|class|@|async|import|from|if|for|while|try|with|[A-Za-z_]\w*\s*[=(:]))", re.M)
 F_STRING, FIELD = re.compile(r"""\b[rR]?[fF]['"]"""), re.compile(r"\{[^{}]*\}")
 FAULTS = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
-def parse(text: str) -> tuple[list[ast.stmt], int, str]:
-    """Top-level statements, the number of pieces that did not parse, and the first error.
+def parse(text: str) -> tuple[list[ast.stmt], str]:
+    """Top-level statements, none of a script that does not parse, and the first error.
 
-    Fields of f-strings may be in a newer grammar, and say nothing that a rule asks: if they are in the way, they are
-    left out. What does not parse then is cut at its top-level statements, so that one of them does not hide the rest.
+    Fields of f-strings may be in a newer grammar, and say nothing that a rule asks: in the way, they are left out.
     """
-    first, statements, failed, line = "", [], 0, 0
+    first = ""
     without = "\n".join(FIELD.sub("{0}", row) if F_STRING.search(row) else row for row in text.split("\n"))
     for source in (text, without):
         try:
-            return ast.parse(source).body, 0, first
+            return ast.parse(source).body, first
         except FAULTS as error:
             first = first or f"line {getattr(error, 'lineno', None) or '?'}: {getattr(error, 'msg', None) or error}"
-    for piece in PIECE.split(without[: 1 << 20]):
-        try:
-            statements += [ast.increment_lineno(node, line) for node in ast.parse(piece).body]
-        except FAULTS:
-            failed += 1
-        line += piece.count("\n")
-    return statements, max(failed, 1), first
+    return [], first
 
 
 def every(body: list) -> dict:
@@ -100,26 +92,18 @@ def minimum_of_scores(nodes: list) -> list:
 def defaults(nodes: list) -> dict:
     """Defaults of command-line options and environment reads: {name: [value, line]}."""
     options: dict = {}
-    for node in nodes:
-        match node:
-            case ast.Call(func=ast.Attribute(attr="add_argument"), args=[ast.Constant(value=str(name)), *_]):
-                values = [k.value for k in node.keywords if k.arg == "default"]
-            case ast.Call(
-                func=ast.Attribute(attr="get" | "getenv") | ast.Name(id="get" | "getenv"),
-                args=[ast.Constant(value=str(name)), value, *_],
-            ):
-                values = [value]
-            case _:
-                continue
-        constants = [v.value for v in values[:1] if isinstance(v, ast.Constant)]
-        options |= {name[:80]: [str(value)[:80], node.lineno] for value in constants}
+    for node in [n for n in nodes if call_name(n) in ("add_argument", "get", "getenv")]:
+        given = [*node.args, *(k.value for k in node.keywords if k.arg == "default")]
+        constants = [g.value for g in given if isinstance(g, ast.Constant)]
+        if len(constants) == len(given) > 1 and isinstance(constants[0], str):
+            options[constants[0][:80]] = [str(constants[-1])[:80], node.lineno]
     return options
 
 
 @lru_cache(maxsize=256)
 def read_facts(text: str) -> dict:
     """Everything the rules want to know about a script; of one that does not parse, what its pieces say."""
-    body, failed, error = parse(text)
+    body, error = parse(text)
     by_type = every(body)
     imports = by_type.get(ast.Import, []) + [n for n in by_type.get(ast.ImportFrom, []) if n.module and not n.level]
     call_nodes = by_type.get(ast.Call, [])
@@ -129,8 +113,7 @@ def read_facts(text: str) -> dict:
     methods = [f for c in by_type.get(ast.ClassDef, []) for f in c.body if isinstance(f, ast.FunctionDef)]
     return {
         "error": error,
-        "failed": failed,
-        "statements": len(body),
+        "parsed": bool(body),
         "imports": imported(imports),
         "needs": imported([n for n in imports if n in body]),  # what is imported under a condition may be absent
         "network": [[name[:80], line] for name, line in calls if NETWORKED.search(name)][:MAX_FACTS],
