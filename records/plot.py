@@ -47,7 +47,7 @@ class Axes:
         exponents = range(math.floor(low), math.floor(high) + 1) if self.log else ()
         fine = [m * 10.0**e for e in exponents for m in (1, 2, 5) if low <= math.log10(m) + e <= high]
         whole = [v for v in fine if len(fine) < 9 or f"{v:e}"[0] == "1"]
-        return whole or ticks(*(10**v if self.log else v for v in self.y))
+        return whole if len(whole) > 2 else ticks(*(10**v if self.log else v for v in self.y))
 
     def frame(self, x_label: str, y_label: str) -> str:
         x_at, bottom = (LEFT + WIDTH) / 2, HEIGHT - BOTTOM + 15
@@ -92,7 +92,7 @@ def lines(
     arrays = [(name, np.asarray(x, float), np.asarray(y, float)) for name, x, y in series]
     good = [np.isfinite(x) & np.isfinite(y) & ((y > 0) | (not log)) for _, x, y in arrays]
     drawn = [(name, x[fit], y[fit]) for (name, x, y), fit in zip(arrays, good) if fit.any()]
-    if not drawn:
+    if max((len(x) for _, x, _ in drawn), default=0) < 2:
         return ""
     xs, ys = (np.concatenate([d[i] for d in drawn]) for i in (1, 2))
     bx, low, high = (np.asarray(v, float) for v in band or (xs[:0], ys[:0], ys[:0]))

@@ -49,9 +49,9 @@ class Curve:
         sums, low, high = (f.reduceat(y, first) for f in (np.add, np.minimum, np.maximum))
         return np.stack([x[end - 1], sums / (end - first), low, high])
 
-    def nearest(self, x: float) -> float | str:
+    def nearest(self, x: float) -> float:
         xs, ys = self.points
-        return float(ys[np.abs(xs - x).argmin()]) if len(xs) else ""
+        return float(ys[np.abs(xs - x).argmin()]) if len(xs) else math.nan
 
 
 @dataclass
@@ -243,17 +243,9 @@ class Run:
         event = self.metrics.artifact
         return None, int(as_number(event.get("bytes")) or 0), str(event.get("sha256", ""))
 
-    def phases(self) -> dict[str, float]:
-        """Seconds of every phase; training and evaluation from the result where no phase line names them."""
-        training = as_number(self.result.get("train_seconds"))
-        scoring = sum(as_number(e.get("seconds")) or 0.0 for e in self.metrics.evals.values())
-        stated = {"train": training, "evaluate": scoring}
-        return self.metrics.phases | {n: s for n, s in stated.items() if s and n not in self.metrics.phases}
-
     def modes(self) -> dict[str, float]:
-        scores = {k.removeprefix("val_bpb_"): v for k, v in self.result.items() if k.startswith("val_bpb_")}
-        scores |= {mode: event.get("bpb") for mode, event in self.metrics.evals.items()}
-        return {mode: number for mode, v in scores.items() if (number := as_number(v)) is not None}
+        scores = {mode: as_number(event.get("bpb")) for mode, event in self.metrics.evals.items()}
+        return {mode: bpb for mode, bpb in scores.items() if bpb is not None}
 
 
 def open_run(path: Path) -> Run:

@@ -43,7 +43,7 @@ def plain(value: object) -> object:
 
 def headline(run: Run, price: float | None) -> list[list[str]]:
     metrics, result = run.metrics, run.result
-    every = sum(run.phases().values())
+    every = sum(metrics.phases.values())
     seconds = as_number(result.get("train_seconds")) or metrics.phases.get("train", math.nan)
     _, nbytes, _ = run.artifact
     parameters, used, tokens = (as_number(result.get(name)) or 0.0 for name in ("parameters", "mfu", "tokens"))
@@ -58,7 +58,7 @@ def headline(run: Run, price: float | None) -> list[list[str]]:
         "tokens": f"{tokens:,.0f}",
         "parameters": shown(parameters),
         f"tokens a parameter ({TOKENS_PER_PARAMETER} is compute-optimal)": shown(
-            tokens / (parameters or math.inf), ".2f"
+            tokens / (parameters or math.inf), ".3g"
         ),
         "utilisation of the peak": shown(used, ".1%"),
         "training": span(seconds),
@@ -77,8 +77,8 @@ def loss_ranges(run: Run) -> list[list]:
     rows = []
     for part in np.array_split(np.arange(len(x)), min(RANGES, len(x))) if len(x) else []:
         end = float(x[part[-1]])
-        losses = [float(mean[part].mean()), float(low[part].min()), float(high[part].max())]
-        seconds, rate = (run.metrics.curves[name].nearest(end) for name in ("seconds", "lr"))
+        losses = [f"{loss:.4f}" for loss in (mean[part].mean(), low[part].min(), high[part].max())]
+        seconds, rate = (f"{run.metrics.curves[name].nearest(end):.4g}" for name in ("seconds", "lr"))
         rows.append([int(x[part[0]]), int(end), seconds, *losses, rate])
     return rows
 
@@ -93,15 +93,17 @@ def grad_rows(run: Run) -> list[list]:
     norms = run.metrics.curves["grad_norm"].points[1]
     if not len(norms):
         return []
-    rows = [[f"p{share}", float(np.percentile(norms, share))] for share in (25, 50, 75, 95)]
-    rows += [["mean", float(norms.mean())], ["max", float(norms.max())]]
+    rows = [[f"p{share}", f"{np.percentile(norms, share):.4g}"] for share in (25, 50, 75, 95)]
+    rows += [["mean", f"{norms.mean():.4g}"], ["max", f"{norms.max():.4g}"]]
     return rows + [[f"share above {limit:,}", f"{(norms > limit).mean():.2%}"] for limit in NORM_LIMITS]
 
 
-def time_rows(run: Run) -> list[list]:
-    phases = sorted(run.phases().items(), key=lambda p: -p[1])
+def time_rows(run: Run, price: float | None = None) -> list[list]:
+    """Phase, seconds, share, and cost where an hour has a price."""
+    phases = sorted(run.metrics.phases.items(), key=lambda p: -p[1])
     total = sum(seconds for _, seconds in phases) or 1.0
-    return [[name, seconds, f"{seconds / total:.1%}"] for name, seconds in phases]
+    costs = ["" if price is None else f"{price * seconds / 3600:,.4f}" for _, seconds in phases]
+    return [[name, f"{s:,.2f}", f"{s / total:.1%}", cost] for (name, s), cost in zip(phases, costs)]
 
 
 def stat_rows(run: Run) -> list[list]:
@@ -143,7 +145,6 @@ def probe_rows(run: Run) -> list[list]:
 TABLES: dict[str, tuple[str, Callable[[Run], list]]] = {
     "ranges": ("from step, to step, seconds, mean loss, lowest, highest, learning rate", loss_ranges),
     "grad": ("gradient norm, value", grad_rows),
-    "time": ("phase, seconds, share", time_rows),
     "stats": ("statistic, first, last, lowest, highest, alerts", stat_rows),
     "tensors": (TENSOR, tensor_rows),
     "evals": (EVALUATION, lambda run: [columns(e, EVALUATION) for e in run.metrics.evals.values()]),
@@ -228,7 +229,6 @@ def html_report(run: Run, price: float | None = None) -> str:
     peak = as_number(run.result.get("peak_memory_bytes")) or 0
     memory = Raw(f"<p>peak memory {peak / 2**20:,.0f} MiB</p>" * bool(peak))
     tables = {kind: table(names.split(", "), rows(run)) for kind, (names, rows) in TABLES.items()}
-    costs = [] if price is None else [[name, span(s), round(price * s / 3600, 4)] for name, s, _ in time_rows(run)]
     speed = curve_figure(run, "tokens_per_second", "Tokens per second", "tokens/s")
     scored = [breakdown_plot(run, "by_position", "BPB by position"), breakdown_plot(run, "by_length", "BPB by length")]
     zeros = [(n.removesuffix("zeros").rstrip("."), *c.rows()[:2]) for n, c in metrics.stats.items() if "zero" in n]
@@ -239,7 +239,7 @@ def html_report(run: Run, price: float | None = None) -> str:
         "Spikes": [tables["spikes"]],
         "Time and memory": [
             grid(speed, curve_figure(run, "memory", "Memory", "bytes")),
-            tables["time"],
+            table(["phase", "seconds", "share", "cost"], time_rows(run, price)),
             memory,
         ],
         "Layers": [grid(*layer_plots(run)), folded("all statistics", tables["stats"])],
@@ -252,7 +252,6 @@ def html_report(run: Run, price: float | None = None) -> str:
         "Evaluation": [grid(*scored), tables["evals"], tables["probes"]],
         "Samples": map(sample, metrics.events.get("sample", [])),
         "Checkpoints": [tables["checkpoints"]],
-        "Cost": [table(["phase", "time", "cost"], costs)],
         "Environment": [tables["facts"]],
         "Result": [table(["name", "value"], [[k, plain(v)] for k, v in sorted(run.result.items())])],
         "Configuration": [folded("all fields", tables["config"])],

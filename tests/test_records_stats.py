@@ -22,7 +22,11 @@ def test_the_t_distribution_has_its_textbook_values():
     # quantiles from printed tables: P(T > t) for t and degrees of freedom
     for t, df, p in ((6.314, 1, 0.05), (2.920, 2, 0.05), (4.541, 3, 0.01), (1.812, 10, 0.05), (2.326, 1e9, 0.01)):
         assert t_upper(t, df) == pytest.approx(p, rel=2e-3)
-    assert t_upper(0.0, 3.3) == pytest.approx(0.5, abs=1e-9) and t_upper(math.inf, 2) == 0.0 and t_upper(-math.inf, 2) == 1.0
+    assert (
+        t_upper(0.0, 3.3) == pytest.approx(0.5, abs=1e-9)
+        and t_upper(math.inf, 2) == 0.0
+        and t_upper(-math.inf, 2) == 1.0
+    )
     assert t_upper(1.0, 1.0) == pytest.approx(0.25, abs=1e-12)  # exact: the Cauchy distribution
 
 
