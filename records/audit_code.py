@@ -9,7 +9,7 @@ from itertools import product
 from records.competition import VAL_DOCS
 from records.expressions import Refused
 from records.folder import Folder, Script, hash_in
-from records.rules import Fact, case, fact, first, otherwise, pick, rule, word
+from records.rules import Fact, case, fact, first, otherwise, pick, rule
 from records.script_leaks import BEFORE, FITTED
 from records.script_table import deviations
 
@@ -158,7 +158,6 @@ def tokenizers(folder: Folder) -> Iterator[Fact]:
 
 
 @rule("F17", "data preparation keeps all 50,000 validation documents out of training", "issue 2127")
-@case(word("right"), "pass", "{option} defaults to {value}, the validation set has {docs:,} documents")
 @case(otherwise, "sign", "{option} defaults to {value}, the validation set has {docs:,} documents")
 def prepared_documents(folder: Folder) -> Iterator[Fact]:
     for script in folder.scripts.values():
@@ -166,9 +165,8 @@ def prepared_documents(folder: Folder) -> Iterator[Fact]:
         options = ("--val-docs", "--num-val-docs", "NUM_VAL_DOCS") if "val" in text and "docs" in text else ()
         for option in options:
             value, line = script.facts["defaults"].get(option, ("None", 0))
-            if value != "None":
-                right = value.isdigit() and int(value) >= VAL_DOCS
-                yield fact(value, script.name, line, right=right, option=option, docs=VAL_DOCS)
+            if value != "None" and not (value.isdigit() and int(value) >= VAL_DOCS):
+                yield fact(value, script.name, line, option=option, docs=VAL_DOCS)
 
 
 @rule("F18", "no network, no choice among scores, no knowledge of a token before its score", ADVISORY)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import brotli
 
 from records.expressions import ERRORS, Evaluator, Refused
-from records.script import FAULTS, bindings
+from records.script import FAULTS, bindings, dotted
 
 MAX_UNPACKED = 8 << 20  # a train_gpt.py is 0.2 MB; more is a bomb
 MAX_LAYERS = 4
@@ -102,22 +102,12 @@ class _Stub(Evaluator):
                 case ast.Assign(targets=[ast.Name(id=name)]) | ast.NamedExpr(target=ast.Name(id=name)):
                     self.values.setdefault(name, node.value)
 
-    def dotted(self, node: ast.expr) -> str:
-        match node:
-            case ast.Attribute(value=owner, attr=name):
-                return f"{self.dotted(owner)}.{name}"
-            case ast.Name(id=name):
-                return self.names.get(name, name)
-            case ast.Call(func=ast.Name(id="__import__"), args=[name, *_]):
-                return str(self.value(name))
-        return "?"
-
     def named(self, node: ast.Name | ast.Attribute) -> object:
         told = self.values.get(getattr(node, "id", ""))
-        return CONSTANTS[self.dotted(node)] if told is None else self.value(told)
+        return CONSTANTS[dotted(node, self.names)] if told is None else self.value(told)
 
     def call(self, node: ast.Call) -> object:
-        name = self.dotted(node.func)
+        name = dotted(node.func, self.names)
         if name in WRAPPERS:
             return self.value(node.args[0])
         args = [self.value(a) for a in node.args]
@@ -172,7 +162,7 @@ def _hidden(text: str) -> tuple[ast.Module, ast.expr | None]:
 
 def _reads(stub: _Stub, node: ast.expr) -> str:
     for inner in [n for n in ast.walk(node) if isinstance(n, ast.Call)]:
-        name = stub.dotted(inner.func)
+        name = dotted(inner.func, stub.names)
         if name == "open" or name.endswith((".read_text", ".read_bytes", ".urlopen", ".get")):
             texts = [c.value for c in ast.walk(inner) if isinstance(c, ast.Constant) and isinstance(c.value, str)]
             return [ast.unparse(inner)[:80], *texts][-1]

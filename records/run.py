@@ -148,26 +148,27 @@ def read_metrics(path: Path) -> Metrics:
     return metrics
 
 
+def read_object(path: Path) -> dict:
+    """The object in a JSON file; an empty one without the file."""
+    value, problems = parse_json(read_bytes(path, 16 << 20)) if path.exists() else ({}, [])
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: {'; '.join(problems) or 'should hold an object'}")
+    return value
+
+
 @dataclass
 class Run:
     """One run folder; absent parts are empty, broken ones raise ValueError with the file's name."""
 
     path: Path
 
-    def _json(self, name: str) -> dict:
-        path = self.path / name
-        value, problems = parse_json(read_bytes(path, 16 << 20)) if path.exists() else ({}, [])
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}: {'; '.join(problems) or 'should hold an object'}")
-        return value
-
     @cached_property
     def result(self) -> dict:
-        return self._json("result.json")
+        return read_object(self.path / "result.json")
 
     @cached_property
     def config_file(self) -> dict:
-        return self._json("config.json")
+        return read_object(self.path / "config.json")
 
     def stored(self, name: str) -> dict:
         """A table of config.json: config, origin (who set each field), script (sha256 and bytes of what ran)."""
@@ -199,7 +200,7 @@ class Run:
 
     @cached_property
     def certificate(self) -> dict:
-        return self._json("certificate.json")
+        return read_object(self.path / "certificate.json")
 
     @property
     def name(self) -> str:
@@ -230,7 +231,7 @@ class Run:
         return (number := as_number(self.fact("world_size"))) and int(number)
 
     def fact(self, name: str, default: object = "") -> object:
-        tables = (self.result, self.metrics.run, self.config_file, self._json("supervisor.json"))
+        tables = (self.result, self.metrics.run, self.config_file, read_object(self.path / "supervisor.json"))
         told = (table.get(name) for table in tables)
         return next((value for value in told if value is not None), default)
 

@@ -89,13 +89,4 @@ def add_runs(runs: list[Run], path: Path = LEDGER, note: str = "") -> list[dict[
 
 def leaderboard(rows: list[dict[str, str]], mode: str = "val_bpb", limit: int = 0) -> list[dict[str, str]]:
     """Rows with a score, best first."""
-    scored = [row for row in rows if number(row[mode]) is not None]
-    return sorted(scored, key=lambda row: number(row[mode]))[: limit or None]
-
-
-def number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if value == value else None
+    return sorted((row for row in rows if row[mode] != "-"), key=lambda row: float(row[mode]))[: limit or None]

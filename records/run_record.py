@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from records.audit import check_folder
-from records.claim import as_number, parse_json
+from records.claim import as_number
 from records.competition import CAP_BYTES, IMPLIED_BYTES, MARGIN_NATS, NON_RECORD, RECORD, SMALL_MACHINE, VAL_TOKENS
 from records.files import clean
 from records.folder import Folder, sha256_file
-from records.run import Run
+from records.run import Run, read_object
 from records.run_report import span
 from records.stats import deviation, mean
 
@@ -40,11 +40,7 @@ class Request:
 
     @property
     def manifest(self) -> dict:
-        path = self.build or self.script.with_name("manifest.json")
-        value, problems = parse_json(path.read_bytes()) if path.is_file() else ({}, [])
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}: {'; '.join(problems) or 'should hold an object'}")
-        return value
+        return read_object(self.build or self.script.with_name("manifest.json"))
 
 
 class Scored(NamedTuple):
@@ -222,8 +218,7 @@ def readme(claim: dict, scored: list[Scored], failed: list[Run], request: Reques
     where = f"mode `{clean(claim['mode'])}`, at most {claim['bytes_total']:,} of {CAP_BYTES:,} bytes"
     text = claim["dataset"]
     scope = "." if text["official"] else ": **not the official validation text**; no score of the leaderboard compares."
-    run, tables = scored[0].run, [s.run.modes() for s in scored]
-    modes = [[m, *(f"{t[m]:.6f}" if m in t else "" for t in tables)] for m in tables[0]]
+    run = scored[0].run
     seeds = []
     for s in scored:
         row = claim["seed_results"][str(s.run.seed)]
@@ -236,8 +231,6 @@ def readme(claim: dict, scored: list[Scored], failed: list[Run], request: Reques
         f"**val_bpb {claim['val_bpb']:.8f}**{spread}, {where}.",
         clean(claim["blurb"], 2000),
         md_table(["seed", "val_bpb", "val_loss", "steps", "training", "evaluation", "bytes"], seeds),
-        "## Modes",
-        md_table(["mode", *(f"seed {s.run.seed}" for s in scored)], modes),
         f"## What it was scored on\n\n{text['val_tokens']:,} tokens, {text['val_bytes']:,} bytes{scope}",
         f"The rules ask for {MARGIN_NATS} nats at p < 0.01: `python -m records compare BASELINE .`",
         f"## Run it\n\n```\npip install -r requirements.txt\n{command}\n```",

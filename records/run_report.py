@@ -107,19 +107,10 @@ def time_rows(run: Run, price: float | None = None) -> list[list]:
 
 
 def stat_rows(run: Run) -> list[list]:
-    """First, last, lowest and highest of each statistic, and how many alerts name it."""
-    alerts = [str(e.get("where", "")) for e in run.metrics.events.get("alert", [])]
-    rows = []
-    for name in sorted(run.metrics.stats, key=natural):
-        _, mean, low, high = run.metrics.stats[name].rows()
-        count = sum(bool(w) and (w in name or name in w) for w in alerts)
-        if len(mean):
-            rows.append([name, *map(float, (mean[0], mean[-1], low.min(), high.max())), count or None])
-    return rows
-
-
-def natural(name: str) -> list:
-    return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", name)]
+    """First, last, lowest and highest of each statistic; layer 10 after layer 9."""
+    stats = sorted(run.metrics.stats.items(), key=lambda stat: (len(stat[0]), stat[0]))
+    rows = [(name, curve.points[1]) for name, curve in stats if curve.points.size]
+    return [[name, *(f"{value:.4g}" for value in (y[0], y[-1], y.min(), y.max()))] for name, y in rows]
 
 
 def tensor_rows(run: Run) -> list[list]:
@@ -145,7 +136,7 @@ def probe_rows(run: Run) -> list[list]:
 TABLES: dict[str, tuple[str, Callable[[Run], list]]] = {
     "ranges": ("from step, to step, seconds, mean loss, lowest, highest, learning rate", loss_ranges),
     "grad": ("gradient norm, value", grad_rows),
-    "stats": ("statistic, first, last, lowest, highest, alerts", stat_rows),
+    "stats": ("statistic, first, last, lowest, highest", stat_rows),
     "tensors": (TENSOR, tensor_rows),
     "evals": (EVALUATION, lambda run: [columns(e, EVALUATION) for e in run.metrics.evals.values()]),
     "spikes": events("spike", "step, loss, provenance"),
@@ -211,13 +202,6 @@ def breakdown_plot(run: Run, key: str, title: str) -> Raw:
     return drawn(title, series, "BPB", x_label="log2 tokens")
 
 
-def artifact_line(run: Run) -> Raw:
-    _, size, digest = run.artifact
-    left = CAP_BYTES - size
-    state = f"{left:,} bytes left for the script" if left >= 0 else f"{-left:,} bytes over the cap"
-    return Raw(f"<p>{size:,} bytes, {state}; sha256 <code>{cell(digest)}</code></p>" * bool(size))
-
-
 def sample(event: dict) -> Raw:
     title = f"step {cell(event.get('step', '?'))}: {cell(event.get('prompt', ''))}"
     return folded(title, Raw(f"<pre>{cell(event.get('text', ''))}</pre>"))
@@ -226,8 +210,6 @@ def sample(event: dict) -> Raw:
 def html_report(run: Run, price: float | None = None) -> str:
     metrics = run.metrics
     notes = f'<p class="warn">{metrics.damaged} damaged lines were skipped</p>' * bool(metrics.damaged)
-    peak = as_number(run.result.get("peak_memory_bytes")) or 0
-    memory = Raw(f"<p>peak memory {peak / 2**20:,.0f} MiB</p>" * bool(peak))
     tables = {kind: table(names.split(", "), rows(run)) for kind, (names, rows) in TABLES.items()}
     speed = curve_figure(run, "tokens_per_second", "Tokens per second", "tokens/s")
     scored = [breakdown_plot(run, "by_position", "BPB by position"), breakdown_plot(run, "by_length", "BPB by length")]
@@ -240,13 +222,11 @@ def html_report(run: Run, price: float | None = None) -> str:
         "Time and memory": [
             grid(speed, curve_figure(run, "memory", "Memory", "bytes")),
             table(["phase", "seconds", "share", "cost"], time_rows(run, price)),
-            memory,
         ],
         "Layers": [grid(*layer_plots(run)), folded("all statistics", tables["stats"])],
         "Alerts": [tables["alerts"]],
         "Artifact": [
             grid(drawn("Share of zeros", zeros[:3], "share")),
-            artifact_line(run),
             folded("all tensors", tables["tensors"]),
         ],
         "Evaluation": [grid(*scored), tables["evals"], tables["probes"]],
