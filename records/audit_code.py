@@ -42,11 +42,11 @@ INSTALLED = (
 def chain(folder: Folder) -> Iterator[Fact]:
     build, main = folder.build, folder.main
     parts = {"script": {main.sha256}, "artifact": folder.artifact_hashes} if main else {}
-    for certificate, (part, hashes) in product(folder.certificates, parts.items()):
-        named = hash_in(certificate.table, part)
+    for (name, table, _), (part, hashes) in product(folder.certificates, parts.items()):
+        named = hash_in(table, part)
         if named and hashes:
             kind = pick(named in hashes, "certified", "other")
-            yield fact(kind, certificate.name, part=part, sha256=named[:12])
+            yield fact(kind, name, part=part, sha256=named[:12])
     if build and main:
         proof = build.get("proof")
         proven = hash_in(proof if isinstance(proof, dict) else {}, "script")

@@ -146,20 +146,22 @@ def contents(folder: Folder) -> Iterator[Fact]:
 
 
 def certified(probe: str, folder: Folder) -> Iterator[Fact]:
-    for certificate in folder.certificates:
-        row = certificate.table.get(probe)
+    for name, table, problems in folder.certificates:
+        row = table.get(probe)
         told = row if isinstance(row, dict) and row.get("status") in {"pass", "fail", "na"} else {}
-        note = "; ".join(certificate.problems) or f"no verdict for {probe}"
+        note = "; ".join(problems) or f"no verdict for {probe}"
         note = f"{probe}: {told.get('evidence', '')}" if told else note
-        yield fact(told.get("status", "none"), certificate.name, note=note)
+        yield fact(told.get("status", "none"), name, note=note)
 
 
 def verified(probe: str, folder: Folder) -> Iterator[Fact]:
-    rows, problems = folder.verification
-    yield from (fact("none", "verification.json", note=note) for note in problems[:1])
-    for row in [r for r in rows if isinstance(r, dict) and r.get("id") == probe]:
-        if row.get("status") in {"pass", "warn", "fail", "na"}:
-            yield fact(row["status"], "verification.json", note=row.get("note", ""))
+    value, problems = folder.json("verification.json")
+    match value:
+        case {"checks": list() as rows}:
+            for row in [r for r in rows if isinstance(r, dict) and r.get("id") == probe]:
+                yield fact(row.get("status"), "verification.json", note=row.get("note", ""))
+        case _ if "verification.json" in folder.files:
+            yield fact("none", "verification.json", note="; ".join(problems) or "no table of checks")
 
 
 PROBES: tuple[tuple[Callable, str, str, str], ...] = (

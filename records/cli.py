@@ -53,12 +53,9 @@ def text_of(report: dict, everything: bool) -> str:
     ]
     for name, e in [(row["id"], e) for row in report["checks"] for e in row["evidence"]]:
         if everything or e["status"] in {"warn", "fail"}:
-            rows.append(f"  {name:4}{MARKS[e['status']]:5} {(where(e) + ': ') * bool(e['file'])}{e['note']}")
+            where = f"{e['file']}:{e['line']}: ".replace(":0:", ":") * bool(e["file"])
+            rows.append(f"  {name:4}{MARKS[e['status']]:5} {where}{e['note']}")
     return "\n".join(rows)
-
-
-def where(e: dict) -> str:
-    return e["file"] + f":{e['line']}" * bool(e["line"])
 
 
 def verify_command(args: argparse.Namespace) -> int:
@@ -82,7 +79,7 @@ def verify_command(args: argparse.Namespace) -> int:
 
 
 def compare_command(args: argparse.Namespace) -> int:
-    report = compare(load_side(Path(args.baseline)), load_side(Path(args.new)))
+    report = compare(load_side(existing(Path(args.baseline))), load_side(existing(Path(args.new))))
     test = report["test"] or {"test": report.get("note")}
     rows = [["", report["baseline"], report["new"]], *report["rows"], *test.items()]
     lines = [f"{clean(name, 27):28}" + "".join(f"{shown(value):>38}" for value in values) for name, *values in rows]

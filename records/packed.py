@@ -15,7 +15,7 @@ from typing import NamedTuple
 import brotli
 
 from records.expressions import ERRORS, Evaluator, Refused
-from records.script import FAULTS, bindings, dotted
+from records.script import bindings, dotted
 
 MAX_UNPACKED = 8 << 20  # a train_gpt.py is 0.2 MB; more is a bomb
 MAX_LAYERS = 4
@@ -151,7 +151,7 @@ def _hidden(text: str) -> tuple[ast.Module, ast.expr | None]:
     """The argument of a module-level exec; a large plain script that mentions exec further down is not a stub."""
     try:
         tree = ast.parse(text if CALL.search(text) else "")
-    except FAULTS:
+    except ERRORS:
         tree = ast.parse("")
     for node in tree.body:
         match getattr(node, "value", None):

@@ -198,10 +198,6 @@ class Run:
                     metrics.other(event)
         return metrics
 
-    @cached_property
-    def certificate(self) -> dict:
-        return read_object(self.path / "certificate.json")
-
     @property
     def name(self) -> str:
         return str(self.config.get("run_id") or self.path.resolve().name)

@@ -8,8 +8,6 @@ from records.stats import Side, deviation, mean, tested
 
 def load_side(path: Path) -> Side:
     """A record by its claim; a folder without one, like that of a run, by the last score of each log."""
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such folder")
     folder = Folder(path)
     logs, last = folder.proven_logs, [log.final_metrics[-1] for log in folder.logs if log.final_metrics]
     bpb, nats = folder.scores() if folder.claim.given else ([m.bpb for m in last], [m.loss for m in last])

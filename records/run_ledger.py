@@ -27,9 +27,8 @@ def row_of(run: Run, note: str = "") -> dict[str, str]:
     metrics, result = run.metrics, run.result
     _, size, digest = run.artifact
     losses = metrics.curves["loss"].points[1]
-    newest = max((p.stat().st_mtime for p in run.path.iterdir() if p.is_file()), default=0.0)  # of runs that do not say
     values: dict[str, object] = {
-        "date": run.fact("date") or datetime.fromtimestamp(newest, UTC).strftime("%Y-%m-%d"),
+        "date": datetime.fromtimestamp(run.path.stat().st_mtime, UTC).strftime("%Y-%m-%d"),
         "run": run.name,
         "commit": run.fact("commit"),
         "config_hash": run.config_hash,

@@ -20,7 +20,6 @@ from records.stats import deviation, mean
 
 REQUIRED = ("torch", "triton", "numpy", "brotli", "sentencepiece")
 REFUSED = {"F1", "F4", "F6", "F9", "F14"}
-MAX_METRIC_LINES = 4_000  # step lines kept in a record; every other event is kept whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,17 +138,12 @@ def copy_run(folder: Path, run: Run, label: str) -> None:
             shutil.copyfile(run.path / name, folder / name.replace(".", f"_{label}."))
     if not (run.path / "metrics.jsonl").exists():
         return
-    steps = run.metrics.curves["loss"].points.shape[1] + run.metrics.curves["loss"].bad
-    every = max(1, -(-steps // MAX_METRIC_LINES))
     ranks, fields = run.ranks, {k: v for k, v in run.config.items() if isinstance(v, str | int | float | bool)}
     head = {"kind": "run", "run_id": run.name, "seed": run.seed, "config_hash": run.config_hash, "world_size": ranks}
     head |= {"device": run.device, "devices": ranks, "script": run.stored("script"), "config": fields}
-    head |= {"step_lines": f"1 of {every}"}
     with open(run.path / "metrics.jsonl", "rb") as source, open(folder / f"metrics_{label}.jsonl", "wb") as target:
         target.write(json.dumps(head).encode() + b"\n")
-        for i, line in enumerate(source):
-            if b'"step"' not in line[:40] or i % every == 0:
-                target.write(line if line.endswith(b"\n") else line + b"\n")
+        shutil.copyfileobj(source, target)
 
 
 def submission(scored: list[Scored], failed: list[Run], request: Request, code: int) -> dict:

@@ -11,7 +11,7 @@ from records.claim import as_number
 from records.competition import CAP_BYTES
 from records.page import Raw, cell, coloured, figure, folded, grid, page, section, table, tiles
 from records.plot import lines
-from records.run import Run
+from records.run import Run, numbers, read_object
 
 RANGES = 10
 LAYER_STAT = re.compile(r"(?:.*\.)?layers?\.(\d+)\.(.+)$")
@@ -32,10 +32,6 @@ def span(seconds: float) -> str:
 
 def shown(value: float | None, form: str = ",.0f") -> str:
     return format(value, form) if value else ""
-
-
-def plain(value: object) -> object:
-    return value if isinstance(value, int | float | str) or value is None else str(value)
 
 
 # tables
@@ -121,7 +117,7 @@ def tensor_rows(run: Run) -> list[list]:
 
 
 def columns(event: dict, names: str) -> list:
-    return [plain(event.get(name)) for name in names.split(", ")]
+    return [event.get(name) for name in names.split(", ")]
 
 
 def events(kind: str, names: str) -> tuple[str, Callable[[Run], list]]:
@@ -129,8 +125,10 @@ def events(kind: str, names: str) -> tuple[str, Callable[[Run], list]]:
 
 
 def probe_rows(run: Run) -> list[list]:
-    probes = [(n, v) for n, v in run.certificate.items() if isinstance(v, dict) and "status" in v]
-    return [[n, coloured(v["status"]), plain(v.get("evidence"))] for n, v in probes]
+    probes = [
+        (n, v) for n, v in read_object(run.path / "certificate.json").items() if isinstance(v, dict) and "status" in v
+    ]
+    return [[n, coloured(v["status"]), v.get("evidence")] for n, v in probes]
 
 
 TABLES: dict[str, tuple[str, Callable[[Run], list]]] = {
@@ -143,10 +141,10 @@ TABLES: dict[str, tuple[str, Callable[[Run], list]]] = {
     "alerts": events("alert", "step, what, where, value"),
     "checkpoints": events("checkpoint", "step, path, bytes, sha256"),
     "probes": ("probe, verdict, evidence", probe_rows),
-    "facts": ("name, value", lambda run: [[n, plain(v)] for n in FACTS.split() if (v := run.fact(n)) != ""]),
+    "facts": ("name, value", lambda run: [[n, v] for n in FACTS.split() if (v := run.fact(n)) != ""]),
     "config": (
         "field, value, set by",
-        lambda run: [[k, plain(v), run.stored("origin").get(k)] for k, v in sorted(run.config.items())],
+        lambda run: [[k, v, run.stored("origin").get(k)] for k, v in sorted(run.config.items())],
     ),
 }
 
@@ -167,11 +165,11 @@ def curve_figure(run: Run, name: str, title: str, label: str, *more: tuple, call
 def training_plots(run: Run) -> Raw:
     metrics = run.metrics
     auxiliary = [(n, c) for n, c in sorted(metrics.aux.items()) if np.ptp(c.rows()[1:3]) > 0][:12]
-    told = [(as_number(e.get("step")) or 0, as_number(e.get("loss"))) for e in metrics.events.get("spike", [])]
-    title, spikes = "Loss: mean and range of each bucket, validation, spikes in red", [s for s in told if s[1]]
+    title, spikes = "Loss: mean and range of each bucket, validation, spikes in red", metrics.events.get("spike", [])
+    marks = list(zip(numbers(spikes, "step"), numbers(spikes, "loss")))
     validation = ("validation", *metrics.val_loss.rows()[:2])
     return grid(
-        curve_figure(run, "loss", title, "nats per token", validation, called="train", marks=spikes),
+        curve_figure(run, "loss", title, "nats per token", validation, called="train", marks=marks),
         curve_figure(run, "lr", "Learning rate", "rate"),
         curve_figure(run, "grad_norm", "Gradient norm before clipping", "norm", log=True),
         drawn("Train-validation gap", [("gap", *gap_rows(run))], "nats"),
@@ -196,9 +194,7 @@ def breakdown_plot(run: Run, key: str, title: str) -> Raw:
     series = []
     for mode, event in list(run.metrics.evals.items())[:6]:
         rows = [r for r in event.get(key) or () if isinstance(r, dict)] if isinstance(event.get(key), list) else []
-        pairs = [(as_number(r.get("from")), as_number(r.get("bpb"))) for r in rows]
-        pairs = [(math.log2(max(x, 1.0)), y) for x, y in pairs if None not in (x, y)]
-        series += [(mode, *zip(*pairs))] if pairs else []
+        series.append((mode, np.log2(np.maximum(numbers(rows, "from"), 1.0)), numbers(rows, "bpb")))
     return drawn(title, series, "BPB", x_label="log2 tokens")
 
 
@@ -233,7 +229,7 @@ def html_report(run: Run, price: float | None = None) -> str:
         "Samples": map(sample, metrics.events.get("sample", [])),
         "Checkpoints": [tables["checkpoints"]],
         "Environment": [tables["facts"]],
-        "Result": [table(["name", "value"], [[k, plain(v)] for k, v in sorted(run.result.items())])],
+        "Result": [table(["name", "value"], [[k, v] for k, v in sorted(run.result.items())])],
         "Configuration": [folded("all fields", tables["config"])],
     }
     head = f'<p class="dim">seed {run.seed} · configuration {cell(run.config_hash[:12])}</p>{notes}'

@@ -4,6 +4,7 @@ import ast
 import re
 from functools import lru_cache
 
+from records.expressions import ERRORS
 from records.script_leaks import call_name, leaks
 
 NETWORK = (
@@ -13,7 +14,6 @@ NETWORK = (
 NETWORKED = re.compile("|".join(rf"(?:^|\.){re.escape(w)}(?:\.|$)" for w in NETWORK.split()))
 MAX_FACTS = 200
 F_STRING, FIELD = re.compile(r"""\b[rR]?[fF]['"]"""), re.compile(r"\{[^{}]*\}")
-FAULTS = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
 def parse(text: str) -> tuple[list[ast.stmt], str]:
@@ -26,7 +26,7 @@ def parse(text: str) -> tuple[list[ast.stmt], str]:
     for source in (text, without):
         try:
             return ast.parse(source).body, first
-        except FAULTS as error:
+        except ERRORS as error:
             first = first or f"line {getattr(error, 'lineno', None) or '?'}: {getattr(error, 'msg', None) or error}"
     return [], first
 

@@ -28,11 +28,6 @@ class _Leave(Exception):
     """A continue, a break, or a return with its value."""
 
 
-def canonical() -> tuple[list, list, list]:
-    """What is right for VOCABULARY: bytes, leading space, boundary."""
-    return Vocabulary(*map(list, zip(*VOCABULARY)), "").byte_table()
-
-
 class Tokenizer:
     """The part of a SentencePieceProcessor that table functions ask."""
 
@@ -187,10 +182,10 @@ def deviations(source: str) -> list[str]:
         raise Refused(f"{type(error).__name__}: {error}") from error
     if len(rows) < 3 or not all(isinstance(r, list) and len(r) >= len(VOCABULARY) for r in rows[:3]):
         raise Refused("does not return three tables")
-    names = ("bytes", "leading space", "boundary")
+    names, right = ("bytes", "leading space", "boundary"), Vocabulary(*map(list, zip(*VOCABULARY)), "").byte_table()
     return [
-        f"{piece!r} ({kind}): {name} {row[i]!r}, should be {right[i]!r}"
-        for name, row, right in zip(names, rows, canonical())
+        f"{piece!r} ({kind}): {name} {row[i]!r}, should be {official[i]!r}"
+        for name, row, official in zip(names, rows, right)
         for i, (piece, kind) in enumerate(VOCABULARY)
-        if row[i] != right[i] and (name, piece, row[i]) != ("bytes", "▁▁", 3)  # the official answer
+        if row[i] != official[i] and (name, piece, row[i]) != ("bytes", "▁▁", 3)  # the official answer
     ]

@@ -244,8 +244,5 @@ def read_shard(path: Path) -> np.ndarray:
 
 def claimed_artifact(folder: Folder, artifact: Path, out: Outcome) -> None:
     digest, named = sha256_file(artifact), folder.claimed_hashes
-    if named:
-        told = pick(digest in named, ("pass", "one the record names"), ("fail", "none that the record names"))
-        out.add("L7", told[0], f"the artifact is {told[1]}", value=digest)
-    else:
-        out.add("L7", "na", f"the record names no artifact; sha256 {digest}", value=digest)
+    status, which = pick(digest in named, ("pass", "one the record names"), ("fail", "none that the record names"))
+    out.add("L7", status if named else "na", f"the artifact is {which}: sha256 {digest}", value=digest)

@@ -203,7 +203,9 @@ def chained(tmp_path):
         (run.path / "config.json").write_text(json.dumps(stored | {"script": script}))
         (run.path / "train.log").write_text(f"script sha256 {digest} {len(SCRIPT)} bytes\nstep 1 loss 9.0\n")
         parts = {"script": {"sha256": digest}, "artifact": {"sha256": run.artifact[2]}}
-        (run.path / "certificate.json").write_text(json.dumps(run.certificate | parts))
+        (run.path / "certificate.json").write_text(
+            json.dumps(json.loads((run.path / "certificate.json").read_text()) | parts)
+        )
     manifest = {
         "train_gpt.py": {"sha256": digest},
         "proof": {"script": {"sha256": digest}},
