@@ -1,4 +1,9 @@
-"""python -m records COMMAND: check, verify, compare, new, ledger, list, report."""
+"""python -m records COMMAND
+
+audit         check    anybody's record folder; executes nothing it inspects
+verification  verify   scores a record again without network and compares
+runs          compare, new, ledger, list, report   our own runs and what is written of them
+"""
 
 import sys
 

@@ -144,17 +144,17 @@ def byte_tables(folder: Folder) -> Iterator[Fact]:
 @rule("F16", "the tokenizer is a known one, or counts bytes and keeps letters", "issue 897, 1604; PR 1143")
 @case("grave", "wrong", "{note}")
 @case("problem", "sign", "{note}")
-@case("known", "pass", "tokenizer {note}")
-@case("own", "sign", "a tokenizer of its own: the byte count needs a proof (README: examined more carefully)")
+@case("official", "pass", "tokenizer {note}")
+@case("other", "sign", "a tokenizer of its own: the byte count needs a proof (README: examined more carefully)")
 def tokenizers(folder: Folder) -> Iterator[Fact]:
     for tokenizer in folder.tokenizers:
         for problem in tokenizer.problems:
             grave = tokenizer.broken or "standalone" in problem
             yield fact(pick(grave, "grave", "problem"), tokenizer.name, note=problem)
         if tokenizer.official:
-            yield fact("known", tokenizer.name, note=tokenizer.official)
+            yield fact("official", tokenizer.name, note=tokenizer.official)
         elif not tokenizer.broken:
-            yield fact("own", tokenizer.name)
+            yield fact("other", tokenizer.name)
 
 
 @rule("F17", "data preparation keeps all 50,000 validation documents out of training", "issue 2127")

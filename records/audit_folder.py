@@ -141,8 +141,7 @@ def contents(folder: Folder) -> Iterator[Fact]:
     yield from (fact("text", folder.json_name, note=note) for note, holds in wrong.items() if holds)
 
 
-# what others told: the probes of a legality certificate, and what a run found that was kept as
-# `records verify --json > verification.json`
+# what others told: a legality certificate, and the output of `records verify --json` as verification.json
 
 
 def certified(probe: str, folder: Folder) -> Iterator[Fact]:

@@ -79,9 +79,9 @@ def usable(folder: Folder) -> list[Proof]:
 
 
 @rule("F14", "bytes per token are those of the official validation text", BYTES)
-@case("known", "pass", "{ratio:.6f} bytes a token: {stream}")
+@case("official", "pass", "{ratio:.6f} bytes a token: {stream}")
 @case("right number", "pass", "{ratio:.6f} bytes a token, {total:,.0f} bytes in all")
-@case("own text", "pass", OTHER_TEXT)
+@case("declared elsewhere", "pass", OTHER_TEXT)
 @case("declared", "binding", OTHER_TEXT)
 @case("undeclared", "sign", "another validation text is declared without its tokens and bytes")
 @case("miscounted", "wrong", OTHER_TEXT + ", and {total:,.0f} bytes follow from the score")
@@ -103,7 +103,7 @@ def judged_ratio(folder: Folder, ratio: float, error: float, tokens: float | Non
     if declared is not None:
         return judged_declaration(folder, declared, (ratio, error), file, line)
     kinds = {
-        "known": abs(off) <= error + OTHER_CUT,
+        "official": abs(off) <= error + OTHER_CUT,
         "right number": bool(tokens) and low <= total <= high,
         "near": abs(off) < 1e-3,
     }
@@ -119,7 +119,7 @@ def judged_declaration(folder: Folder, declared: dict, measured: tuple[float, fl
         return fact("undeclared", file, line)
     ratio, error = measured
     kinds = {"miscounted": abs(ratio * tokens / nbytes - 1) > error + 1e-6, "declared": folder.track.official_text}
-    return fact(first(kinds, "own text"), file, line, ratio=ratio, nbytes=nbytes, total=ratio * tokens)
+    return fact(first(kinds, "declared elsewhere"), file, line, ratio=ratio, nbytes=nbytes, total=ratio * tokens)
 
 
 @rule("F14", "the claim's loss and score fit the log's, and those of all seeds each other", BYTES)

@@ -65,8 +65,7 @@ def un_brotli(data: bytes, **_: object) -> bytes:
     decoder, out = brotli.Decompressor(), bytearray()
     for i in range(0, len(data), FEED):
         out += decoder.process(data[i : i + FEED])
-        if len(out) > MAX_UNPACKED:
-            break
+        whole(out, True)
     return whole(bytes(out), decoder.is_finished())
 
 

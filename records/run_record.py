@@ -113,7 +113,7 @@ def write_all(folder: Path, scored: list[Scored], failed: list[Run], request: Re
         if artifact is not None and not request.address:
             shutil.copyfile(artifact, folder / name)
         elif digest:
-            addresses[name] = {"sha256": digest, "address": request.address or "not kept"}
+            addresses[name] = {"sha256": digest, "address": request.address or "nowhere"}
     for i, run in enumerate(failed):
         copy_run(folder, run, f"failed{i}")
     claim = submission(scored, failed, request, (folder / "train_gpt.py").stat().st_size)
@@ -157,7 +157,8 @@ def submission(scored: list[Scored], failed: list[Run], request: Request, code: 
     official = [s.tokens in VAL_TOKENS and low <= s.nbytes <= high for s in scored]
     track = SMALL_MACHINE if not all(official) else RECORD if met else NON_RECORD
     spread = {"val_bpb_std": bpb, "val_loss_std": nats} if len(bpb) > 1 else {}
-    claim = {
+    rows = [{"run": r.name, "seed": r.seed, "status": r.status, "steps": r.metrics.last_step} for r in failed]
+    return {
         "author": request.author,
         "github_id": request.github,
         "name": request.name,
@@ -176,10 +177,8 @@ def submission(scored: list[Scored], failed: list[Run], request: Request, code: 
         "config_hash": first.run.config_hash,
         "data_hash": first.run.fact("data_hash"),
         "dataset": {"official": official[0], "val_tokens": first.tokens, "val_bytes": first.nbytes},
+        **({"failed_runs": rows} if rows else {}),
     }
-    rows = [{"run": r.name, "seed": r.seed, "status": r.status, "steps": r.metrics.last_step} for r in failed]
-    claim |= {"failed_runs": rows} if rows else {}
-    return claim
 
 
 def seed_row(s: Scored, total: int) -> dict:

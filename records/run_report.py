@@ -125,9 +125,8 @@ def events(kind: str, names: str) -> tuple[str, Callable[[Run], list]]:
 
 
 def probe_rows(run: Run) -> list[list]:
-    probes = [
-        (n, v) for n, v in read_object(run.path / "certificate.json").items() if isinstance(v, dict) and "status" in v
-    ]
+    certificate = read_object(run.path / "certificate.json")
+    probes = [(n, v) for n, v in certificate.items() if isinstance(v, dict) and "status" in v]
     return [[n, coloured(v["status"]), v.get("evidence")] for n, v in probes]
 
 
@@ -185,8 +184,7 @@ def layer_plots(run: Run, limit: int = 12) -> Iterator[Raw]:
         families.setdefault(match[2], []).append((int(match[1]), match[0]))
     for stat, layers in list(families.items())[:limit]:
         series = [(f"L{i}", *run.metrics.stats[name].rows()[:2]) for i, name in sorted(layers)[:6]]
-        if any(len(s[1]) > 1 for s in series):
-            yield drawn(stat + f" (6 of {len(layers)} layers)" * (len(layers) > 6), series, stat)
+        yield drawn(stat + f" (6 of {len(layers)} layers)" * (len(layers) > 6), series, stat)
 
 
 def breakdown_plot(run: Run, key: str, title: str) -> Raw:

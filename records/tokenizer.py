@@ -67,7 +67,7 @@ class Vocabulary(NamedTuple):
         counted = [(i, p, k) for i, (p, k) in enumerate(zip(self.pieces, self.kinds)) if k not in UNCOUNTED]
         for i, piece, kind in counted:
             boundary[i], space[i] = False, kind != "byte" and piece.startswith("▁")
-            base[i] = 1 if kind == "byte" else len(piece.removeprefix("▁").replace("▁", " ").encode())
+            base[i] = {"byte": 1}.get(kind, len(piece.removeprefix("▁").replace("▁", " ").encode()))
         return base, space, boundary
 
 

@@ -109,11 +109,6 @@ def fill(command: str, values: dict[str, str]) -> list[str]:
     return [re.sub(r"\{\w+\}", lambda m: values.get(m[0], m[0]), word) for word in command.split()]
 
 
-def has_network_namespace() -> bool:
-    command = ["unshare", "-rn", "true"]
-    return bool(shutil.which("unshare")) and not subprocess.run(command, capture_output=True, check=False).returncode
-
-
 def execute(box: Path, command: list[str], seconds: float, out: Outcome) -> bool:
     """Run in `box` with a bare environment; whether it ended well."""
     guard, sink = box / ".guard", box / "output.txt"
@@ -121,7 +116,9 @@ def execute(box: Path, command: list[str], seconds: float, out: Outcome) -> bool
     (guard / "sitecustomize.py").write_text(GUARD)
     env = {k: os.environ[k] for k in KEEP.split() if k in os.environ}
     env |= {"PYTHONPATH": str(guard), "PYTHONDONTWRITEBYTECODE": "1", "WANDB_MODE": "disabled"}
-    isolated = has_network_namespace()
+    isolated = bool(shutil.which("unshare")) and not subprocess.call(
+        ["unshare", "-rn", "true"], stderr=subprocess.DEVNULL
+    )
     refused = ("warn", "no network namespace here; sockets of Python processes are refused instead")
     out.add("L7", *pick(isolated, ("pass", "no network: an empty network namespace"), refused))
     full, start = ["unshare", "-rn"] * isolated + command, os.times().elapsed
@@ -181,10 +178,10 @@ def spans_by_mode(box: Path) -> dict[str, list[tuple]]:
     """
     modes: dict[str, list[tuple]] = {}
     for path in sorted(box.rglob("*.npz")):
-        with np.load(path, allow_pickle=False) as kept:
-            names = kept["rows"].dtype.names or () if "rows" in kept.files else ()
+        with np.load(path, allow_pickle=False) as archive:
+            names = archive["rows"].dtype.names or () if "rows" in archive.files else ()
             if set(SPAN) <= set(names):
-                rows = kept["rows"]
+                rows = archive["rows"]
                 lanes = rows["lane"].tolist() if "lane" in names else [0] * len(rows)
                 spans = [(*row, (path.name, lane)) for row, lane in zip(rows[list(SPAN)].tolist(), lanes)]
                 modes.setdefault(path.name.partition(".")[0], []).extend(spans)
@@ -205,7 +202,7 @@ def judge_mode(
     if weights is not None:
         faults[f"{at:,} of {len(weights):,} tokens are scored"] = at != len(weights)
         counts = [(a, b, n, int(weights[a:b].sum())) for a, b, _, n, _ in spans]
-        faults |= {f"span {a} to {b} counts {n} bytes, our table {own}": own != n for a, b, n, own in counts}
+        faults |= {f"span {a} to {b} counts {n} bytes, our table {ours}": ours != n for a, b, n, ours in counts}
     for note in [note for note, holds in faults.items() if holds][:4]:
         yield Finding("fail", f"{mode}: {note}")
     bpb = math.fsum(s[2] for s in spans) / math.log(2) / nbytes

@@ -8,7 +8,7 @@ import pytest
 from test_records_check import WHOLE_MODEL, model
 
 from records.cli import main
-from records.verify import byte_weights, has_network_namespace, read_shard
+from records.verify import byte_weights, read_shard
 
 # a submission whose model charges 2 nats a token; SPANS and EXTRA are replaced by the tests
 EVALUATOR = """
@@ -156,7 +156,3 @@ def test_a_damaged_shard_is_named(tmp_path):
     (tmp_path / "x.bin").write_bytes((tmp_path / "x.bin").read_bytes()[:-2])
     with pytest.raises(ValueError, match="holds 2 tokens, its header says 3"):
         read_shard(tmp_path / "x.bin")
-
-
-def test_the_machine_says_whether_it_can_cut_the_network():
-    assert has_network_namespace() in (True, False)
