@@ -80,10 +80,9 @@ def verify_command(args: argparse.Namespace) -> int:
 
 def compare_command(args: argparse.Namespace) -> int:
     report = compare(load_side(existing(Path(args.baseline))), load_side(existing(Path(args.new))))
-    test = report["test"] or {"test": report.get("note")}
-    rows = [["", report["baseline"], report["new"]], *report["rows"], *test.items()]
+    rows = [["", report["baseline"], report["new"]], *report["rows"], *(report["test"] or {}).items()]
     lines = [f"{clean(name, 27):28}" + "".join(f"{shown(value):>38}" for value in values) for name, *values in rows]
-    say(json.dumps(report, default=str) if args.json else "\n".join(lines))
+    say(json.dumps(report, default=str) if args.json else "\n".join([*lines, report.get("note", "")]))
     return 0
 
 
