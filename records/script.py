@@ -69,8 +69,8 @@ def imported(nodes: list) -> dict:
 
 
 def byte_table(body: list, functions: list) -> str:
-    """The function that builds the bytes-per-token table, found by what it calls, with the constants it names."""
-    for node in [node for node, text in functions if "id_to_piece" in text]:
+    """The last function that calls what a table of bytes a token needs, with the constants it names."""
+    for node in sorted([node for node, text in functions if "id_to_piece" in text], key=lambda node: -node.lineno):
         nodes = list(ast.walk(node))
         if {"is_control", "id_to_piece"} <= {n.attr for n in nodes if isinstance(n, ast.Attribute)}:
             names = {n.id for n in nodes if isinstance(n, ast.Name)}
