@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from itertools import product
 
 from records.competition import VAL_DOCS
+from records.expressions import Refused
 from records.folder import Folder, Script, hash_in
-from records.rules import Fact, case, fact, first, otherwise, pick, rule, word
+from records.rules import Fact, case, fact, first, otherwise, pick, rule
 from records.script_leaks import BEFORE, FITTED
-from records.script_table import Unknown, deviations
-from records.tokenizer import altered_texts
+from records.script_table import deviations
 
 CHAIN = "what ships is what ran: build.json, certificate.json"
 RUNS = "README: must compile and run in the folder"
@@ -42,11 +42,11 @@ INSTALLED = (
 def chain(folder: Folder) -> Iterator[Fact]:
     build, main = folder.build, folder.main
     parts = {"script": {main.sha256}, "artifact": folder.artifact_hashes} if main else {}
-    for certificate, (part, hashes) in product(folder.certificates, parts.items()):
-        named = hash_in(certificate.table, part)
+    for (name, table, _), (part, hashes) in product(folder.certificates, parts.items()):
+        named = hash_in(table, part)
         if named and hashes:
             kind = pick(named in hashes, "certified", "other")
-            yield fact(kind, certificate.name, part=part, sha256=named[:12])
+            yield fact(kind, name, part=part, sha256=named[:12])
     if build and main:
         proof = build.get("proof")
         proven = hash_in(proof if isinstance(proof, dict) else {}, "script")
@@ -62,7 +62,7 @@ def chain(folder: Folder) -> Iterator[Fact]:
 @case("closed", "wrong", "cannot be unpacked without running it: {problem}")
 @case("opened", "pass", "unpacked by {layers} to {length:,} characters")
 @case("parses", "pass", "parses")
-@case("newer", "unknown", "needs a newer grammar than Python 3.{minor}: {error}; read {read} of {pieces} pieces")
+@case("newer", "unknown", "needs a newer grammar than Python 3.{minor}: {error}; read without the fields of f-strings")
 @case("broken", "wrong", "does not parse: {error}")
 def grammar(folder: Folder) -> Iterator[Fact]:
     """How the code of the main script is reached, and whether it and the one it executes parse; a grammar newer than
@@ -74,10 +74,8 @@ def grammar(folder: Folder) -> Iterator[Fact]:
         yield fact(kind, main.name, problem=packed.problem, layers=layers, length=len(packed.text))
     for script in {s.name: s for s in (folder.main, folder.code) if s}.values():
         facts, error = script.facts, script.facts["error"]
-        kinds = {"parses": not error, "newer": "f-string" in error and sys.version_info < (3, 12)}
-        pieces = facts["statements"] + facts["failed"]
-        words = {"error": error, "minor": sys.version_info[1], "read": facts["statements"], "pieces": pieces}
-        yield fact(first(kinds, "broken"), script.name, **words)
+        kind = first({"parses": not error, "newer": facts["parsed"]}, "broken")
+        yield fact(kind, script.name, error=error, minor=sys.version_info[1])
 
 
 @rule("F10", "with all it imports", RUNS)
@@ -135,7 +133,7 @@ def byte_tables(folder: Folder) -> Iterator[Fact]:
     for script in [s for s in folder.sources if s.facts["byte_table"]]:
         try:
             wrong = deviations(script.facts["byte_table"])
-        except Unknown as error:
+        except Refused as error:
             yield fact("unknown", script.name, error=error)
             continue
         yield from (fact("differs", script.name, note=note) for note in wrong[:5])
@@ -143,32 +141,23 @@ def byte_tables(folder: Folder) -> Iterator[Fact]:
             yield fact("official", script.name)
 
 
-@rule("F16", "the tokenizer is a known one, or counts bytes correctly and keeps every text", "issue 897, 1604; PR 1143")
+@rule("F16", "the tokenizer is a known one, or counts bytes and keeps letters", "issue 897, 1604; PR 1143")
 @case("grave", "wrong", "{note}")
 @case("problem", "sign", "{note}")
-@case("untried", "unknown", "whether texts survive the tokenizer was not tried: {note}")
-@case("altered", "sign", "{note!r} does not come back from its tokens (issue 1604)")
-@case("same", "pass", "hard texts come back from their tokens")
-@case("known", "pass", "tokenizer {note}")
-@case("own", "sign", "a tokenizer of its own: the byte count needs a proof (README: examined more carefully)")
+@case("official", "pass", "tokenizer {note}")
+@case("other", "sign", "a tokenizer of its own: the byte count needs a proof (README: examined more carefully)")
 def tokenizers(folder: Folder) -> Iterator[Fact]:
     for tokenizer in folder.tokenizers:
         for problem in tokenizer.problems:
             grave = tokenizer.broken or "standalone" in problem
             yield fact(pick(grave, "grave", "problem"), tokenizer.name, note=problem)
         if tokenizer.official:
-            yield fact("known", tokenizer.name, note=tokenizer.official)
+            yield fact("official", tokenizer.name, note=tokenizer.official)
         elif not tokenizer.broken:
-            yield fact("own", tokenizer.name)
-            try:
-                altered = altered_texts(str(tokenizer.path))
-                yield fact(pick(altered, "altered", "same"), tokenizer.name, note=(altered or [""])[0])
-            except LookupError as error:
-                yield fact("untried", tokenizer.name, note=error)
+            yield fact("other", tokenizer.name)
 
 
 @rule("F17", "data preparation keeps all 50,000 validation documents out of training", "issue 2127")
-@case(word("right"), "pass", "{option} defaults to {value}, the validation set has {docs:,} documents")
 @case(otherwise, "sign", "{option} defaults to {value}, the validation set has {docs:,} documents")
 def prepared_documents(folder: Folder) -> Iterator[Fact]:
     for script in folder.scripts.values():
@@ -176,9 +165,8 @@ def prepared_documents(folder: Folder) -> Iterator[Fact]:
         options = ("--val-docs", "--num-val-docs", "NUM_VAL_DOCS") if "val" in text and "docs" in text else ()
         for option in options:
             value, line = script.facts["defaults"].get(option, ("None", 0))
-            if value != "None":
-                right = value.isdigit() and int(value) >= VAL_DOCS
-                yield fact(value, script.name, line, right=right, option=option, docs=VAL_DOCS)
+            if value != "None" and not (value.isdigit() and int(value) >= VAL_DOCS):
+                yield fact(value, script.name, line, option=option, docs=VAL_DOCS)
 
 
 @rule("F18", "no network, no choice among scores, no knowledge of a token before its score", ADVISORY)
@@ -197,7 +185,7 @@ def conduct(folder: Folder) -> Iterator[Fact]:
             yield fact(pick(off, "off", kind), script.name, line, what=what, why=why)
     code, logs = folder.code, folder.proven_logs if folder.code else []
     smear = any(log.params.get("smear_gate_enabled") == "True" for log in logs) and code.facts["smear"]
-    if smear and not code.facts["smear_bos"] and not code.facts["failed"]:
+    if smear and not code.facts["smear_bos"] and code.facts["parsed"]:
         yield fact("smear", code.name)
     for log, (pattern, forbidden, gravity, why) in product(logs[:3], SWITCHES):
         for name, value in log.params.items():

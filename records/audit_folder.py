@@ -96,7 +96,6 @@ def files(folder: Folder) -> Iterator[Fact]:
 @case("too many", "sign", "more than {most} logs; the rest was not read")
 @case("empty", "binding", "the log is empty")
 @case("binary", "wrong", "{nul} NUL bytes: not a text log")
-@case("nul", "sign", "{nul} NUL bytes: not a text log")
 @case("escapes", "sign", "terminal escape sequences")
 @case("cut", "sign", "{size:,} bytes: only the first {read:,} and the end were read")
 @case(otherwise, "pass", "{value} train logs")
@@ -105,7 +104,7 @@ def logs(folder: Folder) -> Iterator[Fact]:
     yield from [fact("too many", most=MAX_LOGS)] * (len(folder.log_names) >= MAX_LOGS)
     for log in folder.all_logs:
         empty = bool(re.search(r"log|train|seed", log.name, re.I)) and log.size == 0
-        kinds = {"empty": empty, "binary": log.nul and not log.is_run and not empty, "nul": log.nul and log.is_run}
+        kinds = {"empty": empty, "binary": log.nul and not log.is_run and not empty}
         kinds |= {"escapes": log.escapes, "cut": log.cut}
         for kind in [k for k, holds in kinds.items() if holds]:
             line = log.escapes * (kind == "escapes")
@@ -142,25 +141,26 @@ def contents(folder: Folder) -> Iterator[Fact]:
     yield from (fact("text", folder.json_name, note=note) for note, holds in wrong.items() if holds)
 
 
-# what others told: the probes of a legality certificate, and what a run found that was kept as
-# `records verify --json > verification.json`
+# what others told: a legality certificate, and the output of `records verify --json` as verification.json
 
 
 def certified(probe: str, folder: Folder) -> Iterator[Fact]:
-    for certificate in folder.certificates:
-        row = certificate.table.get(probe)
+    for name, table, problems in folder.certificates:
+        row = table.get(probe)
         told = row if isinstance(row, dict) and row.get("status") in {"pass", "fail", "na"} else {}
-        note = "; ".join(certificate.problems) or f"no verdict for {probe}"
+        note = "; ".join(problems) or f"no verdict for {probe}"
         note = f"{probe}: {told.get('evidence', '')}" if told else note
-        yield fact(told.get("status", "none"), certificate.name, note=note)
+        yield fact(told.get("status", "none"), name, note=note)
 
 
 def verified(probe: str, folder: Folder) -> Iterator[Fact]:
-    rows, problems = folder.verification
-    yield from (fact("none", "verification.json", note=note) for note in problems[:1])
-    for row in [r for r in rows if isinstance(r, dict) and r.get("id") == probe]:
-        if row.get("status") in {"pass", "warn", "fail", "na"}:
-            yield fact(row["status"], "verification.json", note=row.get("note", ""))
+    value, problems = folder.json("verification.json")
+    match value:
+        case {"checks": list() as rows}:
+            for row in [r for r in rows if isinstance(r, dict) and r.get("id") == probe]:
+                yield fact(row.get("status"), "verification.json", note=row.get("note", ""))
+        case _ if "verification.json" in folder.files:
+            yield fact("none", "verification.json", note="; ".join(problems) or "no table of checks")
 
 
 PROBES: tuple[tuple[Callable, str, str, str], ...] = (

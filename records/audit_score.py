@@ -11,6 +11,7 @@ from records.competition import (
     IMPLIED_BYTES,
     LEAKY_SHARDS,
     MARGIN_NATS,
+    OTHER_CUT,
     P_PRACTICE,
     VAL_DOCS,
     VAL_TOKENS,
@@ -30,17 +31,15 @@ RATIO = "{ratio:.6f} bytes a token"
 NO_STREAM = RATIO + " is no known validation stream; the nearest is {stream}, x{factor:.5f} off{implied}"
 OTHER_TEXT = RATIO + " on a declared other text of {nbytes:,.0f} bytes, not the leaderboard's"
 OTHER_RATIO = "val_loss and val_bpb of the claim give {claimed:.6f} bytes a token, the log {logged:.6f}"
-GAIN = f"{{gain:+.5f}} BPB against {{baseline}}: one-sided Welch p {{p:.4f}} (applied: p < {P_PRACTICE}; {{suffice}})"
-GAIN_IN_NATS = "{gain:+.5f} nats a token, p {p:.4f} that it is above {margin} (written: {rule}; {suffice})"
-OTHER_CUT = 2e-4  # of accepted records that cut the validation text into other windows, below any known miscount
+GAIN = f"{{gain:+.5f}} BPB against {{baseline}}: one-sided Welch p {{p:.4f}} (applied: p < {P_PRACTICE})"
+GAIN_IN_NATS = "{gain:+.5f} nats a token, p {p:.4f} that it is above {margin} (written: {rule})"
 MIXED_TAGS = {"final_int8_zlib_roundtrip", "final_int6_sliding_window"}  # one metric under two names in early records
 
 
-@rule("F6", "the claimed score is printed in a log, by one final metric, on all of the validation set", LOGGED)
+@rule("F6", "the claimed score is printed in a log, by one final metric", LOGGED)
 @case("no line", "binding", "no log line shows {claimed} of {who}{nearest}")
 @case("no log", "sign", "no log line shows {claimed} of {who}{nearest}")
 @case("not final", "wrong", "{claimed} of {who} is {tag!r}: not the score of the shipped model")
-@case("partial", "wrong", "{who} was scored on a part of the validation set")
 @case("mixed", "wrong", "seeds are scored by different metrics: {tags}")
 @case(otherwise, "pass", "{who} is {tag!r}")
 def proof_of_score(folder: Folder) -> Iterator[Fact]:
@@ -54,8 +53,7 @@ def proof_of_score(folder: Folder) -> Iterator[Fact]:
             file = getattr(log, "name", folder.json_name)
             yield fact(pick(folder.logs, "no line", "no log"), file, nearest=nearest, **words)
             continue
-        kinds = [pick(metric.final, "final", "not final")] + ["partial"] * metric.partial
-        yield from (fact(kind, log.name, metric.line, tag=metric.tag, **words) for kind in kinds)
+        yield fact(pick(metric.final, "final", "not final"), log.name, metric.line, tag=metric.tag, **words)
     tagged = [(re.sub(r"_exact$", "", p.metric.tag), p) for p in folder.proofs if p.metric]
     tags = Counter(tag for tag, _ in tagged)
     if folder.track.binding and len(tags) > 1 and not set(tags) <= MIXED_TAGS:
@@ -81,10 +79,9 @@ def usable(folder: Folder) -> list[Proof]:
 
 
 @rule("F14", "bytes per token are those of the official validation text", BYTES)
-@case("known", "pass", "{ratio:.6f} bytes a token: {stream}")
+@case("official", "pass", "{ratio:.6f} bytes a token: {stream}")
 @case("right number", "pass", "{ratio:.6f} bytes a token, {total:,.0f} bytes in all")
-@case("own text", "pass", OTHER_TEXT)
-@case("another cut", "pass", "{ratio:.6f} bytes a token: {stream}, cut otherwise")
+@case("declared elsewhere", "pass", OTHER_TEXT)
 @case("declared", "binding", OTHER_TEXT)
 @case("undeclared", "sign", "another validation text is declared without its tokens and bytes")
 @case("miscounted", "wrong", OTHER_TEXT + ", and {total:,.0f} bytes follow from the score")
@@ -103,12 +100,11 @@ def judged_ratio(folder: Folder, ratio: float, error: float, tokens: float | Non
     name, off = nearest_fingerprint(ratio)
     low, high = IMPLIED_BYTES[0] * (1 - error), IMPLIED_BYTES[1] * (1 + error)
     total, declared = ratio * (tokens or 0), folder.claim.declared_text
-    if declared is not None and abs(off) > error + 1.5e-6:
+    if declared is not None:
         return judged_declaration(folder, declared, (ratio, error), file, line)
     kinds = {
-        "known": abs(off) <= error + 1.5e-6,
+        "official": abs(off) <= error + OTHER_CUT,
         "right number": bool(tokens) and low <= total <= high,
-        "another cut": abs(off) <= OTHER_CUT,
         "near": abs(off) < 1e-3,
     }
     implied = f", {total:,.0f} bytes in all (should be 151,020,000 to 151,090,000)" if tokens else ""
@@ -123,7 +119,7 @@ def judged_declaration(folder: Folder, declared: dict, measured: tuple[float, fl
         return fact("undeclared", file, line)
     ratio, error = measured
     kinds = {"miscounted": abs(ratio * tokens / nbytes - 1) > error + 1e-6, "declared": folder.track.official_text}
-    return fact(first(kinds, "own text"), file, line, ratio=ratio, nbytes=nbytes, total=ratio * tokens)
+    return fact(first(kinds, "declared elsewhere"), file, line, ratio=ratio, nbytes=nbytes, total=ratio * tokens)
 
 
 @rule("F14", "the claim's loss and score fit the log's, and those of all seeds each other", BYTES)
@@ -179,9 +175,7 @@ def gains(folder: Folder) -> Iterator[Fact]:
     if test is None:
         yield fact("untested", baseline=baseline.name)
     for rule_name in [name for name in ("practice", "readme") if name in (test or ())]:
-        needed = test[f"seeds_needed_{rule_name}"]
-        words = {"suffice": pick(needed, f"{needed} seeds suffice", "no number of seeds suffices")}
-        words |= {"baseline": baseline.name, "rule": test[f"{rule_name}_rule"], "margin": MARGIN_NATS}
+        words = {"baseline": baseline.name, "rule": test[f"{rule_name}_rule"], "margin": MARGIN_NATS}
         p, gain = {"practice": ("p", "gain_bpb"), "readme": ("p_margin", "gain_nats")}[rule_name]
         yield fact("no " * (not test[rule_name]) + rule_name, p=test[p], gain=test[gain], **words)
 

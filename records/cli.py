@@ -4,21 +4,19 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 from records.audit import check_folder, submission_folders
 from records.files import clean
 from records.folder import Folder
-from records.page import Raw, cell, coloured, folded, page, section, table
-from records.rules import RANK
 from records.run import open_run
 from records.run_compare import compare, load_side
-from records.run_ledger import COLUMNS, LEDGER, MODES, add_runs, leaderboard, read_ledger
+from records.run_ledger import LEDGER, MODES, add_runs, leaderboard, read_ledger
 from records.run_record import Request, build
 from records.run_report import write_report
 from records.verify import COMMAND, Trial, verify
 
-RULED = ("practice", "readme")
 MARKS = {"pass": "ok", "warn": "warn", "fail": "FAIL", "na": "-"}
 
 
@@ -35,8 +33,6 @@ def check(args: argparse.Namespace) -> int:
     for folder in folders:
         reports.append(check_folder(Folder(folder, args.policy, baseline)))
         say(json.dumps(reports[-1], default=str) if args.json else text_of(reports[-1], args.all))
-    if args.html:
-        Path(args.html).write_text(html_of(reports), encoding="utf-8")
     worst = [r["verdict"] for r in reports]
     if not args.json and len(reports) > 1:
         say(f"{len(reports)} folders: " + ", ".join(f"{worst.count(v)} {v}" for v in ("pass", "warn", "fail")))
@@ -57,34 +53,9 @@ def text_of(report: dict, everything: bool) -> str:
     ]
     for name, e in [(row["id"], e) for row in report["checks"] for e in row["evidence"]]:
         if everything or e["status"] in {"warn", "fail"}:
-            rows.append(f"  {name:4}{MARKS[e['status']]:5} {(where(e) + ': ') * bool(e['file'])}{e['note']}")
+            where = f"{e['file']}:{e['line']}: ".replace(":0:", ":") * bool(e["file"])
+            rows.append(f"  {name:4}{MARKS[e['status']]:5} {where}{e['note']}")
     return "\n".join(rows)
-
-
-def html_of(reports: list[dict]) -> str:
-    head = ["verdict", "folder", "track", "val_bpb", "bytes", "seeds", "fail", "warn"]
-    rows = []
-    for r in reports:
-        claim = [r["claim"]["val_bpb"], r["claim"]["bytes_total"], " ".join(map(str, r["claim"]["seeds"]))]
-        counts = [sum(c["status"] == status for c in r["checks"]) for status in ("fail", "warn")]
-        rows.append([coloured(r["verdict"]), Path(r["folder"]).name, r["track"], *claim, *counts])
-    overview = section(f"{len(reports)} folders", table(head, rows))
-    return page("Records checked", overview + "".join(map(details, reports)))
-
-
-def details(r: dict) -> Raw:
-    pairs = sorted(((c, e) for c in r["checks"] for e in c["evidence"]), key=lambda pair: -RANK[pair[1]["status"]])
-    told = [
-        [c["id"], coloured(e["status"]), where(e), e["note"], c["rule"] * (e["status"] in {"warn", "fail"})]
-        for c, e in pairs
-    ]
-    name = Raw(f"<p>{coloured(r['verdict'])} · {cell(r['claim'].get('name', ''))}</p>")
-    rows = table(["check", "status", "where", "finding", "rule"], told)
-    return section(Path(r["folder"]).name, name, folded(f"{len(told)} findings", rows, r["verdict"] == "fail"))
-
-
-def where(e: dict) -> str:
-    return e["file"] + f":{e['line']}" * bool(e["line"])
 
 
 def verify_command(args: argparse.Namespace) -> int:
@@ -108,68 +79,38 @@ def verify_command(args: argparse.Namespace) -> int:
 
 
 def compare_command(args: argparse.Namespace) -> int:
-    found = compare(load_side(Path(args.baseline), args.mode), load_side(Path(args.new), args.mode))
-    if args.json:
-        say(json.dumps(found, default=str))
-        return 0
-    names = [clean(found["baseline"], 36), clean(found["new"], 36)]
-    say(f"{'':28}{names[0]:>38}{names[1]:>38}")
-    for name, a, b in found["rows"]:
-        say(f"{clean(name, 27):28}{shown(a):>38}{shown(b):>38}")
-    test = found["test"]
-    if test is None:
-        say(found["note"])
-        return 0
-    p, needed = f"one-sided p {test['p']:.4f}", {k: test.get(f"seeds_needed_{k}") or "none suffices" for k in RULED}
-    say(f"\ngain {test['gain_bpb']:+.6f} BPB, Welch t {test['t']:.3f}, df {test['df']:.2f}, {p}")
-    words = {k: "significant" if test.get(k) else "not significant" for k in RULED}
-    say(f"  applied rule ({test['practice_rule']}): {words['practice']}; seeds needed {needed['practice']}")
-    if "readme" in test:
-        say(f"  written rule ({test['readme_rule']} = {test['margin_bpb']:.6f} BPB): {words['readme']};")
-        say(f"    gain {test['gain_nats']:+.6f} nats, p {test['p_margin']:.4f}; seeds needed {needed['readme']}")
+    report = compare(load_side(existing(Path(args.baseline))), load_side(existing(Path(args.new))))
+    rows = [["", report["baseline"], report["new"]], *report["rows"], *(report["test"] or {}).items()]
+    lines = [f"{clean(name, 27):28}" + "".join(f"{shown(value):>38}" for value in values) for name, *values in rows]
+    say(json.dumps(report, default=str) if args.json else "\n".join([*lines, report.get("note", "")]))
     return 0
 
 
 def shown(value: object) -> str:
-    match value:
-        case None:
-            return ""
-        case float() if abs(value) < 1000:
-            return f"{value:,.8f}".rstrip("0").rstrip(".")
-        case float():
-            return f"{value:,.1f}"
-        case int():
-            return f"{value:,}"
-    return clean(value, 36)
+    words = {True: "significant", False: "not significant", None: ""}
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:,.12g}"
+    return words.get(value) or clean(value, 36)
 
 
 def new_command(args: argparse.Namespace) -> int:
-    runs = [open_run(Path(p)) for p in args.from_]
-    texts = {name: getattr(args, name) for name in ("name", "author", "github", "blurb", "mode", "address")}
-    texts |= {"date": args.date} if args.date else {}
-    made = Path(args.build) if args.build else None
-    say(str(build(runs, Request(script=Path(args.script), out=Path(args.out), build=made, **texts))))
+    given = {field.name: value for field in fields(Request) if (value := getattr(args, field.name))}
+    say(str(build([open_run(Path(p)) for p in args.from_], Request(**given))))
     return 0
 
 
 def ledger_command(args: argparse.Namespace) -> int:
     added = add_runs([open_run(Path(p)) for p in args.run], Path(args.file), args.note)
-    for row in added:
-        flag = f", FLAG {row['flags']}" * (row["flags"] != "-")
-        say(f"{row['run']}: {row['status']}, {row['val_bpb']} BPB, {row['bytes']} bytes{flag}")
     rows = read_ledger(Path(args.file))
-    if not args.run:
-        flagged = [r for r in rows if r["flags"] != "-"]
-        say(f"{len(rows)} runs, {len(flagged)} flagged")
-        for row in flagged:
-            say(f"  {row['run']}: {row['flags']}")
-    elif len(added) < len(args.run):
-        say(f"{len(args.run) - len(added)} already there, unchanged")
+    flagged = [row for row in rows if row["flags"] != "-"]
+    for row in added or flagged:
+        say(f"{row['run']}: {row['status']}, {row['val_bpb']} BPB, {row['bytes']} bytes, flags {row['flags']}")
+    say(f"{len(rows)} runs, {len(flagged)} flagged, {len(added)} new")
     return 0
 
 
 def list_command(args: argparse.Namespace) -> int:
-    rows = leaderboard(read_ledger(Path(args.file)), args.mode, args.where, args.limit)
+    rows = leaderboard(read_ledger(Path(args.file)), args.mode, args.limit)
     columns = ["date", "run", "commit", args.mode, "bytes", "seconds", "tokens", "device", "status", "changed", "flags"]
     wide = {c: min(30, max([len(c), *(len(r[c]) for r in rows)])) for c in columns}
     lines = [dict(zip(columns, columns)), *rows]
@@ -181,26 +122,10 @@ def list_command(args: argparse.Namespace) -> int:
 
 def report_command(args: argparse.Namespace) -> int:
     run = open_run(Path(args.run))
-    for path in write_report(run, Path(args.out) if args.out else run.path, args.price):
-        say(str(path))
+    say(str(write_report(run, Path(args.out) if args.out else run.path, args.price)))
     return 0
 
 
-def option(*names: str, **details: object) -> tuple:
-    return names, details
-
-
-def switch(name: str, words: str) -> tuple:
-    return option(name, action="store_true", help=words)
-
-
-def text(name: str, words: str = "", default: str = "", **details: object) -> tuple:
-    return option(name, default=default, help=words, **details)
-
-
-JSON = switch("--json", "one object a line")
-FILE = text("--file", default=str(LEDGER))
-POLICIES = {"choices": ("readme", "practice"), "default": "practice"}
 COMMANDS: dict[str, tuple[Callable, str]] = {
     "check": (check, "Check submission folders, anybody's, without running anything in them."),
     "verify": (verify_command, "Run a submission's evaluation without network and compare it with the claim."),
@@ -208,54 +133,48 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "new": (new_command, "Write a record folder from finished runs."),
     "ledger": (ledger_command, "Append runs to the ledger, or show flags."),
     "list": (list_command, "The leaderboard over the ledger."),
-    "report": (report_command, "Write report.md and report.html of a run."),
+    "report": (report_command, "Write report.html of a run, one page with plots."),
 }
-OPTIONS = (
-    ("check", option("path", nargs="+", help="a submission folder, or a folder that holds some")),
-    ("check", option("--policy", help="written rules, or as applied (default)", **POLICIES)),
-    ("check", text("--baseline", "record to test significance against (default: the best earlier one beside it)")),
-    ("check", JSON),
-    ("check", text("--html", "write a page as well", metavar="FILE")),
-    ("check", switch("--all", "show what passed, too")),
-    ("verify", option("folder")),
-    ("verify", option("--artifact", required=True, help="the shipped model")),
-    ("verify", option("--data", required=True, help="folder with tokenizer and validation shards")),
-    ("verify", switch("--execute", "allow the submission's code to run")),
-    ("verify", text("--command", f"how to evaluate (default: {COMMAND})", COMMAND)),
-    ("verify", option("--repeat", type=int, default=1, help="evaluations; two show how far they lie apart")),
-    ("verify", option("--timeout", type=float, default=3600.0, help="seconds each")),
-    ("verify", JSON),
-    ("compare", option("baseline")),
-    ("compare", option("new")),
-    ("compare", text("--mode", "evaluation mode of runs (default: the headline)")),
-    ("compare", JSON),
-    ("new", option("--from", dest="from_", nargs="+", required=True, metavar="RUN")),
-    ("new", text("--script", "the packed script that ran", "train_gpt.py")),
-    ("new", text("--build", "the builder's manifest.json (default: the one beside the script)")),
-    ("new", option("--name", required=True)),
-    ("new", option("--author", required=True)),
-    ("new", text("--github")),
-    ("new", text("--blurb")),
-    ("new", text("--date", "YYYY-MM-DD (default: today)")),
-    ("new", text("--mode", "evaluation mode that is claimed (default: the last one of the run)")),
-    ("new", text("--address", "where the artifacts lie, instead of copying them")),
-    ("new", text("--out", "parent folder (default: records/)", str(LEDGER.parent))),
-    ("ledger", option("run", nargs="*")),
-    ("ledger", FILE),
-    ("ledger", text("--note")),
-    ("list", FILE),
-    ("list", text("--mode", "score to sort by", "val_bpb", choices=("val_bpb", *MODES))),
-    (
-        "list",
-        option(
-            "--where", action="append", metavar="COLUMN=TEXT", help=f"filter; also < and >; of {', '.join(COLUMNS)}"
-        ),
-    ),
-    ("list", option("--limit", type=int, default=0)),
-    ("list", JSON),
-    ("report", option("run")),
-    ("report", option("-o", "--out", default="", help="folder (default: the run's own)")),
-    ("report", option("--price", type=float, help="price of the machine per hour")),
+POLICIES = ("readme", "practice")
+JSON = {"action": "store_true", "help": "one object a line"}
+OPTIONS: tuple[tuple[str, str, dict], ...] = (
+    ("check", "path", {"nargs": "+", "help": "a submission folder, or a folder that holds some"}),
+    ("check", "--policy", {"choices": POLICIES, "default": "practice", "help": "rules as written, or as applied"}),
+    ("check", "--baseline", {"help": "record to test significance against (default: the best earlier one beside it)"}),
+    ("check", "--json", JSON),
+    ("check", "--all", {"action": "store_true", "help": "show what passed, too"}),
+    ("verify", "folder", {}),
+    ("verify", "--artifact", {"required": True, "help": "the shipped model"}),
+    ("verify", "--data", {"required": True, "help": "folder with tokenizer and validation shards"}),
+    ("verify", "--execute", {"action": "store_true", "help": "allow the submission's code to run"}),
+    ("verify", "--command", {"default": COMMAND, "help": f"how to evaluate (default: {COMMAND})"}),
+    ("verify", "--repeat", {"type": int, "default": 1, "help": "evaluations; two show how far they lie apart"}),
+    ("verify", "--timeout", {"type": float, "default": 3600.0, "help": "seconds each"}),
+    ("verify", "--json", JSON),
+    ("compare", "baseline", {}),
+    ("compare", "new", {}),
+    ("compare", "--json", JSON),
+    ("new", "--from", {"dest": "from_", "nargs": "+", "required": True, "metavar": "RUN"}),
+    ("new", "--script", {"type": Path, "default": "train_gpt.py", "help": "the packed script that ran"}),
+    ("new", "--build", {"type": Path, "default": None, "help": "the builder's manifest (default: beside the script)"}),
+    ("new", "--name", {"required": True}),
+    ("new", "--author", {"required": True}),
+    ("new", "--github", {}),
+    ("new", "--blurb", {}),
+    ("new", "--date", {"help": "YYYY-MM-DD (default: today)"}),
+    ("new", "--mode", {"help": "evaluation mode that is claimed (default: the last one of the run)"}),
+    ("new", "--address", {"help": "where the artifacts lie, instead of copying them"}),
+    ("new", "--out", {"type": Path, "default": LEDGER.parent, "help": "parent folder (default: records/)"}),
+    ("ledger", "run", {"nargs": "*"}),
+    ("ledger", "--file", {"default": LEDGER}),
+    ("ledger", "--note", {}),
+    ("list", "--file", {"default": LEDGER}),
+    ("list", "--mode", {"default": "val_bpb", "choices": ("val_bpb", *MODES), "help": "score to sort by"}),
+    ("list", "--limit", {"type": int, "default": 0}),
+    ("list", "--json", JSON),
+    ("report", "run", {}),
+    ("report", "--out", {"help": "folder (default: the run's own)"}),
+    ("report", "--price", {"type": float, "default": None, "help": "price of the machine per hour"}),
 )
 
 
@@ -263,10 +182,10 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m records", description="Check, verify, compare, write, list records.")
     commands = top.add_subparsers(dest="command_name", required=True)
     for name, (run, summary) in COMMANDS.items():
-        sub = commands.add_parser(name, help=summary, description=summary)
+        sub = commands.add_parser(name, help=summary, description=summary, argument_default="")
         sub.set_defaults(run_command=run)
-        for names, details in [row for command, row in OPTIONS if command == name]:
-            sub.add_argument(*names, **details)
+        for flag, details in [row for command, *row in OPTIONS if command == name]:
+            sub.add_argument(flag, **details)
     return top
 
 

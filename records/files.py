@@ -62,10 +62,6 @@ def read_bytes(path: Path, limit: int) -> bytes:
         return stream.read(limit)
 
 
-def read_text(path: Path, limit: int) -> str:
-    return read_bytes(path, limit).decode("utf-8", errors="replace")
-
-
 def inside(folder: Path, name: str) -> bool:
     """Whether a file name that a record mentions stays in the record's folder."""
     absolute = name.startswith(("/", "\\", "~")) or name[1:2] == ":"

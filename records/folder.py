@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from records.claim import Claim, parse_json, read_claim
 from records.competition import NON_RECORD, RECORD, TOKENIZERS, TRACKS, Track
-from records.files import Entry, open_regular, read_bytes, read_text, walk
+from records.files import Entry, open_regular, read_bytes, walk
 from records.logs import Log
 from records.logs_reader import read_log
 from records.packed import Unpacked, source_text, unpack
@@ -39,15 +39,8 @@ class Script:
         return read_facts(self.unpacked.text)
 
 
-class Certificate(NamedTuple):
-    name: str
-    table: dict
-    problems: list[str]
-
-
 class Tokenizer(NamedTuple):
     name: str
-    path: Path
     official: str  # the name of a known one, or empty
     problems: list[str]
     broken: bool
@@ -70,7 +63,7 @@ class Folder:
         return {e.name: e for e in self.entries if e.kind == "file"}
 
     def text(self, name: str) -> str:
-        return read_text(self.files[name].path, MAX_JSON) if name in self.files else ""
+        return read_bytes(self.files[name].path, MAX_JSON).decode(errors="replace") if name in self.files else ""
 
     def json(self, name: str) -> tuple[object, list[str]]:
         return parse_json(read_bytes(self.files[name].path, MAX_JSON)) if name in self.files else (None, [])
@@ -198,10 +191,11 @@ class Folder:
     # what was proven of it
 
     @cached_property
-    def certificates(self) -> list[Certificate]:
+    def certificates(self) -> list[tuple[str, dict, list[str]]]:
+        """Name, table and problems of each."""
         names = [n for n in self.files if re.fullmatch(r"certificate(?!_failed)\w*\.json", n.rpartition("/")[2])]
         read = [(name, *self.json(name)) for name in names]
-        return [Certificate(name, value if isinstance(value, dict) else {}, problems) for name, value, problems in read]
+        return [(name, value if isinstance(value, dict) else {}, problems) for name, value, problems in read]
 
     @cached_property
     def build(self) -> dict:
@@ -221,14 +215,6 @@ class Folder:
         named = {n: row for n, row in (self.manifest or {}).items() if Path(n).suffix in ARTIFACTS}
         listed = {str(row["sha256"]) for row in named.values() if isinstance(row, dict) and row.get("sha256")}
         return self.claimed_hashes | listed
-
-    @cached_property
-    def verification(self) -> tuple[list, list[str]]:
-        """The rows of verification.json; without a table the reason, nothing without a file."""
-        value, problems = self.json("verification.json")
-        rows = value.get("checks") if isinstance(value, dict) else None
-        broken = "verification.json" in self.files and not isinstance(rows, list)
-        return rows if isinstance(rows, list) else [], ["; ".join(problems) or "no table of checks"] * broken
 
 
 def hash_in(table: dict, part: str) -> str:
@@ -250,7 +236,7 @@ def load_tokenizer(entry: Entry) -> Tokenizer:
         problems, broken = ([] if official else read_vocabulary(data).problems()), False
     except (ValueError, RecursionError) as error:
         problems, broken = [str(error)], True
-    return Tokenizer(entry.name, entry.path, official, problems, broken)
+    return Tokenizer(entry.name, official, problems, broken)
 
 
 def sha256_file(path: Path) -> str:

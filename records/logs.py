@@ -15,7 +15,6 @@ class Metric:
     bpb: float
     digits: int  # decimals printed
     seconds: float | None = None
-    partial: bool = False
 
     @property
     def exact(self) -> bool:
@@ -46,13 +45,9 @@ class RunScript(NamedTuple):
 
 
 class Stop(NamedTuple):
-    milliseconds: float
+    seconds: float
     step: int
     line: int
-
-    @property
-    def seconds(self) -> float:
-        return self.milliseconds / 1000
 
 
 @dataclass(slots=True)
@@ -71,22 +66,16 @@ class Steps:
     digest: int = 0  # equal for equal curves
 
     def add(self, step: int, loss: float, line: int, milliseconds: float = 0.0) -> None:
-        if abs(loss) < 1e9:
-            self.extend([step], [loss], line, milliseconds)
-        else:
+        if not abs(loss) < 1e9:
             self.bad = self.bad or line
-
-    def extend(self, steps: list[int], losses: list[float], line: int, milliseconds: float) -> None:
-        """Lines of a run, from `line` on, with the longest of their times."""
-        self.first = self.first if self.count else losses[0]
-        if steps[0] < self.last_step or steps != sorted(steps):
-            before = [self.last_step, *steps]
-            self.backwards = self.backwards or next(line + i for i, s in enumerate(steps) if s < before[i])
-        self.count += len(steps)
-        self.last, self.last_step = losses[-1], steps[-1]
-        self.low, self.high = min(self.low, *losses), max(self.high, *losses)
+            return
+        self.first = self.first if self.count else loss
+        if step < self.last_step:
+            self.backwards = self.backwards or line
+        self.count, self.last, self.last_step = self.count + 1, loss, step
+        self.low, self.high = min(self.low, loss), max(self.high, loss)
         self.milliseconds = max(self.milliseconds, milliseconds)
-        self.digest = (self.digest + sum(map(hash, zip(steps, losses)))) % 2**64
+        self.digest = (self.digest + hash((step, loss))) % 2**64
 
     @property
     def moved(self) -> bool:
@@ -99,7 +88,6 @@ class Log:
     size: int = 0
     lines: int = 0
     sha256: str = ""
-    family: str = ""
     nul: int = 0  # NUL bytes: not a text log
     escapes: int = 0  # line of the first terminal escape
     cut: bool = False  # longer than MAX_READ, the middle was skipped

@@ -26,13 +26,9 @@ RANDOM = "random warm-up"
 NUM = r"[-+]?(?:\d{1,18}(?:\.\d{0,18})?(?:[eE][-+]?\d{1,3})?|nan|inf)"  # bounded: a hostile line must not cost seconds
 CLOCK = r"(?:\d{10}\.\d{3} |\[?(?:\d{4}-\d\d-\d\d[ T])?\d\d:\d\d:\d\d(?:[.,]\d{1,6})?\]? )?"  # before a line
 PLAIN = r"\d{1,9}(?:\.\d{1,18})?"  # a number that no conversion can make infinite
-STEP_ROWS = re.compile(rf"(?:{CLOCK}(?:step:)?\d{{1,9}}/\d+ (?:train_)?loss: ?{PLAIN}(?![\d.e])[^\n]*\n){{1,512}}")
-STEP_PAIR = re.compile(rf"\n{CLOCK}(?:step:)?(\d+)/\d+ (?:train_)?loss: ?([\d.]+)")
 STEP = re.compile(rf"(?:step:)?(\d{{1,9}})/\d+ (?:train_)?loss: ?({NUM})(?: (?:train_time|t): ?({NUM})(ms|m|s)\b)?")
 VAL = re.compile(rf"\b(?:val_)?loss[:=] ?({NUM})[ ,]+(?:val_)?bpb[:=] ?({NUM})")
-NOISE = re.compile(  # running scores, thousands of lines
-    rf"(?:{CLOCK}(?:ttp:|ttpp:|ttpr:|tttg:|ttt_progress:|  ttt_chunk \[)[^\n]*\n)+"
-)
+RUNNING = ("ttp:", "ttpp:", "ttpr:", "tttg:", "ttt_progress:", "  ttt_chunk [")  # scores so far, thousands of lines
 EVAL_TIME = re.compile(rf"\b(?:eval_time|elapsed|time)[:=]({NUM})(ms|s)")
 PARAM = re.compile(r"  (\w{1,60}): (.*)")
 PAIR = re.compile(r"(\w{1,60})=(\S*)")
@@ -63,7 +59,7 @@ def _take(log: Log, m: re.Match, what: str, name: str) -> None:
         case "seed":
             log.seeds.setdefault(int(m[1]), line)
         case "stop":
-            log.stop = Stop(float(m[1]), int(m[2]), line)
+            log.stop = Stop(float(m[1]) / 1000, int(m[2]), line)
         case "script":
             log.script = RunScript(m[1], int(m[2]), line)
 
@@ -144,7 +140,7 @@ class LogReader:
         self.source_size = 0
 
     def feed(self, block: bytes) -> None:
-        """Read a piece of whole lines: what comes in thousands by the run, the rest line by line."""
+        """Read a piece of whole lines."""
         text = block.decode("utf-8", errors="replace")
         if self.log.name.endswith(".jsonl"):
             for line in text.removesuffix("\n").split("\n"):
@@ -155,7 +151,7 @@ class LogReader:
             text = "\n".join(self._plain(line, self.log.lines + i) for i, line in enumerate(text.split("\n"), 1))
         at = 0
         while at < len(text):
-            at = self._listed(text, at) or self._run(text, at) or self._line(text, at)
+            at = self._listed(text, at) or self._line(text, at)
 
     def _listed(self, text: str, at: int) -> int:
         """Skip to the end of an embedded source listing; it is full of text that looks like results."""
@@ -169,23 +165,6 @@ class LogReader:
         self.log.lines += text.count("\n", at, stop) + (stop == len(text) and text[-1] != "\n")
         self.in_code = end is None
         return stop * (stop > at)
-
-    def _run(self, text: str, at: int) -> int:
-        """Lines that come in thousands: running scores, and the training curve."""
-        lines = not self.after_header and (NOISE.match(text, at) or STEP_ROWS.match(text, at))
-        if not lines:
-            return 0
-        end = lines.end()
-        if lines.re is STEP_ROWS:
-            steps, losses = zip(*STEP_PAIR.findall("\n" + lines[0]))
-            start = STAMP.match(text, at).end()
-            last = STEP.match(text, STAMP.match(text, text.rfind("\n", at, end - 1) + 1 or at).end())
-            self.log.family = self.log.family or family_of_step(text[start : start + 40])
-            took = float(last[3] or 0) * MILLISECONDS.get(last[4], 0)
-            self.log.steps.extend([*map(int, steps)], [*map(float, losses)], self.log.lines + 1, took)
-        self.fresh = self.in_params = False
-        self.log.lines += text.count("\n", at, end)
-        return end
 
     def _line(self, text: str, at: int) -> int:
         end = text.find("\n", at)
@@ -223,7 +202,6 @@ class LogReader:
     def close(self) -> None:
         self._end_listing()
         log = self.log
-        log.family = {("B", True): "C"}.get((log.family, "total_docs" in log.values), log.family)
         stated = {key: as_seed(log.params.get(key, "")) for key in ("seed", "world_size", "val_tokens")}
         seed = stated.pop("seed")
         log.seeds = dict.fromkeys({seed} - {None}, 0) | log.seeds
@@ -240,7 +218,6 @@ class LogReader:
         """Of either block of hyper-parameters, and the line of `k=v` pairs below one of them."""
         here, self.after_header = self.after_header, line.startswith("--- Hyperparameters ---")
         self.in_params = line.startswith("Hyperparameters:")
-        self.log.family = "D" if here and not self.in_params else self.log.family or "B" * self.in_params
         pairs = PAIR.findall(line)[: MAX_KEPT * (here and not self.in_params)]
         self.log.params.update((k, v[:300]) for k, v in pairs)
         return here or self.in_params or self.after_header
@@ -249,12 +226,11 @@ class LogReader:
         m = STEP.match(line)
         if m is None or "val_" in line[: m.end()]:
             return False
-        self.log.family = self.log.family or family_of_step(line)
         self.log.steps.add(int(m[1]), float(m[2]), self.log.lines, float(m[3] or 0) * MILLISECONDS.get(m[4], 0))
         return True
 
     def _metric(self, line: str) -> bool:
-        m = VAL.search(line) if "loss" in line and "bpb" in line else None
+        m = VAL.search(line) if "loss" in line and "bpb" in line and not line.startswith(RUNNING) else None
         if m is None:
             return False
         loss, bpb, rest = float(m[1]), float(m[2]), line[m.end() :]
@@ -277,11 +253,6 @@ class LogReader:
         return True
 
 
-def family_of_step(line: str) -> str:
-    forms = {"A": line.startswith("step:") and " train_loss" in line, "D": line.startswith("s")}
-    return next((family for family, holds in forms.items() if holds), "B")
-
-
 def _read_event(log: Log, line: str) -> None:
     """One line of metrics.jsonl; a damaged line is counted, a run that was killed may end in one."""
     try:
@@ -289,22 +260,21 @@ def _read_event(log: Log, line: str) -> None:
     except (ValueError, RecursionError):
         log.notes.setdefault("unreadable line", log.lines)
         return
-    log.family, event = "J", event if isinstance(event, dict) else {}
+    event = event if isinstance(event, dict) else {}
     numbers = {name: as_number(value) for name, value in event.items()}
-    seconds, name, partial = numbers.get("seconds"), event.get("name"), bool(event.get("partial"))
+    seconds, name = numbers.get("seconds"), event.get("name")
     match event.get("kind"):
         case "step" if numbers.get("step") is not None and isinstance(event.get("loss"), int | float):
             log.steps.add(int(numbers["step"]), float(event["loss"]), log.lines, 1000 * (seconds or 0))
         case "val" if None not in (numbers.get("val_loss"), numbers.get("val_bpb")):
-            score = Metric("val", log.lines, numbers["val_loss"], numbers["val_bpb"], 12, None, partial)
-            _append(log.metrics, score)
+            _append(log.metrics, Metric("val", log.lines, numbers["val_loss"], numbers["val_bpb"], 12))
         case "eval" if None not in (numbers.get("bpb"), numbers.get("nats")) and numbers.get("tokens"):
             tag, loss = f"eval {event.get('mode', '')}"[:80], numbers["nats"] / numbers["tokens"]
-            _append(log.metrics, Metric(tag, log.lines, loss, numbers["bpb"], 12, seconds, partial))
+            _append(log.metrics, Metric(tag, log.lines, loss, numbers["bpb"], 12, seconds))
             log.values.setdefault("val_tokens", (numbers["tokens"], log.lines))
         case "phase" if seconds is not None and isinstance(name, str):
             _append(log.phases.setdefault(name[:40], []), (seconds, log.lines))
-            stops = {"train": Stop(seconds * 1000, log.steps.last_step, log.lines)}
+            stops = {"train": Stop(seconds, log.steps.last_step, log.lines)}
             log.stop = stops.get(name, log.stop)
         case "artifact" if numbers.get("bytes"):
             _append(log.models, Size("artifact", log.lines, int(numbers["bytes"])))

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import brotli
 
-from records.script import FAULTS, bindings
+from records.expressions import ERRORS, Evaluator, Refused
+from records.script import bindings, dotted
 
 MAX_UNPACKED = 8 << 20  # a train_gpt.py is 0.2 MB; more is a bomb
 MAX_LAYERS = 4
@@ -22,10 +23,6 @@ MAX_VALUE = 64 << 20
 MAX_STEPS = 10_000
 MAX_DICTIONARY = 64 << 20  # of an lzma filter; the largest preset
 FEED = 64  # bytes of brotli input at a time, so that one call cannot expand far
-
-
-class Unpackable(ValueError):
-    """The script hides its code in a way that this reader refuses or does not know."""
 
 
 class Unpacked(NamedTuple):
@@ -47,9 +44,9 @@ def source_text(data: bytes) -> str:
 def whole(out: bytes, ended: bool) -> bytes:
     """What a decompressor gave, if it is not too long and its stream came to an end."""
     if len(out) > MAX_UNPACKED:
-        raise Unpackable(f"unpacks to more than {MAX_UNPACKED:,} bytes: a decompression bomb")
+        raise Refused(f"unpacks to more than {MAX_UNPACKED:,} bytes: a decompression bomb")
     if not ended:
-        raise Unpackable("the compressed stream is truncated")
+        raise Refused("the compressed stream is truncated")
     return out
 
 
@@ -59,7 +56,7 @@ def bounded(decoder, data: bytes) -> bytes:
 
 def un_lzma(data: bytes, format: int = lzma.FORMAT_AUTO, filters: list | None = None, **_: object) -> bytes:
     if any(f.get("dict_size", 0) > MAX_DICTIONARY for f in filters or []):
-        raise Unpackable(f"an lzma dictionary above {MAX_DICTIONARY:,} bytes")
+        raise Refused(f"an lzma dictionary above {MAX_DICTIONARY:,} bytes")
     memory = None if format == lzma.FORMAT_RAW else 256 << 20
     return bounded(lzma.LZMADecompressor(format, memory, filters), data)
 
@@ -68,8 +65,7 @@ def un_brotli(data: bytes, **_: object) -> bytes:
     decoder, out = brotli.Decompressor(), bytearray()
     for i in range(0, len(data), FEED):
         out += decoder.process(data[i : i + FEED])
-        if len(out) > MAX_UNPACKED:
-            break
+        whole(out, True)
     return whole(bytes(out), decoder.is_finished())
 
 
@@ -88,77 +84,33 @@ DECODERS = {
 CONSTANTS = {f"lzma.{k}": getattr(lzma, k) for k in dir(lzma) if k.isupper()}
 METHODS = {"decode", "encode", "replace", "strip"}
 WRAPPERS = {"compile", "bytes", "str"}
-DECODING = (lzma.LZMAError, zlib.error, brotli.error, binascii.Error, EOFError, OSError)
-REFUSED = (Unpackable, ValueError, TypeError, RecursionError, MemoryError, LookupError, *DECODING)
+DECODING = (lzma.LZMAError, zlib.error, brotli.error, EOFError, OSError)
 
 
-class _Stub:
+class _Stub(Evaluator):
     """Evaluates the constant expressions of one module: names, literals and the decoders above; nothing else exists."""
 
     def __init__(self, tree: ast.Module):
+        super().__init__(MAX_STEPS, MAX_VALUE)
         nodes = list(ast.walk(tree))
         self.names = bindings([n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)])
         self.values: dict[str, ast.expr] = {}
         self.layers: list[str] = []
-        self.steps = 0
         for node in nodes:
             match node:
                 case ast.Assign(targets=[ast.Name(id=name)]) | ast.NamedExpr(target=ast.Name(id=name)):
                     self.values.setdefault(name, node.value)
 
-    def dotted(self, node: ast.expr) -> str:
-        match node:
-            case ast.Attribute(value=owner, attr=name):
-                return f"{self.dotted(owner)}.{name}"
-            case ast.Name(id=name):
-                return self.names.get(name, name)
-            case ast.Call(func=ast.Name(id="__import__"), args=[name, *_]):
-                return str(self.value(name, 0))
-        return "?"
+    def named(self, node: ast.Name | ast.Attribute) -> object:
+        told = self.values.get(getattr(node, "id", ""))
+        return CONSTANTS[dotted(node, self.names)] if told is None else self.value(told)
 
-    def value(self, node: ast.expr, depth: int = 0) -> object:
-        self.steps += 1
-        if depth > 40 or self.steps > MAX_STEPS:
-            raise Unpackable("the packing expression is nested too deep")
-        value = self._value(node, depth + 1)
-        if isinstance(value, str | bytes) and len(value) > MAX_VALUE:
-            raise Unpackable("the packing expression grows without end")
-        return value
-
-    def _value(self, node: ast.expr, depth: int) -> object:
-        match node:
-            case ast.Constant(value=value):
-                return value
-            case ast.NamedExpr(value=inner):
-                return self.value(inner, depth)
-            case ast.Name() | ast.Attribute():
-                named = self.values.get(getattr(node, "id", ""))
-                return CONSTANTS[self.dotted(node)] if named is None else self.value(named, depth)
-            case ast.List(elts=members) | ast.Tuple(elts=members):
-                return [self.value(x, depth) for x in members]
-            case ast.Dict(keys=keys, values=values):
-                return {self.value(k, depth): self.value(v, depth) for k, v in zip(keys, values) if k}
-            case ast.Subscript(value=whole, slice=ast.Slice() as cut):
-                bounds = [part and self.value(part, depth) for part in (cut.lower, cut.upper, cut.step)]
-                return self.value(whole, depth)[slice(*bounds)]
-            case ast.Subscript(value=whole, slice=index):
-                return self.value(whole, depth)[self.value(index, depth)]
-            case ast.BinOp(op=ast.Add()):
-                left, right = self.value(node.left, depth), self.value(node.right, depth)
-                if isinstance(left, str | bytes) and type(left) is type(right):
-                    return left + right
-            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int(number))):
-                return -number
-            case ast.Call():
-                return self._call(node, depth)
-        raise Unpackable(f"line {node.lineno}: {type(node).__name__} is not a packing expression")
-
-    def _call(self, node: ast.Call, depth: int) -> object:
-        name = self.dotted(node.func)
+    def call(self, node: ast.Call) -> object:
+        name = dotted(node.func, self.names)
         if name in WRAPPERS:
-            return self.value(node.args[0], depth)
-        args = [self.value(a, depth) for a in node.args]
-        options = {k.arg: self.value(k.value, depth) for k in node.keywords if k.arg}
+            return self.value(node.args[0])
+        args = [self.value(a) for a in node.args]
+        options = {k.arg: self.value(k.value) for k in node.keywords if k.arg}
         if name in DECODERS:
             self.layers.append(name)
             return DECODERS[name](*args, **options)
@@ -166,12 +118,12 @@ class _Stub:
             case ast.Attribute(value=ast.Name(id=module)) if module in self.names:
                 pass
             case ast.Attribute(value=owner, attr=method) if method in METHODS:
-                text = self.value(owner, depth)
+                text = self.value(owner)
                 if method == "replace" and (text.count(args[0]) + 1) * len(args[1]) > MAX_VALUE:
-                    raise Unpackable("the packing expression grows without end")
+                    raise Refused("a value that grows without end")
                 if isinstance(text, str | bytes):
                     return getattr(text, method)(*args, **options)
-        raise Unpackable(f"line {node.lineno}: call of {name} is not a known decoder")
+        raise Refused(f"line {node.lineno}: call of {name} is not a known decoder")
 
 
 def unpack(text: str) -> Unpacked:
@@ -187,7 +139,7 @@ def unpack(text: str) -> Unpacked:
             return Unpacked(text, tuple(layers), f"executes another file: {reads}", reads)
         try:
             inner = stub.value(hidden)
-        except REFUSED as error:
+        except (*ERRORS, *DECODING) as error:
             return Unpacked(text, tuple(layers), f"{type(error).__name__}: {error}")
         layers += stub.layers
         text = inner.decode("utf-8", errors="replace") if isinstance(inner, bytes) else str(inner)
@@ -198,7 +150,7 @@ def _hidden(text: str) -> tuple[ast.Module, ast.expr | None]:
     """The argument of a module-level exec; a large plain script that mentions exec further down is not a stub."""
     try:
         tree = ast.parse(text if CALL.search(text) else "")
-    except FAULTS:
+    except ERRORS:
         tree = ast.parse("")
     for node in tree.body:
         match getattr(node, "value", None):
@@ -209,7 +161,7 @@ def _hidden(text: str) -> tuple[ast.Module, ast.expr | None]:
 
 def _reads(stub: _Stub, node: ast.expr) -> str:
     for inner in [n for n in ast.walk(node) if isinstance(n, ast.Call)]:
-        name = stub.dotted(inner.func)
+        name = dotted(inner.func, stub.names)
         if name == "open" or name.endswith((".read_text", ".read_bytes", ".urlopen", ".get")):
             texts = [c.value for c in ast.walk(inner) if isinstance(c, ast.Constant) and isinstance(c.value, str)]
             return [ast.unparse(inner)[:80], *texts][-1]

@@ -1,11 +1,13 @@
 """One self-contained HTML page: style inside, nothing fetched, no script, every text escaped."""
 
+import re
 from html import escape
 from pathlib import Path
 
 from records.files import clean
 
 STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+NUMBER = re.compile(r"[-+]?[\d,]*\.?\d*(?:e[-+]?\d+)?%?|nan")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -25,7 +27,7 @@ def cell(value: object) -> str:
 
 
 def table(head: list[str], rows: list[list]) -> Raw:
-    right = [all(isinstance(r[i], int | float) or r[i] in ("", None) for r in rows) for i in range(len(head))]
+    right = [all(NUMBER.fullmatch(str(r[i] if r[i] is not None else "")) for r in rows) for i in range(len(head))]
     mark = [' class="n"' * r for r in right]
     top = "".join(f"<th{m}>{escape(h)}</th>" for h, m in zip(head, mark))
     body = "".join("<tr>" + "".join(f"<td{m}>{cell(v)}</td>" for v, m in zip(row, mark)) + "</tr>" for row in rows)
@@ -50,8 +52,8 @@ def tiles(rows: list[list[str]]) -> Raw:
     return Raw(f'<div class="tiles">{"".join(parts)}</div>')
 
 
-def folded(title: str, body: Raw, unfolded: bool = False) -> Raw:
-    return Raw(f"<details{' open' * unfolded}><summary>{title}</summary>{body}</details>" * bool(body))
+def folded(title: str, body: Raw) -> Raw:
+    return Raw(f"<details><summary>{title}</summary>{body}</details>" * bool(body))
 
 
 def section(title: str, *parts: str) -> Raw:

@@ -47,7 +47,7 @@ class Axes:
         exponents = range(math.floor(low), math.floor(high) + 1) if self.log else ()
         fine = [m * 10.0**e for e in exponents for m in (1, 2, 5) if low <= math.log10(m) + e <= high]
         whole = [v for v in fine if len(fine) < 9 or f"{v:e}"[0] == "1"]
-        return whole or ticks(*(10**v if self.log else v for v in self.y))
+        return whole if len(whole) > 2 else ticks(*(10**v if self.log else v for v in self.y))
 
     def frame(self, x_label: str, y_label: str) -> str:
         x_at, bottom = (LEFT + WIDTH) / 2, HEIGHT - BOTTOM + 15
@@ -92,7 +92,7 @@ def lines(
     arrays = [(name, np.asarray(x, float), np.asarray(y, float)) for name, x, y in series]
     good = [np.isfinite(x) & np.isfinite(y) & ((y > 0) | (not log)) for _, x, y in arrays]
     drawn = [(name, x[fit], y[fit]) for (name, x, y), fit in zip(arrays, good) if fit.any()]
-    if not drawn:
+    if max((len(x) for _, x, _ in drawn), default=0) < 2:
         return ""
     xs, ys = (np.concatenate([d[i] for d in drawn]) for i in (1, 2))
     bx, low, high = (np.asarray(v, float) for v in band or (xs[:0], ys[:0], ys[:0]))
@@ -126,17 +126,3 @@ def legend(names: list[str]) -> str:
         parts.append(f'<rect x="{right:.0f}" y="2" width="9" height="9" style="fill:{colour}"/>')
         parts.append(label(right + 13, 11, name))
     return "".join(parts)
-
-
-def bars(title: str, rows: list[tuple[str, float]], unit: str, *, zero: bool = True) -> str:
-    """Horizontal bars with their values; without `zero` the axis starts near the smallest value."""
-    rows, body = [(name, value) for name, value in rows if math.isfinite(value)], []
-    values = [value for _, value in rows]
-    high, least = max(values, default=0.0) or 1.0, min(values, default=0.0)
-    low = 0.0 if zero else least - 0.25 * (high - least or high * 0.1)
-    for i, (name, value) in enumerate(rows):
-        y, wide = 4 + 24 * i, max(1.0, (value - low) / ((high - low) or 1) * (WIDTH - 240))
-        body.append(f'<rect x="130" y="{y + 2}" width="{wide:.1f}" height="16" style="fill:var(--a)"/>')
-        body.append(label(124, y + 14, name[:20], "end"))
-        body.append(label(134 + wide, y + 14, f"{value:,.4f}".rstrip("0").rstrip(".") + f" {unit}"))
-    return svg("".join(body), title, 24 * len(rows) + 8) if rows else ""

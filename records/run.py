@@ -6,76 +6,52 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from records.claim import as_number, parse_json
-from records.files import open_regular, read_bytes, read_text
+from records.files import open_regular, read_bytes
 from records.folder import sha256_file
 
-CHUNK = 1 << 20  # bytes of metrics parsed at a time
-MAX_STEPS = 250_000  # step lines parsed; of a longer run every k-th one, and all that hold NaN or infinity
-STEP_LINE = (b'{"kind": "step"', b'{"kind":"step"')
+CHUNK = 4_096  # steps added at a time
+BUCKETS = 256  # of a curve that is drawn
 MAX_NAMES = 1_000  # distinct statistics
-MAX_EVENTS = 500  # kept of each rare kind; all are counted
-LINE_LIMIT = 8 << 20
+MAX_EVENTS = 500  # held of each rare kind; all are counted
+LINE_LIMIT = 8 << 20  # bytes
 UNCHANGED = re.compile(r"default|profile|file")
 FREE_FIELDS = {"seed", "run_id", "runs", "data", "profile"}
 STEP_FIELDS = ("loss", "lr", "grad_norm", "tokens_per_second", "seconds", "memory")
 
 
 class Curve:
-    """A series of any length in a fixed, even number of buckets of equal length."""
+    """A series of points; what is not finite is counted."""
 
-    def __init__(self, capacity: int = 1024):
-        self.stride, self.count, self.bad = 1, 0, 0
-        self.buckets = empty_buckets(capacity)
+    def __init__(self) -> None:
+        self.parts, self.bad = [np.empty((2, 0))], 0
 
     def extend(self, x: np.ndarray, y: np.ndarray) -> None:
         good = np.isfinite(x) & np.isfinite(y)
         self.bad += int((~good & ~np.isnan(x)).sum())
-        x, y = x[good], y[good]
-        while self.count + len(y) > self.buckets.shape[1] * self.stride:
-            self._halve()
-        last, total, n, low, high = self.buckets
-        at = (self.count + np.arange(len(y))) // self.stride
-        np.add.at(total, at, y)
-        np.add.at(n, at, 1)
-        np.minimum.at(low, at, y)
-        np.maximum.at(high, at, y)
-        last[at] = x
-        self.count += len(y)
-
-    def _halve(self) -> None:
-        x, total, n, low, high = self.buckets.reshape(5, -1, 2)
-        last = np.where(n[:, 1] > 0, x[:, 1], x[:, 0])
-        half = np.stack([last, total.sum(1), n.sum(1), low.min(1), high.max(1)])
-        self.buckets = np.concatenate([half, empty_buckets(len(last))], axis=1)
-        self.stride *= 2
-
-    def rows(self) -> np.ndarray:
-        x, total, n, low, high = self.buckets[:, self.buckets[2] > 0]
-        return np.stack([x, total / n, low, high])
-
-    def thin(self, points: int) -> np.ndarray:
-        rows = self.rows()
-        parts = list(pairwise(np.linspace(0, rows.shape[1], points + 1).astype(int)))
-        thinned = [(p[0, -1], p[1].mean(), p[2].min(), p[3].max()) for a, b in parts if (p := rows[:, a:b]).size]
-        return rows if rows.shape[1] <= points else np.array(thinned).T
-
-    def nearest(self, x: float) -> float | str:
-        xs, mean, _, _ = self.rows()
-        return float(mean[np.abs(xs - x).argmin()]) if len(xs) else ""
+        self.parts.append(np.stack([x[good], y[good]]))
 
     @property
-    def last(self) -> float:
-        return float([math.nan, *self.rows()[1, -1:]][-1])
+    def points(self) -> np.ndarray:
+        return np.concatenate(self.parts, axis=1)
 
+    def rows(self) -> np.ndarray:
+        """Last x, mean, lowest and highest y of at most BUCKETS pieces of equal length."""
+        x, y = self.points
+        cuts = np.linspace(0, len(y), min(BUCKETS, len(y)) + 1).astype(int)
+        first, end = cuts[:-1], cuts[1:]
+        if not len(y):
+            return np.empty((4, 0))
+        sums, low, high = (f.reduceat(y, first) for f in (np.add, np.minimum, np.maximum))
+        return np.stack([x[end - 1], sums / (end - first), low, high])
 
-def empty_buckets(count: int) -> np.ndarray:
-    return np.repeat([[0.0], [0.0], [0.0], [np.inf], [-np.inf]], count, axis=1)
+    def nearest(self, x: float) -> float:
+        xs, ys = self.points
+        return float(ys[np.abs(xs - x).argmin()]) if len(xs) else math.nan
 
 
 @dataclass
@@ -84,35 +60,29 @@ class Metrics:
 
     curves: dict[str, Curve] = field(default_factory=lambda: {name: Curve() for name in STEP_FIELDS})
     aux: dict[str, Curve] = field(default_factory=dict)
-    norms: list[np.ndarray] = field(default_factory=list)  # of the gradient, as many as steps are read
     stats: dict[str, Curve] = field(default_factory=dict)
     val_loss: Curve = field(default_factory=Curve)
     val_bpb: Curve = field(default_factory=Curve)
-    val_partial: bool = False
     phases: dict[str, float] = field(default_factory=dict)
     evals: dict[str, dict] = field(default_factory=dict)
     artifact: dict = field(default_factory=dict)
     run: dict = field(default_factory=dict)
     events: dict[str, list[dict]] = field(default_factory=dict)  # alert, spike, sample, checkpoint
     counts: dict[str, int] = field(default_factory=dict)
-    first_loss: float = math.nan
     last_step: int = 0
     tokens: float = 0.0
     damaged: int = 0
-    every: int = 1  # one step line in so many was read
     status: str = ""
 
     def steps(self, events: list[dict]) -> None:
         if not events:
             return
-        x, loss, norm = (numbers(events, name) for name in ("step", "loss", "grad_norm"))
+        x = numbers(events, "step")
         for name in [name for name in STEP_FIELDS if any(name in e for e in events)]:
             self.curves[name].extend(x, numbers(events, name))
-        self.norms.append(norm[np.isfinite(norm)])
         names = {k for e in (events[0], events[-1]) for k in e if k.startswith("aux.")}
         for name in [n for n in names if n in self.aux or len(self.aux) < MAX_NAMES]:
-            self.aux.setdefault(name, Curve(512)).extend(x, numbers(events, name))
-        self.first_loss = float(loss[0]) if math.isnan(self.first_loss) else self.first_loss
+            self.aux.setdefault(name, Curve()).extend(x, numbers(events, name))
         self.last_step = int(as_number(events[-1].get("step")) or self.last_step)
         self.tokens = max(self.tokens, float(np.nanmax(numbers(events, "tokens"), initial=0.0)))
 
@@ -129,12 +99,11 @@ class Metrics:
             case "val":
                 self.val_loss.extend(x, numbers([event], "val_loss"))
                 self.val_bpb.extend(x, numbers([event], "val_bpb"))
-                self.val_partial |= bool(event.get("partial"))
             case "stats" if isinstance(event.get("stats"), dict):
                 self.curves["memory"].extend(x, numbers([event], "memory"))
                 good = [(n, float(v)) for n, v in event["stats"].items() if as_number(v) is not None]
                 for n, value in [row for row in good if row[0] in self.stats or len(self.stats) < MAX_NAMES]:
-                    self.stats.setdefault(n, Curve(128)).extend(x, np.array([value]))
+                    self.stats.setdefault(n, Curve()).extend(x, np.array([value]))
             case "phase" if isinstance(name, str) and seconds is not None and len(self.phases | {name: 0}) <= 50:
                 self.phases[name] = self.phases.get(name, 0.0) + seconds
             case "eval" if len(self.evals) < 50:
@@ -151,53 +120,40 @@ def numbers(events: list[dict], name: str) -> np.ndarray:
     return np.array([math.nan if v is None else v for v in values], dtype=np.float64)
 
 
-def event_chunks(path: Path, metrics: Metrics) -> Iterator[list[dict]]:
-    """Lists of events; a damaged line is counted and skipped."""
+def events_of(path: Path, metrics: Metrics) -> Iterator[dict]:
+    """The events of a file; a damaged line is counted and skipped."""
     with open_regular(path) as stream:
-        size = stream.seek(0, 2)
-        stream.seek(0)
-        seen = 0
-        while lines := stream.readlines(CHUNK):
-            if seen == 0 and size > 32 * CHUNK:
-                metrics.every = max(1, round(size / sum(map(len, lines)) * len(lines) / MAX_STEPS))
-            seen += len(lines)
-            lines = thinned(lines, seen - len(lines), metrics.every) if metrics.every > 1 else lines
-            short = [line for line in lines if len(line) <= LINE_LIMIT]
-            metrics.damaged += len(lines) - len(short)
+        while line := stream.readline(LINE_LIMIT):
             try:
-                events = json.loads(b"[" + b",".join(short) + b"]")
+                event = json.loads(line)
             except (ValueError, RecursionError):
-                events = [e for line in short if (e := one_event(line, metrics)) is not None]
-            yield [e for e in events if isinstance(e, dict)]
-
-
-def thinned(lines: list[bytes], seen: int, every: int) -> list[bytes]:
-    """Every k-th step line, and every line that is no plain step."""
-    rare = (b"NaN", b"Inf")
-    rows = [(i % every == 0 or not line.startswith(STEP_LINE), line) for i, line in enumerate(lines, seen)]
-    return [line for wanted, line in rows if wanted or any(word in line for word in rare)]
-
-
-def one_event(line: bytes, metrics: Metrics) -> object:
-    try:
-        return json.loads(line) if line.strip() else None
-    except (ValueError, RecursionError):
-        metrics.damaged += 1
-        return None
+                metrics.damaged += bool(line.strip())
+                continue
+            if isinstance(event, dict):
+                yield event
 
 
 def read_metrics(path: Path) -> Metrics:
-    metrics, step = Metrics(), 0
-    for events in event_chunks(path, metrics):
-        steps = []
-        for event in events:
-            if event.get("kind") == "step":
-                steps.append(event)
-                step = event.get("step", step)
-            else:
-                metrics.other({"step": step} | event)  # what names no step happened after the last one
-        metrics.steps(steps)
+    metrics, steps, last = Metrics(), [], 0
+    for event in events_of(path, metrics):
+        if event.get("kind") == "step":
+            steps.append(event)
+            last = event.get("step", last)
+        else:
+            metrics.other({"step": last} | event)  # what names no step happened after the last one
+        if len(steps) == CHUNK:
+            metrics.steps(steps)
+            steps = []
+    metrics.steps(steps)
     return metrics
+
+
+def read_object(path: Path) -> dict:
+    """The object in a JSON file; an empty one without the file."""
+    value, problems = parse_json(read_bytes(path, 16 << 20)) if path.exists() else ({}, [])
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: {'; '.join(problems) or 'should hold an object'}")
+    return value
 
 
 @dataclass
@@ -206,20 +162,13 @@ class Run:
 
     path: Path
 
-    def _json(self, name: str) -> dict:
-        path = self.path / name
-        value, problems = parse_json(read_bytes(path, 16 << 20)) if path.exists() else ({}, [])
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}: {'; '.join(problems) or 'should hold an object'}")
-        return value
-
     @cached_property
     def result(self) -> dict:
-        return self._json("result.json")
+        return read_object(self.path / "result.json")
 
     @cached_property
     def config_file(self) -> dict:
-        return self._json("config.json")
+        return read_object(self.path / "config.json")
 
     def stored(self, name: str) -> dict:
         """A table of config.json: config, origin (who set each field), script (sha256 and bytes of what ran)."""
@@ -244,14 +193,10 @@ class Run:
         path = self.path / "metrics.jsonl"
         metrics = read_metrics(path) if path.exists() else Metrics()
         for beside in (self.path / name for name in ("supervisor.jsonl", "follow.jsonl")):
-            for event in (e for events in event_chunks(beside, metrics) for e in events) if beside.exists() else ():
+            for event in events_of(beside, metrics) if beside.exists() else ():
                 if event.get("kind") in ("alert", "sample"):
                     metrics.other(event)
         return metrics
-
-    @cached_property
-    def certificate(self) -> dict:
-        return self._json("certificate.json")
 
     @property
     def name(self) -> str:
@@ -273,20 +218,16 @@ class Run:
     def config_hash(self) -> str:
         return str(self.config_file.get("hash") or self.result.get("config_hash") or "")
 
-    @cached_property
-    def machine(self) -> tuple[str, int]:
-        """Device and ranks as the first lines of train.log name them."""
-        log = self.path / "train.log"
-        head = read_text(log, 1 << 16) if log.exists() else ""
-        match = re.search(r"^device (\S+), (\d{1,5}) ranks", head, re.M)
-        return (match[1], int(match[2])) if match else ("unknown", 1)
-
     @property
     def device(self) -> str:
-        return str(self.fact("device_name") or self.fact("device") or self.machine[0])
+        return str(self.fact("device_name") or self.fact("device", "unknown"))
+
+    @property
+    def ranks(self) -> int | None:
+        return (number := as_number(self.fact("world_size"))) and int(number)
 
     def fact(self, name: str, default: object = "") -> object:
-        tables = (self.result, self.metrics.run, self.config_file, self._json("supervisor.json"))
+        tables = (self.result, self.metrics.run, self.config_file, read_object(self.path / "supervisor.json"))
         told = (table.get(name) for table in tables)
         return next((value for value in told if value is not None), default)
 
@@ -299,17 +240,9 @@ class Run:
         event = self.metrics.artifact
         return None, int(as_number(event.get("bytes")) or 0), str(event.get("sha256", ""))
 
-    def phases(self) -> dict[str, float]:
-        """Seconds of every phase; training and evaluation from the result where no phase line names them."""
-        training = as_number(self.result.get("train_seconds"))
-        scoring = sum(as_number(e.get("seconds")) or 0.0 for e in self.metrics.evals.values())
-        stated = {"train": training, "evaluate": scoring}
-        return self.metrics.phases | {n: s for n, s in stated.items() if s and n not in self.metrics.phases}
-
     def modes(self) -> dict[str, float]:
-        scores = {k.removeprefix("val_bpb_"): v for k, v in self.result.items() if k.startswith("val_bpb_")}
-        scores |= {mode: event.get("bpb") for mode, event in self.metrics.evals.items()}
-        return {mode: number for mode, v in scores.items() if (number := as_number(v)) is not None}
+        scores = {mode: as_number(event.get("bpb")) for mode, event in self.metrics.evals.items()}
+        return {mode: bpb for mode, bpb in scores.items() if bpb is not None}
 
 
 def open_run(path: Path) -> Run:

@@ -3,65 +3,33 @@
 from pathlib import Path
 
 from records.folder import Folder
-from records.run import Run, open_run
 from records.stats import Side, deviation, mean, tested
 
 
-def load_side(path: Path, mode: str = "") -> Side:
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such folder")
-    ours = (path / "metrics.jsonl").exists() or (path / "result.json").exists()
-    return run_side(open_run(path), mode) if ours else record_side(Folder(path))
-
-
-def record_side(folder: Folder) -> Side:
-    bpb, nats = folder.scores()
-    logs = folder.proven_logs
+def load_side(path: Path) -> Side:
+    """A record by its claim; a folder without one, like that of a run, by the last score of each log."""
+    folder = Folder(path)
+    logs, last = folder.proven_logs, [log.final_metrics[-1] for log in folder.logs if log.final_metrics]
+    bpb, nats = folder.scores() if folder.claim.given else ([m.bpb for m in last], [m.loss for m in last])
     stops = [log.stop for log in logs if log.stop]
     curves = [log.steps for log in logs if log.steps.count]
+    sizes = [size.count for log in logs for size in (log.total, log.model) if size]
     facts: dict[str, object] = {
-        "kind": "record",
         "seeds": len(bpb),
-        "bytes (largest)": max([g.total.count for g in logs if g.total], default=folder.claim.number("bytes_total")),
+        "bytes (largest)": max(sizes, default=folder.claim.number("bytes_total")),
         "training seconds": mean_or_none([stop.seconds for stop in stops]),
-        "steps": mean_or_none([float(stop.step) for stop in stops]),
+        "steps": mean_or_none([stop.step for stop in stops]),
         "milliseconds a step": mean_or_none([1000 * log.step_seconds for log in logs]),
         "evaluation seconds": next((p.metric.seconds for p in folder.proofs if p.metric and p.metric.seconds), None),
         "first logged loss": mean_or_none([curve.first for curve in curves]),
         "last logged loss": mean_or_none([curve.last for curve in curves]),
+        **{f"BPB {m.tag}": m.bpb for log in logs[:1] for m in log.final_metrics},
     }
-    return Side(folder.path.resolve().name, bpb, nats, facts)
+    return Side(path.resolve().name, bpb, nats, facts)
 
 
 def mean_or_none(values: list[float]) -> float | None:
     return mean(values) if values else None
-
-
-def run_side(run: Run, mode: str = "") -> Side:
-    metrics, modes = run.metrics, run.modes()
-    if mode and mode not in modes:
-        raise ValueError(f"{run.path}: no evaluation mode {mode!r}; it has {', '.join(modes) or 'none'}")
-    headline = modes.get(mode, run.result.get("val_bpb"))
-    events = [e for e in metrics.evals.values() if e.get("bpb") == headline and e.get("nats") and e.get("tokens")]
-    told = [c for c in sorted(metrics.stats.items()) if any(w in c[0] for w in ("gate", "lambda", "slot", "zero"))]
-    facts: dict[str, object] = {
-        "kind": "run",
-        "status": run.status,
-        "seeds": 1,
-        "bytes (largest)": run.artifact[1] or None,
-        "training seconds": run.result.get("train_seconds", metrics.phases.get("train")),
-        "steps": metrics.last_step or None,
-        "tokens": metrics.tokens or run.result.get("tokens"),
-        "tokens a second": run.result.get("tokens_per_second"),
-        "first logged loss": metrics.first_loss,
-        "last logged loss": metrics.curves["loss"].last,
-        "last validation BPB": metrics.val_bpb.last,
-        "alerts": metrics.counts.get("alert", 0),
-        "spikes": metrics.counts.get("spike", 0),
-        **{f"BPB {m}": v for m, v in modes.items()},
-        **{f"{name} (last)": curve.last for name, curve in told},
-    }
-    return Side(run.name, [headline] if headline else [], [e["nats"] / e["tokens"] for e in events[:1]], facts)
 
 
 def compare(a: Side, b: Side) -> dict:

@@ -1,9 +1,6 @@
 """Every run, good or bad, one line each in ledger.tsv; and the leaderboard over it."""
 
-import hashlib
-import operator
 import re
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,11 +26,11 @@ def cell(value: object) -> str:
 def row_of(run: Run, note: str = "") -> dict[str, str]:
     metrics, result = run.metrics, run.result
     _, size, digest = run.artifact
-    newest = max((p.stat().st_mtime for p in run.path.iterdir() if p.is_file()), default=0.0)  # of runs that do not say
+    losses = metrics.curves["loss"].points[1]
     values: dict[str, object] = {
-        "date": run.fact("date") or datetime.fromtimestamp(newest, UTC).strftime("%Y-%m-%d"),
+        "date": datetime.fromtimestamp(run.path.stat().st_mtime, UTC).strftime("%Y-%m-%d"),
         "run": run.name,
-        "commit": run.fact("commit") or commit_of(run),
+        "commit": run.fact("commit"),
         "config_hash": run.config_hash,
         "data_hash": run.fact("data_hash"),
         "device": run.device,
@@ -43,23 +40,13 @@ def row_of(run: Run, note: str = "") -> dict[str, str]:
         "seconds": as_number(result.get("train_seconds")) or metrics.phases.get("train"),
         "bytes": size or None,
         "val_bpb": as_number(result.get("val_bpb")),
-        "first_loss": metrics.first_loss,
-        "last_loss": metrics.curves["loss"].last,
+        "first_loss": [*losses, None][0],
+        "last_loss": [None, *losses][-1],
         "artifact_sha256": digest,
         "note": note,
         "changed": run.changed,
     } | run.modes()
     return {name: cell(values.get(name)) for name in COLUMNS}
-
-
-def commit_of(run: Run, checkout: Path = LEDGER.parents[1]) -> str:
-    """The commit of this checkout, where its trainer is the source of a run that names no commit."""
-    source, trainer = str(run.config_file.get("source", "")), checkout / "train_gpt.py"
-    same = bool(source) and trainer.exists() and hashlib.sha256(trainer.read_bytes()).hexdigest().startswith(source)
-    if not same:
-        return ""
-    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty"]
-    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def flags_of(run: Run, row: dict[str, str], earlier: list[dict[str, str]]) -> list[str]:
@@ -99,30 +86,6 @@ def add_runs(runs: list[Run], path: Path = LEDGER, note: str = "") -> list[dict[
     return added
 
 
-def leaderboard(
-    rows: list[dict[str, str]], mode: str = "val_bpb", where: list[str] | None = None, limit: int = 0
-) -> list[dict[str, str]]:
-    """Rows with a score, best first; `where` holds COLUMN=TEXT filters, matched as substrings, COLUMN<NUMBER or >."""
-    conditions = [condition_of(text) for text in where or []]
-    scored = [r for r in rows if number(r.get(mode, "-")) is not None and all(holds(r) for holds in conditions)]
-    return sorted(scored, key=lambda r: number(r[mode]))[: limit or None]
-
-
-def number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if value == value else None
-
-
-def condition_of(text: str):
-    m = re.fullmatch(r"(\w+)([=<>])(.*)", text)
-    if not m or m[1] not in COLUMNS:
-        ways = f"write COLUMN=TEXT, COLUMN<NUMBER or COLUMN>NUMBER; columns {', '.join(COLUMNS)}"
-        raise ValueError(f"filter {text!r}: {ways}")
-    column, sign, wanted = m[1], m[2], m[3]
-    if sign not in "<>":
-        return lambda row: wanted.lower() in row[column].lower()
-    limit, compare = float(wanted), {"<": operator.lt, ">": operator.gt}[sign]
-    return lambda row: number(row[column]) is not None and compare(number(row[column]), limit)
+def leaderboard(rows: list[dict[str, str]], mode: str = "val_bpb", limit: int = 0) -> list[dict[str, str]]:
+    """Rows with a score, best first."""
+    return sorted((row for row in rows if row[mode] != "-"), key=lambda row: float(row[mode]))[: limit or None]

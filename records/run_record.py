@@ -1,27 +1,25 @@
 """Write a complete record folder from finished runs; everything in it is copied or computed, nothing is typed."""
 
 import json
-import math
 import re
 import shutil
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from records.claim import as_number, parse_json
+from records.audit import check_folder
+from records.claim import as_number
 from records.competition import CAP_BYTES, IMPLIED_BYTES, MARGIN_NATS, NON_RECORD, RECORD, SMALL_MACHINE, VAL_TOKENS
 from records.files import clean
-from records.folder import hash_in, sha256_file
-from records.page import STYLE
-from records.plot import bars, lines
-from records.run import Run
-from records.run_report import HEADS, loss_ranges, md_table, span
+from records.folder import Folder, sha256_file
+from records.run import Run, read_object
+from records.run_report import span
 from records.stats import deviation, mean
 
 REQUIRED = ("torch", "triton", "numpy", "brotli", "sentencepiece")
-FREE_FIELDS = re.compile(r"seed|run_id|path|dir$|folder|resume|log|out$|publish|notify", re.I)
-MAX_METRIC_LINES = 4_000  # step lines kept in a record; every other event is kept whole
+REFUSED = {"F1", "F4", "F6", "F9", "F14"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +28,9 @@ class Request:
 
     name: str
     author: str
-    github: str
     script: Path
     out: Path
+    github: str = ""
     date: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d"))
     blurb: str = ""
     mode: str = ""
@@ -41,11 +39,7 @@ class Request:
 
     @property
     def manifest(self) -> dict:
-        path = self.build or self.script.with_name("manifest.json")
-        value, problems = parse_json(path.read_bytes()) if path.is_file() else ({}, [])
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}: {'; '.join(problems) or 'should hold an object'}")
-        return value
+        return read_object(self.build or self.script.with_name("manifest.json"))
 
 
 class Scored(NamedTuple):
@@ -73,10 +67,7 @@ def score_of(run: Run, mode: str) -> Scored:
     event, where = evals[named], f"{where}evaluation {named} "
     bpb, nats, tokens, nbytes = (as_number(event.get(k)) for k in ("bpb", "nats", "tokens", "nbytes"))
     refuse_if(not (bpb and nats and tokens and nbytes), where + "lacks bpb, nats, tokens or nbytes")
-    partial = event.get("partial") or run.result.get("partial")
-    refuse_if(partial, where + "is partial; a record needs the whole validation set")
-    again = nats / math.log(2) / nbytes
-    refuse_if(abs(again - bpb) > 1e-6, f"{where}says {bpb}, but its nats and bytes give {again:.8f}")
+    refuse_if(run.result.get("partial"), where + "is partial; a record needs the whole validation set")
     return Scored(run, named, bpb, nats, int(tokens), int(nbytes), as_number(event.get("seconds")) or 0.0)
 
 
@@ -85,13 +76,10 @@ def build(runs: list[Run], request: Request) -> Path:
     refuse_if(not request.script.is_file(), absent)
     good = [run for run in runs if run.finished]
     refuse_if(not good, f"none of {', '.join(str(r.path) for r in runs)} is finished")
-    seeds, first = [run.seed for run in good], good[0].config
+    seeds = [run.seed for run in good]
     refuse_if(len(set(seeds)) < len(seeds), f"two runs have the same seed: {seeds}")
-    names = {k for run in good for k in run.config if not FREE_FIELDS.search(k)}
-    different = sorted(k for k in names if any(run.config.get(k) != first.get(k) for run in good))
-    unequal = different if len({run.config_hash for run in good}) > 1 else []
-    refuse_if(unequal, f"the runs differ in {', '.join(unequal)}; a record needs one configuration")
-    one_chain(good, request)
+    hashes = {run.config_hash[:12]: run.name for run in good}
+    refuse_if(len(hashes) > 1, f"the runs have other configurations; a record needs one: {hashes}")
     scored = [score_of(run, request.mode) for run in good]
     modes = [s.mode for s in scored]
     told = f"the runs are scored by different modes: {', '.join(modes)}; name one with --mode"
@@ -101,23 +89,18 @@ def build(runs: list[Run], request: Request) -> Path:
     folder.mkdir(parents=True, exist_ok=False)
     try:
         write_all(folder, scored, [r for r in runs if not r.finished], request)
+        refuse_what_fails(Folder(folder))
     except (ValueError, OSError):
         shutil.rmtree(folder)
         raise
     return folder
 
 
-def one_chain(runs: list[Run], request: Request) -> None:
-    """What ships must be what was built, what ran and what was certified, as far as each of them says."""
-    shipped = sha256_file(request.script)
-    named = [("the builder's manifest", hash_in(request.manifest, "train_gpt.py"), shipped)]
-    for run in runs:
-        named.append((f"the log of {run.path}", hash_in(run.config_file, "script"), shipped))
-        for part, right in (("script", shipped), ("artifact", run.artifact[2])):
-            named.append((f"the certificate of {run.path}", hash_in(run.certificate, part), right))
-    for who, digest, right in named:
-        wrong = digest and digest != right
-        refuse_if(wrong, f"{who} is of another file: sha256 {digest[:12]}, should be {right[:12]}")
+def refuse_what_fails(folder: Folder) -> None:
+    """The reader judges what was written: sums, scores, and the chain from build to certificate."""
+    rows = [row for row in check_folder(folder)["checks"] if row["id"] in REFUSED]
+    faults = [f"{e['file']}: {e['note']}" for row in rows for e in row["evidence"] if e["status"] == "fail"]
+    refuse_if(faults, f"nothing was written, as it would fail `records check`: {'; '.join(faults)}")
 
 
 def write_all(folder: Path, scored: list[Scored], failed: list[Run], request: Request) -> None:
@@ -130,12 +113,11 @@ def write_all(folder: Path, scored: list[Scored], failed: list[Run], request: Re
         if artifact is not None and not request.address:
             shutil.copyfile(artifact, folder / name)
         elif digest:
-            addresses[name] = {"sha256": digest, "address": request.address or "not kept"}
+            addresses[name] = {"sha256": digest, "address": request.address or "nowhere"}
     for i, run in enumerate(failed):
         copy_run(folder, run, f"failed{i}")
     claim = submission(scored, failed, request, (folder / "train_gpt.py").stat().st_size)
     write_json(folder / "submission.json", claim)
-    plots(folder, scored)
     pins = request.manifest.get("requires") or dict.fromkeys(REQUIRED, "")
     needed = "".join(f"{name}{'==' * bool(version)}{version}\n" for name, version in pins.items())
     (folder / "requirements.txt").write_text(needed, encoding="utf-8")
@@ -156,21 +138,12 @@ def copy_run(folder: Path, run: Run, label: str) -> None:
             shutil.copyfile(run.path / name, folder / name.replace(".", f"_{label}."))
     if not (run.path / "metrics.jsonl").exists():
         return
-    steps = run.metrics.every * (run.metrics.curves["loss"].count + run.metrics.curves["loss"].bad)
-    every = max(1, -(-steps // MAX_METRIC_LINES))
-    ranks, fields = world_size(run), {k: v for k, v in run.config.items() if isinstance(v, str | int | float | bool)}
+    ranks, fields = run.ranks, {k: v for k, v in run.config.items() if isinstance(v, str | int | float | bool)}
     head = {"kind": "run", "run_id": run.name, "seed": run.seed, "config_hash": run.config_hash, "world_size": ranks}
     head |= {"device": run.device, "devices": ranks, "script": run.stored("script"), "config": fields}
-    head |= {"step_lines": f"1 of {every}"}
     with open(run.path / "metrics.jsonl", "rb") as source, open(folder / f"metrics_{label}.jsonl", "wb") as target:
         target.write(json.dumps(head).encode() + b"\n")
-        for i, line in enumerate(source):
-            if b'"step"' not in line[:40] or i % every == 0:
-                target.write(line if line.endswith(b"\n") else line + b"\n")
-
-
-def world_size(run: Run) -> int:
-    return int(as_number(run.fact("world_size")) or run.machine[1])
+        shutil.copyfileobj(source, target)
 
 
 def submission(scored: list[Scored], failed: list[Run], request: Request, code: int) -> dict:
@@ -179,12 +152,13 @@ def submission(scored: list[Scored], failed: list[Run], request: Request, code: 
     totals = {s.run.seed: s.run.artifact[1] + code for s in scored}
     over = {seed: total for seed, total in totals.items() if total > CAP_BYTES}
     refuse_if(over, f"over the cap of {CAP_BYTES:,} bytes with the script: {over}; nothing was written")
-    met = all(world_size(s.run) == RECORD.ranks and RECORD.hardware in s.run.device for s in scored)
+    met = all(s.run.ranks == RECORD.ranks and RECORD.hardware in s.run.device for s in scored)
     low, high = IMPLIED_BYTES
     official = [s.tokens in VAL_TOKENS and low <= s.nbytes <= high for s in scored]
     track = SMALL_MACHINE if not all(official) else RECORD if met else NON_RECORD
     spread = {"val_bpb_std": bpb, "val_loss_std": nats} if len(bpb) > 1 else {}
-    claim = {
+    rows = [{"run": r.name, "seed": r.seed, "status": r.status, "steps": r.metrics.last_step} for r in failed]
+    return {
         "author": request.author,
         "github_id": request.github,
         "name": request.name,
@@ -198,15 +172,13 @@ def submission(scored: list[Scored], failed: list[Run], request: Request, code: 
         "seed_results": {str(s.run.seed): seed_row(s, totals[s.run.seed]) for s in scored},
         "bytes_total": max(totals.values()),
         "bytes_code": code,
-        "hardware": f"{world_size(first.run)}x {first.run.device}",
+        "hardware": f"{first.run.ranks}x {first.run.device}",
         "mode": first.mode,
         "config_hash": first.run.config_hash,
         "data_hash": first.run.fact("data_hash"),
         "dataset": {"official": official[0], "val_tokens": first.tokens, "val_bytes": first.nbytes},
+        **({"failed_runs": rows} if rows else {}),
     }
-    rows = [{"run": r.name, "seed": r.seed, "status": r.status, "steps": r.metrics.last_step} for r in failed]
-    claim |= {"failed_runs": rows} if rows else {}
-    return claim
 
 
 def seed_row(s: Scored, total: int) -> dict:
@@ -222,15 +194,16 @@ def seed_row(s: Scored, total: int) -> dict:
     }
 
 
-def plots(folder: Path, scored: list[Scored]) -> None:
-    loss = [(f"seed {s.run.seed}", *s.run.metrics.curves["loss"].rows()[:2]) for s in scored[:6]]
-    tables = [s.run.modes() for s in scored]
-    modes = [(mode, mean([t[mode] for t in tables if mode in t])) for mode in tables[0]]
-    curves = lines("training loss", loss, "step", "nats per token")
-    for name, drawing in (("loss.svg", curves), ("modes.svg", bars("BPB by mode", modes, "", zero=False))):
-        styled = drawing.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background:var(--bg)" ', 1)
-        styled = styled.replace("<title>", f"<style>{STYLE}</style><title>", 1)
-        (folder / name).write_text(styled, encoding="utf-8") if drawing else None
+def md_cell(value: object) -> str:
+    """A cell of a Markdown table that stays one: no line breaks, pipes, markup or escapes."""
+    if isinstance(value, int | float):
+        return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
+    return re.sub(r"([|`*_\[\]\\])", r"\\\1", escape(clean(value, 300), quote=False))
+
+
+def md_table(head: list[str], rows: list[list]) -> str:
+    body = ["| " + " | ".join(map(md_cell, row)) + " |" for row in rows]
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *body, ""])
 
 
 def readme(claim: dict, scored: list[Scored], failed: list[Run], request: Request) -> str:
@@ -238,24 +211,19 @@ def readme(claim: dict, scored: list[Scored], failed: list[Run], request: Reques
     where = f"mode `{clean(claim['mode'])}`, at most {claim['bytes_total']:,} of {CAP_BYTES:,} bytes"
     text = claim["dataset"]
     scope = "." if text["official"] else ": **not the official validation text**; no score of the leaderboard compares."
-    run, tables = scored[0].run, [s.run.modes() for s in scored]
-    modes = [[m, *(f"{t[m]:.6f}" if m in t else "" for t in tables)] for m in tables[0]]
+    run = scored[0].run
     seeds = []
     for s in scored:
         row = claim["seed_results"][str(s.run.seed)]
         times = [span(row["train_time_s"]), span(s.seconds)]
         scores = [f"{s.bpb:.8f}", f"{s.nats / s.tokens:.8f}"]
         seeds.append([s.run.seed, *scores, row["steps"], *times, row["bytes_total"]])
-    command = f"SEED={run.seed} torchrun --standalone --nproc_per_node={world_size(run)} train_gpt.py"
+    command = f"SEED={run.seed} torchrun --standalone --nproc_per_node={run.ranks} train_gpt.py"
     parts = [
         f"# {clean(request.name)}",
         f"**val_bpb {claim['val_bpb']:.8f}**{spread}, {where}.",
         clean(claim["blurb"], 2000),
         md_table(["seed", "val_bpb", "val_loss", "steps", "training", "evaluation", "bytes"], seeds),
-        "![training loss](loss.svg)\n\n## Modes",
-        md_table(["mode", *(f"seed {s.run.seed}" for s in scored)], modes) + "\n![BPB by mode](modes.svg)",
-        f"## Loss of seed {run.seed}",
-        md_table(HEADS["ranges"], loss_ranges(run)),
         f"## What it was scored on\n\n{text['val_tokens']:,} tokens, {text['val_bytes']:,} bytes{scope}",
         f"The rules ask for {MARGIN_NATS} nats at p < 0.01: `python -m records compare BASELINE .`",
         f"## Run it\n\n```\npip install -r requirements.txt\n{command}\n```",

@@ -1,45 +1,25 @@
-"""A report that a person reads: one run as Markdown and as one self-contained HTML page with plots."""
+"""A report that a person reads: one run as one self-contained HTML page with plots."""
 
-import functools
 import math
 import re
-from collections.abc import Iterator
-from html import escape
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from records.claim import as_number
 from records.competition import CAP_BYTES
-from records.files import clean
 from records.page import Raw, cell, coloured, figure, folded, grid, page, section, table, tiles
-from records.plot import bars, lines
-from records.run import Run
+from records.plot import lines
+from records.run import Run, numbers, read_object
 
 RANGES = 10
-PLOT_POINTS = 200
 LAYER_STAT = re.compile(r"(?:.*\.)?layers?\.(\d+)\.(.+)$")
 NORM_LIMITS = (1, 100, 1000)
 TOKENS_PER_PARAMETER = 20  # the ratio of compute-optimal training
 FACTS = "device device_name devices world_size commit source data_hash config_hash hash python torch numpy"
-HEADS = {
-    name: [word.strip() for word in words.split(",")]
-    for name, words in {
-        "ranges": "from step, to step, seconds, mean loss, lowest, highest, learning rate",
-        "grad": "gradient norm, value",
-        "time": "phase, seconds, share",
-        "stats": "statistic, first, last, lowest, highest, alerts",
-        "tensors": "tensor, shape, codec, bytes, bits_per_weight, entropy_bits",
-        "alerts": "step, what, where, value",
-        "spikes": "step, loss, provenance",
-        "checkpoints": "step, path, bytes, sha256",
-        "samples": "step, prompt, text",
-        "evals": "mode, bpb, nats, nbytes, tokens, seconds",
-        "probes": "probe, verdict, evidence",
-        "facts": "name, value",
-        "config": "field, value, set by",
-    }.items()
-}
+TENSOR = "tensor, shape, codec, bytes, bits_per_weight, entropy_bits"
+EVALUATION = "mode, bpb, nats, nbytes, tokens, seconds"
 DOTTED = frozenset({"validation", "gap", "BPB"})
 
 
@@ -54,25 +34,19 @@ def shown(value: float | None, form: str = ",.0f") -> str:
     return format(value, form) if value else ""
 
 
-def plain(value: object) -> object:
-    return value if isinstance(value, int | float | str) or value is None else str(value)
-
-
-# tables, for the page and for Markdown
+# tables
 
 
 def headline(run: Run, price: float | None) -> list[list[str]]:
     metrics, result = run.metrics, run.result
-    same = [e for e in metrics.evals.values() if e.get("bpb") == result.get("val_bpb")]
-    partial = any(e.get("partial") for e in same) if same else metrics.val_partial
-    every = sum(run.phases().values())
+    every = sum(metrics.phases.values())
     seconds = as_number(result.get("train_seconds")) or metrics.phases.get("train", math.nan)
     _, nbytes, _ = run.artifact
     parameters, used, tokens = (as_number(result.get(name)) or 0.0 for name in ("parameters", "mfu", "tokens"))
     tokens = tokens or metrics.tokens
     rows = {
         "status": run.status,
-        "BPB (headline)" + ", partial" * partial: shown(as_number(result.get("val_bpb")), ".5f"),
+        "BPB (headline)" + ", partial" * bool(result.get("partial")): shown(as_number(result.get("val_bpb")), ".5f"),
         **{f"BPB {mode}": f"{bpb:.5f}" for mode, bpb in run.modes().items()},
         "artifact bytes": shown(nbytes, ","),
         "left of the cap": shown(nbytes and CAP_BYTES - nbytes, ","),
@@ -80,7 +54,7 @@ def headline(run: Run, price: float | None) -> list[list[str]]:
         "tokens": f"{tokens:,.0f}",
         "parameters": shown(parameters),
         f"tokens a parameter ({TOKENS_PER_PARAMETER} is compute-optimal)": shown(
-            tokens / (parameters or math.inf), ".2f"
+            tokens / (parameters or math.inf), ".3g"
         ),
         "utilisation of the peak": shown(used, ".1%"),
         "training": span(seconds),
@@ -99,8 +73,8 @@ def loss_ranges(run: Run) -> list[list]:
     rows = []
     for part in np.array_split(np.arange(len(x)), min(RANGES, len(x))) if len(x) else []:
         end = float(x[part[-1]])
-        losses = [float(mean[part].mean()), float(low[part].min()), float(high[part].max())]
-        seconds, rate = (run.metrics.curves[name].nearest(end) for name in ("seconds", "lr"))
+        losses = [f"{loss:.4f}" for loss in (mean[part].mean(), low[part].min(), high[part].max())]
+        seconds, rate = (f"{run.metrics.curves[name].nearest(end):.4g}" for name in ("seconds", "lr"))
         rows.append([int(x[part[0]]), int(end), seconds, *losses, rate])
     return rows
 
@@ -112,75 +86,65 @@ def gap_rows(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def grad_rows(run: Run) -> list[list]:
-    norms = np.concatenate([[], *run.metrics.norms])
+    norms = run.metrics.curves["grad_norm"].points[1]
     if not len(norms):
         return []
-    rows = [[f"p{share}", float(np.percentile(norms, share))] for share in (25, 50, 75, 95)]
-    rows += [["mean", float(norms.mean())], ["max", float(norms.max())]]
+    rows = [[f"p{share}", f"{np.percentile(norms, share):.4g}"] for share in (25, 50, 75, 95)]
+    rows += [["mean", f"{norms.mean():.4g}"], ["max", f"{norms.max():.4g}"]]
     return rows + [[f"share above {limit:,}", f"{(norms > limit).mean():.2%}"] for limit in NORM_LIMITS]
 
 
-def time_rows(run: Run) -> list[list]:
-    phases = sorted(run.phases().items(), key=lambda p: -p[1])
+def time_rows(run: Run, price: float | None = None) -> list[list]:
+    """Phase, seconds, share, and cost where an hour has a price."""
+    phases = sorted(run.metrics.phases.items(), key=lambda p: -p[1])
     total = sum(seconds for _, seconds in phases) or 1.0
-    return [[name, seconds, f"{seconds / total:.1%}"] for name, seconds in phases]
+    costs = ["" if price is None else f"{price * seconds / 3600:,.4f}" for _, seconds in phases]
+    return [[name, f"{s:,.2f}", f"{s / total:.1%}", cost] for (name, s), cost in zip(phases, costs)]
 
 
 def stat_rows(run: Run) -> list[list]:
-    """First, last, lowest and highest of each statistic, and how many alerts name it."""
-    alerts = [str(e.get("where", "")) for e in run.metrics.events.get("alert", [])]
-    rows = []
-    for name in sorted(run.metrics.stats, key=natural):
-        _, mean, low, high = run.metrics.stats[name].rows()
-        count = sum(bool(w) and (w in name or name in w) for w in alerts)
-        if len(mean):
-            rows.append([name, *map(float, (mean[0], mean[-1], low.min(), high.max())), count or None])
-    return rows
-
-
-def natural(name: str) -> list:
-    return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", name)]
+    """First, last, lowest and highest of each statistic; layer 10 after layer 9."""
+    stats = sorted(run.metrics.stats.items(), key=lambda stat: (len(stat[0]), stat[0]))
+    rows = [(name, curve.points[1]) for name, curve in stats if curve.points.size]
+    return [[name, *(f"{value:.4g}" for value in (y[0], y[-1], y.min(), y.max()))] for name, y in rows]
 
 
 def tensor_rows(run: Run) -> list[list]:
     tensors = run.metrics.artifact.get("tensors")
     tensors = [t for t in (tensors if isinstance(tensors, list) else []) if isinstance(t, dict)]
-    rows = [[t.get("name", ""), *(plain(t.get(name)) for name in HEADS["tensors"][1:])] for t in tensors]
+    rows = [columns(t | {"tensor": t.get("name")}, TENSOR) for t in tensors]
     return sorted(rows, key=lambda row: -(as_number(row[3]) or 0))
 
 
-def event_rows(run: Run, kinds: str) -> list[list]:
-    return [[plain(e.get(n)) for n in HEADS[kinds]] for e in run.metrics.events.get(kinds.removesuffix("s"), [])]
+def columns(event: dict, names: str) -> list:
+    return [event.get(name) for name in names.split(", ")]
 
 
-def config_rows(run: Run) -> list[list]:
-    return [[k, plain(v), str(run.stored("origin").get(k, ""))] for k, v in sorted(run.config.items())]
-
-
-def fact_rows(run: Run) -> list[list]:
-    return [[name, plain(value)] for name in FACTS.split() if (value := run.fact(name, None)) is not None]
-
-
-def eval_rows(run: Run) -> list[list]:
-    return [[mode, *(as_number(e.get(k)) for k in HEADS["evals"][1:])] for mode, e in run.metrics.evals.items()]
+def events(kind: str, names: str) -> tuple[str, Callable[[Run], list]]:
+    return names, lambda run: [columns(event, names) for event in run.metrics.events.get(kind, [])]
 
 
 def probe_rows(run: Run) -> list[list]:
-    probes = [(n, v) for n, v in run.certificate.items() if isinstance(v, dict) and "status" in v]
-    return [[n, coloured(v["status"]), plain(v.get("evidence"))] for n, v in probes]
+    certificate = read_object(run.path / "certificate.json")
+    probes = [(n, v) for n, v in certificate.items() if isinstance(v, dict) and "status" in v]
+    return [[n, coloured(v["status"]), v.get("evidence")] for n, v in probes]
 
 
-ROWS = {
-    "ranges": loss_ranges,
-    "grad": grad_rows,
-    "time": time_rows,
-    "stats": stat_rows,
-    "tensors": tensor_rows,
-    "evals": eval_rows,
-    "probes": probe_rows,
-    **{kind: functools.partial(event_rows, kinds=kind) for kind in ("spikes", "alerts", "samples", "checkpoints")},
-    "facts": fact_rows,
-    "config": config_rows,
+TABLES: dict[str, tuple[str, Callable[[Run], list]]] = {
+    "ranges": ("from step, to step, seconds, mean loss, lowest, highest, learning rate", loss_ranges),
+    "grad": ("gradient norm, value", grad_rows),
+    "stats": ("statistic, first, last, lowest, highest", stat_rows),
+    "tensors": (TENSOR, tensor_rows),
+    "evals": (EVALUATION, lambda run: [columns(e, EVALUATION) for e in run.metrics.evals.values()]),
+    "spikes": events("spike", "step, loss, provenance"),
+    "alerts": events("alert", "step, what, where, value"),
+    "checkpoints": events("checkpoint", "step, path, bytes, sha256"),
+    "probes": ("probe, verdict, evidence", probe_rows),
+    "facts": ("name, value", lambda run: [[n, v] for n in FACTS.split() if (v := run.fact(n)) != ""]),
+    "config": (
+        "field, value, set by",
+        lambda run: [[k, v, run.stored("origin").get(k)] for k, v in sorted(run.config.items())],
+    ),
 }
 
 
@@ -193,23 +157,23 @@ def drawn(title: str, series: list, y_label: str, x_label: str = "step", **look:
 
 def curve_figure(run: Run, name: str, title: str, label: str, *more: tuple, called: str = "", **look: object) -> Raw:
     """The mean of each bucket before its range, and other series."""
-    x, mean, low, high = run.metrics.curves[name].thin(PLOT_POINTS)
+    x, mean, low, high = run.metrics.curves[name].rows()
     return drawn(title, [(called or name, x, mean), *more], label, band=(x, low, high) if len(x) > 1 else None, **look)
 
 
 def training_plots(run: Run) -> Raw:
     metrics = run.metrics
     auxiliary = [(n, c) for n, c in sorted(metrics.aux.items()) if np.ptp(c.rows()[1:3]) > 0][:12]
-    told = [(as_number(e.get("step")) or 0, as_number(e.get("loss"))) for e in metrics.events.get("spike", [])]
-    title, spikes = "Loss: mean and range of each bucket, validation, spikes in red", [s for s in told if s[1]]
+    title, spikes = "Loss: mean and range of each bucket, validation, spikes in red", metrics.events.get("spike", [])
+    marks = list(zip(numbers(spikes, "step"), numbers(spikes, "loss")))
     validation = ("validation", *metrics.val_loss.rows()[:2])
     return grid(
-        curve_figure(run, "loss", title, "nats per token", validation, called="train", marks=spikes),
+        curve_figure(run, "loss", title, "nats per token", validation, called="train", marks=marks),
         curve_figure(run, "lr", "Learning rate", "rate"),
         curve_figure(run, "grad_norm", "Gradient norm before clipping", "norm", log=True),
         drawn("Train-validation gap", [("gap", *gap_rows(run))], "nats"),
         drawn("Validation BPB", [("BPB", *metrics.val_bpb.rows()[:2])], "BPB"),
-        *(drawn(n, [(n, *c.thin(PLOT_POINTS)[:2])], n) for n, c in auxiliary),
+        *(drawn(n, [(n, *c.rows()[:2])], n) for n, c in auxiliary),
     )
 
 
@@ -220,8 +184,7 @@ def layer_plots(run: Run, limit: int = 12) -> Iterator[Raw]:
         families.setdefault(match[2], []).append((int(match[1]), match[0]))
     for stat, layers in list(families.items())[:limit]:
         series = [(f"L{i}", *run.metrics.stats[name].rows()[:2]) for i, name in sorted(layers)[:6]]
-        if any(len(s[1]) > 1 for s in series):
-            yield drawn(stat + f" (6 of {len(layers)} layers)" * (len(layers) > 6), series, stat)
+        yield drawn(stat + f" (6 of {len(layers)} layers)" * (len(layers) > 6), series, stat)
 
 
 def breakdown_plot(run: Run, key: str, title: str) -> Raw:
@@ -229,17 +192,8 @@ def breakdown_plot(run: Run, key: str, title: str) -> Raw:
     series = []
     for mode, event in list(run.metrics.evals.items())[:6]:
         rows = [r for r in event.get(key) or () if isinstance(r, dict)] if isinstance(event.get(key), list) else []
-        pairs = [(as_number(r.get("from")), as_number(r.get("bpb"))) for r in rows]
-        pairs = [(math.log2(max(x, 1.0)), y) for x, y in pairs if None not in (x, y)]
-        series += [(mode, *zip(*pairs))] if pairs else []
+        series.append((mode, np.log2(np.maximum(numbers(rows, "from"), 1.0)), numbers(rows, "bpb")))
     return drawn(title, series, "BPB", x_label="log2 tokens")
-
-
-def artifact_line(run: Run) -> Raw:
-    _, size, digest = run.artifact
-    left = CAP_BYTES - size
-    state = f"{left:,} bytes left for the script" if left >= 0 else f"{-left:,} bytes over the cap"
-    return Raw(f"<p>{size:,} bytes, {state}; sha256 <code>{cell(digest)}</code></p>" * bool(size))
 
 
 def sample(event: dict) -> Raw:
@@ -250,15 +204,8 @@ def sample(event: dict) -> Raw:
 def html_report(run: Run, price: float | None = None) -> str:
     metrics = run.metrics
     notes = f'<p class="warn">{metrics.damaged} damaged lines were skipped</p>' * bool(metrics.damaged)
-    notes += f'<p class="dim">one step line in {metrics.every} was read</p>' * (metrics.every > 1)
-    peak = as_number(run.result.get("peak_memory_bytes")) or 0
-    memory = Raw(f"<p>peak memory {peak / 2**20:,.0f} MiB</p>" * bool(peak))
-    tables = {kind: table(HEADS[kind], rows(run)) for kind, rows in ROWS.items()}
-    times, modes = time_rows(run), sorted(run.modes().items(), key=lambda m: m[1])
-    costs = [] if price is None else [[name, span(s), round(price * s / 3600, 4)] for name, s, _ in times]
-    phases = figure("Seconds by phase", bars("phases", [row[:2] for row in times], "s"))
+    tables = {kind: table(names.split(", "), rows(run)) for kind, (names, rows) in TABLES.items()}
     speed = curve_figure(run, "tokens_per_second", "Tokens per second", "tokens/s")
-    scores = figure("BPB by mode", bars("BPB by mode", modes, "", zero=False))
     scored = [breakdown_plot(run, "by_position", "BPB by position"), breakdown_plot(run, "by_length", "BPB by length")]
     zeros = [(n.removesuffix("zeros").rstrip("."), *c.rows()[:2]) for n, c in metrics.stats.items() if "zero" in n]
     parts = {
@@ -267,23 +214,20 @@ def html_report(run: Run, price: float | None = None) -> str:
         "Gradient norm": [tables["grad"]],
         "Spikes": [tables["spikes"]],
         "Time and memory": [
-            grid(phases, speed, curve_figure(run, "memory", "Memory", "bytes")),
-            tables["time"],
-            memory,
+            grid(speed, curve_figure(run, "memory", "Memory", "bytes")),
+            table(["phase", "seconds", "share", "cost"], time_rows(run, price)),
         ],
         "Layers": [grid(*layer_plots(run)), folded("all statistics", tables["stats"])],
         "Alerts": [tables["alerts"]],
         "Artifact": [
             grid(drawn("Share of zeros", zeros[:3], "share")),
-            artifact_line(run),
             folded("all tensors", tables["tensors"]),
         ],
-        "Evaluation": [grid(scores, *scored), tables["evals"], tables["probes"]],
+        "Evaluation": [grid(*scored), tables["evals"], tables["probes"]],
         "Samples": map(sample, metrics.events.get("sample", [])),
         "Checkpoints": [tables["checkpoints"]],
-        "Cost": [table(["phase", "time", "cost"], costs)],
         "Environment": [tables["facts"]],
-        "Result": [table(HEADS["facts"], [[k, plain(v)] for k, v in sorted(run.result.items())])],
+        "Result": [table(["name", "value"], [[k, v] for k, v in sorted(run.result.items())])],
         "Configuration": [folded("all fields", tables["config"])],
     }
     head = f'<p class="dim">seed {run.seed} · configuration {cell(run.config_hash[:12])}</p>{notes}'
@@ -291,39 +235,7 @@ def html_report(run: Run, price: float | None = None) -> str:
     return page(f"Run {run.name}", head + tiles(headline(run, price)) + body)
 
 
-# Markdown
-
-
-def md_cell(value: object) -> str:
-    """A cell of a Markdown table that stays one: no line breaks, pipes, markup or escapes."""
-    match value:
-        case None | Raw():
-            return re.sub(r"<[^>]*>", "", value or "")
-        case float():
-            return f"{value:,.6g}"
-        case int() if not isinstance(value, bool):
-            value = f"{value:,}"
-    return re.sub(r"([|`*_\[\]\\])", r"\\\1", escape(clean(value, 300), quote=False))
-
-
-def md_table(head: list[str], rows: list[list]) -> str:
-    body = ["| " + " | ".join(map(md_cell, row)) + " |" for row in rows]
-    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *body, ""]) * bool(rows)
-
-
-def md_report(run: Run, price: float | None = None) -> str:
-    titles = {"ranges": "Loss", "grad": "Gradient norm", "time": "Phases", "stats": "Layers", "tensors": "Artifact"}
-    titles |= {"evals": "Evaluation", "probes": "Certificate", "facts": "Environment", "config": "Configuration"}
-    parts = [md_table(["what", "value"], headline(run, price))]
-    for kind, rows in ROWS.items():
-        text = md_table(HEADS[kind], rows(run)[: 40 if kind == "tensors" else None])
-        parts += [f"## {titles.get(kind, kind.title())}\n\n{text}"] * bool(text)
-    return f"# Run {md_cell(run.name)}\n\n" + "\n".join(parts)
-
-
-def write_report(run: Run, out: Path, price: float | None = None) -> list[Path]:
+def write_report(run: Run, out: Path, price: float | None = None) -> Path:
     out.mkdir(parents=True, exist_ok=True)
-    files = {out / "report.md": md_report(run, price), out / "report.html": html_report(run, price)}
-    for path, text in files.items():
-        path.write_text(text, encoding="utf-8")
-    return list(files)
+    (out / "report.html").write_text(html_report(run, price), encoding="utf-8")
+    return out / "report.html"

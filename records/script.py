@@ -4,7 +4,8 @@ import ast
 import re
 from functools import lru_cache
 
-from records.script_leaks import leaks
+from records.expressions import ERRORS
+from records.script_leaks import call_name, leaks
 
 NETWORK = (
     "urllib requests httpx aiohttp socket.socket socket.create_connection ftplib huggingface_hub datasets.load_dataset"
@@ -12,53 +13,42 @@ NETWORK = (
 )
 NETWORKED = re.compile("|".join(rf"(?:^|\.){re.escape(w)}(?:\.|$)" for w in NETWORK.split()))
 MAX_FACTS = 200
-PIECE = re.compile(r"^(?=(?:def|class|@|async|import|from|if|for|while|try|with|[A-Za-z_]\w*\s*[=(:]))", re.M)
 F_STRING, FIELD = re.compile(r"""\b[rR]?[fF]['"]"""), re.compile(r"\{[^{}]*\}")
-FAULTS = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
-def parse(text: str) -> tuple[list[ast.stmt], int, str]:
-    """Top-level statements, the number of pieces that did not parse, and the first error.
+def parse(text: str) -> tuple[list[ast.stmt], str]:
+    """Top-level statements, none of a script that does not parse, and the first error.
 
-    Fields of f-strings may be in a newer grammar, and say nothing that a rule asks: if they are in the way, they are
-    left out. What does not parse then is cut at its top-level statements, so that one of them does not hide the rest.
+    Fields of f-strings may be in a newer grammar, and say nothing that a rule asks: in the way, they are left out.
     """
-    first, statements, failed, line = "", [], 0, 0
+    first = ""
     without = "\n".join(FIELD.sub("{0}", row) if F_STRING.search(row) else row for row in text.split("\n"))
     for source in (text, without):
         try:
-            return ast.parse(source).body, 0, first
-        except FAULTS as error:
+            return ast.parse(source).body, first
+        except ERRORS as error:
             first = first or f"line {getattr(error, 'lineno', None) or '?'}: {getattr(error, 'msg', None) or error}"
-    for piece in PIECE.split(without[: 1 << 20]):
-        try:
-            statements += [ast.increment_lineno(node, line) for node in ast.parse(piece).body]
-        except FAULTS:
-            failed += 1
-        line += piece.count("\n")
-    return statements, max(failed, 1), first
+    return [], first
 
 
 def every(body: list) -> dict:
-    """All nodes below `body` by type; a third of the time of ast.walk, which is most of the time of a check."""
+    """All nodes below `body` by type."""
     by_type: dict = {}
-    todo = list(body)
-    while todo:
-        node = todo.pop()
+    for node in ast.walk(ast.Module(body, [])):
         by_type.setdefault(node.__class__, []).append(node)
-        for name in node._fields:
-            value = None if name in ("ctx", "op", "ops") else getattr(node, name, None)
-            if value.__class__ is list:
-                todo += [v for v in value if isinstance(v, ast.AST)]
-            elif isinstance(value, ast.AST):
-                todo.append(value)
     return by_type
 
 
 def dotted(node: ast.AST, names: dict) -> str:
-    if isinstance(node, ast.Attribute):
-        return f"{dotted(node.value, names)}.{node.attr}"
-    return names.get(node.id, node.id) if isinstance(node, ast.Name) else "?"
+    """A dotted name with its first part as imported."""
+    match node:
+        case ast.Attribute(value=owner, attr=name):
+            return f"{dotted(owner, names)}.{name}"
+        case ast.Name(id=name):
+            return names.get(name, name)
+        case ast.Call(func=ast.Name(id="__import__"), args=[ast.Constant(value=str(name)), *_]):
+            return name
+    return "?"
 
 
 def bindings(nodes: list) -> dict:
@@ -79,8 +69,8 @@ def imported(nodes: list) -> dict:
 
 
 def byte_table(body: list, functions: list) -> str:
-    """The function that builds the bytes-per-token table, found by what it calls, with the constants it names."""
-    for node in [node for node, text in functions if "id_to_piece" in text]:
+    """The last function that calls what a table of bytes a token needs, with the constants it names."""
+    for node in sorted([node for node, text in functions if "id_to_piece" in text], key=lambda node: -node.lineno):
         nodes = list(ast.walk(node))
         if {"is_control", "id_to_piece"} <= {n.attr for n in nodes if isinstance(n, ast.Attribute)}:
             names = {n.id for n in nodes if isinstance(n, ast.Name)}
@@ -100,26 +90,18 @@ def minimum_of_scores(nodes: list) -> list:
 def defaults(nodes: list) -> dict:
     """Defaults of command-line options and environment reads: {name: [value, line]}."""
     options: dict = {}
-    for node in nodes:
-        match node:
-            case ast.Call(func=ast.Attribute(attr="add_argument"), args=[ast.Constant(value=str(name)), *_]):
-                values = [k.value for k in node.keywords if k.arg == "default"]
-            case ast.Call(
-                func=ast.Attribute(attr="get" | "getenv") | ast.Name(id="get" | "getenv"),
-                args=[ast.Constant(value=str(name)), value, *_],
-            ):
-                values = [value]
-            case _:
-                continue
-        constants = [v.value for v in values[:1] if isinstance(v, ast.Constant)]
-        options |= {name[:80]: [str(value)[:80], node.lineno] for value in constants}
+    for node in [n for n in nodes if call_name(n) in ("add_argument", "get", "getenv")]:
+        given = [*node.args, *(k.value for k in node.keywords if k.arg == "default")]
+        constants = [g.value for g in given if isinstance(g, ast.Constant)]
+        if len(constants) == len(given) > 1 and isinstance(constants[0], str):
+            options[constants[0][:80]] = [str(constants[-1])[:80], node.lineno]
     return options
 
 
 @lru_cache(maxsize=256)
 def read_facts(text: str) -> dict:
     """Everything the rules want to know about a script; of one that does not parse, what its pieces say."""
-    body, failed, error = parse(text)
+    body, error = parse(text)
     by_type = every(body)
     imports = by_type.get(ast.Import, []) + [n for n in by_type.get(ast.ImportFrom, []) if n.module and not n.level]
     call_nodes = by_type.get(ast.Call, [])
@@ -129,8 +111,7 @@ def read_facts(text: str) -> dict:
     methods = [f for c in by_type.get(ast.ClassDef, []) for f in c.body if isinstance(f, ast.FunctionDef)]
     return {
         "error": error,
-        "failed": failed,
-        "statements": len(body),
+        "parsed": bool(body),
         "imports": imported(imports),
         "needs": imported([n for n in imports if n in body]),  # what is imported under a condition may be absent
         "network": [[name[:80], line] for name, line in calls if NETWORKED.search(name)][:MAX_FACTS],

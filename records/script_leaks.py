@@ -44,7 +44,7 @@ AGAIN = "scores the same tokens in every epoch of adapting on them (PR 568: only
 
 Labels = frozenset
 NONE: Labels = frozenset()
-KNOWN = {"token", "mixed", "key"}
+TOKENS = {"token", "mixed", "key"}
 
 
 CHANGED = {"token": set(), "mixed": {"token"}, "key": {"token", "mixed"}}
@@ -52,8 +52,8 @@ CHANGED = {"token": set(), "mixed": {"token"}, "key": {"token", "mixed"}}
 
 def made(labels: Labels, state: str, of: set | None = None) -> Labels:
     """What labels become with their value: added to (`mixed`), hashed (`key`), or only told of (`score`, `trait`)."""
-    changed = of or CHANGED.get(state, KNOWN)
-    return labels and frozenset((state if s in changed else s, o) for s, o in labels if state in CHANGED or s in KNOWN)
+    changed = of or CHANGED.get(state, TOKENS)
+    return labels and frozenset((state if s in changed else s, o) for s, o in labels if state in CHANGED or s in TOKENS)
 
 
 def states(labels: Labels) -> set:
@@ -94,8 +94,7 @@ class Reader:
         names = [a.arg for a in (*given, *by_name)][method and not static :]
         optional = len(node.args.defaults) + sum(d is not None for d in node.args.kw_defaults)
         most = math.inf if node.args.vararg or node.args.kwarg else len(names)
-        returns = any(isinstance(n, ast.Return) and n.value is not None for n in ast.walk(node))
-        self.name, self.silent = "." * method + node.name, not last or bool(LEARNER.match(node.name) and not returns)
+        self.name, self.silent = "." * method + node.name, not last or learns_only(node)
         self.parameters[self.name] = names, len(names) - optional, most
         self.env = {n: frozenset({("token", i)}) | named(n) for i, n in enumerate(names)}
         self.stores: set = set()
@@ -221,12 +220,12 @@ class Reader:
 
     def read(self, node: ast.expr, table: ast.expr, base: Labels, index: Labels) -> Labels:
         """A table read at an index; a slice of the tokens themselves stays tokens."""
-        self.reads.setdefault(self.name, set()).update(o for s, o in index if s in KNOWN and o != HERE)
+        self.reads.setdefault(self.name, set()).update(o for s, o in index if s in TOKENS and o != HERE)
         if ("all", HERE) in index | base:
             return made(index, "score")
         self.tell("key" in states(index), HASHED, node)
         trait, counts = (words.search(path_of(table)) for words in (TRAITS, BYTES))
-        if states(index) & KNOWN and (trait or counts):
+        if states(index) & TOKENS and (trait or counts):
             return made(index, "trait") if trait else NONE
         return base | made(index, "score")
 
@@ -297,6 +296,11 @@ class Reader:
             NONE.union(*(made(placed.get(o, NONE), s) if o != HERE else frozenset({(s, o)}) for s, o in labels))
             for labels in self.returns.get(name, [])
         ]
+
+
+def learns_only(node: ast.FunctionDef) -> bool:
+    values = (n for n in ast.walk(node) if isinstance(n, ast.Return) and n.value is not None)
+    return bool(LEARNER.match(node.name)) and next(values, None) is None
 
 
 def path_of(node: ast.expr) -> str:

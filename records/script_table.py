@@ -1,12 +1,14 @@
 """Does a script count bytes as the competition does? Walk its table function over a small vocabulary and compare.
 
 The function is never executed: a tree walker knows a few statements, the sentencepiece questions and array stores,
-counts its steps, and gives up (`Unknown`) on anything else.
+counts its steps, and gives up (`Refused`) on anything else.
 """
 
 import ast
-import operator
 import re
+
+from records.expressions import ERRORS, Evaluator, Refused, operate
+from records.tokenizer import Vocabulary
 
 MAX_STEPS = 50_000
 # every class of piece that has been counted wrongly by some submission, by kind
@@ -20,22 +22,10 @@ KINDS = {
 VOCABULARY = tuple((piece, kind) for kind, pieces in KINDS.items() for piece in pieces.split())
 PIECES = [piece for piece, _ in VOCABULARY]
 TABLE_SIZE = len(VOCABULARY) + 2  # two padding rows
-UNCOUNTED = {"control", "unknown", "unused"}
-
-
-class Unknown(ValueError):
-    """The function does something this walker does not know."""
 
 
 class _Leave(Exception):
     """A continue, a break, or a return with its value."""
-
-
-def canonical() -> tuple[list, list, list]:
-    """What the competition's own function answers for VOCABULARY: bytes, leading space, boundary."""
-    sizes = [{"byte": 1, "normal": len(p.removeprefix("▁").encode())}.get(kind, 0) for p, kind in VOCABULARY]
-    spaces = [kind == "normal" and piece.startswith("▁") for piece, kind in VOCABULARY]
-    return sizes + [0, 0], spaces + [False] * 2, [kind in UNCOUNTED for _, kind in VOCABULARY] + [True] * 2
 
 
 class Tokenizer:
@@ -55,39 +45,26 @@ class Tokenizer:
                 return "".join(PIECES[int(i)] for i in ids).replace("▁", " ").removeprefix(" ")
             case "piece_to_id", [piece]:
                 return PIECES.index(piece if piece in PIECES else "<unk>")
-        raise Unknown(f"sp.{method}")
+        raise Refused(f"sp.{method}")
 
 
 def short_range(*bounds: int) -> range:
     numbers = range(*map(int, bounds))
     if len(numbers) > MAX_STEPS:
-        raise Unknown(f"a range of {len(numbers)}")
+        raise Refused(f"a range of {len(numbers)}")
     return numbers
 
 
 SAFE = (int, len, max, min, bool, str, enumerate, float, ord, abs, list, sum)
 BUILTINS = {f.__name__: f for f in SAFE} | {"range": short_range}
 TEXT_METHODS = {"startswith", "encode", "lstrip", "strip", "endswith", "removeprefix", "upper", "lower"}
-OPERATORS = {
-    **{getattr(ast, n): getattr(operator, n.lower()) for n in ("Add", "Sub", "Eq", "Lt", "Gt")},
-    **{ast.NotEq: operator.ne, ast.LtE: operator.le, ast.GtE: operator.ge, ast.Is: operator.is_},
-    **{ast.IsNot: operator.is_not, ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b},
-}
 FILLS = {"zeros": 0, "ones": 1, "full": None}
 ARRAYS = {*FILLS, "tensor", "as_tensor", "array", "asarray", "from_numpy"}
 
 
-def operate(op: ast.AST, a: object, b: object) -> object:
-    if type(op) not in OPERATORS:
-        raise Unknown(type(op).__name__)
-    if any(isinstance(x, str | bytes | list) and len(x) > MAX_STEPS for x in (a, b)):
-        raise Unknown("a value that grows without end")
-    return OPERATORS[type(op)](a, b)
-
-
-class Walker:
+class Walker(Evaluator):
     def __init__(self) -> None:
-        self.steps = 0
+        super().__init__(MAX_STEPS, MAX_STEPS)
         self.env: dict[str, object] = {}
 
     def run(self, source: str) -> list:
@@ -101,12 +78,7 @@ class Walker:
         except _Leave as done:
             value = done.args[1]
             return list(value) if isinstance(value, list | tuple) else [value]
-        raise Unknown("the function returns nothing")
-
-    def count(self, node: ast.AST) -> None:
-        self.steps += 1
-        if self.steps > MAX_STEPS:
-            raise Unknown(f"too many steps at {type(node).__name__}")
+        raise Refused("the function returns nothing")
 
     def block(self, body: list) -> None:
         for node in body:
@@ -132,7 +104,7 @@ class Walker:
             case ast.For():
                 self.loop(node)
             case _:
-                raise Unknown(type(node).__name__)
+                raise Refused(type(node).__name__)
 
     def loop(self, node: ast.For) -> None:
         for item in self.value(node.iter):
@@ -155,36 +127,13 @@ class Walker:
             case ast.Subscript() if isinstance(self.value(target.value), list):
                 self.value(target.value)[int(self.value(target.slice))] = value
             case _:
-                raise Unknown(f"store to {type(target).__name__}")
+                raise Refused(f"store to {type(target).__name__}")
 
-    def value(self, node: ast.expr) -> object:
-        self.count(node)
-        match node:
-            case ast.Constant(value=value):
-                return value
-            case ast.Name(id=name) if name in self.env:
-                return self.env[name]
-            case ast.Tuple(elts=parts) | ast.List(elts=parts):
-                return [self.value(x) for x in parts]
-            case ast.BoolOp(op=op, values=values):
-                return {ast.And: all, ast.Or: any}[type(op)](bool(self.value(v)) for v in values)
-            case ast.UnaryOp(op=op, operand=inner):
-                return not self.value(inner) if isinstance(op, ast.Not) else -self.value(inner)
-            case ast.BinOp(left=left, op=op, right=right):
-                return operate(op, self.value(left), self.value(right))
-            case ast.Compare(left=left, ops=ops, comparators=others):
-                sides = [self.value(n) for n in (left, *others)]
-                return all(operate(op, a, b) for op, a, b in zip(ops, sides, sides[1:]))
-            case ast.IfExp():
-                return self.value(node.body if self.value(node.test) else node.orelse)
-            case ast.Subscript(value=whole, slice=ast.Slice() as cut):
-                bounds = [part and self.value(part) for part in (cut.lower, cut.upper, cut.step)]
-                return self.value(whole)[slice(*bounds)]
-            case ast.Subscript(value=whole, slice=index):
-                return self.value(whole)[int(self.value(index))]
-            case ast.Call():
-                return self.call(node)
-        raise Unknown(getattr(node, "id", type(node).__name__))
+    def named(self, node: ast.Name | ast.Attribute) -> object:
+        name = getattr(node, "id", "")
+        if name not in self.env:
+            raise Refused(name or type(node).__name__)
+        return self.env[name]
 
     def call(self, node: ast.Call) -> object:
         match node.func:
@@ -202,7 +151,7 @@ class Walker:
                 return args  # a record that holds the three tables
             case ast.Attribute(value=owner, attr=name), _:
                 return self.method(self.value(owner), name, args)
-        raise Unknown(ast.unparse(node.func)[:60])
+        raise Refused(ast.unparse(node.func)[:60])
 
     def method(self, owner: object, name: str, args: list) -> object:
         match owner, name, args:
@@ -214,32 +163,29 @@ class Walker:
                 return owner.replace(*args)
             case str(), _, _ if name in TEXT_METHODS:
                 return getattr(owner, name)(*args)
-        raise Unknown(f"{type(owner).__name__}.{name}")
+        raise Refused(f"{type(owner).__name__}.{name}")
 
     def array(self, name: str, node: ast.Call) -> object:
         first = self.value(node.args[0])
         size = int(first[0] if isinstance(first, list | tuple) else first) if name in FILLS else 0
         if size > 10 * TABLE_SIZE:
-            raise Unknown(f"an array of {size}")
+            raise Refused(f"an array of {size}")
         fill = self.value(node.args[1]) if name == "full" else FILLS.get(name)
         return [fill] * size if name in FILLS else first
-
-
-REFUSED = (TypeError, IndexError, KeyError, AttributeError, StopIteration, SyntaxError, RecursionError, ValueError)
 
 
 def deviations(source: str) -> list[str]:
     """How the table of `source` differs from the competition's, piece by piece; empty when it does not."""
     try:
         rows = Walker().run(source)
-    except REFUSED as error:
-        raise Unknown(f"{type(error).__name__}: {error}") from error
+    except ERRORS as error:
+        raise Refused(f"{type(error).__name__}: {error}") from error
     if len(rows) < 3 or not all(isinstance(r, list) and len(r) >= len(VOCABULARY) for r in rows[:3]):
-        raise Unknown("does not return three tables")
-    names = ("bytes", "leading space", "boundary")
+        raise Refused("does not return three tables")
+    names, right = ("bytes", "leading space", "boundary"), Vocabulary(*map(list, zip(*VOCABULARY)), "").byte_table()
     return [
-        f"{piece!r} ({kind}): {name} {row[i]!r}, should be {right[i]!r}"
-        for name, row, right in zip(names, rows, canonical())
+        f"{piece!r} ({kind}): {name} {row[i]!r}, should be {official[i]!r}"
+        for name, row, official in zip(names, rows, right)
         for i, (piece, kind) in enumerate(VOCABULARY)
-        if row[i] != right[i] and (name, piece, row[i]) != ("bytes", "▁▁", 1)  # as text that inner space is one byte
+        if row[i] != official[i] and (name, piece, row[i]) != ("bytes", "▁▁", 3)  # the official answer
     ]

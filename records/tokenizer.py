@@ -1,10 +1,6 @@
 """Read a SentencePiece model without sentencepiece: the piece list of the protobuf is all that counting bytes needs."""
 
-import importlib.util
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -14,15 +10,6 @@ MAX_PIECES = 1 << 20
 FIXED = {1: 8, 5: 4}  # bytes of the wire types that carry no length
 UNCOUNTED = {"control", "unknown", "unused"}
 NORMALISERS = {"", "identity", "nmt_nfkc", "nfkc"}  # those that keep every letter
-# texts that the official normalisation leaves as they are, each hard for some tokenizer
-HARD_WORDS = ("The QUICK brown Fox", "naïve Çédille ñandú Straße", "日本語のテキスト", "Привет, мир! Ελληνικά")
-HARD_TEXTS = (*HARD_WORDS, "emoji 😀👍🏽 done", "<0x41> </s> <unk>", "x=1;y[2]==3.14e-5 #!")
-ROUND_TRIP = """
-import json, sys
-import sentencepiece
-sp = sentencepiece.SentencePieceProcessor(model_file=sys.argv[1])
-print(json.dumps([sp.decode(sp.encode(text)) for text in json.load(sys.stdin)]))
-"""
 
 
 def varint(data: bytes, at: int) -> tuple[int, int]:
@@ -80,7 +67,7 @@ class Vocabulary(NamedTuple):
         counted = [(i, p, k) for i, (p, k) in enumerate(zip(self.pieces, self.kinds)) if k not in UNCOUNTED]
         for i, piece, kind in counted:
             boundary[i], space[i] = False, kind != "byte" and piece.startswith("▁")
-            base[i] = 1 if kind == "byte" else len(piece.removeprefix("▁").replace("▁", " ").encode())
+            base[i] = {"byte": 1}.get(kind, len(piece.removeprefix("▁").replace("▁", " ").encode()))
         return base, space, boundary
 
 
@@ -98,20 +85,3 @@ def read_vocabulary(data: bytes) -> Vocabulary:
 
 def text_of(value: object) -> str:
     return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else ""
-
-
-def altered_texts(path: str) -> list[str]:
-    """The hard texts that do not come back from their tokens; another process reads the stranger's model.
-
-    LookupError says why that could not be tried.
-    """
-    if importlib.util.find_spec("sentencepiece") is None:
-        raise LookupError("sentencepiece is not installed")
-    command, texts = [sys.executable, "-I", "-c", ROUND_TRIP, path], json.dumps(HARD_TEXTS).encode()
-    try:
-        done = subprocess.run(command, input=texts, capture_output=True, timeout=60, check=False)
-    except subprocess.TimeoutExpired:
-        raise LookupError("sentencepiece was stopped after 60 s") from None
-    if done.returncode:
-        raise LookupError(f"sentencepiece cannot load it (exit {done.returncode})")
-    return [text for text, back in zip(HARD_TEXTS, json.loads(done.stdout)) if back != text]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # For comparing ideas: profile skc_competition on two GPUs for five minutes, an eighth of the competition's GPU seconds
 # (2 x 300 of 8 x 600), a quarter of its batch, 4 M tokens of evaluation (marked partial). Hardware: two GPUs of 24 GB or
-# more. Expected: runs/proxy-s42/report.md and a record under runs/records; RUN_ID= names the next idea's run. Time: 300 s
+# more. Expected: runs/proxy-s42/report.html and a record under runs/records; RUN_ID= names the next idea's run. Time: 300 s
 # of training by the clock; before and after it what no budget covers (data once, compiling, packing), unmeasured.
 #   bash run_scripts/run_skc_competition_2gpu_proxy.sh             words after it are fields: matrix_lr=0.02
 #   SMOKE=1 bash run_scripts/run_skc_competition_2gpu_proxy.sh     tiny, on two CPU processes

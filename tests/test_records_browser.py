@@ -8,7 +8,6 @@ import subprocess
 import threading
 
 import pytest
-from test_records_check import record, write
 from test_records_runs import make_run
 
 from records.cli import main
@@ -76,27 +75,21 @@ def measure(tmp_path, site, address, width):
 
 
 def a_report(tmp_path, site):
-    main(["report", str(make_run(tmp_path / "run").path), "--out", str(tmp_path / "out"), "--price", "20"])
+    run = make_run(tmp_path / "run", note="<script>console.error('owned')</script><img src=http://evil/x>" + "w" * 300)
+    main(["report", str(run.path), "--out", str(tmp_path / "out"), "--price", "20"])
     shutil.copyfile(tmp_path / "out" / "report.html", site / "page.html")
-
-
-def a_check(tmp_path, site):
-    made = record("B")
-    made["claim"]["name"] = "<script>console.error('owned')</script><img src=http://evil/x>" + "w" * 300
-    main(["check", str(write(tmp_path, made)), "--html", str(site / "page.html")])
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not BROWSER, reason="no chromium on this machine")
 @pytest.mark.parametrize("width", [360, 1280])
-@pytest.mark.parametrize("make", [a_report, a_check])
-def test_a_page_fits_phone_and_desk_and_says_nothing_on_the_console(tmp_path, pages, make, width):
+def test_a_page_fits_phone_and_desk_and_says_nothing_on_the_console(tmp_path, pages, width):
     site, address = pages
-    make(tmp_path, site)
+    a_report(tmp_path, site)
     found, console = measure(tmp_path, site, address, width)
     assert console == []
     assert found["wide"] <= width and found["out"] == 0 and found["text"] > 200
-    assert found["flat"] == 0 and (make is a_check or found["svg"] >= 10)
+    assert found["flat"] == 0 and found["svg"] >= 8
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from records.packed import MAX_UNPACKED, source_text, unpack
 from records.script import read_facts
-from records.script_table import VOCABULARY, Unknown, canonical, deviations
-from records.tokenizer import altered_texts, read_vocabulary
+from records.script_table import VOCABULARY, Refused, deviations
+from records.tokenizer import Vocabulary, read_vocabulary
 
 CODE = "import os\nprint('hello ▁')\n"
 DATA = CODE.encode()
@@ -100,16 +100,16 @@ REFUSED = {
     "a system call": ("import os\nexec(os.popen('id').read())", "not a known decoder"),
     "an unknown codec": ("import codecs\nexec(codecs.decode('x','rot13'))", "codecs.decode"),
     "a doubling": (
-        "\n".join(["a='x'*1", *(f"{chr(98 + i)}={chr(97 + i)}+{chr(97 + i)}" for i in range(24)), "exec(y)"]),
-        "packing",
+        "\n".join(["a='x'", *(f"{chr(98 + i)}={chr(97 + i)}+{chr(97 + i)}" for i in range(24)), "exec(y)"]),
+        "too many steps",
     ),
     "a replacement bomb": (
         f"a={'x' * 1000!r}\nb=a.replace('x',a)\nc=b.replace('x',a)\nexec(c.replace('x',c))",
         "grows without end",
     ),
-    "a name of itself": ("a=a\nexec(a)", "nested"),
+    "a name of itself": ("a=a\nexec(a)", "recursion"),
     "damaged data": (f"import zlib\nexec(zlib.decompress({zlib.compress(DATA)[:-4]!r}))", "truncated"),
-    "a conditional": ("import zlib\nexec(zlib.decompress(b'' if 1 else b''))", "IfExp"),
+    "a lambda": ("import zlib\nexec(zlib.decompress(lambda: b''))", "Lambda"),
 }
 
 
@@ -127,18 +127,16 @@ def test_a_plain_script_that_mentions_exec_is_not_packed():
 @given(st.text(max_size=300))
 def test_any_text_can_be_inspected(text):
     for source in (text, f"exec({text})", f"import zlib\nexec(zlib.decompress({text!r}))"):
-        assert isinstance(read_facts(unpack(source).text)["statements"], int)
+        assert isinstance(read_facts(unpack(source).text)["parsed"], bool)
 
 
-def test_a_grammar_we_do_not_know_hides_only_its_own_piece():
-    source = "import torch\n" + TABLE + '\ndef g(x):\n    return x["a" + ]\n\nimport socket\nsocket.socket()\n'
-    found = read_facts(source)
-    assert found["error"] and found["failed"] == 1
-    nested = read_facts(source.replace('x["a" + ]', "f'{x['a']} {1}', min(a_bpb, b_bpb)"))
-    assert nested["failed"] == 0 and len(nested["minimum"]) == 1
-    assert deviations(found["byte_table"]) == [] and found["network"] == [
-        ["socket.socket", source[: source.index("socket.socket")].count("\n") + 1]
-    ]
+def test_a_newer_grammar_in_f_strings_hides_nothing_and_a_broken_script_says_so():
+    source = "import torch\n" + TABLE + "\ndef g(x):\n    return HERE\n\nimport socket\nsocket.socket()\n"
+    newer = read_facts(source.replace("HERE", "f'{x['a']} {1}', min(a_bpb, b_bpb)"))
+    assert newer["parsed"] and len(newer["minimum"]) == 1 and deviations(newer["byte_table"]) == []
+    assert newer["network"] == [["socket.socket", source[: source.index("socket.socket")].count("\n") + 1]]
+    broken = read_facts(source.replace("HERE", 'x["a" + ]'))
+    assert broken["error"] and not broken["parsed"] and not broken["network"]
 
 
 def test_the_official_table_has_no_deviations():
@@ -177,7 +175,7 @@ def test_each_way_to_miscount_bytes_is_named(old, new, named):
     ],
 )
 def test_the_table_walker_gives_up_instead_of_running_on(body):
-    with pytest.raises(Unknown):
+    with pytest.raises(Refused):
         deviations(f"def luts(sp, n, d):\n    {body}\n    return sp.is_control(0), sp.id_to_piece(0), 1\n")
 
 
@@ -187,8 +185,9 @@ def test_the_projects_own_table_is_understood(request):
     assert deviations(source.replace(".removeprefix(SPACE_PIECE)", ""))
 
 
-def test_the_canonical_table_counts_each_class_of_piece():
-    base = dict(zip((p for p, _ in VOCABULARY), canonical()[0]))
+def test_the_right_table_counts_each_class_of_piece():
+    pieces, kinds = zip(*VOCABULARY)
+    base = dict(zip(pieces, Vocabulary(list(pieces), list(kinds), "").byte_table()[0]))
     assert base == base | {
         "<s>": 0,
         "<0xFF>": 1,
@@ -196,7 +195,7 @@ def test_the_canonical_table_counts_each_class_of_piece():
         "▁the": 3,
         "é": 2,
         "日本": 6,
-        "▁▁": 3,
+        "▁▁": 1,
         "dead": 0,
         "\U0001f600": 4,
     }
@@ -211,11 +210,14 @@ def test_any_bytes_are_a_tokenizer_or_a_clean_error(data):
         assert "not a SentencePiece model" in str(error)
 
 
-def test_a_tokenizer_that_loses_letters_is_told_by_the_texts_it_alters(tmp_path, monkeypatch):
+def test_a_tokenizer_that_loses_letters_is_told_by_its_settings(tmp_path):
     spm = pytest.importorskip("sentencepiece")
     text = tmp_path / "t.txt"
     text.write_text("\n".join(f"The quick brown fox {i} jumps over the lazy dog" for i in range(300)))
-    for name, rule, fallback in (("folded", "nmt_nfkc_cf", True), ("lossy", "identity", False)):
+    for name, rule, fallback, told in (
+        ("folded", "nmt_nfkc_cf", True, "issue 1604"),
+        ("lossy", "identity", False, "no byte fallback"),
+    ):
         spm.SentencePieceTrainer.train(
             input=str(text),
             model_prefix=str(tmp_path / name),
@@ -225,15 +227,7 @@ def test_a_tokenizer_that_loses_letters_is_told_by_the_texts_it_alters(tmp_path,
             minloglevel=2,
             normalization_rule_name=rule,
         )
-        path = tmp_path / f"{name}.model"
-        assert "The QUICK brown Fox" in altered_texts(str(path))
-        assert any("issue 1604" in p or "fallback" in p for p in read_vocabulary(path.read_bytes()).problems())
-    (tmp_path / "x.model").write_bytes(b"no model")
-    with pytest.raises(LookupError, match="cannot load it"):
-        altered_texts(str(tmp_path / "x.model"))
-    monkeypatch.setattr("records.tokenizer.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(LookupError, match="not installed"):
-        altered_texts(str(path))
+        assert any(told in p for p in read_vocabulary((tmp_path / f"{name}.model").read_bytes()).problems())
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -256,7 +250,6 @@ def test_a_trained_tokenizer_is_read_as_sentencepiece_reads_it(tmp_path, keep):
     ours = read_vocabulary(Path(tmp_path / "m.model").read_bytes())
     assert ours.pieces == [sp.id_to_piece(i) for i in range(sp.vocab_size())] and ours.keeps_spaces is keep
     assert [k == "byte" for k in ours.kinds] == [sp.is_byte(i) for i in range(sp.vocab_size())]
-    assert altered_texts(str(tmp_path / "m.model")) == []
     raw = "  The über    fox 好 jumps" if keep else "The über fox 好 jumps"
     ids = sp.encode(raw)
     base, space, boundary = ours.byte_table()

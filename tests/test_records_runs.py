@@ -16,10 +16,10 @@ from records.audit import check_folder
 from records.cli import main
 from records.folder import Folder
 from records.plot import lines
-from records.run import Curve, Run, open_run, read_metrics
-from records.run_ledger import COLUMNS, LEDGER, commit_of, leaderboard, read_ledger
-from records.run_record import Request, build
-from records.run_report import grad_rows, html_report, md_report
+from records.run import BUCKETS, Curve, Run, open_run, read_metrics
+from records.run_ledger import COLUMNS, LEDGER, leaderboard, read_ledger
+from records.run_record import Request, build, md_table
+from records.run_report import grad_rows, headline, html_report, time_rows
 
 TOKENS, BYTES = 40_540_160, 151_078_222
 SCRIPT = "import numpy as np\nimport torch\n\n\ndef main():\n    print('trained')\n"
@@ -165,7 +165,6 @@ def test_what_new_writes_passes_check_unchanged(tmp_path):
         "manifest.json",
         "train_seed42.log",
         "metrics_seed7.jsonl",
-        "loss.svg",
         "certificate_seed1337.json",
         "final_model_seed42.skc",
     } <= names
@@ -204,7 +203,9 @@ def chained(tmp_path):
         (run.path / "config.json").write_text(json.dumps(stored | {"script": script}))
         (run.path / "train.log").write_text(f"script sha256 {digest} {len(SCRIPT)} bytes\nstep 1 loss 9.0\n")
         parts = {"script": {"sha256": digest}, "artifact": {"sha256": run.artifact[2]}}
-        (run.path / "certificate.json").write_text(json.dumps(run.certificate | parts))
+        (run.path / "certificate.json").write_text(
+            json.dumps(json.loads((run.path / "certificate.json").read_text()) | parts)
+        )
     manifest = {
         "train_gpt.py": {"sha256": digest},
         "proof": {"script": {"sha256": digest}},
@@ -259,11 +260,12 @@ def test_a_broken_chain_is_found(tmp_path, break_it, told):
 def test_new_refuses_a_broken_chain(tmp_path):
     runs, asked = chained(tmp_path)
     asked.script.write_text(SCRIPT + "# changed")
-    with pytest.raises(ValueError, match="the builder's manifest is of another file"):
+    with pytest.raises(ValueError, match="the manifest is of another build"):
         build(runs, asked)
     asked.script.with_name("manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"the log of .* is of another file"):
+    with pytest.raises(ValueError, match=r"train_seed42.log: ran sha256"):
         build(runs, asked)
+    assert not list((tmp_path / "records").glob("*"))
 
 
 def test_a_changed_number_in_a_written_record_is_caught(tmp_path):
@@ -290,8 +292,8 @@ def test_an_artifact_kept_elsewhere_is_listed_by_hash_and_address(tmp_path):
 
 
 def partial(run):
-    path = run.path / "metrics.jsonl"
-    path.write_text(path.read_text().replace('"mode": "stream"', '"mode": "stream", "partial": true'))
+    path = run.path / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"partial": True}))
 
 
 def no_eval(run):
@@ -319,8 +321,8 @@ def same_seed(run):
     [
         (partial, "is partial"),
         (no_eval, "no evaluation"),
-        (wrong_sum, "nats and bytes give"),
-        (other_rate, "differ in lr"),
+        (wrong_sum, "bytes follow from the score"),
+        (other_rate, "other configurations"),
         (same_seed, "same seed"),
     ],
 )
@@ -355,16 +357,15 @@ def test_the_report_shows_everything_and_runs_nothing(tmp_path):
         "Evaluation",
         "Samples",
         "Checkpoints",
-        "Cost",
         "Environment",
         "Result",
         "Configuration",
     ):
         assert f"<h2>{title}</h2>" in text
     assert "<script" not in text and "\x1b" not in text and "http" not in text.replace("http-equiv", "")
-    assert "&lt;script&gt;" in text and text.count("<svg") == text.count("</svg>") >= 10
-    markdown = md_report(run)
-    assert "<script" not in markdown and "\x1b" not in markdown and "stream" in markdown and "gate\\_mean" in markdown
+    assert "&lt;script&gt;" in text and text.count("<svg") == text.count("</svg>") >= 8
+    row = md_table(["a|b"], [["<script>\x1b[31m|_x_"]])
+    assert row.splitlines()[-1] == r"| &lt;script&gt;\\x1b\[31m\|\_x\_ |"
 
 
 def test_a_spike_is_drawn_inside_the_frame(tmp_path):
@@ -379,7 +380,7 @@ def test_a_report_of_a_run_that_died_early_is_still_a_report(tmp_path):
         '{"kind": "step", "step": 1, "loss": NaN}\n{"kind": "val", "step": "x"}\n[1]\n{"ki'
     )
     run = open_run(tmp_path / "run")
-    assert "unfinished" in html_report(run) and "unfinished" in md_report(run)
+    assert "unfinished" in html_report(run)
     assert run.metrics.damaged == 1 and run.metrics.curves["loss"].bad == 1
 
 
@@ -421,20 +422,17 @@ def test_any_events_make_a_report(tmp_path_factory, events, tail):
     folder = tmp_path_factory.mktemp("run")
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, events)) + "\n" + tail, encoding="utf-8")
     run = open_run(folder)
-    assert html_report(run, 1.0).endswith("</html>\n") and md_report(run)
+    assert html_report(run, 1.0).endswith("</html>\n")
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400), st.integers(1, 7))
 def test_a_curve_keeps_mean_and_range_of_everything_it_saw(ys, pieces):
-    curve = Curve(16)
+    curve = Curve()
     for part in np.array_split(np.array(ys), pieces):
         curve.extend(np.arange(len(part), dtype=float), part)
     x, m, low, high = curve.rows()
-    n = curve.buckets[2]
-    assert len(x) <= 16 and curve.count == len(ys) == n.sum()
-    assert (low.min(), high.max()) == (min(ys), max(ys)) and math.isclose(
-        (m * n[n > 0]).sum(), math.fsum(ys), abs_tol=1e-3
-    )
+    assert len(x) == min(BUCKETS, len(ys)) and list(curve.points[1]) == ys
+    assert (low.min(), high.max()) == (min(ys), max(ys)) and (low <= m + 1e-9).all() and (m <= high + 1e-9).all()
 
 
 def test_shares_mean_maximum_and_percentiles_of_the_norm_are_exact(tmp_path):
@@ -446,29 +444,19 @@ def test_shares_mean_maximum_and_percentiles_of_the_norm_are_exact(tmp_path):
     )
     rows = dict(grad_rows(open_run(tmp_path)))
     assert [rows[f"share above {limit}"] for limit in ("1", "100", "1,000")] == ["75.00%", "50.00%", "25.00%"]
-    assert (rows["max"], rows["mean"], rows["p50"]) == (3000.0, 3152.5 / 4, 76.0)
+    assert (rows["max"], rows["mean"], rows["p50"]) == ("3000", "788.1", "76")
 
 
 def test_the_report_tells_the_norms_the_gap_the_tokens_and_the_times(tmp_path):
     run = make_run(tmp_path / "run", mfu=0.412, parameters=81_920)
-    text = md_report(run, price=36.0)
-    for row in ("| p25 |", "| p50 |", "| p75 |", "| p95 |", "| mean |", "| max |", "| share above 1,000 | 0.00% |"):
-        assert row in text
-    assert "| utilisation of the peak | 41.2% |" in text and "compute-optimal) | 20.00 |" in text
-    assert "last train-validation gap" in text and "| train | 20 |" in text and "| cost |" in text
-
-
-def test_a_long_run_is_thinned_and_nothing_rare_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr("records.run.CHUNK", 1 << 12)
-    monkeypatch.setattr("records.run.MAX_STEPS", 500)
-    lines = [step_line(s, 4000, 3.0) for s in range(1, 4001)]
-    lines[1234] = '{"kind": "step", "step": 1235, "loss": NaN}'
-    lines.insert(2000, '{"kind": "alert", "step": 2000, "what": "x"}')
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("\n".join(lines) + "\n")
-    metrics = read_metrics(path)
-    assert metrics.every >= 4 and metrics.curves["loss"].count < 1100
-    assert metrics.curves["loss"].bad == 1 and metrics.counts["alert"] == 1
+    names = ["p25", "p50", "p75", "p95", "mean", "max", *(f"share above {n}" for n in ("1", "100", "1,000"))]
+    assert [name for name, _ in grad_rows(run)] == names and dict(grad_rows(run))["share above 1,000"] == "0.00%"
+    tiles = dict(headline(run, price=36.0))
+    assert tiles["utilisation of the peak"] == "41.2%"
+    assert tiles["tokens a parameter (20 is compute-optimal)"] == "20" and tiles["cost"] == "0.22"
+    gap = 2.4 - run.metrics.curves["loss"].rows()[1][99]
+    assert float(tiles["last train-validation gap, nats"]) == pytest.approx(gap, abs=1e-4)
+    assert time_rows(run, price=36.0) == [["train", "20.00", "90.9%", "0.2000"], ["hessian", "2.00", "9.1%", "0.0200"]]
 
 
 def test_memory_stays_bounded_over_a_long_stream(tmp_path):
@@ -506,7 +494,7 @@ def test_the_ledger_keeps_every_run_and_flags_what_never_trained(tmp_path, capsy
     assert main(["ledger", "--file", str(ledger)]) == 0 and "4 runs, 2 flagged" in capsys.readouterr().out
 
 
-def test_the_leaderboard_sorts_and_filters(tmp_path, capsys):
+def test_the_leaderboard_is_sorted(tmp_path, capsys):
     ledger = tmp_path / "ledger.tsv"
     runs = [
         make_run(tmp_path / n, i, b, status=s)
@@ -515,12 +503,10 @@ def test_the_leaderboard_sorts_and_filters(tmp_path, capsys):
     main(["ledger", *(str(r.path) for r in runs), "--file", str(ledger)])
     rows = read_ledger(ledger)
     assert [r["run"] for r in leaderboard(rows)] == ["b", "c", "a"]
-    assert [r["run"] for r in leaderboard(rows, where=["status=finished", "val_bpb<1.18"])] == ["c"]
     assert [r["run"] for r in leaderboard(rows, "chunked", limit=1)] == ["b"]
     capsys.readouterr()
-    assert main(["list", "--file", str(ledger), "--json", "--where", "run=a"]) == 0
-    assert json.loads(capsys.readouterr().out)["val_bpb"] == "1.2"
-    assert main(["list", "--file", str(ledger), "--where", "nonsense"]) == 2
+    assert main(["list", "--file", str(ledger), "--json", "--limit", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["val_bpb"] == "1.1"
 
 
 def test_the_repositorys_ledger_has_the_header_of_this_version():
@@ -538,19 +524,6 @@ def test_a_row_names_its_commit_and_the_fields_that_were_changed(tmp_path, capsy
     capsys.readouterr()
     assert main(["list", "--file", str(tmp_path / "l.tsv")]) == 0
     assert "abc1234-dirty" in (told := capsys.readouterr().out) and "lr=0.02" in told
-
-
-def test_a_run_that_names_no_commit_gets_this_checkouts_only_if_it_is_its_source(tmp_path):
-    run = make_run(tmp_path / "a")
-    trainer = LEDGER.parents[1] / "train_gpt.py"
-    for source, known in (
-        (hashlib.sha256(trainer.read_bytes()).hexdigest()[:12], True),
-        ("0" * 12, False),
-        ("", False),
-    ):
-        stored = json.loads((run.path / "config.json").read_text())
-        (run.path / "config.json").write_text(json.dumps(stored | {"source": source}))
-        assert bool(re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", commit_of(Run(run.path)))) is known
 
 
 def test_a_ledger_of_another_shape_is_refused(tmp_path, capsys):
@@ -573,9 +546,8 @@ def test_compare_tests_records_and_lists_runs(tmp_path, capsys):
     assert main(["compare", str(new), str(old)]) == 0 and "not significant" in capsys.readouterr().out
     assert main(["compare", "--json", str(better[0].path), str(tmp_path / "x" / "run42")]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (
-        found["test"] is None and ["alerts", 1, 1] in found["rows"] and any("gate_mean" in r[0] for r in found["rows"])
-    )
+    assert found["test"] is None and ["BPB", pytest.approx(1.07), pytest.approx(1.08)] in found["rows"]
+    assert ["training seconds", 20.0, 20.0] in found["rows"] and ["bytes (largest)", 2000, 2000] in found["rows"]
 
 
 def test_another_tokenizer_is_compared_in_bits(tmp_path, capsys):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from records import stats
-from records.stats import Side, beta_regularised, seeds_needed, t_upper, welch
+from records.stats import Side, t_upper, welch
 
 # per-seed BPB as printed in the logs of the accepted records
 PR1493 = [1.08079352, 1.08103103, 1.08118408]
@@ -22,18 +22,20 @@ def test_the_t_distribution_has_its_textbook_values():
     # quantiles from printed tables: P(T > t) for t and degrees of freedom
     for t, df, p in ((6.314, 1, 0.05), (2.920, 2, 0.05), (4.541, 3, 0.01), (1.812, 10, 0.05), (2.326, 1e9, 0.01)):
         assert t_upper(t, df) == pytest.approx(p, rel=2e-3)
-    assert t_upper(0.0, 3.3) == 0.5 and t_upper(math.inf, 2) == 0.0 and t_upper(-math.inf, 2) == 1.0
+    assert (
+        t_upper(0.0, 3.3) == pytest.approx(0.5, abs=1e-9)
+        and t_upper(math.inf, 2) == 0.0
+        and t_upper(-math.inf, 2) == 1.0
+    )
     assert t_upper(1.0, 1.0) == pytest.approx(0.25, abs=1e-12)  # exact: the Cauchy distribution
 
 
-@given(st.floats(-50, 50), st.floats(0.5, 200))
-def test_the_two_tails_add_to_one(t, df):
-    assert t_upper(t, df) + t_upper(-t, df) == pytest.approx(1.0, abs=1e-12)
-
-
-@given(st.floats(0.2, 50), st.floats(0.2, 50), st.floats(0.001, 0.999))
-def test_the_incomplete_beta_is_symmetric(a, b, x):
-    assert beta_regularised(a, b, x) == pytest.approx(1 - beta_regularised(b, a, 1 - x), abs=1e-10)
+@given(st.floats(0, 50), st.sampled_from([1, 1.3, 2, 2.5, 4, 50]))
+def test_p_falls_with_t_and_matches_what_is_known_in_closed_form(t, df):
+    assert 0 <= t_upper(t + 0.1, df) < t_upper(t, df) <= 0.5 + 1e-9
+    assert t_upper(t, 1) == pytest.approx(math.atan2(1, t) / math.pi, rel=1e-9)
+    root = math.sqrt(2 + t * t)
+    assert t_upper(t, 2) == pytest.approx(1 / (root * (root + t)), rel=1e-9)  # (1 - t / root) / 2, without cancelling
 
 
 def test_published_p_values_are_reproduced():
@@ -52,19 +54,7 @@ def test_the_written_rule_wants_more_than_the_applied_one():
 
 def test_a_worse_record_is_never_significant():
     worse = stats.tested(Side("", PR1514, []), Side("", PR1493, []))
-    assert not worse["practice"] and worse["p"] > 0.97 and worse["seeds_needed_practice"] is None
-
-
-def test_seeds_needed_match_the_noise():
-    # gain 0.003 BPB at deviation 0.0007 against 0.005 nats of a CaseOps token
-    margin = 0.005 / (math.log(2) * 3.157152)
-    three, nine = (
-        Side("", [1 - d, 1.0, 1 + d] + [1.0 - d, 1.0 + d] * more, []) for d, more in ((0.0007, 0), (0.000703, 3))
-    )
-    assert seeds_needed(0.006, three, three, margin, 0.01) == 3
-    assert seeds_needed(margin / 2, three, three, margin, 0.01) is None
-    needed = [seeds_needed(g, nine, three, margin, 0.01) for g in (0.003, 0.004, 0.006)]
-    assert needed == sorted(needed, reverse=True) and None not in needed
+    assert not worse["practice"] and worse["p"] > 0.97
 
 
 def test_one_seed_is_no_test():
@@ -73,5 +63,5 @@ def test_one_seed_is_no_test():
 
 
 def test_equal_constants_have_no_evidence_either_way():
-    assert welch([1.0, 1.0], [1.0, 1.0]).p == 0.5
+    assert welch([1.0, 1.0], [1.0, 1.0]).p == pytest.approx(0.5, abs=1e-9)
     assert welch([1.0, 1.0], [0.9, 0.9]).p == 0.0

@@ -466,4 +466,4 @@ def test_the_other_launchers_go_from_text_to_a_report(script, ranks):
                           timeout=2400)  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     result = json.loads((folder / "result.json").read_text())
-    assert result["status"] == "finished" and result["world_size"] == ranks and (folder / "report.md").exists()
+    assert result["status"] == "finished" and result["world_size"] == ranks and (folder / "report.html").exists()
