@@ -2,7 +2,7 @@
 # Without a GPU: what torch.compile makes of training at its true size, as CUDA. One table, a row when it exists: graphs
 # (forward+backward, after two steps), breaks, GB saved for the backward pass, parameters without a gradient, operators
 # and code in double precision or of powers and angles, launches of a pass and the GB it moves, seconds. Exit code 1 if
-# a row has a fault, which is then told. An hour on one core; needs g++ and the CPU build of torch.
+# a row has a fault, which is then told. Half an hour on one core; needs g++ and the CPU build of torch.
 #   bash run_scripts/trace_gpu.sh            every profile and layer type, the Hessians' pass, the packed file, kernels
 #   bash run_scripts/trace_gpu.sh PROFILE [field=value ...] [+ PROFILE ...]     these models alone
 set -euo pipefail
