@@ -5,7 +5,6 @@ and no lane learns from another, which may hold later text. All chunks have one 
 length would be a function of text not yet scored.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -34,11 +33,12 @@ class LaneAdapters:
     def __init__(self, linears: dict[str, nn.Module], lanes: int, rank: int):
         require_linears(linears)
         self.leaves, self.unused, draw = [], set(linears), torch.Generator().manual_seed(0)
-        sizes = [linear.weight.shape for linear in linears.values()]
-        self.shapes = [[(rank, inputs) for _, inputs in sizes], [(outputs, rank) for outputs, _ in sizes]]
-        down = torch.cat([torch.randn(rank, inputs, generator=draw).flatten() / inputs**0.5 for _, inputs in sizes])
-        down = down.to(next(iter(linears.values())).weight.device).repeat(lanes, 1)
-        self.weights = [down, down.new_zeros(lanes, sum(outputs * rank for outputs, _ in sizes))]
+        shapes = [linear.weight.shape for linear in linears.values()]
+        down = [torch.randn(rank, inputs, generator=draw).flatten() / inputs**0.5 for _, inputs in shapes]
+        up = [torch.zeros(outputs * rank) for outputs, _ in shapes]
+        self.sizes = [[len(part) for part in parts] for parts in (down, up)]
+        device = next(iter(linears.values())).weight.device
+        self.weights = [torch.cat(parts).repeat(lanes, 1).to(device) for parts in (down, up)]
         self.hooks = [m.register_forward_hook(self.bypass(i, name)) for i, (name, m) in enumerate(linears.items())]
 
     def aim(self, live: torch.Tensor) -> None:
@@ -51,9 +51,10 @@ class LaneAdapters:
             x = inputs[0]
             if not self.leaves:  # a window's first linear: one cast for all, and so one gradient
                 self.leaves = [weight.detach().to(x.dtype).requires_grad_() for weight in self.weights]
-                self.parts = [split_rows(leaf, shapes) for leaf, shapes in zip(self.leaves, self.shapes)]
-            down, up = (parts[i] for parts in self.parts)  # A (B, R, I), B (B, U, R)
-            return torch.baddbmm(output, x @ down.mT * self.live, up.mT)
+                self.parts = [leaf.split(sizes, 1) for leaf, sizes in zip(self.leaves, self.sizes)]
+            down, up = (parts[i] for parts in self.parts)
+            down, up = down.unflatten(1, (-1, x.shape[-1])), up.unflatten(1, (output.shape[-1], -1))
+            return torch.baddbmm(output, x @ down.mT * self.live, up.mT)  # A (B, R, I), B (B, U, R)
 
         return hook
 
@@ -65,12 +66,6 @@ class LaneAdapters:
     def close(self) -> None:
         for hook in self.hooks:
             hook.remove()
-
-
-def split_rows(rows: torch.Tensor, shapes: list[tuple[int, int]]) -> list[torch.Tensor]:
-    """Rows (B, N) as tensors (B, *shape), one after another."""
-    parts = rows.split([math.prod(shape) for shape in shapes], 1)
-    return [part.unflatten(1, shape) for part, shape in zip(parts, shapes)]
 
 
 class SharedWeights:
@@ -118,10 +113,8 @@ class LaneAdam:
     def step(self, grads: Iterable[torch.Tensor], share: torch.Tensor) -> None:
         """One step, of each lane in proportion to its share (B, 1)."""
         grads = [grad.reshape(row.shape) for grad, row in zip(grads, self.rows)]
-        norms = [
-            torch.linalg.vector_norm(grad, dim=1, keepdim=True, dtype=row.dtype) for grad, row in zip(grads, self.rows)
-        ]
-        factor = TTT_CLIP / torch.stack(norms).norm(dim=0).clamp(min=TTT_CLIP)
+        norms = [torch.linalg.vector_norm(grad, dim=1, dtype=share.dtype) for grad in grads]
+        factor = (TTT_CLIP / torch.stack(norms).norm(dim=0).clamp(min=TTT_CLIP)).unsqueeze(1)
         for row, grad, second, steps, ahead in zip(self.rows, grads, self.second, self.steps, self.ahead):
             steps += 1
             young = (1 - TTT_BETA2 ** (steps + ahead)).sqrt()
@@ -183,7 +176,7 @@ class LaneLearner(Learner):
         self.block = block.clip(min=self.block)
         self.starts = self.starts + ((x == self.s.bos) & charged).sum(1)
         count, width = taught.sum(1, keepdims=True), taught.shape[1]
-        # of each token: a mean per lane, so lanes stay apart; of each step: few tokens make a small one, none none
+        # of a token: a mean per lane, so lanes stay apart; of a step: few tokens make a small one, none none
         shares = np.hstack([taught / count.clip(min=1), count / width]).astype(np.float32)
         weight, share = on_device(shares, self.device).split([width, 1], 1)
         with memory_named(f"a backward through {len(taught)} lanes of ttt_chunk={width} tokens", "ttt_chunk"):
