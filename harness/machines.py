@@ -1,8 +1,7 @@
 """What an evaluation takes on a machine that is not at hand, from what its rounds make a machine do.
 
 A round's seconds are those of its slower side, the host that launches kernels one by one or the device that multiplies
-and moves, and every wait of the host for the device. What the compiler fuses launches and moves less: Inductor's code
-for the flagship's forward has 336 launches and 73.7 GB where its operations are 1,312 and 290 GB.
+and moves, and every wait of the host for the device.
 """
 
 import dataclasses
@@ -15,7 +14,6 @@ from harness.costs import Costs
 from harness.round_costs import Work, round_costs
 from train_gpt import GPT, Config, eval_settings, flops_per_token
 
-FUSED = 0.26  # of the launches and bytes of a forward, once it is compiled
 COUNTED = 64  # tokens of a window that is counted; a longer one does as much a token
 TRAINING = 0.5  # of these products: a step moves bytes for as long as it multiplies
 VALIDATION_TOKENS = {1024: 62_021_846, 8192: 40_540_802}  # of the official text, by vocabulary
@@ -70,8 +68,6 @@ def mode_rounds(c: Config, model: GPT, mode: str, tokens: int, world: int) -> Ro
         extended(one.forward, two.forward, wider),
         extended(one.around, two.around, wider * one.rounds / parts),
     )
-    if not how.learns:  # hooks of adapters and a graph to learn from are not compiled
-        forward = forward._replace(launches=round(FUSED * forward.launches), bytes=round(FUSED * forward.bytes))
     return Rounds(max(groups_per_rank(mode, s, world)) * -(-tokens // (s.eval_lanes * step)), parts, forward, around)
 
 
@@ -85,6 +81,7 @@ def planned(c: Config, name: str, tokens: int, world: int) -> Costs:
     """On so many devices of a kind."""
     torch.manual_seed(0)
     machine, model = MACHINES[name], GPT(c).eval()
+    model.dtype = torch.bfloat16
     modes = {mode: mode_rounds(c, model, mode, tokens, world).seconds(machine) for mode in c.eval_modes}
     step = c.batch_tokens * flops_per_token(c) / (TRAINING * machine.flops * world)
     return Costs([(0.0, step)], modes, f"counted, at {machine.said()} of {name}", sure=True)
