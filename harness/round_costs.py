@@ -21,11 +21,19 @@ from eval.modes import EVAL_MODES, adapt_lanes, mode_groups, mode_settings
 from eval.score import EvalSettings
 
 # where the host asks the device for a number, or for the size of a tensor
-WAITS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "bincount"}
-WAITS |= {"_unique2", "unique_consecutive", "unique_dim"}
+WAITS = {
+    "_local_scalar_dense",
+    "equal",
+    "is_nonzero",
+    "nonzero",
+    "masked_select",
+    "bincount",
+    "_unique2",
+    "unique_consecutive",
+}
 # what these look up or write to counts by what is read and written, not by its size
-TABLES = {"take", "gather", "index", "index_select", "embedding", "index_put_", "index_fill_", "_index_put_impl_"}
-TABLES |= {"scatter", "scatter_", "scatter_add_"}
+READ = {"take", "gather", "index", "index_select", "embedding"}
+WRITTEN = {"index_put_", "index_fill_", "_index_put_impl_", "scatter", "scatter_", "scatter_add_"}
 
 
 class Work(NamedTuple):
@@ -59,7 +67,7 @@ class OperationCounter(TorchDispatchMode):
         flops = flop_registry.get(op._overloadpacket, lambda *args, **kwargs: 0)(*args, **kwargs, out_val=out)
         launches = not op.is_view and not name.removeprefix("new_").startswith(("empty", "_local_scalar"))
         new = () if name.endswith("_") else [out]
-        size = launches and moved([*args[name in TABLES :], *kwargs.values(), new])
+        size = launches and moved([*args[name in READ | WRITTEN :], *kwargs.values(), new])
         more = Work(launches, name in WAITS or asks_by_mask(name, args), flops, size)
         self.costs = Work(*(a + b for a, b in zip(self.costs, more)))
         self.names[name] = self.names.get(name, 0) + launches
