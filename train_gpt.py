@@ -155,7 +155,7 @@ class Config:
     rule: str = structural("ls", "ternary threshold and scale: absmean, rms or ls")
     rounding: str = structural("gptq", "how matrices that trained on no grid are rounded", "ROUNDINGS")
     clip: float = free(12.0, "int-k clip in standard deviations of the row")
-    code_bytes: int = free(48_000, "bytes of the cap set aside for the packed code")
+    code_bytes: int = free(50_000, "bytes of the cap set aside for the packed code")
     # optimisation
     optimizers: tuple[str, ...] = structural(("muon", "adamw"), "of the matrices, and of the rest", "OPTIMIZERS")
     matrix_lr: float = free(0.03, "peak rate of the matrices")
@@ -250,7 +250,7 @@ PROFILES = {  # what one would type after the name of the program
         layers=AKAAKAASAAA parts=reset,unet,smear,null,xsa,gate,spectral,qat dim=768 heads=12 kv_heads=4
         vocab=8192 embed_rank=256 softcap=10 z_loss=0.0001 seq_len=2048 window=1024 batch_tokens=524288
         micro_tokens=65536 max_seconds=600 reserve_seconds=8 eval_modes=stream,all eval_lanes=512 eval_batch=64
-        code_bytes=50000 data=datasets/sp8192
+        data=datasets/sp8192
     """,
     "frontier": """
         layers=AAAAAAAAAAA parts=reset,unet,smear,null,xsa,gate dim=512 heads=8 kv_heads=4 vocab=8192 conv_taps=0

@@ -52,7 +52,7 @@ def test_work_is_shared_by_ranks_and_rounds_follow_from_lanes():
 def test_a_plan_for_another_machine_says_what_it_cannot_know(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("runtime.ranks.matmul_rate", lambda device, dtype: 1e10)
     words = ["--profile", "tiny", "--device", "h100", "--json", f"data={tmp_path / 'none'}", "vocab=1024"]
-    words += ["eval_lanes=8", "eval_batch=1", "batch_tokens=1024", "micro_tokens=128", "seq_len=32"]
+    words += ["eval_lanes=4096", "eval_batch=512", "batch_tokens=1024", "micro_tokens=128", "seq_len=32"]
     assert preflight_command([*words, "--ranks", "8"], {}) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["checks"]}
     assert [rows[name]["ok"] for name in ("devices", "disk", "logs", "data")] == [None] * 4
