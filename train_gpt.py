@@ -248,9 +248,9 @@ PROFILES = {  # what one would type after the name of the program
     """,
     "skc_competition": """
         layers=AKAAKAASAAA parts=reset,unet,smear,null,xsa,gate,spectral,qat dim=768 heads=12 kv_heads=4
-        vocab=8192 embed_rank=256 softcap=10 z_loss=0.0001 seq_len=2048 window=1024 batch_tokens=524288
-        micro_tokens=65536 max_seconds=600 reserve_seconds=8 eval_modes=stream,all eval_lanes=512 eval_batch=64
-        data=datasets/sp8192
+        vocab=8192 embed_rank=384 mix_rank=16 softcap=10 z_loss=0.0001 seq_len=2048 window=1024
+        batch_tokens=524288 micro_tokens=65536 max_seconds=600 reserve_seconds=8 eval_modes=stream,all eval_lanes=512
+        eval_batch=64 data=datasets/sp8192
     """,
     "frontier": """
         layers=AAAAAAAAAAA parts=reset,unet,smear,null,xsa,gate dim=512 heads=8 kv_heads=4 vocab=8192 conv_taps=0
