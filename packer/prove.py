@@ -56,7 +56,7 @@ def register_here(op, device, function=None):
 def attend(q, k, v, block_mask, enable_gqa):
     places = torch.meshgrid(*map(torch.arange, (len(q), 1, q.shape[2], k.shape[2])), indexing="ij")
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, block_mask.mask_mod(*places), enable_gqa=True)
-CustomOpDef.register_kernel, torch.compile, flex.flex_attention = register_here, lambda f: f, attend
+CustomOpDef.register_kernel, torch.compile, flex.flex_attention = register_here, lambda f, **how: f, attend
 torch.Tensor.is_cuda = property(lambda tensor: first(sys._getframe(1).f_code))
 """
 # ends with the first checkpoint, as a pulled plug does
