@@ -33,7 +33,7 @@ WAITS = {
 }
 # what these look up or write to counts by what is read and written, not by its size
 READ = {"take", "gather", "index", "index_select", "embedding"}
-WRITTEN = {"index_put_", "index_fill_", "_index_put_impl_", "scatter", "scatter_", "scatter_add_"}
+TABLES = READ | {"index_put_", "index_fill_", "_index_put_impl_", "scatter", "scatter_", "scatter_add_"}
 
 
 class Work(NamedTuple):
@@ -67,7 +67,7 @@ class OperationCounter(TorchDispatchMode):
         flops = flop_registry.get(op._overloadpacket, lambda *args, **kwargs: 0)(*args, **kwargs, out_val=out)
         launches = not op.is_view and not name.removeprefix("new_").startswith(("empty", "_local_scalar"))
         new = () if name.endswith("_") else [out]
-        size = launches and moved([*args[name in READ | WRITTEN :], *kwargs.values(), new])
+        size = launches and moved([*args[name in TABLES :], *kwargs.values(), new])
         more = Work(launches, name in WAITS or asks_by_mask(name, args), flops, size)
         self.costs = Work(*(a + b for a, b in zip(self.costs, more)))
         self.names[name] = self.names.get(name, 0) + launches
