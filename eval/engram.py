@@ -7,7 +7,8 @@ touched: Z' = 1 + sum over seen v of p(v) (e^delta_v - 1). The key of a row is a
 to come.
 
 A lane has `rows` rows; a row is one context and its first `ways` distinct continuations. A context seen once gives way
-to a newcomer on its row, one seen twice stays: a rule of arrival alone, so counts do not depend on how a stream is cut.
+to a newcomer on its row, one seen twice stays; after every `rows` / 2 tokens all counts are halved, so what does not
+come back gives way as well. Rules of arrival alone: counts do not depend on how a stream is cut.
 """
 
 import math
@@ -32,7 +33,7 @@ class EvalEngram:
     def __init__(self, lanes: int, rows: int, ways: int, min_count: int, alpha: np.ndarray, device: torch.device):
         if alpha.shape != ENGRAM_ALPHA_SHAPE:
             raise ValueError(f"the engram's alpha table is {alpha.shape}, expected {ENGRAM_ALPHA_SHAPE}; fit it again")
-        self.rows, self.min_count = rows, min_count
+        self.rows, self.min_count, self.age = rows, min_count, 0  # tokens since counts were halved
         self.alpha = torch.as_tensor(alpha, dtype=torch.float32, device=device)
         self.edges = torch.tensor(ENGRAM_ENTROPY_EDGES, device=device)
         self.orders = torch.arange(1, MEMORY_ORDERS + 1, device=device)
@@ -83,12 +84,29 @@ class EvalEngram:
 
     def absorb(self, x: torch.Tensor, y: torch.Tensor, charged: torch.Tensor) -> None:
         """Count the pairs of positions already charged, in order; x continues where the last call ended."""
+        period = max(1, self.rows // 2)
+        while x.shape[1]:
+            room = period - self.age
+            self.absorb_part(x[:, :room], y[:, :room], charged[:, :room])
+            self.age += min(room, x.shape[1])
+            if self.age == period:
+                self.halve()
+            x, y, charged = x[:, room:], y[:, room:], charged[:, room:]
+
+    def absorb_part(self, x: torch.Tensor, y: torch.Tensor, charged: torch.Tensor) -> None:
         tags, rows = self.contexts(x)
         self.tail = torch.cat([self.tail, x], 1)[:, 1 - MEMORY_ORDERS :]
         rows = torch.where(charged.unsqueeze(-1) & (tags != 0), rows, self.spare).flatten()
         rows, order = rows.sort(stable=True)  # a row's in order of arrival
         seated = self.seat(rows, tags.take(order))
         self.count(rows, torch.where(seated, rows, self.spare), y.take(order // MEMORY_ORDERS))
+
+    def halve(self) -> None:
+        """Half of all counts: a context seen once is forgotten, a continuation of the others never is."""
+        self.age = 0
+        self.total >>= 1
+        self.tag *= self.total > 0
+        self.held[:, 1] -= self.held[:, 1] >> 1
 
     def seat(self, rows: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
         """Decide which context owns each touched row, as if they came one by one; True where a pair is the owner's."""
