@@ -32,7 +32,7 @@ from eval.journal import Journal
 from eval.modes import EVAL_MODES, evaluate_modes, fit_engram, fit_temperature
 from eval.score import EvalSettings, evaluating, red_flags
 from eval.tokens import byte_table, sidecar_bytes, stream_bytes
-from export.budget import BYTE_CAP, check_budget, describe, solve_budget
+from export.budget import BYTE_CAP, check_budget, describe, fill_budget, solve_budget
 from export.container import Row, artifact_fields, check_model, check_shipped, pack, row_parts, unpack, write_artifact
 from export.gptq import ROUNDINGS, CurvatureCollector, felt, gptq_rounding, gptq_rows
 from export.quantise import STEP_CODECS, int_grid, int_value
@@ -102,6 +102,7 @@ PARTS = {  # optional parts of the model, switched on by naming them in `parts`
     "spectral": "capsules: the causal Walsh filter bank on their input",
     "static": "capsules: decays that do not depend on the token (ablation)",
     "qat": "matrices and embeddings train on the grid of the codec they ship in",
+    "fill": "embeddings ship in finer or coarser steps than they train in, so that the file fills the cap",
     "untied": "the head has a matrix of its own",
     "plain": "the least code: no fused loss, no buckets of gradients, no entropy coder but brotli's",
     "carry": "training follows lanes of consecutive windows and carries their detached state",
@@ -247,7 +248,7 @@ PROFILES = {  # what one would type after the name of the program
         eval_modes=sliding eval_lanes=512 eval_batch=64 data=datasets/sp1024
     """,
     "skc_competition": """
-        layers=AKAAKAASAAA parts=reset,unet,smear,null,xsa,gate,spectral,qat dim=768 heads=12 kv_heads=4
+        layers=AKAAKAASAAA parts=reset,unet,smear,null,xsa,gate,spectral,qat,fill dim=768 heads=12 kv_heads=4
         vocab=8192 embed_rank=384 mix_rank=16 softcap=10 z_loss=0.0001 seq_len=2048 window=1024
         batch_tokens=524288 micro_tokens=65536 max_seconds=600 reserve_seconds=8 eval_modes=stream,all eval_lanes=512
         eval_batch=64 data=datasets/sp8192
@@ -309,6 +310,7 @@ def check_config(c: Config) -> None:
         (not c.max_steps and not c.max_seconds, "no limit: set max_steps or max_seconds"),
         ("trellis" in [trained_codec(c, f) if c.reserve_seconds else row.codec for f, row in families(c).items()],
          "codec trellis is a path found after training: set reserve_seconds, leave qat out of parts, engrams in int6"),
+        ("fill" in c.parts and "qat" not in c.parts, "part fill is of embeddings that trained on their grid: add qat"),
         ("plain" in c.parts and c.reserve_seconds and "qat" not in c.parts, "plain, reserve_seconds: choose one"),
         (0 < c.max_seconds <= c.reserve_seconds, f"reserve_seconds {c.reserve_seconds} leaves nothing of max_seconds"),
     ]:  # fmt: skip
@@ -1147,8 +1149,9 @@ def shipping_parameters(c: Config, model: GPT) -> dict[str, tuple[nn.Parameter, 
 
 def trained_on_grid(c: Config, model: GPT) -> dict[str, nn.Parameter]:
     """Parameters that must ship as they trained, bit for bit; the others are rounded at the end."""
+    late = ("embed",) if "fill" in c.parts else ()
     rows = shipping_parameters(c, model).items()
-    return {name: p for name, (p, family) in rows if trained_codec(c, family) != "fp32"}
+    return {name: p for name, (p, family) in rows if trained_codec(c, family) != "fp32" and family not in late}
 
 
 def choose_weights(c: Config, rt: Runtime, run: Run, log: Log) -> None:
@@ -1174,17 +1177,18 @@ def training_loss(c: Config, rt: Runtime, run: Run, batches: int = 4) -> float:
 
 def pack_rows(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> bytes:
     """On their grid already, or rounded by what the loss feels, in the bytes that plain steps of `clip` would take."""
-    meta = {"config": artifact_config(c, rt), "eval": eval_constants(c, rt, run, log)}
-    if "qat" in c.parts or not (c.reserve_seconds or c.rounding in ("lite", "lite_gptq")):
-        clips = {row.codec: c.clip for row in rows}
-        return pack(rows, meta, group=c.group, rule=c.rule, clips=clips, coded="plain" not in c.parts)
+    meta, room = {"config": artifact_config(c, rt), "eval": eval_constants(c, rt, run, log)}, BYTE_CAP - c.code_bytes
     grid, trained = grid_settings(c), trained_on_grid(c, run.model)
+    if "qat" in c.parts or not (c.reserve_seconds or c.rounding in ("lite", "lite_gptq")):
+        if "fill" in c.parts:
+            return fill_budget(rows, meta, room, [row.name for row in rows if row.name not in trained], **grid)
+        return pack(rows, meta, coded="plain" not in c.parts, **grid)
     curves = curvature(c, rt, run, log) if c.reserve_seconds and c.rounding in ("gptq", "lite_gptq") else {}
     rows = [row._replace(parts=row_parts(row, **grid)) if row.name in trained else row for row in rows]
     blob = pack(gptq_rows(rows, curves, rounding=c.rounding, **grid), meta, coded="plain" not in c.parts, **grid)
     if any(row.codec in STEP_CODECS and row.parts is None and row.name not in curves for row in rows):
         return blob
-    target, felts = min(len(blob), BYTE_CAP - c.code_bytes), {name: felt(curve) for name, curve in curves.items()}
+    target, felts = min(len(blob), room), {name: felt(curve) for name, curve in curves.items()}
     return solve_budget(rows, meta, target, felts, quantise=gptq_rounding(curves), fill=0.5, **grid)[0]
 
 
@@ -1335,7 +1339,7 @@ def make_artifact(c: Config, rt: Runtime, val: Validation, saved: dict | None, l
     if facts["status"] == "finished":
         facts |= export_model(c, rt, run, log)
         with log.phase("validate"):  # a model off its grid is not the one that ships: both are scored
-            live = {} if "qat" in c.parts else validate(c, rt, run.model, val, log)
+            live = {} if "qat" in c.parts and "fill" not in c.parts else validate(c, rt, run.model, val, log)
         facts |= {f"live_{name}": value for name, value in live.items()}
     return facts
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from export.codecs import ALPHABETS, CODECS
-from export.container import Planes, Row, pack, read_planes
+from export.container import Planes, Row, pack, read_planes, row_parts
 from export.entropy import TABLE_BITS, choice_bits, learn_book, row_counts, row_entropy
 from export.quantise import INT_BITS, STEP_CODECS, Parts, from_grid, int_levels, int_round, int_value, to_grid
 from export.trellis import trellis_grid
@@ -231,6 +231,28 @@ def solve_budget(
             f"{weights:,} free weights take some 0.5 to 7 bits each"
         )
     return best[0], [curve.line(row) for row, curve in zip(best[1], curves)]
+
+
+def fill_budget(rows: list[Row], meta: dict, target: int, late: list[str], **grid) -> bytes:
+    """The artifact whose `late` rows take what the others leave of `target` bytes, by the clip of their grid.
+
+    The clip stays within a factor of two of its own: a model far too small for the cap is not filled, and one that is
+    too large comes out as small as that allows, over the target.
+    """
+    weights, best = sum(row.tensor.numel() for row in rows if row.name in late), b""
+    factor, low, high = 1.0, 0.5, 2.0
+    for _ in range(ATTEMPTS):
+        steps = grid | {"clips": {codec: clip * factor for codec, clip in grid["clips"].items()}}
+        chosen = [row._replace(parts=row_parts(row, **steps)) if row.name in late else row for row in rows]
+        blob = pack(chosen, meta, **grid)
+        if len(best) < len(blob) <= target:
+            best = blob
+        low, high = (factor, high) if len(blob) > target else (low, factor)
+        before, factor = factor, factor * 2 ** (8 * (len(blob) - 0.9995 * target) / weights)
+        factor = min(max(factor, low), high)
+        if factor == before or 0.999 * target <= len(blob) <= target:
+            break
+    return best or blob
 
 
 def _is_free(row: Row) -> bool:

@@ -2,6 +2,7 @@
 
 import time
 from itertools import islice
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -61,7 +62,7 @@ def measured(c: Config, rt: Runtime, seconds: float) -> Costs:
 
 
 def step_seconds(rt: Runtime, run: Run, phase: int, budget: float) -> float:
-    """Of an optimizer step; the first one warms up."""
+    """Of an optimizer step, the median; the first one warms up."""
     loss = compiled(rt, run.model.loss)
 
     def step() -> None:
@@ -72,15 +73,16 @@ def step_seconds(rt: Runtime, run: Run, phase: int, budget: float) -> float:
     run.model.train()
     run.model.phase, run.model.carried = phase, None
     step()
-    began, steps = time.perf_counter(), 0
-    while not steps or time.perf_counter() - began < budget:
+    times = []
+    while not times or sum(times) < budget:
+        began = time.perf_counter()
         step()
-        steps += 1
-    return (time.perf_counter() - began) / steps
+        times.append(time.perf_counter() - began)
+    return median(times)
 
 
 def token_seconds(c: Config, run: Run, val: Validation, mode: str, budget: float) -> float:
-    """Of a scored token, by whole windows; the first one warms up, and counts only where it is all there is."""
+    """Of a scored token, the median of windows; the first one warms up, and counts only where it is all there is."""
     s, alpha, how = eval_settings(c), np.ones(ENGRAM_ALPHA_SHAPE, np.float32), EVAL_MODES[mode]
     lanes = mode_groups(val.tokens, val.bytes, mode, s)[0]
     rounds = s.eval_seq_len // s.engram_chunk if how.remembers and not how.learns else 1  # of a window
@@ -88,7 +90,6 @@ def token_seconds(c: Config, run: Run, val: Validation, mode: str, budget: float
     rates, began, spent = [], time.perf_counter(), 0.0
     while (len(rates) < 2 or spent < budget) and (window := list(islice(spans, len(lanes) * rounds))):
         tokens, now = sum(span.stop - span.start for span in window), time.perf_counter()
-        rates.append((now - began, tokens))
+        rates.append((now - began) / tokens)
         spent, began = spent + now - began, now
-    took, tokens = np.sum(rates[1:] or rates, axis=0)
-    return float(took / tokens)
+    return median(rates[1:] or rates)

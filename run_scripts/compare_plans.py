@@ -18,7 +18,7 @@ RUNS = {
     "Koopman": "layers=KKKK dim=128",
     "capsules": "layers=SSS dim=128",
     "int6, rounded after training": "layers=AKSA dim=192 parts=reset,unet weight_codec=int6 embed_codec=int7",
-    "int8, plain": "layers=AAAA dim=128 parts=unet,plain weight_codec=int8 embed_codec=int8 conv_taps=0 reserve_seconds=0",
+    "int8, plain": "reserve_seconds=0 layers=AAAA dim=128 parts=unet,plain weight_codec=int8 embed_codec=int8",
     "untied head": "layers=AK dim=256 parts=reset,untied,qat",
     "loop": "layers=AAAAAA dim=128 loop=2,3,3",
     "n-gram tables": "layers=AAA dim=128 engram_layers=1 engram_rows=16384",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from export.__main__ import export_main
-from export.budget import RateCurve, balance, check_budget, describe, plan_bytes, savings, solve_budget
+from export.budget import RateCurve, balance, check_budget, describe, fill_budget, plan_bytes, savings, solve_budget
 from export.container import Row, pack, unpack
 from export.quantise import int_grid, int_levels, int_value
 
@@ -112,6 +112,29 @@ def test_fixed_rows_keep_their_codec_and_their_bytes_are_counted():
     blob, _ = solve_budget([*fixed, *rows], {}, 50_000, felt)
     assert 0.998 * 50_000 <= len(blob) <= 50_000
     assert {line["name"]: line["codec"] for line in describe(blob)["tensors"]}["t"] == "ternary"
+
+
+@pytest.mark.parametrize("share", [0.97, 1.0, 1.03])
+def test_the_last_steps_fill_the_cap_and_never_cross_it(share):
+    """Whether the other rows came out smaller or larger than planned."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [Row("trunk", torch.randn(1024, 512, generator=generator), "ternary")]
+    rows += [Row("embed", torch.randn(1024, 128, generator=generator), "int6")]
+    grid = {"group": 128, "rule": "ls", "clips": {"int6": 12.0}}
+    target = int(share * len(pack(rows, {}, **grid)))
+    blob = fill_budget(rows, {}, target, ["embed"], **grid)
+    assert 0.998 * target <= len(blob) <= target
+    before, after = (unpack(file)[0] for file in (pack(rows, {}, **grid), blob))
+    assert torch.equal(before["trunk"], after["trunk"])
+    finer = [(file["embed"] - rows[1].tensor).square().sum() for file in (before, after)]
+    assert (finer[1] < finer[0]) == (len(blob) > len(pack(rows, {}, **grid)))
+
+
+@pytest.mark.parametrize("target", [1000, 10_000_000])
+def test_a_cap_out_of_reach_moves_the_steps_by_a_factor_of_two_and_no_more(target):
+    rows, grid = [Row("embed", torch.randn(256, 128), "int6")], {"group": 128, "rule": "ls", "clips": {"int6": 12.0}}
+    clip = {1000: 24.0, 10_000_000: 6.0}[target]
+    assert fill_budget(rows, {}, target, ["embed"], **grid) == pack(rows, {}, **(grid | {"clips": {"int6": clip}}))
 
 
 def test_every_tensor_pays_the_same_price_for_a_bit():

@@ -2,12 +2,14 @@
 
 import json
 import subprocess
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from data.manifest import describe_files, write_manifest
-from harness.costs import Costs, measured
+from harness import costs as costs_module
+from harness.costs import Costs, measured, step_seconds
 from harness.findings import Finding, as_json, at_most, refusal, unknown
 from harness.plan import Plan, saved_bytes
 from harness.preflight import (
@@ -237,6 +239,20 @@ def test_an_impossible_batch_is_told_before_anything_is_checked(dataset, no_meas
     words = ["--profile", "tiny", f"data={dataset}", "batch_tokens=512", "micro_tokens=512"]
     with pytest.raises(ValueError, match="batch_tokens 512: not a multiple of micro_tokens x ranks, 1024"):
         preflight_command([*words, "--ranks", "2"], {})
+
+
+def test_a_step_that_something_else_held_up_does_not_count(monkeypatch):
+    """Of seven steps of a second one took a minute; the first, which warms up, is left out."""
+    took, now = iter([9.0, 1.0, 1.0, 1.0, 60.0, 1.0, 1.0, 1.0]), [0.0]
+
+    def work(*_):
+        now[0] += next(took)
+
+    monkeypatch.setattr(costs_module, "accumulate", work)
+    monkeypatch.setattr(costs_module, "compiled", lambda rt, loss: loss)
+    monkeypatch.setattr(costs_module.time, "perf_counter", lambda: now[0])
+    run = MagicMock()
+    assert step_seconds(MagicMock(), run, 0, budget=66.0) == 1.0
 
 
 def test_a_run_is_measured_by_doing_it(dataset, tmp_path, capsys, no_measurement):
