@@ -102,6 +102,7 @@ PARTS = {  # optional parts of the model, switched on by naming them in `parts`
     "spectral": "capsules: the causal Walsh filter bank on their input",
     "static": "capsules: decays that do not depend on the token (ablation)",
     "qat": "matrices and embeddings train on the grid of the codec they ship in",
+    "cautious": "weights decay only where the update shrinks them as well",
     "fill": "embeddings ship in finer or coarser steps than they train in, so that the file fills the cap",
     "untied": "the head has a matrix of its own",
     "plain": "the least code: no fused loss, no buckets of gradients, no entropy coder but brotli's",
@@ -166,8 +167,10 @@ class Config:
     weight_decay: float = free(0.0, "decoupled decay of matrices and embedding")
     schedule: str = structural("wsd", "rate over progress", "SCHEDULES")
     warmup: float = free(0.02, "share of the run that warms up", most=1)
-    decay: float = free(0.6, "share of the run that decays (wsd)", most=1)
+    decay: float = free(0.6, "share of the run that decays, straight (wsd) or as a cosine (wsc)", most=1)
     lr_floor: float = free(0.0, "last rate over peak rate", most=1)
+    momentum: float = free(0.95, "of Muon, once it has risen from 0.85", most=1)
+    momentum_warmup: float = free(0.05, "share of the run in which it rises", most=1)
     clip_norm: float = free(1.0, "gradient norm limit; 0 is none")
     ema: float = structural(0.0, "memory of the weight average as a share of the run; 0 is none", most=1)
     # data and run
@@ -804,7 +807,8 @@ class Optimizer:
         self.groups = []
         for (family, _), rows in stacks.items():
             row, grid = self.families[family], partial(GRIDS[trained_codec(c, family)], c)
-            self.groups.append(MasterGroup(family, rows, OPTIMIZERS[row.optimizer], grid, row.decays))
+            rule, cautious = OPTIMIZERS[row.optimizer], "cautious" in c.parts
+            self.groups.append(MasterGroup(family, rows, rule, grid, row.decays, cautious))
         self.params = [p for _, p, _ in family_rows(model)]
         self.buckets = (GradientSum if "plain" in c.parts else GradientBuckets)(ranks, self.params)
         self.project()
@@ -827,9 +831,10 @@ class Optimizer:
         """One update from the gradients at hand; returns their norms before clipping."""
         c, norms = self.c, clip_gradients(self.params, self.c.clip_norm)
         self.last_multiplier = self.multiplier(progress, step)
+        momentum = 0.85 + (c.momentum - 0.85) * min(1.0, progress / max(c.momentum_warmup, 1e-9))
         for g in self.groups:
             rate = self.families[g.family].rate * self.last_multiplier
-            g.update(rate, c.weight_decay, 0.85 + 0.1 * min(1.0, progress / 0.05), self.ranks)
+            g.update(rate, c.weight_decay, momentum, self.ranks)
             if g.family == "engram" and c.engram_keep < 1 and progress >= 0.5 and g.keep is None:
                 count = mean_over_ranks(self.ranks, self.model.engram.count)  # every rank met tokens of its own
                 g.keep = self.model.engram.keep_mask(c.engram_keep, count).unsqueeze(-1)
@@ -887,6 +892,7 @@ def accumulation(c: Config, rt: Runtime) -> int:
 
 SCHEDULES = {  # of progress, from 1 down to 0
     "wsd": lambda c, progress: min(1.0, (1 - progress) / max(c.decay, 1e-9)),
+    "wsc": lambda c, progress: 0.5 * (1 + math.cos(math.pi * max(0.0, 1 - (1 - progress) / max(c.decay, 1e-9)))),
     "cosine": lambda c, progress: 0.5 * (1 + math.cos(math.pi * progress)),
 }
 

@@ -15,8 +15,9 @@ from runtime.ranks import shared_out
 class MasterGroup:
     """Parameters of one family and shape, stacked (n, ...): masters, the update rule's slots, an average of masters."""
 
-    def __init__(self, family: str, rows: list[tuple], rule, grid: Callable, decays: bool):
-        self.family, self.rule, self.grid, self.decays, self.steps = family, rule, grid, decays, 0
+    def __init__(self, family: str, rows: list[tuple], rule, grid: Callable, decays: bool, cautious=False):
+        self.family, self.rule, self.grid, self.steps = family, rule, grid, 0
+        self.decays, self.cautious = decays, cautious  # cautious: only where the update shrinks a weight as well
         self.names, self.params = [name for name, _ in rows], [p for _, p in rows]
         self.master = torch.stack([p.detach().float() for p in self.params])
         self.slots = {name: torch.zeros_like(self.master) for name in rule.slots}
@@ -31,7 +32,8 @@ class MasterGroup:
         if hasattr(self.rule, "finish"):
             update = shared_out(ranks, self.rule.finish, update)
         if self.decays:
-            self.master.mul_(1 - rate * decay * awake)
+            where = awake * (update * self.master > 0) if self.cautious else awake
+            self.master.mul_(1 - rate * decay * where)
         self.master.sub_(rate * awake * update)
 
     def chosen(self, averaged: bool) -> torch.Tensor:

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from export.container import row_parts, unpack
 from harness.plan import parameter_table
+from optim.masters import MasterGroup
 from runtime.clock import Clock
 from runtime.fields import fields_hash, replay_line
 from runtime.ranks import Runtime
@@ -189,6 +191,39 @@ def test_progress_is_training_time_and_a_pause_does_not_move_it():
     assert clock.progress() == pytest.approx(0.3)
     time.now = 140
     assert clock.progress() == pytest.approx(0.4)
+
+
+def test_a_cosine_tail_begins_and_ends_with_the_straight_one_and_stays_above_it_at_first():
+    c = tiny(decay=0.5)
+    straight, bent = (partial(SCHEDULES[name], c) for name in ("wsd", "wsc"))
+    assert [bent(at) for at in (0.0, 0.5, 0.75, 1.0)] == pytest.approx([straight(at) for at in (0.0, 0.5, 0.75, 1.0)])
+    assert bent(0.6) > straight(0.6) and bent(0.9) < straight(0.9)
+
+
+def test_momentum_rises_over_its_share_of_the_run(monkeypatch):
+    c, heard = tiny(momentum=0.97, momentum_warmup=0.2), []
+    optimizer = Optimizer(c, GPT(c))
+    monkeypatch.setattr(optimizer.groups[0], "update", lambda rate, decay, momentum, ranks: heard.append(momentum))
+    for progress in (0.0, 0.1, 0.2, 0.9):
+        optimizer.step(progress, 1)
+    assert heard == pytest.approx([0.85, 0.91, 0.97, 0.97])
+
+
+def test_cautious_decay_spares_what_the_update_makes_larger():
+    for cautious, sides in ((False, (0.9, 0.9)), (True, (0.9, 1.0))):
+        p = torch.nn.Parameter(torch.ones(1, 2))
+        group = MasterGroup("matrix", [("p", p)], Signs, lambda w: w, True, cautious)
+        p.grad = torch.tensor([[1.0, -1.0]])  # the first weight shrinks, the second grows
+        group.update(rate=0.5, decay=0.2, momentum=0.0)
+        assert group.master[0, 0].tolist() == pytest.approx([sides[0] - 0.5, sides[1] + 0.5])
+
+
+class Signs:
+    slots = ()
+
+    @staticmethod
+    def direction(grad, slots, momentum, step):
+        return grad.sign()
 
 
 @pytest.mark.parametrize("speed", [0.5, 1.0, 2.0])
