@@ -23,6 +23,7 @@ from train_gpt import (
 )
 
 CHECKPOINT_BYTES = 16  # a weight: what is kept
+SAVED_WIDTHS = {"M": 41}  # numbers of a token that a mixer saves, over the width; of the others 10
 
 
 class Plan(NamedTuple):
@@ -81,8 +82,9 @@ def parameter_table(c: Config) -> dict[str, int]:
 
 def saved_bytes(c: Config) -> float:
     """For the backward of one forward pass of a rank: what was traced at full size, as a rule of thumb."""
-    slots = len(execution_order(c, looping=True))
-    return c.micro_tokens * (slots * c.dim * 2 * (10 + 4.2 * c.mlp_mult) + 4 * c.vocab)
+    layers = [c.layers[visit.layer] for visit in execution_order(c, looping=True)]
+    widths = sum(SAVED_WIDTHS.get(letter, 10) + 4.2 * c.mlp_mult for letter in layers)
+    return c.micro_tokens * (widths * c.dim * 2 + 4 * c.vocab)
 
 
 def plan(c: Config, rt: Runtime) -> Plan:
