@@ -81,36 +81,6 @@ def test_ranks_that_disagree_stop_before_the_first_step(dataset, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-COLLECTIVES = """
-import os, sys, json
-import torch.distributed as dist
-calls = []
-for name in ("all_reduce", "all_gather_object", "all_gather_into_tensor", "broadcast", "barrier"):
-    def spy(*a, _name=name, _real=getattr(dist, name), **k):
-        shape = list(a[1].shape) if _name == "all_gather_into_tensor" else list(getattr(a[0], "shape", []))
-        calls.append([_name, shape])
-        return _real(*a, **k)
-    setattr(dist, name, spy)
-from train_gpt import command_line
-code = command_line(sys.argv[2:])
-json.dump(calls, open(os.path.join(sys.argv[1], os.environ["RANK"] + ".json"), "w"))
-sys.exit(code)
-"""
-
-
-@pytest.mark.slow
-def test_ranks_issue_the_same_collectives_in_the_same_order(dataset, tmp_path):
-    words = ["--profile", "tiny", f"data={dataset}", f"runs={tmp_path}", "run_id=r", *SETTINGS]
-    words += ["val_every=2", "checkpoint_every=3"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python",
-               sys.executable, "-c", COLLECTIVES, str(tmp_path), *words]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    calls = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert len(calls[0]) > 20 and calls[0] == calls[1]
-
-
 @pytest.mark.slow
 def test_two_agents_on_one_machine_are_two_nodes(dataset, tmp_path):
     """The multi-node command of the README: the same on every node, but for its rank."""
