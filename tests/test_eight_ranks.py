@@ -75,8 +75,8 @@ def test_the_spans_of_fewer_ranks_are_those_of_eight(dataset, trained, tmp_path,
     folder = artifact_alone(trained, tmp_path / "runs")
     finish(launch(folder, command(folder, dataset, ranks), WATCHED=str(tmp_path)), folder)
     assert json.loads((folder / "r" / "result.json").read_text())["world_size"] == ranks
-    assert [len(scored) for scored in noted(tmp_path, "scored", ranks)] == [6 * GROUPS // ranks] * ranks
     assert spans(folder) == spans(trained)
+    assert [len(scored) for scored in noted(tmp_path, "scored", ranks)] == [6 * GROUPS // ranks] * ranks
     assert sorted(spans(folder)) == sorted(MODES) and len(set(spans(folder).values())) == len(MODES)
 
 
