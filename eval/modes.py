@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -31,9 +32,9 @@ from eval.score import (
     cut_windows,
     device_of,
     evaluating,
-    gather_spans,
     lane_groups,
     merge_spans,
+    on_all_ranks,
     score_windows,
     token_nats,
 )
@@ -183,9 +184,10 @@ def evaluate_modes(
     for mode in modes:
         began = time.monotonic()
         spans = score(model, tokens, nbytes, mode, s, ranks=ranks, alpha=alpha, journal=journal)
-        spans = gather_spans(merge_spans(within(spans, deadline, mode, s)), ranks[1])
+        parts = on_all_ranks(ranks[1], merge_spans, within(spans, deadline, mode, s))
+        spans = list(chain.from_iterable(parts))
         total, detail = bpb(spans, len(tokens)), breakdown(spans, tokens, nbytes, s.bos)
-        in_time(spans[-1], deadline, mode, s)  # to gather and to fold take time too
+        on_all_ranks(ranks[1], in_time, spans[-1], deadline, mode, s)  # to gather and to fold take time too
         scores[mode] = replace(total, seconds=time.monotonic() - began, partial=partial, **detail)
     return scores
 

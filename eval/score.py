@@ -10,10 +10,11 @@ weights learn: there a lane starts afresh, with the token before it as its first
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -306,13 +307,27 @@ def joined_span(parts: list[Span]) -> Span:
     return Span(parts[0].lane, parts[0].start, parts[-1].stop, nats, nbytes, each)
 
 
-def gather_spans(spans: list[Span], world: int) -> list[Span]:
-    """The spans of all ranks, on every rank."""
+class Failure(NamedTuple):
+    """Why a rank has no result; the error itself would keep open, by its traceback, what the rank had begun."""
+
+    kind: type
+    text: str
+
+
+def on_all_ranks(world: int, rule: Callable, *arguments) -> list:
+    """What `rule` gives on each rank, on all of them; the error that ends it on one is raised on all."""
     if world == 1:
-        return spans
+        return [rule(*arguments)]
+    try:
+        mine = rule(*arguments)
+    except (ValueError, MemoryError, OSError) as error:  # TimeoutError is an OSError
+        mine = Failure(type(error), str(error))
     parts = [None] * world
-    dist.all_gather_object(parts, spans)
-    return [span for part in parts for span in part]
+    dist.all_gather_object(parts, mine)
+    for part in parts:
+        if isinstance(part, Failure):
+            raise part.kind(part.text)
+    return parts
 
 
 def bpb(spans: list[Span], n: int) -> Score:

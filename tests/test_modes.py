@@ -495,15 +495,16 @@ def test_a_timeout_keeps_the_groups_that_were_finished(tmp_path, monkeypatch):
 
 def test_gathering_that_takes_too_long_is_out_of_time(monkeypatch):
     tokens, nbytes = stream(60)
-    now = [0.0]
+    now, gather = [0.0], modes.on_all_ranks
     monkeypatch.setattr(modes.time, "monotonic", lambda: now[0])
     evaluate_modes(Toy(), tokens, nbytes, settings(eval_seconds=10), ["chunked"])
 
-    def slow(spans, world):
+    def slow(*arguments):
+        gathered = gather(*arguments)
         now[0] += 11
-        return spans
+        return gathered
 
-    monkeypatch.setattr(modes, "gather_spans", slow)
+    monkeypatch.setattr(modes, "on_all_ranks", slow)
     with pytest.raises(TimeoutError, match="eval_seconds=10 is spent in mode chunked"):
         evaluate_modes(Toy(), tokens, nbytes, settings(eval_seconds=10), ["chunked"])
 

@@ -81,36 +81,6 @@ def test_ranks_that_disagree_stop_before_the_first_step(dataset, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-COLLECTIVES = """
-import os, sys, json
-import torch.distributed as dist
-calls = []
-for name in ("all_reduce", "all_gather_object", "all_gather_into_tensor", "broadcast", "barrier"):
-    def spy(*a, _name=name, _real=getattr(dist, name), **k):
-        shape = list(a[1].shape) if _name == "all_gather_into_tensor" else list(getattr(a[0], "shape", []))
-        calls.append([_name, shape])
-        return _real(*a, **k)
-    setattr(dist, name, spy)
-from train_gpt import command_line
-code = command_line(sys.argv[2:])
-json.dump(calls, open(os.path.join(sys.argv[1], os.environ["RANK"] + ".json"), "w"))
-sys.exit(code)
-"""
-
-
-@pytest.mark.slow
-def test_ranks_issue_the_same_collectives_in_the_same_order(dataset, tmp_path):
-    words = ["--profile", "tiny", f"data={dataset}", f"runs={tmp_path}", "run_id=r", *SETTINGS]
-    words += ["val_every=2", "checkpoint_every=3"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python",
-               sys.executable, "-c", COLLECTIVES, str(tmp_path), *words]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    calls = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert len(calls[0]) > 20 and calls[0] == calls[1]
-
-
 @pytest.mark.slow
 def test_two_agents_on_one_machine_are_two_nodes(dataset, tmp_path):
     """The multi-node command of the README: the same on every node, but for its rank."""
@@ -132,7 +102,6 @@ import sys
 from datetime import timedelta
 import torch
 import torch.distributed as dist
-import torch.distributed as dist
 from runtime.ranks import Runtime
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", f"file://{sys.argv[2]}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
@@ -148,6 +117,57 @@ def test_what_rank_zero_made_is_what_all_have(tmp_path):
     ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], **pipes) for rank in range(2)]
     assert [process.communicate(timeout=90)[0].strip() for process in ranks] == ["made by 0"] * 2
     assert Runtime(0, 1, torch.device("cpu"), torch.float32, 1.0).of_rank_zero("mine") == "mine"
+
+
+FAULTY = """
+import sys
+from datetime import timedelta
+import numpy as np
+import torch.distributed as dist
+import eval.modes as modes
+from eval.score import EvalSettings
+from tests.toys import stirred, tiny
+rank, now, honest = int(sys.argv[1]), [0.0], {name: getattr(modes, name) for name in ("adapt_lanes", "breakdown")}
+dist.init_process_group("gloo", f"file://{sys.argv[2]}", rank=rank, world_size=2, timeout=timedelta(seconds=600))
+modes.time.monotonic = lambda: now[0]
+def plant(name, fault):
+    def faulty(*arguments):
+        fault()
+        return honest[name](*arguments)
+    setattr(modes, name, faulty if rank else honest[name])
+def sleep():
+    now[0] += 100
+def overflow():
+    raise MemoryError("eval_batch=2 does not fit; lower eval_batch")
+def nothing():
+    pass
+model = stirred(tiny())
+for name, fault in [("adapt_lanes", sleep), ("breakdown", sleep), ("adapt_lanes", overflow), ("breakdown", nothing)]:
+    plant(name, fault)
+    s = EvalSettings(eval_seq_len=16, eval_stride=16, eval_lanes=4, eval_batch=2, eval_seconds=99)
+    tokens, nbytes = np.arange(200) % 60 + 2, np.ones(200, np.int64)
+    try:
+        scores = modes.evaluate_modes(model, tokens, nbytes, s, ["ttt", "stream"], ranks=(rank, 2))
+        print(*(score.spans for score in scores.values()))
+    except (TimeoutError, MemoryError) as error:
+        print(error)
+    setattr(modes, name, honest[name])
+    assert all(p.requires_grad for p in model.parameters()), "what learned is left in the model"
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_what_ends_the_evaluation_of_one_rank_ends_that_of_all(tmp_path):
+    """Rank 1 is late while it scores, then after all have sent their spans; then its memory does not suffice."""
+    command, environment = [sys.executable, "-c", FAULTY], os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT, "env": environment}
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], **pipes) for rank in range(2)]
+    told, other = (process.communicate(timeout=300)[0].splitlines() for process in ranks)
+    assert told == other and len(told) == 4
+    assert told[0].startswith("eval_seconds=99 is spent in mode ttt, lane 2, at token ")
+    assert told[1].startswith("eval_seconds=99 is spent in mode ttt, lane ") and "memory" not in told[1]
+    assert told[2] == "eval_batch=2 does not fit; lower eval_batch" and len(told[3].split()) == 2
 
 
 COUNTED = """
