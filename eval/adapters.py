@@ -150,7 +150,7 @@ class LaneLearner(Learner):
         for p in self.required:
             p.requires_grad_(id(p) in leaves)
         # document starts each lane has seen, and the block its adapters learned from: documents between two resets
-        self.starts = self.block = np.zeros(lanes, np.int64)
+        self.starts, self.block = np.zeros((2, lanes), np.int64)
 
     def aim(self, window: ScoreWindow) -> None:
         """Tell the block (B, T) that each input belongs to, and which of them are of what the lane learned from."""
@@ -173,8 +173,8 @@ class LaneLearner(Learner):
         block = (self.blocks * charged).max(1)
         stale = block > self.block
         taught = charged & self.live & ~stale[:, None]
-        self.block = block.clip(min=self.block)
-        self.starts = self.starts + ((x == self.s.bos) & charged).sum(1)
+        self.block[:] = block.clip(min=self.block)
+        self.starts += ((x == self.s.bos) & charged).sum(1)
         count, width = taught.sum(1, keepdims=True), taught.shape[1]
         # of a token: a mean per lane, so lanes stay apart; of a step: few tokens make a small one, none none
         shares = np.hstack([taught / count.clip(min=1), count / width]).astype(np.float32)
@@ -186,6 +186,10 @@ class LaneLearner(Learner):
         if stale.any():
             lanes = on_device(stale.nonzero()[0], self.device)
             self.steps.forget(lanes, self.adapters.reset(lanes))
+
+    def state(self) -> list[torch.Tensor]:
+        places = map(torch.from_numpy, (self.starts, self.block))
+        return [*places, *self.steps.rows, *self.steps.second, *self.steps.steps]
 
     def close(self) -> None:
         self.adapters.close()

@@ -1,6 +1,7 @@
-"""What an evaluation leaves behind on its way: the spans of finished groups of lanes, and word of how far it is."""
+"""What an evaluation leaves behind on its way: the spans of groups of lanes, where one goes on, and how far it is."""
 
 import hashlib
+import io
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -12,14 +13,57 @@ import numpy as np
 import torch
 from torch import nn
 
-from eval.score import EvalSettings, Span
+from eval.score import EvalSettings, Learner, Span, map_tensors
 
 SPAN_ROW = np.dtype([("lane", "i8"), ("start", "i8"), ("stop", "i8"), ("nats", "f8"), ("nbytes", "i8")])
 PROGRESS_CALLS = 20  # at most, in a mode
+KEEP_SECONDS = 30.0  # at least, of a group from one write to the next
+KEEP_TIMES = 50  # at least, what the last one took: all but the first take two per cent of the time
 
 
 def untold(**_) -> None:
     """Nobody asks how far it is."""
+
+
+class LaneGroup:
+    """A group of lanes: its spans so far, and on disk, now and then, all that scoring goes on from.
+
+    That may be gigabytes (the adapters of 64 lanes and the keys that attention reaches back to), so the time a write
+    took says when the next one is due. A memory is not among it: it reads again.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self.path, self.half = path, path and path.with_suffix(".half")
+        self.spans, self.due = [], time.monotonic() + KEEP_SECONDS
+
+    def followed(self, spans: Iterator[Span]) -> Iterator[Span]:
+        """The spans: of the group's file, when an earlier evaluation finished it, else as they come, and then kept."""
+        if finished := read_sealed(self.path):
+            yield from unpack_spans(finished)
+            return
+        for span in spans:
+            self.spans.append(span)
+            yield span
+        if self.path:
+            write_sealed(self.path, pack_spans(self.spans), self.half)
+
+    def left(self, device: torch.device) -> dict:
+        """What an earlier evaluation kept."""
+        if not (half := read_sealed(self.half)):
+            return {}
+        kept = torch.load(io.BytesIO(half), device, weights_only=True)
+        return kept | {"spans": unpack_spans(kept["spans"])}
+
+    def keep(self, windows: int, model: object, learner: Learner) -> None:
+        """What the next window meets, so many windows being scored and learned from; if it is time to."""
+        if not self.path or time.monotonic() < self.due:
+            return
+        began, file = time.monotonic(), io.BytesIO()
+        kept = {"spans": pack_spans(self.spans), "windows": windows, "model": model, "learner": learner.state()}
+        # a view would bring all it is a view of
+        torch.save(map_tensors(lambda tensor: tensor.cpu().contiguous(), kept), file)
+        write_sealed(self.half, file.getbuffer())
+        self.due = began + max(KEEP_SECONDS, KEEP_TIMES * (time.monotonic() - began))
 
 
 class Journal(NamedTuple):
@@ -37,18 +81,8 @@ class Journal(NamedTuple):
             return self
         return self._replace(folder=self.folder / evaluation_key(model, tokens, nbytes, s, alpha))
 
-    def group(self, name: str, spans: Iterator[Span]) -> Iterator[Span]:
-        """A group's spans: of its file, when an earlier evaluation finished it, else as they come, and then written."""
-        path = self.folder and self.folder / f"{name}.npz"
-        if path and path.exists():
-            yield from read_spans(path)
-            return
-        finished = []
-        for span in spans:
-            finished.append(span)
-            yield span
-        if path:
-            write_spans(path, finished)
+    def group(self, name: str) -> LaneGroup:
+        return LaneGroup(self.folder and self.folder / f"{name}.npz")
 
     def counted(self, spans: Iterator[Span], mode: str, tokens: int) -> Iterator[Span]:
         """The same spans, with word of how many of the tokens are done."""
@@ -64,21 +98,43 @@ class Journal(NamedTuple):
 NO_JOURNAL = Journal()
 
 
-def read_spans(path: Path) -> list[Span]:
-    with np.load(path) as file:
+def pack_spans(spans: list[Span]) -> bytes:
+    """A numpy archive of them."""
+    rows = np.array([(span.lane, span.start, span.stop, span.nats, span.nbytes) for span in spans], SPAN_ROW)
+    file = io.BytesIO()
+    np.savez(file, rows=rows, each=np.concatenate([span.each for span in spans]))
+    return file.getvalue()
+
+
+def unpack_spans(packed: bytes) -> list[Span]:
+    with np.load(io.BytesIO(packed)) as file:
         rows, each = file["rows"], file["each"]
     cuts = np.cumsum(rows["stop"] - rows["start"])[:-1]
     return [Span(*row, part) for row, part in zip(rows.tolist(), np.split(each, cuts))]
 
 
-def write_spans(path: Path, spans: list[Span]) -> None:
-    rows = np.array([(span.lane, span.start, span.stop, span.nats, span.nbytes) for span in spans], SPAN_ROW)
-    draft = path.with_suffix(".half")
+def write_sealed(path: Path, content: bytes, *stale: Path) -> None:
+    """Whole or not at all, with its digest behind it; then files that it makes stale go."""
+    draft = path.with_suffix(".draft")
     with suppress(OSError):  # a full disk may cost the next evaluation its time, not this one its score
         path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("wb") as file:
-            np.savez(file, rows=rows, each=np.concatenate([span.each for span in spans]))
-        draft.replace(path)
+        try:
+            with draft.open("wb") as file:
+                file.write(content)
+                file.write(hashlib.sha256(content).digest())
+            draft.replace(path)
+        finally:
+            for old in (draft, *stale):
+                old.unlink(missing_ok=True)
+
+
+def read_sealed(path: Path | None) -> bytes:
+    """What was written; of a file that is damaged, or not there, nothing."""
+    with suppress(OSError):
+        sealed = path.read_bytes() if path else b""
+        if hashlib.sha256(content := sealed[:-32]).digest() == sealed[-32:]:
+            return content
+    return b""
 
 
 def evaluation_key(model: nn.Module, tokens: np.ndarray, nbytes: np.ndarray, s: EvalSettings, alpha) -> str:

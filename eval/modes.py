@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import nn
 
 from eval.adapters import LORA, check_scope, learning
 from eval.engram import ENGRAM_ALPHA_SHAPE, AlphaFit, EvalEngram
-from eval.journal import NO_JOURNAL, Journal
+from eval.journal import NO_JOURNAL, Journal, LaneGroup
 from eval.score import (
     EvalSettings,
     Learner,
@@ -32,6 +32,7 @@ from eval.score import (
     cut_windows,
     device_of,
     evaluating,
+    joined_span,
     lane_groups,
     merge_spans,
     on_all_ranks,
@@ -102,10 +103,17 @@ def legal_ttt(rounds: Iterable[ScoreRound], learn: Callable[[ScoreRound], None])
 
 
 def adapt_lanes(
-    model: nn.Module, tokens: np.ndarray, nbytes: np.ndarray, mode: str, s: EvalSettings, lanes: list, alpha: np.ndarray
+    model: nn.Module,
+    tokens: np.ndarray,
+    nbytes: np.ndarray,
+    mode: str,
+    s: EvalSettings,
+    lanes: list,
+    alpha: np.ndarray,
+    group: LaneGroup | None = None,
 ) -> Iterator[Span]:
-    """The spans of one group of lanes; memory and adapters live no longer than the group."""
-    how = EVAL_MODES[mode]
+    """The spans of one group of lanes, or of what is left of it; memory and adapters live no longer than the group."""
+    how, group = EVAL_MODES[mode], group or LaneGroup()
     width = s.ttt_chunk if how.learns else s.eval_seq_len
     step = s.eval_stride if how.slides else width
     back = s.eval_seq_len if how.reads_back else 0
@@ -116,9 +124,27 @@ def adapt_lanes(
             def learn(done: ScoreRound) -> None:
                 reader.absorb(done)
                 learner.learn(done)
+                if done.closes:
+                    group.keep(done.window.number + 1, done.state, learner)
 
-            windows = cut_windows(tokens, lanes, width, step, device_of(model), back)
-            yield from legal_ttt(score_windows(reader, learner, windows, nbytes, how.carries), learn)
+            device = device_of(model)
+            windows, left = cut_windows(tokens, lanes, width, step, device, back), group.left(device)
+            yield from left.pop("spans", ())
+            rounds = score_windows(reader, learner, windows, nbytes, how.carries, go_on(left, reader, learner, windows))
+            yield from legal_ttt(rounds, learn)
+
+
+def go_on(left: dict, reader: PlainReader, learner: Learner, windows: Iterator[ScoreWindow]) -> object:
+    """Bring reader and learner to where a group was left, and return the model's state there; none of it stays here.
+
+    What a memory holds follows from the tokens alone: it reads them again, which takes seconds, and is not kept.
+    """
+    for window in islice(windows, left.pop("windows", 0)):
+        for columns in window.parts(reader.part):
+            reader.absorb(ScoreRound(window, None, columns, (), closes=False))
+    for ours, kept in zip(learner.state(), left.pop("learner", ())):
+        ours.copy_(kept)
+    return left.pop("model", None)
 
 
 def mode_settings(mode: str, s: EvalSettings) -> EvalSettings:
@@ -154,12 +180,13 @@ def score(
     `ranks` is (rank, world), `alpha` the table that fit_engram made of training tokens.
     """
     groups = list(enumerate(mode_groups(tokens, nbytes, mode, s)))[ranks[0] :: ranks[1]]
-    spans = (
-        span
-        for number, lanes in groups
-        for span in journal.group(f"{mode}.{number}", adapt_lanes(model, tokens, nbytes, mode, s, lanes, alpha))
-    )
-    return journal.counted(spans, mode, sum(stop - start for _, lanes in groups for _, start, stop in lanes))
+
+    def spans() -> Iterator[Span]:
+        for number, lanes in groups:
+            group = journal.group(f"{mode}.{number}")
+            yield from group.followed(adapt_lanes(model, tokens, nbytes, mode, s, lanes, alpha, group))
+
+    return journal.counted(spans(), mode, sum(stop - start for _, lanes in groups for _, start, stop in lanes))
 
 
 def evaluate_modes(
@@ -182,12 +209,11 @@ def evaluate_modes(
     deadline = time.monotonic() + s.eval_seconds if s.eval_seconds else math.inf
     scores = {}
     for mode in modes:
-        began = time.monotonic()
+        began, end = time.monotonic(), (deadline, mode, s, len(tokens))
         spans = score(model, tokens, nbytes, mode, s, ranks=ranks, alpha=alpha, journal=journal)
-        parts = on_all_ranks(ranks[1], merge_spans, within(spans, deadline, mode, s))
-        spans = list(chain.from_iterable(parts))
+        spans = list(chain.from_iterable(on_all_ranks(ranks[1], merged_in_time, spans, *end)))
         total, detail = bpb(spans, len(tokens)), breakdown(spans, tokens, nbytes, s.bos)
-        on_all_ranks(ranks[1], in_time, spans[-1], deadline, mode, s)  # to gather and to fold take time too
+        on_all_ranks(ranks[1], in_time, spans, *end)  # to gather and to fold take time too
         scores[mode] = replace(total, seconds=time.monotonic() - began, partial=partial, **detail)
     return scores
 
@@ -203,17 +229,24 @@ def check_modes(model: nn.Module, s: EvalSettings, modes: Iterable[str], alpha: 
         check_scope(model, s.ttt_scope)
 
 
-def within(spans: Iterator[Span], deadline: float, mode: str, s: EvalSettings) -> Iterator[Span]:
-    """The spans, until the budget is spent."""
+def merged_in_time(spans: Iterator[Span], deadline: float, mode: str, s: EvalSettings, n: int) -> list[Span]:
+    """One span a lane of all these, unless the budget is spent first."""
+    scored = []
     for span in spans:
-        in_time(span, deadline, mode, s)
-        yield span
+        scored.append(span)
+        in_time(scored, deadline, mode, s, n)
+    return merge_spans(scored)
 
 
-def in_time(span: Span, deadline: float, mode: str, s: EvalSettings) -> None:
+def in_time(spans: list[Span], deadline: float, mode: str, s: EvalSettings, n: int) -> None:
+    """Else an error that tells what was scored of n tokens; it is no score of the mode."""
     if time.monotonic() > deadline:
-        at = f"in mode {mode}, lane {span.lane}, at token {span.stop}"
-        raise TimeoutError(f"eval_seconds={s.eval_seconds:g} is spent {at}; raise it, or evaluate fewer modes")
+        part = joined_span(spans)
+        at = f"in mode {mode}, lane {spans[-1].lane}, at token {part.stop}"
+        scored = f"partial: {len(part.each)} of {n - 1} tokens, bpb {part.nats / math.log(2) / max(part.nbytes, 1):.5f}"
+        raise TimeoutError(
+            f"eval_seconds={s.eval_seconds:g} is spent {at} ({scored}); raise it, or evaluate fewer modes"
+        )
 
 
 def fit_engram(model: nn.Module, tokens: np.ndarray, s: EvalSettings) -> np.ndarray:
@@ -225,8 +258,7 @@ def fit_engram(model: nn.Module, tokens: np.ndarray, s: EvalSettings) -> np.ndar
             reader, state = EngramReader(model, s, len(lanes), none), None
             for window in cut_windows(tokens, lanes, s.eval_seq_len, s.eval_seq_len, device):
                 logits, state = reader.forward(window, state)
-                for low in range(0, s.eval_seq_len, reader.part):
-                    part = slice(low, low + reader.part)
+                for part in window.parts(reader.part):
                     x, y, charged = window.x[:, part], window.y[:, part], window.charged[:, part]
                     fit.add(reader.memory.evidence(logits[:, part], x, y), charged)
                     reader.memory.absorb(x, y, charged)

@@ -84,7 +84,13 @@ class ScoreWindow:
     charged: torch.Tensor  # (B, T) bool; a row's charged targets are contiguous
     host: tuple[np.ndarray, np.ndarray]  # x and charged, where nobody waits for a device
     places: tuple[tuple[int, int, int, int, int], ...]  # row, column, lane, start, stop
+    number: int  # of these lanes' windows, from 0
     last: bool  # nothing of these lanes comes after it
+
+    def parts(self, width: int) -> list[slice]:
+        """The columns up to the last that is charged, so many at a time."""
+        end = max((column + stop - start for _, column, _, start, stop in self.places), default=0)
+        return [slice(low, low + width) for low in range(0, end, width)]
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ class ScoreRound:
     columns: slice
     spans: tuple[Span, ...]
     closes: bool  # the window's last charged columns
+    state: object = None  # what the model carries on to the next window
 
     @property
     def last(self) -> bool:
@@ -166,6 +173,10 @@ class Learner:
     def learn(self, done: ScoreRound) -> None:
         """Change what the next window meets."""
 
+    def state(self) -> list[torch.Tensor]:
+        """All that it takes on from window to window: who copies into these goes on from there."""
+        return []
+
 
 def lane_groups(tokens: np.ndarray, nbytes: np.ndarray, s: EvalSettings) -> list[list[tuple[int, int, int]]]:
     """(lane, start, stop) of every lane, `eval_batch` to a group; seams fall on whole windows."""
@@ -206,7 +217,7 @@ def cut_windows(
                 charged[row, first - low : last - low] = True
                 places.append((row, first - low, lane, first, last))
         x, y = on_device(xy, device)
-        yield ScoreWindow(x, y, on_device(charged, device), (xy[0], charged), tuple(places), last=k == steps - 1)
+        yield ScoreWindow(x, y, on_device(charged, device), (xy[0], charged), tuple(places), k, last=k == steps - 1)
 
 
 def on_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -216,34 +227,36 @@ def on_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def score_windows(
-    reader: PlainReader, learner: Learner, windows: Iterator[ScoreWindow], nbytes: np.ndarray, carry: bool
+    reader: PlainReader,
+    learner: Learner,
+    windows: Iterator[ScoreWindow],
+    nbytes: np.ndarray,
+    carry: bool,
+    state: object = None,
 ) -> Iterator[ScoreRound]:
     """Score the windows in order, `reader.part` columns at a time; `carry` hands the state on to the next window."""
-    state = None
     for window in windows:
-        before = state if carry else None
         learner.aim(window)
         # gradients are switched around the calls only: a yield inside would switch the consumer's as well
         size = f"eval_batch={len(window.x)} of {window.x.shape[1]} tokens"
         with torch.set_grad_enabled(learner.needs_graph), memory_named(size, "eval_batch"):
-            ahead, state = reader.forward(window, before)
-        state = without_graph(state)
-        end = max((column + stop - start for _, column, _, start, stop in window.places), default=0)
-        for low in range(0, end, reader.part):
-            columns = slice(low, low + reader.part)
+            ahead, state = reader.forward(window, state)
+        state = map_tensors(torch.Tensor.detach, state) if carry else None
+        parts = window.parts(reader.part)
+        for columns in parts:
             with torch.no_grad():
                 nats = reader.nats(ahead, window, columns)
             spans = score_charge(window, columns, nats, nbytes)
-            yield ScoreRound(window, ahead, columns, spans, closes=columns.stop >= end)
+            yield ScoreRound(window, ahead, columns, spans, columns is parts[-1], state)
 
 
-def without_graph(state: object) -> object:
-    """A state, or any tree of them, as the values it holds."""
-    if isinstance(state, dict):
-        return {name: without_graph(value) for name, value in state.items()}
-    if isinstance(state, (tuple, list)):
-        return type(state)(map(without_graph, state))
-    return state.detach() if isinstance(state, torch.Tensor) else state
+def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], tree: object) -> object:
+    """A state, or any tree of them, with each of its tensors changed."""
+    if isinstance(tree, dict):
+        return {name: map_tensors(change, value) for name, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(map_tensors(change, value) for value in tree)
+    return change(tree) if isinstance(tree, torch.Tensor) else tree
 
 
 def score_charge(window: ScoreWindow, columns: slice, nats: torch.Tensor, nbytes: np.ndarray) -> tuple[Span, ...]:

@@ -13,7 +13,7 @@ from eval.adapters import LaneAdam, LaneLearner, adapted_parameters, check_scope
 from eval.engram import ENGRAM_ALPHA_SHAPE, EvalEngram
 from eval.journal import Journal
 from eval.modes import EVAL_MODES, evaluate_modes, fit_engram, fit_temperature, groups_per_rank, legal_ttt, score
-from eval.score import EvalSettings, PlainReader, ScoreRound, Span, bpb, lane_groups, score_charge, without_graph
+from eval.score import EvalSettings, PlainReader, ScoreRound, Span, bpb, lane_groups, map_tensors, score_charge
 from tests.toys import stirred, tiny
 from train_gpt import GPT, eval_settings, load_config
 
@@ -154,7 +154,7 @@ def test_a_changed_token_changes_no_score_before_it(mode):
 def test_a_learner_that_looks_ahead_is_caught(monkeypatch):
     """Planted: the chunk is learned from, then scored."""
 
-    def train_then_score(reader, learner, windows, nbytes, carry):
+    def train_then_score(reader, learner, windows, nbytes, carry, state):
         for window in windows:
             learner.aim(window)
             whole = slice(0, window.x.shape[1])
@@ -328,7 +328,7 @@ def learner_after(chunks, **changes):
         learner.aim(window)
         nats, state = reader.forward(window, state)
         learner.learn(ScoreRound(window, nats, slice(0, 8), (), closes=True))
-        state = without_graph(state)
+        state = map_tensors(torch.Tensor.detach, state)
     return learner
 
 
@@ -485,10 +485,10 @@ def test_a_timeout_keeps_the_groups_that_were_finished(tmp_path, monkeypatch):
     clock, place, both = iter(range(100_000)), Journal(tmp_path), ["chunked", "stream"]
     monkeypatch.setattr(modes.time, "monotonic", lambda: next(clock))  # every look at it takes a second
     with pytest.raises(TimeoutError, match=r"is spent in mode stream, lane [23]"):
-        evaluate_modes(Toy(), tokens, nbytes, settings(eval_seconds=40), both, journal=place)
+        evaluate_modes(Toy(), tokens, nbytes, settings(eval_seconds=50), both, journal=place)
     finished = {"chunked.0.npz", "chunked.1.npz", "stream.0.npz"}
     assert {path.name for path in tmp_path.glob("*/*")} == finished
-    monkeypatch.setattr("eval.journal.write_spans", lambda path, spans: finished.add(path.name))
+    monkeypatch.setattr("eval.journal.write_sealed", lambda path, *_: finished.add(path.name))
     evaluate_modes(Toy(), tokens, nbytes, settings(eval_seconds=4000), both, journal=place)
     assert len(finished) == 4  # one more: a larger budget is no other evaluation
 
