@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from eval.score import EvalSettings, Learner, Span, map_tensors
+from eval.score import EvalSettings, Span, map_tensors
 
 SPAN_ROW = np.dtype([("lane", "i8"), ("start", "i8"), ("stop", "i8"), ("nats", "f8"), ("nbytes", "i8")])
 PROGRESS_CALLS = 20  # at most, in a mode
-KEEP_SECONDS = 30.0  # at least, of a group from one write to the next
-KEEP_TIMES = 50  # at least, what the last one took: all but the first take two per cent of the time
+KEEP_SECONDS = 60.0  # at least, from one write of a group to the next
+KEEP_TIMES = 50  # at least, what the last one took: writes after the first take two per cent of the time
+FRESH = None, (), 0, ()  # where a group begins, as `left` tells it
 
 
 def untold(**_) -> None:
@@ -28,12 +29,13 @@ def untold(**_) -> None:
 class LaneGroup:
     """A group of lanes: its spans so far, and on disk, now and then, all that scoring goes on from.
 
-    That may be gigabytes (the adapters of 64 lanes and the keys that attention reaches back to), so the time a write
-    took says when the next one is due. A memory is not among it: it reads again.
+    Kilobytes where nothing learns and nothing is carried, but 5 GB of skc_competition's 64 lanes in mode all (adapters
+    and their second moments 4.2, keys and values 0.5), which take ten seconds or more: so a share of the time is the
+    bound, whatever the machine. The memory of such lanes, 0.6 GB, is not among it: it reads its tokens again.
     """
 
-    def __init__(self, path: Path | None = None):
-        self.path, self.half = path, path and path.with_suffix(".half")
+    def __init__(self, path: Path):
+        self.path, self.half = path, path.with_suffix(".half")
         self.spans, self.due = [], time.monotonic() + KEEP_SECONDS
 
     def followed(self, spans: Iterator[Span]) -> Iterator[Span]:
@@ -44,24 +46,23 @@ class LaneGroup:
         for span in spans:
             self.spans.append(span)
             yield span
-        if self.path:
-            write_sealed(self.path, pack_spans(self.spans), self.half)
+        write_sealed(self.path, pack_spans(self.spans), self.half)
 
-    def left(self, device: torch.device) -> dict:
-        """What an earlier evaluation kept."""
-        if not (half := read_sealed(self.half)):
-            return {}
-        kept = torch.load(io.BytesIO(half), device, weights_only=True)
-        return kept | {"spans": unpack_spans(kept["spans"])}
+    def left(self, device: torch.device) -> tuple:
+        """What an earlier evaluation kept: the model's state, the learner's, how many windows are done, their spans."""
+        if half := read_sealed(self.half):
+            *place, spans = torch.load(io.BytesIO(half), device, weights_only=True)
+            return *place, unpack_spans(spans)
+        return FRESH
 
-    def keep(self, windows: int, model: object, learner: Learner) -> None:
+    def keep(self, model: object, learner: list[torch.Tensor], windows: int) -> None:
         """What the next window meets, so many windows being scored and learned from; if it is time to."""
-        if not self.path or time.monotonic() < self.due:
+        if time.monotonic() < self.due:
             return
         began, file = time.monotonic(), io.BytesIO()
-        kept = {"spans": pack_spans(self.spans), "windows": windows, "model": model, "learner": learner.state()}
+        kept = model, learner, windows, pack_spans(self.spans)
         # a view would bring all it is a view of
-        torch.save(map_tensors(lambda tensor: tensor.cpu().contiguous(), kept), file)
+        torch.save(map_tensors(lambda t: t.cpu().contiguous(), kept), file)
         write_sealed(self.half, file.getbuffer())
         self.due = began + max(KEEP_SECONDS, KEEP_TIMES * (time.monotonic() - began))
 
@@ -81,8 +82,8 @@ class Journal(NamedTuple):
             return self
         return self._replace(folder=self.folder / evaluation_key(model, tokens, nbytes, s, alpha))
 
-    def group(self, name: str) -> LaneGroup:
-        return LaneGroup(self.folder and self.folder / f"{name}.npz")
+    def group(self, name: str) -> LaneGroup | None:
+        return self.folder and LaneGroup(self.folder / f"{name}.npz")
 
     def counted(self, spans: Iterator[Span], mode: str, tokens: int) -> Iterator[Span]:
         """The same spans, with word of how many of the tokens are done."""
@@ -128,10 +129,10 @@ def write_sealed(path: Path, content: bytes, *stale: Path) -> None:
                 old.unlink(missing_ok=True)
 
 
-def read_sealed(path: Path | None) -> bytes:
+def read_sealed(path: Path) -> bytes:
     """What was written; of a file that is damaged, or not there, nothing."""
     with suppress(OSError):
-        sealed = path.read_bytes() if path else b""
+        sealed = path.read_bytes()
         if hashlib.sha256(content := sealed[:-32]).digest() == sealed[-32:]:
             return content
     return b""

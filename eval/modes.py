@@ -18,7 +18,7 @@ from torch import nn
 
 from eval.adapters import LORA, check_scope, learning
 from eval.engram import ENGRAM_ALPHA_SHAPE, AlphaFit, EvalEngram
-from eval.journal import NO_JOURNAL, Journal, LaneGroup
+from eval.journal import FRESH, NO_JOURNAL, Journal, LaneGroup
 from eval.score import (
     EvalSettings,
     Learner,
@@ -113,7 +113,7 @@ def adapt_lanes(
     group: LaneGroup | None = None,
 ) -> Iterator[Span]:
     """The spans of one group of lanes, or of what is left of it; memory and adapters live no longer than the group."""
-    how, group = EVAL_MODES[mode], group or LaneGroup()
+    how = EVAL_MODES[mode]
     width = s.ttt_chunk if how.learns else s.eval_seq_len
     step = s.eval_stride if how.slides else width
     back = s.eval_seq_len if how.reads_back else 0
@@ -124,27 +124,20 @@ def adapt_lanes(
             def learn(done: ScoreRound) -> None:
                 reader.absorb(done)
                 learner.learn(done)
-                if done.closes:
-                    group.keep(done.window.number + 1, done.state, learner)
+                if group and done.closes:
+                    group.keep(done.state, learner.state(), done.window.number + 1)
 
-            device = device_of(model)
-            windows, left = cut_windows(tokens, lanes, width, step, device, back), group.left(device)
-            yield from left.pop("spans", ())
-            rounds = score_windows(reader, learner, windows, nbytes, how.carries, go_on(left, reader, learner, windows))
+            state, learned, done, spans = group.left(device_of(model)) if group else FRESH
+            yield from spans
+            windows = cut_windows(tokens, lanes, width, step, device_of(model), back)
+            for window in islice(windows, done):  # what a memory holds follows from the tokens alone
+                for columns in window.parts(reader.part):
+                    reader.absorb(ScoreRound(window, None, columns, (), closes=False))
+            for now, then in zip(learner.state(), learned):
+                now.copy_(then)
+            rounds = score_windows(reader, learner, windows, nbytes, how.carries, state)
+            del state, learned  # gigabytes
             yield from legal_ttt(rounds, learn)
-
-
-def go_on(left: dict, reader: PlainReader, learner: Learner, windows: Iterator[ScoreWindow]) -> object:
-    """Bring reader and learner to where a group was left, and return the model's state there; none of it stays here.
-
-    What a memory holds follows from the tokens alone: it reads them again, which takes seconds, and is not kept.
-    """
-    for window in islice(windows, left.pop("windows", 0)):
-        for columns in window.parts(reader.part):
-            reader.absorb(ScoreRound(window, None, columns, (), closes=False))
-    for ours, kept in zip(learner.state(), left.pop("learner", ())):
-        ours.copy_(kept)
-    return left.pop("model", None)
 
 
 def mode_settings(mode: str, s: EvalSettings) -> EvalSettings:
@@ -184,7 +177,8 @@ def score(
     def spans() -> Iterator[Span]:
         for number, lanes in groups:
             group = journal.group(f"{mode}.{number}")
-            yield from group.followed(adapt_lanes(model, tokens, nbytes, mode, s, lanes, alpha, group))
+            rest = adapt_lanes(model, tokens, nbytes, mode, s, lanes, alpha, group)
+            yield from group.followed(rest) if group else rest
 
     return journal.counted(spans(), mode, sum(stop - start for _, lanes in groups for _, start, stop in lanes))
 
@@ -242,11 +236,9 @@ def in_time(spans: list[Span], deadline: float, mode: str, s: EvalSettings, n: i
     """Else an error that tells what was scored of n tokens; it is no score of the mode."""
     if time.monotonic() > deadline:
         part = joined_span(spans)
-        at = f"in mode {mode}, lane {spans[-1].lane}, at token {part.stop}"
-        scored = f"partial: {len(part.each)} of {n - 1} tokens, bpb {part.nats / math.log(2) / max(part.nbytes, 1):.5f}"
-        raise TimeoutError(
-            f"eval_seconds={s.eval_seconds:g} is spent {at} ({scored}); raise it, or evaluate fewer modes"
-        )
+        bits = part.nats / math.log(2) / max(part.nbytes, 1)
+        told = f"mode {mode}, partial: {len(part.each)} of {n - 1} tokens, bpb {bits:.5f}"
+        raise TimeoutError(f"eval_seconds={s.eval_seconds:g} is spent in {told}; raise it, or evaluate fewer modes")
 
 
 def fit_engram(model: nn.Module, tokens: np.ndarray, s: EvalSettings) -> np.ndarray:

@@ -484,7 +484,7 @@ def test_a_timeout_keeps_the_groups_that_were_finished(tmp_path, monkeypatch):
     tokens, nbytes = stream(150)
     clock, place, both = iter(range(100_000)), Journal(tmp_path), ["chunked", "stream"]
     monkeypatch.setattr(modes.time, "monotonic", lambda: next(clock))  # every look at it takes a second
-    with pytest.raises(TimeoutError, match=r"is spent in mode stream, lane [23]"):
+    with pytest.raises(TimeoutError, match=r"is spent in mode stream, partial: 1[0-4]\d of 149"):
         evaluate_modes(Toy(), tokens, nbytes, settings(eval_seconds=50), both, journal=place)
     finished = {"chunked.0.npz", "chunked.1.npz", "stream.0.npz"}
     assert {path.name for path in tmp_path.glob("*/*")} == finished
