@@ -241,7 +241,7 @@ PROFILES = {  # what one would type after the name of the program
     """,
     "local": """
         layers=AKSKAK dim=256 heads=4 kv_heads=2 mlp_mult=3 seq_len=512 batch_tokens=2048 micro_tokens=2048
-        max_seconds=120 reserve_seconds=6 z_loss=0.0001 softcap=15 eval_stride=256
+        max_seconds=120 reserve_seconds=8 z_loss=0.0001 softcap=15 eval_stride=256
         eval_modes=chunked,sliding,stream,engram
     """,
     "baseline": """
