@@ -9,6 +9,7 @@ follow RUN [--sample] [--proxy]  samples and proxies of the artifact from a run'
 preflight [--measure S] [--json] [field=value ...]  whatever could fail later, tried now
 supervise [options] -- COMMAND   a run that may be left alone: watched, told of, published, ended when it hangs
 ablate MANIFEST [--dry-run]    variants against a base in stages, with paired seeds: keep, retest or discard
+sweep MANIFEST [--search-only]  a space searched by Optuna, then its best against the base as above
 certify --script FILE --artifact FILE --data DIR   the probes of legality on the file that ran and what it wrote
 """
 
@@ -29,6 +30,7 @@ COMMANDS = {  # where each stands: one that only watches needs no tensors, and i
     "supervise": "harness.supervise",
     "certify": "harness.certify",
     "ablate": "harness.ablate",
+    "sweep": "harness.sweep",
 }
 
 

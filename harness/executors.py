@@ -20,6 +20,9 @@ from records.run import read_object
 LOCK, OUTPUT = "trial.lock", "trial.out"
 FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
 LAST_WORDS = 300  # characters of a cause
+EXIT = "trial.exit"
+# Writes the command's code to the file $0, though nobody may be left to wait for it, and ends no sooner than it.
+SHELL = ("sh", "-c", 'trap : TERM; "$@"; code=$?; echo $code > "$0"; exit $code')
 
 
 class Job(NamedTuple):
@@ -49,11 +52,6 @@ class Executor(Protocol):
         """Ask it to end; it may write a checkpoint first."""
 
 
-class Started(NamedTuple):
-    process: subprocess.Popen | None  # None: another process of ours began it
-    place: dict
-
-
 class LocalExecutor:
     """Processes of this machine, each pinned to its cores or to its GPU.
 
@@ -73,39 +71,40 @@ class LocalExecutor:
         job.folder.mkdir(parents=True, exist_ok=True)
         with (job.folder / LOCK).open("a+") as lock, (job.folder / OUTPUT).open("ab") as out:
             if is_held(lock):
-                self.started[job.folder] = Started(None, self.take(recorded(job.folder).get("place")))
+                self.started[job.folder] = self.take(recorded(job.folder).get("place")), None
                 return
-            place, fd = self.take(None), lock.fileno()
+            place, here = self.take(None), os.sched_getaffinity(0)
+            (job.folder / EXIT).unlink(missing_ok=True)
+            os.sched_setaffinity(0, place["cores"] or here)  # it inherits ours
             process = subprocess.Popen(
-                job.command,
+                [*SHELL, job.folder / EXIT, *job.command],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
                 env=self.env | place["env"],
-                pass_fds=[fd],
+                pass_fds=[lock.fileno()],
                 start_new_session=True,
             )
-            with suppress(ProcessLookupError):
-                os.sched_setaffinity(process.pid, place["cores"] or os.sched_getaffinity(0))
+            os.sched_setaffinity(0, here)
             lock.truncate(0)
             lock.write(json.dumps({"pid": process.pid, "place": place}))
-        self.started[job.folder] = Started(process, place)
+        self.started[job.folder] = place, process
 
     def take(self, wanted: dict | None) -> dict:
         """A free place; this one, if it is free."""
         return self.free.pop(self.free.index(wanted) if wanted in self.free else 0)
 
     def state(self, job: Job) -> str:
-        started = self.started.get(job.folder)
-        if started is None:
+        if job.folder not in self.started:
             return "waiting"
-        alive = started.process.poll() is None if started.process else is_running(job.folder)
-        return "running" if alive else "ended"
+        return "running" if is_running(job.folder) else "ended"
 
     def result(self, job: Job) -> Outcome:
-        started = self.started.pop(job.folder)
-        self.free.append(started.place)
-        return outcome_of(job.folder, started.process.returncode if started.process else None)
+        place, process = self.started.pop(job.folder)
+        self.free.append(place)
+        if process and not is_running(job.folder):
+            process.wait()
+        return outcome_of(job.folder)
 
     def cancel(self, job: Job) -> None:
         with suppress(ProcessLookupError):
@@ -139,12 +138,13 @@ def finished_facts(folder: Path) -> dict:
     return facts if facts.get("status") == FINISHED else {}
 
 
-def outcome_of(folder: Path, code: int | None) -> Outcome:
-    """By what lies in the folder; a signal, and an end that nobody saw, may be gone on from."""
+def outcome_of(folder: Path) -> Outcome:
+    """By what lies in the folder; what a signal or the machine ended may be gone on from."""
     if facts := finished_facts(folder):
         return Outcome(FINISHED, facts, "")
-    if code is None or code < 0 or read_object(folder / "result.json").get("status") == "killed":
-        return Outcome(INTERRUPTED, {}, f"ended by signal {-code}" if code else "killed")
+    code = int((folder / EXIT).read_text() or 0) if (folder / EXIT).exists() else 128
+    if code >= 128 or read_object(folder / "result.json").get("status") == "killed":
+        return Outcome(INTERRUPTED, {}, f"ended by signal {code - 128}" if code > 128 else "killed")
     lines = (folder / OUTPUT).read_text(errors="replace").strip().splitlines()
     return Outcome(FAILED, {}, (lines[-1] if lines else f"exit code {code}")[-LAST_WORDS:])
 

@@ -127,7 +127,7 @@ def checked(table: object, kinds: dict, where: str) -> dict:
     for key, value in table.items():
         if key not in kinds:
             raise ValueError(f"{where}: no {key!r}, {nearest(key, kinds)}")
-        if not isinstance(value, kinds[key]) or isinstance(value, bool):
+        if not isinstance(value, kinds[key]) or isinstance(value, bool) != (kinds[key] is bool):
             raise ValueError(f"{where}: {key} = {value!r} is of the wrong kind")
     return table
 

@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from harness.command import ROOT, built_commit, script_path
-from harness.executors import FAILED, FINISHED, INTERRUPTED, Executor, Job, Outcome, finished_facts
+from harness.executors import FAILED, FINISHED, INTERRUPTED, Executor, Job, Outcome, is_running, outcome_of
 from harness.manifest import BASE, Fields, Manifest, Stage, as_words
 from records.claim import as_number
 from records.run import Run
@@ -26,6 +26,7 @@ from train_gpt import Config
 
 LIST = "trials.jsonl"
 POLL = 0.2  # seconds between looks at what runs
+PATIENCE = 60.0  # seconds for what is asked to end
 STARTS = 3  # of a trial that signals end, before it counts as failed
 SMOOTHED = 5  # logged losses whose mean has to reach the target
 
@@ -97,7 +98,7 @@ class Trials:
         self.m, self.executor, self.say = m, executor, say
         self.command = m.command or (sys.executable, str(ROOT / "train_gpt.py"))
         self.commit, path = built_commit(script_path(list(self.command))), m.folder / name
-        self.rows, self.starts, self.ahead = read_rows(path), {}, 0
+        self.rows, self.starts, self.ahead, self.retry = read_rows(path), {}, 0, retry
         if retry:
             self.rows = {name: row for name, row in self.rows.items() if row["status"] != FAILED}
         self.lines = Lines(path, None, lambda line: None)
@@ -125,8 +126,17 @@ class Trials:
                     if not self.end(trial, self.executor.result(running.pop(trial))):
                         waiting.insert(0, trial)
         finally:
-            for job in running.values():
-                self.executor.cancel(job)
+            self.stop(list(running.values()))
+
+    def stop(self, jobs: list[Job]) -> None:
+        """They have some time to write a checkpoint."""
+        for job in jobs:
+            self.executor.cancel(job)
+        deadline = time.monotonic() + PATIENCE
+        for job in jobs:
+            while self.executor.state(job) == "running" and time.monotonic() < deadline:
+                time.sleep(POLL)
+            self.executor.result(job)
 
     def words(self, trial: Trial) -> list[str]:
         return [*self.command, "--profile", self.m.profile, *trial.words]
@@ -144,8 +154,12 @@ class Trials:
             raise ValueError(f"{path.parent} is of another manifest ({odd}): change the name, or remove that folder")
 
     def is_settled(self, trial: Trial) -> bool:
-        if trial.name not in self.rows and (facts := finished_facts(self.folder(trial))):
-            self.add(trial, Outcome(FINISHED, facts, ""))
+        """Of one that ended when nobody looked the row is made now."""
+        folder = self.folder(trial)
+        if trial.name not in self.rows and (folder / "trial.json").exists() and not is_running(folder):
+            outcome = outcome_of(folder)
+            if outcome.status == FINISHED or (outcome.status == FAILED and not self.retry):
+                self.add(trial, outcome)
         return trial.name in self.rows
 
     def begin(self, trial: Trial) -> Job:

@@ -332,9 +332,7 @@ def test_a_search_killed_twice_goes_on_and_runs_nothing_twice(manifest):
     assert ablate(manifest) == 0
     counts = starts(manifest.parent)
     rows = [json.loads(line)["trial"] for line in Path("runs/m/trials.jsonl").read_text().splitlines()]
-    twice = {name for name, count in counts.items() if count > 1}
-    assert all(name.startswith("broken") for name in twice)  # an exit that nobody saw is not taken for a failure
-    assert len(rows) == len(set(rows)) == len(counts)
+    assert set(counts.values()) == {1} and len(rows) == len(set(rows)) == len(counts)
 
 
 def test_two_searches_do_not_share_a_folder(manifest, capsys):
@@ -351,7 +349,7 @@ def test_a_trial_that_a_signal_ends_runs_again(manifest):
     change(manifest, 'layers = "A" }', 'layers = "A", z_loss = 2.0 }')
     process, lock = search_process(manifest), manifest.parent / "runs/m/short/base-s1/trial.lock"
     wait_until(lambda: starts(manifest.parent).get("base-s1") or process.poll() is not None)
-    os.kill(json.loads(lock.read_text())["pid"], signal.SIGKILL)
+    os.killpg(json.loads(lock.read_text())["pid"], signal.SIGKILL)
     kill_when(process, lambda: starts(manifest.parent)["base-s1"] == 2)
 
 
@@ -411,7 +409,7 @@ def test_the_real_trainer_killed_in_the_middle_goes_on(manifest):
     folder = manifest.parent / "runs/m/stage1"
     kill_when(search_process(manifest), lambda: any(folder.glob("*/checkpoint_*.pt")))
     for lock in folder.glob("*/trial.lock"):
-        os.kill(json.loads(lock.read_text())["pid"], signal.SIGKILL)
+        os.killpg(json.loads(lock.read_text())["pid"], signal.SIGKILL)
     wait_until(lambda: not any(is_running(path.parent) for path in folder.glob("*/trial.lock")))
     assert ablate(manifest) in (0, 3)
     assert "resumed at step" in "".join(path.read_text() for path in folder.glob("*/train.log"))
