@@ -13,7 +13,8 @@
     confirm = 1                           # so many of the best go through the [[stages]] of `ablate`
 
 The same command goes on after any kill, and may run several times at once: each process takes up what it had begun.
-What failed stays in the study with its cause. Exit codes are those of `ablate`; --search-only ends before its stages.
+What failed stays in the study with its cause. The last process goes through the stages, with --search-only none does.
+Exit codes are those of `ablate`, and 0 where the stages are left to others.
 """
 
 import argparse
@@ -67,6 +68,23 @@ def check_space(m: Manifest, env: dict[str, str]) -> dict:
     return space
 
 
+def open_study(m: Manifest, number: int):
+    """One process of this machine after another, for tables that two make at once are an error."""
+    from optuna import create_study
+    from optuna.pruners import MedianPruner
+    from optuna.samplers import TPESampler
+    from sqlalchemy.exc import SQLAlchemyError
+
+    storage = m.sweep.get("storage", f"sqlite:///{m.folder}/study.db")
+    sampler, pruner = TPESampler(seed=number, n_startup_trials=STARTUP), MedianPruner(n_startup_trials=STARTUP)
+    with (m.folder / "study.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            return create_study(storage=storage, study_name=m.name, load_if_exists=True, sampler=sampler, pruner=pruner)
+        except SQLAlchemyError as error:
+            raise ValueError(f"the storage of the study does not open: {str(error).splitlines()[0]}") from None
+
+
 class Sweep:
     """One process of a study; `number` tells it from others of this machine that work in the same folder."""
 
@@ -77,15 +95,9 @@ class Sweep:
         self.m, self.env, self.executor, self.space = m, env, executor, check_space(m, env)
         self.stage, self.wanted = sweep_stage(m), m.sweep.get("trials", 0)
         self.validates, self.me = bool(m.config(m.base, env).val_every), f"{socket.gethostname()} {number}"
+        self.study = open_study(m, number)
         self.trials = Trials(m, executor, partial(print_line, sys.stderr), name=f"sweep{number}.jsonl")
         self.running, self.hopeless, self.states = {}, set(), optuna.trial.TrialState
-        self.study = optuna.create_study(
-            storage=m.sweep.get("storage", f"sqlite:///{m.folder}/study.db"),
-            study_name=m.name,
-            load_if_exists=True,
-            sampler=optuna.samplers.TPESampler(seed=number, n_startup_trials=STARTUP),
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
-        )
 
     def run(self, rt: Runtime) -> None:
         """Until the study has as many trials as the manifest wants, and those of this process have ended."""

@@ -5,7 +5,7 @@
 The trainer is a toy: a score is what its stage comes to, plus what its wave shares, plus noise of one deviation, less
 the effect of its variant, in deviations. In every search one of 20 variants has the effect and 19 have none; all 20
 have none where it is 0. Beside it the usual way with the same number of trials: one seed, each variant in turn, kept
-as soon as it is lower than the base once. About two minutes for each effect on one core.
+as soon as it is lower than the base once. A few minutes on one core.
 """
 
 import random

@@ -19,7 +19,7 @@ from harness.__main__ import main
 from harness.ablate import kept, run_stages
 from harness.executors import Executor, Job, LocalExecutor, Outcome, is_running
 from harness.manifest import BASE, Stage, read_manifest
-from harness.verdict import Noise, holm, judge, loudness, spearman, t_quantile
+from harness.verdict import Noise, holm, judge, loudness, spearman, t_quantile, t_tail
 from records.stats import t_upper
 from run_scripts.planted_truth import planted
 from tests.stubs import PATIENCE, ROOT, wait_until
@@ -125,6 +125,8 @@ def test_what_a_wave_shares_is_no_noise():
 def test_holm_and_quantiles_are_those_of_the_books():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert t_quantile(0.025, 10) == pytest.approx(2.228139, rel=1e-5)
+    cases = [(t, df) for t in (-2.0, 0.0, 0.7, 3.1, 6.0) for df in (1, 2, 3, 4, 7, 48)]
+    assert all(t_tail(t, df) == pytest.approx(t_upper(t, df), abs=1e-9) for t, df in cases)
     assert loudness(Noise(5 * 3.3258, 5), Noise(10, 10)) == pytest.approx(1.6449, rel=0.01)  # F(5, 10) at 5 %
     assert spearman([1, 2, 3, 4], [2, 1, 3, 4]) == pytest.approx(0.8) and spearman([1, 2], [1, 2]) is None
 
@@ -186,11 +188,11 @@ def test_who_enters_a_stage_and_what_the_last_keeps():
 
 def test_planted_effects_are_told_from_noise(monkeypatch):
     """The whole table: python run_scripts/planted_truth.py."""
-    null, large = planted(0.0, 30), planted(4.0, 10)
+    null, large = planted(0.0, 100), planted(4.0, 30)
     assert null.fooled <= 0.1 and null.usual_fooled >= 0.9
     assert large.finds >= 0.9 and large.fooled <= 0.2 and large.usual_fooled >= 0.9
     monkeypatch.setattr(harness.verdict, "holm", lambda values: [value / 10 for value in values])
-    assert planted(0.0, 20).fooled > 0.3
+    assert planted(0.0, 50).fooled > 0.3
 
 
 # ── manifests

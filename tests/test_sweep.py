@@ -100,6 +100,14 @@ def test_a_sweep_killed_twice_goes_on_and_its_best_is_tested_on_new_seeds(manife
     assert table["kept"] == [f"trial{rows[0]['number']}"] and Path("runs/m/importance.svg").exists()
 
 
+def test_a_storage_that_does_not_open_is_one_line(manifest, capsys):
+    text = manifest.read_text()
+    manifest.write_text(text.replace("trials = 20", 'trials = 20\nstorage = "sqlite:///no/such/folder/study.db"'))
+    assert sweep(manifest) == 2
+    error = capsys.readouterr().err
+    assert "the storage of the study does not open" in error and error.count("\n") == 1
+
+
 def test_what_cannot_fit_is_told_to_the_study_and_not_started(manifest):
     text = manifest.read_text().replace("trials = 20", "trials = 3")
     manifest.write_text(text.replace("rope_dims = { low = 4, high = 8, step = 2 }", "code_bytes = [50000, 15999999]"))
