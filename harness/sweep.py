@@ -117,17 +117,21 @@ class Sweep:
 
     def fill(self, rt: Runtime) -> bool:
         """Whether there are more to come."""
-        while more := len(self.study.get_trials(deepcopy=False)) < self.wanted:
+        while more := self.begun() < self.wanted:
             if len(self.running) == self.executor.places:
                 break
             asked = self.study.ask(self.space)
             asked.set_user_attr("worker", self.me)
-            if asked.number < self.wanted:
+            if self.begun() <= self.wanted:
                 self.begin(asked, rt)
             else:
                 self.tell(asked, None, "others had asked for the last ones")
-        self.trials.ahead = max(0, self.wanted - len(self.study.get_trials(deepcopy=False))) + len(self.running)
+        self.trials.ahead = max(0, self.wanted - self.begun()) + len(self.running)
         return more
+
+    def begun(self) -> int:
+        """A trial without a worker was cut off while it was asked for."""
+        return sum("worker" in row.user_attrs for row in self.study.get_trials(deepcopy=False))
 
     def fields(self, params: dict) -> Fields:
         return self.m.base | {name: show_value(value) for name, value in params.items()}
@@ -276,7 +280,8 @@ def run_sweep(m: Manifest, env: dict[str, str], options: argparse.Namespace) -> 
         write_whole(m.folder / "sweep.json", (json.dumps(told, indent=1) + "\n").encode())
         write_whole(m.folder / "importance.svg", importance_picture(m.name, told["importance"]).encode())
     (sys.stderr if options.json else sys.stdout).write("\n".join(report_lines(told)) + "\n")
-    at_work = [f"trial {row['number']} of {row['worker']}" for row in told["trials"] if row["state"] == "running"]
+    left = [row for row in told["trials"] if row["state"] == "running" and row["worker"]]  # without: killed as it asked
+    at_work = [f"trial {row['number']} of {row['worker']}" for row in left]
     if options.search_only or at_work:
         sys.stderr.write("still running: " + ", ".join(at_work) + "; whoever ends last goes on\n" if at_work else "")
         return KEPT

@@ -90,8 +90,8 @@ def test_a_sweep_killed_twice_goes_on_and_its_best_is_tested_on_new_seeds(manife
     kill_when(search_process(manifest, "sweep"), lambda: len(starts(manifest.parent)) >= 3)
     kill_when(search_process(manifest, "sweep"), lambda: len(starts(manifest.parent)) >= 8)
     assert sweep(manifest) == 0
-    rows = told()["trials"]
-    assert len(rows) == 20 and {row["number"] for row in rows} == set(range(20))
+    rows = [row for row in told()["trials"] if row["worker"]]  # without one it was cut off while it was asked for
+    assert len(rows) == len({row["number"] for row in rows}) == 20
     assert set(starts(manifest.parent).values()) == {1}
     failed = [row for row in rows if row["fields"]["schedule"] == "cosine"]
     assert all(row["cause"] == "error: the loss is not a number" for row in failed)
