@@ -8,6 +8,8 @@ export CHECKPOINT              the artifact of a checkpoint
 follow RUN [--sample] [--proxy]  samples and proxies of the artifact from a run's checkpoints, while it trains
 preflight [--measure S] [--json] [field=value ...]  whatever could fail later, tried now
 supervise [options] -- COMMAND   a run that may be left alone: watched, told of, published, ended when it hangs
+ablate MANIFEST [--dry-run]    variants against a base in stages, with paired seeds: keep, retest or discard
+sweep MANIFEST [--search-only]  a space searched by Optuna, then its best against the base as above
 certify --script FILE --artifact FILE --data DIR   the probes of legality on the file that ran and what it wrote
 """
 
@@ -27,6 +29,8 @@ COMMANDS = {  # where each stands: one that only watches needs no tensors, and i
     "follow": "harness.follow",
     "supervise": "harness.supervise",
     "certify": "harness.certify",
+    "ablate": "harness.ablate",
+    "sweep": "harness.sweep",
 }
 
 

@@ -1,0 +1,163 @@
+"""Where trials run. An executor has `places`, and four words: submit, state, result, cancel.
+
+A job is a folder and a command that writes result.json into it, and what a search knows of a job is what the folder
+says, so that a search that was killed finds its jobs again: `submit` of one that still runs takes it up, wherever it
+runs. An executor for a cluster keeps the number of its queue in the folder, and reads the same files there.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from records.run import read_object
+
+LOCK, OUTPUT = "trial.lock", "trial.out"
+FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
+LAST_WORDS = 300  # characters of a cause
+EXIT = "trial.exit"
+# Writes the command's code to the file $0, though nobody may be left to wait for it, and ends no sooner than it.
+SHELL = ("sh", "-c", 'trap : TERM; "$@"; code=$?; echo $code > "$0"; exit $code')
+
+
+class Job(NamedTuple):
+    folder: Path
+    command: tuple[str, ...]
+
+
+class Outcome(NamedTuple):
+    status: str  # finished, failed: it would fail again; interrupted: it may go on from its checkpoint
+    facts: dict  # of result.json
+    cause: str
+
+
+class Executor(Protocol):
+    places: int  # jobs at a time
+
+    def submit(self, job: Job) -> None:
+        """Begin it, or take it up if it runs already."""
+
+    def state(self, job: Job) -> str:
+        """waiting, running or ended."""
+
+    def result(self, job: Job) -> Outcome:
+        """Of a job that has ended."""
+
+    def cancel(self, job: Job) -> None:
+        """Ask it to end; it may write a checkpoint first."""
+
+
+class LocalExecutor:
+    """Processes of this machine, each pinned to its cores or to its GPU.
+
+    A process holds the lock of its folder for as long as it lives, whatever becomes of us.
+    """
+
+    def __init__(self, env: dict[str, str], cores: list | None = None, gpus: list | None = None):
+        here, sets = os.sched_getaffinity(0), [[each] if isinstance(each, int) else each for each in cores or []]
+        if missing := {core for each in sets for core in each} - here:
+            raise ValueError(f"executor: no core {min(missing)} here, there are {sorted(here)}")
+        pinned = [{"cores": each, "env": {"OMP_NUM_THREADS": str(len(each))}} for each in sets]
+        pinned += [{"cores": [], "env": {"CUDA_VISIBLE_DEVICES": str(each)}} for each in gpus or []]
+        self.env, self.free, self.started = env, pinned or [{"cores": [], "env": {}}], {}
+        self.places = len(self.free)
+
+    def submit(self, job: Job) -> None:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        with (job.folder / LOCK).open("a+") as lock, (job.folder / OUTPUT).open("ab") as out:
+            if is_held(lock):
+                self.started[job.folder] = self.take(recorded(job.folder).get("place")), None
+                return
+            place, here = self.take(None), os.sched_getaffinity(0)
+            (job.folder / EXIT).unlink(missing_ok=True)
+            os.sched_setaffinity(0, place["cores"] or here)  # it inherits ours
+            process = subprocess.Popen(
+                [*SHELL, job.folder / EXIT, *job.command],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env=self.env | place["env"],
+                pass_fds=[lock.fileno()],
+                start_new_session=True,
+            )
+            os.sched_setaffinity(0, here)
+            lock.truncate(0)
+            lock.write(json.dumps({"pid": process.pid, "place": place}))
+        self.started[job.folder] = place, process
+
+    def take(self, wanted: dict | None) -> dict:
+        """A free place; this one, if it is free."""
+        return self.free.pop(self.free.index(wanted) if wanted in self.free else 0)
+
+    def state(self, job: Job) -> str:
+        if job.folder not in self.started:
+            return "waiting"
+        return "running" if is_running(job.folder) else "ended"
+
+    def result(self, job: Job) -> Outcome:
+        place, process = self.started.pop(job.folder)
+        self.free.append(place)
+        if process and not is_running(job.folder):
+            process.wait()
+        return outcome_of(job.folder)
+
+    def cancel(self, job: Job) -> None:
+        with suppress(ProcessLookupError):
+            if is_running(job.folder):
+                os.killpg(recorded(job.folder)["pid"], signal.SIGTERM)
+
+
+def is_held(file) -> bool:
+    """By another process; otherwise it is ours from here on."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
+def recorded(folder: Path) -> dict:
+    """What is known of the process that has the lock."""
+    return json.loads((folder / LOCK).read_text() or "{}")
+
+
+def is_running(folder: Path) -> bool:
+    with suppress(FileNotFoundError), (folder / LOCK).open() as lock:
+        return is_held(lock)
+    return False
+
+
+def finished_facts(folder: Path) -> dict:
+    """result.json of a job that came to its end, else nothing."""
+    facts = read_object(folder / "result.json")
+    return facts if facts.get("status") == FINISHED else {}
+
+
+def outcome_of(folder: Path) -> Outcome:
+    """By what lies in the folder; what a signal or the machine ended may be gone on from."""
+    if facts := finished_facts(folder):
+        return Outcome(FINISHED, facts, "")
+    code = int((folder / EXIT).read_text() or 0) if (folder / EXIT).exists() else 128
+    if code >= 128 or read_object(folder / "result.json").get("status") == "killed":
+        return Outcome(INTERRUPTED, {}, f"ended by signal {code - 128}" if code > 128 else "killed")
+    lines = (folder / OUTPUT).read_text(errors="replace").strip().splitlines()
+    return Outcome(FAILED, {}, (lines[-1] if lines else f"exit code {code}")[-LAST_WORDS:])
+
+
+EXECUTORS: dict[str, Callable[..., Executor]] = {"local": LocalExecutor}
+KEYS = {"local": ("cores", "gpus")}
+
+
+def make_executor(asked: dict, env: dict[str, str]) -> Executor:
+    """The one that a manifest asks for."""
+    kind, rest = asked.get("kind", "local"), {key: value for key, value in asked.items() if key != "kind"}
+    if kind not in EXECUTORS:
+        raise ValueError(f"executor: no kind {kind!r}, one of {', '.join(EXECUTORS)}")
+    if strange := rest.keys() - set(KEYS[kind]):
+        raise ValueError(f"executor: no {min(strange)!r}, one of {', '.join(KEYS[kind])}")
+    return EXECUTORS[kind](env, **rest)
