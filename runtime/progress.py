@@ -39,7 +39,9 @@ class Progress:
         if not self.pending:
             return
         steps, self.pending, parts = self.pending, [], list(self.pending[-1].parts)
-        rows = [torch.cat([torch.stack([s.parts[name].float() for name in parts]), s.norms]) for s in steps]
+        # a part that came with a phase is not there before: of all but the loss, the last step's values are told
+        values = [torch.stack([s.parts.get(name, s.parts["loss"]).float() for name in parts]) for s in steps]
+        rows = [torch.cat([value, s.norms]) for value, s in zip(values, steps)]
         table = self.mean(torch.stack(rows).detach()).cpu()
         losses, norms = table[:, parts.index("loss")].tolist(), table[:, len(parts) :]
         totals = [math.hypot(*row) for row in norms.tolist()]

@@ -200,6 +200,14 @@ def test_a_cosine_tail_begins_and_ends_with_the_straight_one_and_stays_above_it_
     assert bent(0.6) > straight(0.6) and bent(0.9) < straight(0.9)
 
 
+def test_a_phase_may_begin_between_two_reports(dataset, tmp_path):
+    """The experts' part of the loss is not there in the first half of the steps that are told together."""
+    code, run = run_tiny(tmp_path, dataset, "layers=AAA", "experts=3,1", "moe_start=0.5", "log_every=8")
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in steps if row["kind"] == "step"][-1]
+    assert code == 0 and last["step"] == 8 and last["aux.balance"] > 0
+
+
 def test_momentum_rises_over_its_share_of_the_run(monkeypatch):
     c, heard = tiny(momentum=0.97, momentum_warmup=0.2), []
     optimizer = Optimizer(c, GPT(c))
