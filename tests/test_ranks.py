@@ -165,8 +165,8 @@ def test_what_ends_the_evaluation_of_one_rank_ends_that_of_all(tmp_path):
     ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], **pipes) for rank in range(2)]
     told, other = (process.communicate(timeout=300)[0].splitlines() for process in ranks)
     assert told == other and len(told) == 4
-    assert told[0].startswith("eval_seconds=99 is spent in mode ttt, lane 2, at token ")
-    assert told[1].startswith("eval_seconds=99 is spent in mode ttt, lane ") and "memory" not in told[1]
+    assert told[0].startswith("eval_seconds=99 is spent in mode ttt, partial: ")
+    assert told[1].startswith("eval_seconds=99 is spent in mode ttt, partial: 199 of 199 tokens")
     assert told[2] == "eval_batch=2 does not fit; lower eval_batch" and len(told[3].split()) == 2
 
 
