@@ -313,7 +313,8 @@ def check_config(c: Config) -> None:
         (not c.max_steps and not c.max_seconds, "no limit: set max_steps or max_seconds"),
         ("trellis" in [trained_codec(c, f) if c.reserve_seconds else row.codec for f, row in families(c).items()],
          "codec trellis is a path found after training: set reserve_seconds, leave qat out of parts, engrams in int6"),
-        ("fill" in c.parts and "qat" not in c.parts, "part fill is of embeddings that trained on their grid: add qat"),
+        ("fill" in c.parts and ("qat" not in c.parts or "plain" in c.parts),
+         "part fill is of embeddings that trained on their grid, in a coded file: add qat, leave plain out"),
         ("plain" in c.parts and c.reserve_seconds and "qat" not in c.parts, "plain, reserve_seconds: choose one"),
         (0 < c.max_seconds <= c.reserve_seconds, f"reserve_seconds {c.reserve_seconds} leaves nothing of max_seconds"),
     ]:  # fmt: skip

@@ -162,8 +162,12 @@ def picture(name: str, results: list) -> str:
         parts.append(label(4, y + 4, f"{stage} {row.variant}"[:28]))
         parts.append(f'<line x1="{left:.1f}" x2="{right:.1f}" y1="{y}" y2="{y}"/>')
         parts.append(f'<circle cx="{at:.1f}" cy="{y}" r="4" fill="{COLOURS[row.verdict]}"/>')
-    drawing = svg("".join([STYLE, *parts]), f"{name}: difference to the base, with 95 % intervals", height)
-    return drawing.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    return svg_file("".join([STYLE, *parts]), f"{name}: difference to the base, with 95 % intervals", height)
+
+
+def svg_file(inside: str, title: str, height: float) -> str:
+    """A drawing as a file of its own, which has to say what it is."""
+    return svg(inside, title, height).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
 
 
 def rule(x: float, height: float, tick: float) -> str:

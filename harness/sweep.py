@@ -29,10 +29,11 @@ from functools import partial
 from pathlib import Path
 
 from harness.ablate import KEPT, guarded, guessed_seconds, misfit, print_line, search
+from harness.ablate_table import svg_file
 from harness.executors import FINISHED, Executor, make_executor
 from harness.manifest import LIMITS, NUMBER, Fields, Manifest, checked, parse_fields, parse_stage, read_manifest
 from harness.trials import SMOOTHED, Trial, Trials, duration, make_trial
-from records.plot import label, svg
+from records.plot import label
 from records.run import Run
 from runtime.fields import show_value
 from runtime.log import write_whole
@@ -228,8 +229,7 @@ def importance_picture(name: str, rows: dict[str, float]) -> str:
         parts.append(label(NAMES - 6, ROW * i + 9, field, "end"))
         parts.append(f'<rect x="{NAMES}" y="{ROW * i}" width="{330 * share:.1f}" height="12" fill="#2166ac"/>')
         parts.append(label(NAMES + 4 + 330 * share, ROW * i + 9, f"{share:.2f}"))
-    drawing = svg("".join(parts), f"{name}: what decides who is among the best", ROW * (len(rows) + 2))
-    return drawing.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    return svg_file("".join(parts), f"{name}: what decides who is among the best", ROW * (len(rows) + 2))
 
 
 def sweep_report(s: Sweep) -> dict:

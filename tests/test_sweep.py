@@ -11,8 +11,6 @@ from harness.__main__ import main
 from tests.test_ablate import kill_when, search_process, starts
 from tests.toys import toy_dataset
 
-pytest.importorskip("optuna")
-
 # The best rate is 0.06; worse ones say so early, in losses that a pruner can read.
 STUB = """
 import json, math, random, sys, time

@@ -208,6 +208,13 @@ def test_a_phase_may_begin_between_two_reports(dataset, tmp_path):
     assert code == 0 and last["step"] == 8 and last["aux.balance"] > 0
 
 
+@pytest.mark.parametrize("parts", ["fill", "plain,qat,fill"])
+def test_filling_the_cap_needs_a_grid_in_training_and_the_coder(parts):
+    """Without the coder, a packed file could not read what was filled."""
+    with pytest.raises(ValueError, match="add qat, leave plain out"):
+        load_config([f"parts={parts}"], {}, "tiny")
+
+
 def test_momentum_rises_over_its_share_of_the_run(monkeypatch):
     c, heard = tiny(momentum=0.97, momentum_warmup=0.2), []
     optimizer = Optimizer(c, GPT(c))
