@@ -39,10 +39,10 @@ class CountTable(NamedTuple):
 class NgramLevel(NamedTuple):
     """All n-grams of one order, sorted."""
 
-    opens: np.ndarray  # bool: the first of its context
-    tokens: np.ndarray  # uint16: the last token
-    counts: np.ndarray  # int64: in the text
-    codes: np.ndarray  # uint8
+    contexts: np.ndarray  # place of the context one order lower; here and below, integers as short as will do
+    tokens: np.ndarray  # the last token
+    counts: np.ndarray  # in the text
+    codes: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,9 @@ class NgramCounts:
     def levels(self) -> list[NgramLevel]:
         """Lowest order first; seconds of work, so it is done once for all cut-offs."""
         token, levels = 2 ** token_bits(self.vocab) - 1, []
-        for keys, counts, opens, masses in weigh_ngrams(self):
-            levels.append(NgramLevel(opens, (keys & token).astype(np.uint16), counts, mass_codes(masses)))
+        for keys, counts, contexts, masses in weigh_ngrams(self):
+            whole = (contexts, keys & token, counts)
+            levels.append(NgramLevel(*(x.astype(np.min_scalar_type(x.max())) for x in whole), mass_codes(masses)))
         return levels[::-1]
 
 
@@ -138,7 +139,7 @@ def _spans(heads: np.ndarray, vocab: int, part_tokens: int) -> list[tuple[int, i
 
 
 def weigh_ngrams(ngrams: NgramCounts):
-    """From the highest order down: sorted keys, counts, which keys open a context, and masses.
+    """From the highest order down: sorted keys, counts, places of the contexts one order lower, and masses.
 
     The mass of a token in its context is (N - D(N)) / sum of N, with N the count in the text at the highest order and
     below it the number of different left neighbours.
@@ -146,14 +147,14 @@ def weigh_ngrams(ngrams: NgramCounts):
     bits = token_bits(ngrams.vocab)
     keys, counts, weights = ngrams.keys, ngrams.counts, ngrams.counts
     for order in range(ngrams.order, 0, -1):
-        contexts = keys >> bits
-        opens = _run_starts(contexts)
-        starts = np.flatnonzero(opens)
-        totals = np.repeat(np.add.reduceat(weights, starts), np.diff(starts, append=len(keys)))
-        yield keys, counts, opens, (weights - discounts(weights)[np.minimum(weights, 3)]) / totals
+        heads = keys >> bits
+        starts = np.flatnonzero(_run_starts(heads))
+        contexts = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(keys)))
+        totals = np.add.reduceat(weights, starts)[contexts]
+        yield keys, counts, contexts, (weights - discounts(weights)[np.minimum(weights, 3)]) / totals
         if order > 1:
             weights = _left_neighbours(keys, order, ngrams.vocab)
-            keys, counts = contexts[starts], np.add.reduceat(counts, starts)
+            keys, counts = heads[starts], np.add.reduceat(counts, starts)
 
 
 def _left_neighbours(keys: np.ndarray, order: int, vocab: int) -> np.ndarray:
@@ -198,12 +199,13 @@ def build_table(ngrams: NgramCounts, cuts: list[int]) -> CountTable:
     """The n-grams of order n that occur at least cuts[n - 1] times, with the masses they have among all."""
     if len(cuts) != ngrams.order or cuts != sorted(cuts) or cuts[0] < 1:
         raise ValueError(f"count_cuts={cuts}: need {ngrams.order} counts from 1 up, none smaller than the one before")
-    place, levels = np.zeros(1, np.int64), []
+    place, levels = np.zeros(1, np.int64), []  # of each n-gram one order lower, among those that are in the table
     for level, least in zip(ngrams.levels, cuts):
-        kept = level.counts >= least
-        context = place[np.cumsum(level.opens)[kept] - 1]
-        levels.append(CountLevel(context * ngrams.vocab + level.tokens[kept], level.codes[kept]))
-        place = np.cumsum(kept) - 1
+        held = np.flatnonzero(level.counts >= least)
+        context = place[level.contexts[held]]
+        levels.append(CountLevel(context * ngrams.vocab + level.tokens[held], level.codes[held]))
+        place = np.zeros(len(level.counts), np.int64)
+        place[held] = np.arange(len(held))
     return CountTable(ngrams.vocab, levels)
 
 
