@@ -18,6 +18,7 @@ import torch.distributed as dist
 KEY_BITS = 63
 PART_TOKENS = 1 << 22  # n-grams that a thread sorts at a time: about 150 MB
 CODES_PER_OCTAVE, LAST_CODE = 3, 72  # a mass is 2 ** (-code / 3)
+GOLDEN_RATIO = np.uint32(0x9E3779B1)  # its multiples spread evenly over all 32-bit numbers
 MASS_ONE = 1 << 24  # decoded masses are integers: of these parts
 MASS_ROOM = 1 << 14  # what a context leaves to lower orders, at least
 
@@ -195,13 +196,18 @@ def level_masses(level: CountLevel, contexts: int, vocab: int) -> tuple[np.ndarr
     return (units / MASS_ONE).astype(np.float32), (left / MASS_ONE).astype(np.float32)
 
 
-def build_table(ngrams: NgramCounts, cuts: list[int]) -> CountTable:
-    """The n-grams of order n that occur at least cuts[n - 1] times, with the masses they have among all."""
-    if len(cuts) != ngrams.order or cuts != sorted(cuts) or cuts[0] < 1:
+def build_table(ngrams: NgramCounts, cuts: list[float]) -> CountTable:
+    """The n-grams of order n that occur at least cuts[n - 1] times, with the masses they have among all.
+
+    A cut of 2.3 keeps, of those that occur twice, a share of .7 that is spread over the order. The order above must
+    then be cut at 3 or more, so that what an n-gram begins and ends with is kept too.
+    """
+    if len(cuts) != ngrams.order or any(-(-low // 1) > high // 1 for low, high in zip([1, *cuts], cuts)):
         raise ValueError(f"count_cuts={cuts}: need {ngrams.order} counts from 1 up, none smaller than the one before")
     place, levels = np.zeros(1, np.int64), []  # of each n-gram one order lower, among those that are in the table
     for level, least in zip(ngrams.levels, cuts):
-        held = np.flatnonzero(level.counts >= least)
+        held = np.flatnonzero(level.counts >= int(least))
+        held = held[level.counts[held] + (held.astype(np.uint32) * GOLDEN_RATIO) * 2.0**-32 >= least]
         context = place[level.contexts[held]]
         levels.append(CountLevel(context * ngrams.vocab + level.tokens[held], level.codes[held]))
         place = np.zeros(len(level.counts), np.int64)

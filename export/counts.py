@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data.counts import LAST_CODE, CountLevel, CountTable
-from export.container import Row
+from data.counts import LAST_CODE, CountLevel, CountTable, NgramCounts, build_table
+from export.container import Row, pack
 
 COUNT_HEAD = "counts."  # names of rows begin with it
 WIDE_PLANE = COUNT_HEAD + "wide"
@@ -20,6 +20,9 @@ ESCAPE = 255  # from here on a value stands in the wide plane
 MOST_ORDER = 16
 MOST_VOCAB = (1 << 16) - 1
 MOST_ENTRIES = 1 << 25
+ENTRY_BITS = 7.1  # of a table, before one is measured
+PAIRS_BEHIND = 16  # pairs are cut only where all that is longer is cut by so much more
+FIT_ATTEMPTS = 8  # two or three are usual
 
 
 class CountWriter:
@@ -250,3 +253,47 @@ def _read_gaps(reader: CountReader, kids: np.ndarray, room: np.ndarray) -> np.nd
         before[open_] += 1 + gap
         ranks[first[open_] + turn] = before[open_]
     return ranks
+
+
+# ---- spending a budget ----
+
+
+def fit_counts(ngrams: NgramCounts, budget: int) -> CountTable:
+    """The fullest table whose rows take at most `budget` bytes: from 99 % of them on, it is full enough."""
+    reach, aim = [_reach(level.counts) for level in ngrams.levels], 0.997 * budget
+    everything = sum(int(at_least[0]) for at_least in reach)
+    best, filled, wanted, before = None, 0, 8 * aim / ENTRY_BITS, (0, 0)
+    for _ in range(FIT_ATTEMPTS):
+        table = build_table(ngrams, _cuts_for(reach, min(wanted, 0.99 * MOST_ENTRIES)))
+        size, entries = len(pack(count_rows(table), {})), sum(len(level.keys) for level in table.levels)
+        if filled < size <= budget:
+            best, filled = table, size
+        if 0.99 * budget <= filled or entries in (everything, before[0]):
+            break
+        slope = max((size - before[1]) / (entries - before[0]), 0.1)  # bytes that one more entry takes
+        wanted, before = entries + (aim - size) / slope, (entries, size)
+    if best is None:
+        raise ValueError(f"count_bytes={budget}: a table of {entries:,} n-grams takes {size:,} bytes; raise it")
+    return best
+
+
+def ladder_cuts(height: float, order: int) -> list[float]:
+    """Cut-offs of each order: every step raises one by one, highest order first; single tokens are never cut."""
+    lap, step = divmod(height, max(order - 1, 1))
+    cuts = [lap + 1 + min(max(step - (order - n), 0), 1) for n in range(2, order + 1)]
+    return [1.0, *(max(cut - PAIRS_BEHIND, 1.0) for cut in cuts[:1]), *cuts[1:]]
+
+
+def _reach(counts: np.ndarray) -> np.ndarray:
+    """How many counts are at least 0, 1, 2, ...; the last is 0."""
+    return np.append(np.cumsum(np.bincount(counts)[::-1])[::-1], 0)
+
+
+def _cuts_for(reach: list[np.ndarray], entries: float) -> list[float]:
+    """The lowest cut-offs of the ladder that keep no more entries."""
+    low, high = 0.0, float(len(reach) * (max(map(len, reach[1:]), default=0) + PAIRS_BEHIND))
+    for _ in range(50):
+        cuts = ladder_cuts((low + high) / 2, len(reach))
+        kept = sum(np.interp(cut, np.arange(len(at_least)), at_least) for cut, at_least in zip(cuts, reach))
+        low, high = ((low + high) / 2, high) if kept > entries else (low, (low + high) / 2)
+    return ladder_cuts(high, len(reach))

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.counts import LAST_CODE, CountLevel, CountTable
+from data.counts import LAST_CODE, CountLevel, CountTable, build_table, count_ngrams
 from export.container import Row, pack, unpack
-from export.counts import MOST_ENTRIES, count_rows, read_counts
+from export.counts import MOST_ENTRIES, count_rows, fit_counts, ladder_cuts, read_counts
 from export.entropy import row_counts, row_entropy
 from tests.test_container import GOLDEN_COUNTS, mutated, sealed
 
@@ -310,13 +310,13 @@ def refused_or_sound(tensors, counts):
 
 
 def test_spoiled_planes_give_a_clean_error_or_a_sound_table():
-    rng, counts = random.Random(0), table()
+    rng, counts = random.Random(0), table(1200)
     planes = planes_of(counts)
     assert sum(refused_or_sound(spoiled(planes, rng), counts) for _ in range(300)) > 150
 
 
 def test_spoiled_files_give_a_clean_error_or_a_sound_table():
-    rng, counts, refused = random.Random(1), table(), 0
+    rng, counts, refused = random.Random(1), table(1200), 0
     blob = pack(count_rows(counts), {})
     for i in range(300):
         bad = mutated(blob, rng) if i % 3 == 0 else sealed(mutated(blob, rng)[8:])
@@ -345,3 +345,78 @@ def test_more_entries_than_any_table_has_are_refused_unread():
     planes = planes_of(table()) | {"counts.mass.0": torch.zeros(1, MOST_ENTRIES + 1, dtype=torch.uint8)}
     with pytest.raises(ValueError, match=f"at most {MOST_ENTRIES:,}"):
         read_counts(planes, 40)
+
+
+# ---- a budget of bytes ----
+
+
+def ngrams(count=12_000, vocab=60, order=4):
+    return count_ngrams(np.array(stream(count, vocab), np.uint16), order, vocab)
+
+
+def packed_bytes(counts):
+    return len(pack(count_rows(counts), {}))
+
+
+@pytest.mark.parametrize(("order", "budget"), [(4, 2_000), (4, 5_000), (4, 12_000), (3, 5_000), (2, 1_500)])
+def test_the_table_fills_its_budget(order, budget):
+    counts = fit_counts(ngrams(order=order), budget)
+    assert 0.97 * budget < packed_bytes(counts) <= budget
+    assert same(read_counts(tensors_of(counts), 60), counts)
+
+
+def test_a_larger_budget_keeps_what_a_smaller_one_kept():
+    known = [grams_of(fit_counts(ngrams(), budget)) for budget in (2_000, 4_000, 8_000, 16_000)]
+    assert known[0] < known[1] < known[2] < known[3]
+
+
+def grams_of(counts):
+    """All n-grams of a table."""
+    below, known = [()], set()
+    for level in counts.levels:
+        below = [(*below[key // counts.vocab], key % counts.vocab) for key in level.keys.tolist()]
+        known |= set(below)
+    return known
+
+
+def test_a_budget_for_everything_keeps_everything():
+    text = ngrams()
+    assert same(fit_counts(text, 1 << 30), build_table(text, [1, 1, 1, 1]))
+    assert same(fit_counts(ngrams(order=1), 1 << 30), build_table(ngrams(order=1), [1]))
+
+
+@pytest.mark.parametrize("order", [1, 4])
+def test_a_budget_too_small_for_the_tokens_is_named(order):
+    with pytest.raises(ValueError, match=r"count_bytes=100: a table of 60 n-grams takes \d+ bytes; raise it"):
+        fit_counts(ngrams(order=order), 100)
+
+
+def test_the_ladder_cuts_the_highest_order_first():
+    steps = [ladder_cuts(height, 5) for height in (0, 1, 2, 3, 4, 4.25, 6.5)]
+    assert [cuts[2:] for cuts in steps] == [
+        [1, 1, 1],
+        [1, 1, 2],
+        [1, 2, 2],
+        [2, 2, 2],
+        [2, 2, 2],
+        [2, 2, 2.25],
+        [2.5, 3, 3],
+    ]
+    assert all(cuts[:2] == [1, 1] for cuts in steps)
+    assert ladder_cuts(4 * 30, 5) == [1, 15, 31, 31, 31]
+    assert (ladder_cuts(7.5, 1), ladder_cuts(20.5, 2)) == ([1], [1, 5.5])
+
+
+def test_between_two_rungs_a_table_holds_a_share():
+    text = ngrams()
+    sparse, fuller = (grams_of(build_table(text, [1, 1, cut, 3])) for cut in (3, 2))
+    for share in (0.25, 0.5, 0.75):
+        known = grams_of(build_table(text, [1, 1, 3 - share, 3]))
+        assert sparse < known < fuller
+        assert abs(len(known - sparse) - share * len(fuller - sparse)) < 0.1 * len(fuller - sparse)
+
+
+@pytest.mark.parametrize("cuts", [[1, 1, 2.5, 2.5], [1, 1, 2.5, 2], [1, 2.5, 2.7, 3], [0.5, 1, 1, 1]])
+def test_cuts_that_would_orphan_an_entry_are_refused(cuts):
+    with pytest.raises(ValueError, match="none smaller than the one before"):
+        build_table(ngrams(), cuts)
