@@ -8,8 +8,8 @@ range of tokens, so that sorted parts end to end are sorted and the result depen
 
 import functools
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
 import numpy as np
@@ -115,9 +115,11 @@ def _sorted_runs(heads, vocab, part_tokens, keys_at, share=(0, 1)):
         return keys[starts], np.diff(starts, append=len(keys))
 
     (rank, world), spans = share, _spans(heads, vocab, part_tokens)
-    mine = spans[len(spans) * rank // world : len(spans) * (rank + 1) // world]
-    with ThreadPool(len(os.sched_getaffinity(0))) as pool:
-        parts = pool.map(runs, mine or [(0, 0)], 1)
+    mine = spans[len(spans) * rank // world : len(spans) * (rank + 1) // world] or [(0, 0)]
+    cores, parts = len(os.sched_getaffinity(0)), []
+    with ThreadPoolExecutor(cores) as pool:
+        for at in range(0, len(mine), cores):  # what is not begun is refused when the process ends: it ends soon
+            parts += pool.map(runs, mine[at : at + cores])
     return [np.concatenate(column) for column in zip(*parts)]
 
 
@@ -216,17 +218,18 @@ def build_table(ngrams: NgramCounts, cuts: list[float]) -> CountTable:
 
 
 class Counting:
-    """Counts in a thread that a process does not wait for when it ends. The ranks of a group count a share each."""
+    """Counts in a thread, of which a process that ends waits for no more than the sorts at work.
+
+    The ranks of a group count a share each. Nothing is kept on disk: who counts again has the same.
+    """
 
     def __init__(self, tokens: np.ndarray, order: int, vocab: int, part_tokens: int = PART_TOKENS, share=(0, 1)):
         require_countable(tokens, order, vocab)  # before anybody trains for hours
-        pool = ThreadPool(1)
-        self.share = pool.apply_async(_count_share, (tokens, order, vocab, part_tokens, share))
-        pool.close()
+        self.share = ThreadPoolExecutor(1).submit(_count_share, tokens, order, vocab, part_tokens, share)
 
     def result(self, group=None) -> NgramCounts:
         """Waits for the thread and raises what it raised; all ranks of the group call this together."""
-        return join_shares(group, self.share.get())
+        return join_shares(group, self.share.result())
 
 
 def _count_share(tokens, order, vocab, part_tokens, share) -> NgramCounts:

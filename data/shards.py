@@ -144,16 +144,15 @@ class _ShardWindows:
         self.names, self.shards = [Path(p).name for p in paths], [open_shard(p) for p in paths]
         self.length, self.seed, self.rank, self.world, self.vocab = length, seed, rank, world, vocab
         self.first = np.cumsum([0] + [(s.size - 1) // length for s in self.shards])  # the first window of each shard
-        self.spare, self.position = spare, 0
-        self.total = max(int(self.first[-1]) - spare, 0)
+        self.total, self.position = int(self.first[-1]) - spare, 0
 
     def next(self, n):
         """(n, length + 1) int64 tokens and, for each row, where it came from: (shard name, offset in tokens)."""
         if self.total < n * self.world:
-            tokens = sum(s.size for s in self.shards)
+            tokens, spare = sum(s.size for s in self.shards), self.first[-1] - self.total
             raise ValueError(
-                f"{tokens:,} tokens make {self.total} windows of {self.length} beside {self.spare} spare ones, but a "
-                f"batch takes {n} on each of {self.world} ranks; lower micro_tokens or seq_len, or prepare more text"
+                f"{tokens:,} tokens make {self.total} windows of {self.length} and {spare} spare, but a batch takes "
+                f"{n} on each of {self.world} ranks; lower micro_tokens or seq_len, or prepare more text"
             )
         rows, provenance = np.empty((n, self.length + 1), np.int64), []
         for row, number in zip(rows, self.numbers(n)):

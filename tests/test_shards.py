@@ -253,8 +253,8 @@ def test_no_window_ever_overlaps_the_tail_that_spare_windows_hold(folder, kind, 
 
 @pytest.mark.parametrize("spare", [TOTAL - 3, TOTAL, TOTAL + 9])
 def test_spare_windows_that_leave_too_few_are_named(folder, spare):
-    left = max(TOTAL - spare, 0)
-    with pytest.raises(ValueError, match=rf"make {left} windows of 8 beside {spare} spare ones.*takes 4 on each of 1"):
+    left = TOTAL - spare
+    with pytest.raises(ValueError, match=rf"make {left} windows of 8 and {spare} spare, .*takes 4 on each of 1"):
         order(folder, spare=spare).next(4)
 
 
