@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from data.counts import LAST_CODE, CountLevel, CountTable, build_table, count_ngrams
+from export.__main__ import export_main, inspect_file
+from export.budget import describe, fold_counts, plan_counts
 from export.container import Row, pack, unpack
 from export.counts import MOST_ENTRIES, count_rows, fit_counts, ladder_cuts, read_counts
 from export.entropy import row_counts, row_entropy
@@ -420,3 +422,30 @@ def test_between_two_rungs_a_table_holds_a_share():
 def test_cuts_that_would_orphan_an_entry_are_refused(cuts):
     with pytest.raises(ValueError, match="none smaller than the one before"):
         build_table(ngrams(), cuts)
+
+
+# ---- what it takes, on paper ----
+
+
+def test_inspect_shows_the_counts_as_one_line_of_the_file(tmp_path, capsys):
+    counts, path = table(), tmp_path / "model.skc"
+    path.write_bytes(pack([Row("w", torch.randn(16, 40), "int6"), *count_rows(counts)], {}))
+    facts, entries = inspect_file(str(path)), sum(len(level.keys) for level in counts.levels)
+    weight, line = facts["tensors"]
+    assert (weight["name"], line["name"], line["shape"]) == ("w", "counts", [entries])
+    assert line["bits_per_weight"] == pytest.approx(8 * line["bytes"] / entries, abs=1e-3)
+    assert 0.8 * line["entropy_bits"] < line["bits_per_weight"] < 1.5 * line["entropy_bits"]
+    assert sum(t["bytes"] for t in facts["tensors"]) + sum(facts["overhead"].values()) == facts["total_bytes"]
+    assert export_main(["inspect", str(path)]) == 0
+    shown = next(text for text in capsys.readouterr().out.splitlines() if text.startswith("counts"))
+    assert shown.split()[1:4] == [str(entries), "counts", f"{line['bytes']:,}"]
+
+
+def test_a_file_without_counts_has_no_line_of_them():
+    lines = describe(pack([Row("w", torch.randn(16, 40), "int6")], {}))["tensors"]
+    assert fold_counts(lines) == lines
+
+
+def test_the_plan_of_a_budget_says_how_many_entries_it_holds():
+    line = plan_counts(9_000_000)
+    assert (line["name"], line["bytes"], line["shape"], line["bits_per_weight"]) == ("counts", 9_000_000, [10**7], 7.2)
