@@ -87,11 +87,8 @@ class HalfCodec:
         return half_layout(math.prod(shape))
 
 
-class ByteCodec:
-    """Bytes (..., K) <-> one plane of them."""
-
-    def __init__(self, kind: str):
-        self.kind = kind
+class ByteCodec(IntCodec):
+    """Bytes (..., K) <-> one plane of them: an int codec without steps."""
 
     def encode(self, parts: tuple[torch.Tensor, ...]) -> list[Plane]:
         return [Plane(self.kind, parts[0].reshape(-1, parts[0].shape[-1]).numpy())]
@@ -100,7 +97,7 @@ class ByteCodec:
         return (torch.from_numpy(planes[0]).reshape(shape),)
 
     def layout(self, shape: tuple[int, ...], group: int) -> list[tuple[str, int, int]]:
-        return [(self.kind, math.prod(shape[:-1]), shape[-1])]
+        return super().layout(shape, group)[:1]
 
 
 CODECS = {
@@ -112,7 +109,7 @@ CODECS = {
     "int8": IntCodec(8),
     "trellis": IntCodec(8, "trellis"),
     "fp16": HalfCodec(),
-    **{kind: ByteCodec(kind) for kind in COUNT_KINDS},
+    **{kind: ByteCodec(8, kind) for kind in COUNT_KINDS},
 }
 
 
