@@ -91,6 +91,19 @@ def read_tokens(folder, split, vocab, limit=0):
     return _read_stream(shard_paths(folder, split), limit, vocab)
 
 
+def read_tail(folder, split, vocab, count):
+    """The last `count` tokens of a split, in order."""
+    parts, left = [], count
+    for path in reversed(shard_paths(folder, split)):
+        tokens = open_shard(path)
+        parts.insert(0, np.array(tokens[max(tokens.size - left, 0) :]))
+        require_ids_below(vocab, tokens, path)
+        left -= parts[0].size
+        if left <= 0:
+            return np.concatenate(parts)
+    raise ValueError(f"{folder}: {count - left:,} {split} tokens are fewer than the last {count:,}; prepare more text")
+
+
 def read_sidecar(folder, limit=0):
     """Original bytes of each token of `read_tokens(folder, 'val', ...)`; None if the dataset has no sidecar."""
     paths = sidecar_paths(folder)
@@ -120,23 +133,26 @@ def _read_stream(paths, limit, vocab=None):
 
 
 class _ShardWindows:
-    """All windows of some shards, numbered through; `position` counts those this rank has consumed and may be set."""
+    """All windows of some shards, numbered through, but for the last `spare`, which nobody visits.
 
-    def __init__(self, paths, length, seed=0, rank=0, world=1, vocab=2**16):
+    `position` counts those this rank has consumed and may be set. Spare windows hold the last spare * length tokens.
+    """
+
+    def __init__(self, paths, length, seed=0, rank=0, world=1, vocab=2**16, spare=0):
         if length < 1 or not 0 <= rank < world:
             raise ValueError(f"windows of {length} tokens, rank {rank} of {world}: need length > 0 and rank < world")
         self.names, self.shards = [Path(p).name for p in paths], [open_shard(p) for p in paths]
         self.length, self.seed, self.rank, self.world, self.vocab = length, seed, rank, world, vocab
         self.first = np.cumsum([0] + [(s.size - 1) // length for s in self.shards])  # the first window of each shard
-        self.total, self.position = int(self.first[-1]), 0
+        self.total, self.position = int(self.first[-1]) - spare, 0
 
     def next(self, n):
         """(n, length + 1) int64 tokens and, for each row, where it came from: (shard name, offset in tokens)."""
         if self.total < n * self.world:
-            tokens = sum(s.size for s in self.shards)
+            tokens, spare = sum(s.size for s in self.shards), self.first[-1] - self.total
             raise ValueError(
-                f"{tokens:,} tokens make {self.total} windows of {self.length}, but a batch takes {n} on "
-                f"each of {self.world} ranks; lower micro_tokens or seq_len, or prepare more text"
+                f"{tokens:,} tokens make {self.total} windows of {self.length} and {spare} spare, but a batch takes "
+                f"{n} on each of {self.world} ranks; lower micro_tokens or seq_len, or prepare more text"
             )
         rows, provenance = np.empty((n, self.length + 1), np.int64), []
         for row, number in zip(rows, self.numbers(n)):

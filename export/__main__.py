@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from export.bench import bench
-from export.budget import BYTE_CAP, describe
+from export.budget import BYTE_CAP, describe, fold_counts
 from export.container import unpack
 
 
@@ -20,7 +20,8 @@ def load(path: str) -> bytes:
 
 def inspect_file(path: str) -> dict:
     blob = load(path)
-    return {**describe(blob), "sha256": hashlib.sha256(blob).hexdigest()}
+    facts = describe(blob)
+    return {**facts, "tensors": fold_counts(facts["tensors"]), "sha256": hashlib.sha256(blob).hexdigest()}
 
 
 def verify_file(path: str) -> dict:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from export.codecs import ALPHABETS, CODECS
+from export.codecs import ALPHABETS, CODECS, COUNT_KINDS
 from export.container import Planes, Row, pack, read_planes, row_parts
 from export.entropy import TABLE_BITS, choice_bits, learn_book, row_counts, row_entropy
 from export.quantise import INT_BITS, STEP_CODECS, Parts, from_grid, int_levels, int_round, int_value, to_grid
@@ -19,6 +19,7 @@ BYTE_CAP = 16_000_000
 SAMPLE = 1 << 16  # weights that stand for a tensor on a rate-distortion curve
 ATTEMPTS = 6  # of meeting a budget; two or three are usual
 TRAINED = 0.99  # trained weights take less than Gaussian ones, for their rows differ
+PLANNED_ENTRY_BITS = 7.2  # of a table of counts with what a file takes around it
 TRELLIS_LEAST = 2.5  # bits a weight, from which on a trellis beats rounding
 LADDER = tuple(2.0 ** (i / 8) for i in range(-40, 17))  # steps of a rate curve, in units of the tensor's rms
 
@@ -150,6 +151,35 @@ def plan_bytes(shapes: list, *, group: int = 128, rule: str = "absmean", clips: 
         size = round(math.prod(shape) / math.prod(line["shape"]) * line["bytes"])
         lines.append({**line, "name": name, "shape": list(shape), "bytes": size})
     return lines
+
+
+def plan_counts(budget: int) -> dict:
+    """The line of a table of counts that takes so many bytes: the entries that it will hold."""
+    return _counts_line(round(8 * budget / PLANNED_ENTRY_BITS), budget, PLANNED_ENTRY_BITS)
+
+
+def fold_counts(lines: list[dict]) -> list[dict]:
+    """The planes of a table of counts as one line: its weights are entries, each with its mass and its place."""
+    planes = [line for line in lines if line["codec"] in COUNT_KINDS]
+    entries = sum(math.prod(line["shape"]) for line in planes if line["codec"] == "count_mass")
+    if not entries:
+        return lines
+    entropy = sum(line["entropy_bits"] * math.prod(line["shape"]) for line in planes) / entries
+    kept = [line for line in lines if line not in planes]
+    return [*kept, _counts_line(entries, sum(line["bytes"] for line in planes), entropy)]
+
+
+def _counts_line(entries: int, size: int, entropy: float) -> dict:
+    return {
+        "name": "counts",
+        "shape": [entries],
+        "codec": "counts",
+        "bytes": size,
+        "symbol_bytes": size,
+        "scale_bytes": 0,
+        "bits_per_weight": round(8 * size / max(entries, 1), 4),
+        "entropy_bits": round(entropy, 4),
+    }
 
 
 def _gaussian_line(codec: str, columns: int, group: int, rule: str, clips: dict) -> dict:

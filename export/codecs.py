@@ -11,7 +11,8 @@ import torch
 
 from export.quantise import int_levels
 
-ALPHABETS = {
+COUNT_KINDS = ("count_kids", "count_gap", "count_mass")
+ALPHABETS = {  # in the order of the side stream
     "trits": 3,
     "factor": 128,
     "int4": 15,
@@ -20,10 +21,11 @@ ALPHABETS = {
     "int7": 127,
     "int8": 255,
     "trellis": 255,
+    **dict.fromkeys(COUNT_KINDS, 256),
     "high": 256,
     "low": 256,
 }
-KINDS = "trits factor int4 int5 int6 int7 int8 trellis high low"  # in the order of the side stream
+KINDS = list(ALPHABETS)
 BASE3 = np.array([81, 27, 9, 3, 1], np.uint16)
 
 
@@ -85,6 +87,19 @@ class HalfCodec:
         return half_layout(math.prod(shape))
 
 
+class ByteCodec(IntCodec):
+    """Bytes (..., K) <-> one plane of them: an int codec without steps."""
+
+    def encode(self, parts: tuple[torch.Tensor, ...]) -> list[Plane]:
+        return [Plane(self.kind, parts[0].reshape(-1, parts[0].shape[-1]).numpy())]
+
+    def decode(self, planes: list[np.ndarray], shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+        return (torch.from_numpy(planes[0]).reshape(shape),)
+
+    def layout(self, shape: tuple[int, ...], group: int) -> list[tuple[str, int, int]]:
+        return super().layout(shape, group)[:1]
+
+
 CODECS = {
     "ternary": TernaryCodec(),
     "int4": IntCodec(4),
@@ -94,6 +109,7 @@ CODECS = {
     "int8": IntCodec(8),
     "trellis": IntCodec(8, "trellis"),
     "fp16": HalfCodec(),
+    **{kind: ByteCodec(8, kind) for kind in COUNT_KINDS},
 }
 
 

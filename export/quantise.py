@@ -82,4 +82,4 @@ def from_grid(codec: str, parts: Parts) -> torch.Tensor:
         return ternary_value(*parts)
     if codec == "trellis":
         return trellis_value(*parts)
-    return parts[0].float() if codec == "fp16" else int_value(*parts)
+    return int_value(*parts) if len(parts) > 1 else parts[0].float()

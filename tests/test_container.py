@@ -37,6 +37,7 @@ from tests.toys import documents, stirred, tiny
 
 GOLDEN = Path(__file__).parent / "golden.skc"
 GOLDEN_TRELLIS = Path(__file__).parent / "golden_trellis.skc"
+GOLDEN_COUNTS = Path(__file__).parent / "golden_counts.skc"
 META = {"dim": 64, "layers": "AK"}
 CLIPS = {"int4": 3.0, "int6": 11.5}
 
@@ -188,7 +189,7 @@ def test_slices_of_one_bank_are_different_tensors():
 def test_the_file_names_every_codec_that_the_writer_may_choose(codec):
     blob = pack([Row("w", numbers(32, 64), codec)], {}, group=16)
     assert read_manifest(blob)[0].entries[0].codec == codec
-    assert set(CODECS) == {*CODEC_NAMES, "trellis"}
+    assert set(CODECS) == {*CODEC_NAMES, "trellis", "count_kids", "count_gap", "count_mass"}
     assert unpack(blob)[0]["w"].dtype == torch.float32
 
 
@@ -250,6 +251,8 @@ def planes_of(codec, shape, group):
     """FORMAT.md, section 3."""
     rows, size = math.prod(shape[:-1]), math.prod(shape)
     halves = [("high", 1, size if codec == "fp16" else rows), ("low", 1, size if codec == "fp16" else rows)]
+    if codec.startswith("count_"):
+        return [(codec, rows, shape[-1])]
     if codec == "ternary":
         return [("trits", rows, shape[-1]), ("factor", rows, shape[-1] // group), *halves]
     return halves if codec == "fp16" else [(codec, rows, shape[-1]), *halves]
@@ -262,6 +265,7 @@ def plain_reader(blob):
         "factor": 128,
         **{f"int{b}": 2**b - 1 for b in (4, 5, 6, 7, 8)},
         "trellis": 255,
+        **{f"count_{kind}": 256 for kind in ("kids", "gap", "mass")},
         "high": 256,
         "low": 256,
     }
@@ -307,7 +311,7 @@ def plain_reader(blob):
     return planes
 
 
-@pytest.mark.parametrize("path", [GOLDEN, GOLDEN_TRELLIS], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [GOLDEN, GOLDEN_TRELLIS, GOLDEN_COUNTS], ids=lambda p: p.stem)
 def test_a_reader_written_from_the_contract_alone_finds_the_same_planes(path):
     blob = path.read_bytes()
     ours = read_planes(blob).planes

@@ -15,6 +15,7 @@ from data.shards import (
     epoch_walk,
     open_shard,
     read_sidecar,
+    read_tail,
     read_tokens,
     shard_paths,
     shard_sha256,
@@ -36,8 +37,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def order(folder, kind=WindowOrder, seed=3, rank=0, world=1):
-    return kind(shard_paths(folder, "train"), LENGTH, seed, rank, world, 50)
+def order(folder, kind=WindowOrder, seed=3, rank=0, world=1, spare=0):
+    return kind(shard_paths(folder, "train"), LENGTH, seed, rank, world, 50, spare)
 
 
 def places(walk, n, calls=1):
@@ -123,6 +124,18 @@ def test_an_empty_folder_names_the_prepare_command(tmp_path):
 @pytest.mark.parametrize("limit, expected", [(0, 60), (10, 10), (45, 45), (400, 60)])
 def test_the_validation_stream_joins_shards_up_to_a_limit(folder, limit, expected):
     assert read_tokens(folder, "val", 60, limit).tolist() == list(range(expected))
+
+
+@pytest.mark.parametrize("count", [1, 20, 21, 60])
+def test_the_tail_of_a_split_joins_shards_from_the_end(folder, count):
+    assert read_tail(folder, "val", 60, count).tolist() == list(range(60 - count, 60))
+
+
+def test_a_tail_longer_than_the_split_or_past_the_vocabulary_is_named(folder):
+    with pytest.raises(ValueError, match="60 val tokens are fewer than the last 61; prepare more text"):
+        read_tail(folder, "val", 60, 61)
+    with pytest.raises(ValueError, match=r"toy_val_000001\.bin: token id 59 is past"):
+        read_tail(folder, "val", 59, 3)
 
 
 def test_a_sidecar_matches_the_tokens_or_is_refused(folder):
@@ -218,6 +231,31 @@ def test_another_world_size_resumes_with_the_same_windows(folder):
 def test_a_corpus_too_small_for_a_batch_says_what_to_lower(folder, kind):
     with pytest.raises(ValueError, match=rf"368 tokens make {TOTAL} windows of 8.*23 on each of 2.*lower micro_tokens"):
         order(folder, kind, world=2).next(23)
+
+
+def tail_tokens_met(folder, kind, tail, spare, calls):
+    """How many places of the tail a walk's windows cover."""
+    sizes = {p.name: open_shard(p).size for p in shard_paths(folder, "train")}
+    begins = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist()))
+    ends = [begins[name] + offset + LENGTH + 1 for name, offset in places(order(folder, kind, spare=spare), 3, calls)]
+    return max(max(ends) - (sum(sizes.values()) - tail), 0)
+
+
+@pytest.mark.parametrize("kind", [WindowOrder, LaneOrder])
+@pytest.mark.parametrize("spare", [1, 2, 25, 26, 32, 40])
+def test_no_window_ever_overlaps_the_tail_that_spare_windows_hold(folder, kind, spare):
+    """Spare windows within the last shard, all of it, and more. The planted fault: half as many."""
+    assert tail_tokens_met(folder, kind, spare * LENGTH, spare, 3 * TOTAL) == 0
+    assert tail_tokens_met(folder, kind, spare * LENGTH, spare // 2, 3 * TOTAL) > 0
+    walk = order(folder, kind, spare=spare)
+    assert len(set(places(walk, 1, TOTAL - spare))) == TOTAL - spare
+
+
+@pytest.mark.parametrize("spare", [TOTAL - 3, TOTAL, TOTAL + 9])
+def test_spare_windows_that_leave_too_few_are_named(folder, spare):
+    left = TOTAL - spare
+    with pytest.raises(ValueError, match=rf"make {left} windows of 8 and {spare} spare, .*takes 4 on each of 1"):
+        order(folder, spare=spare).next(4)
 
 
 def test_an_impossible_rank_or_length_is_refused(folder):
