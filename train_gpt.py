@@ -63,8 +63,8 @@ from kernels.scan import koopman_scan
 from kernels.ternary import TERNARY_RULES, ternary_project
 from optim.families import Family, family_rows
 from optim.gradients import GradientBuckets, GradientSum
-from optim.masters import MasterGroup, clip_gradients
-from optim.rules import AdamW, Lion, Muon
+from optim.masters import FlooredGroup, MasterGroup, clip_gradients
+from optim.rules import AdamW, Lion, Muon, SoapMuon
 from runtime.checkpoints import find_checkpoint, trained_before, write_checkpoint
 from runtime.clock import Clock
 from runtime.fields import (
@@ -103,6 +103,7 @@ PARTS = {  # optional parts of the model, switched on by naming them in `parts`
     "static": "capsules: decays that do not depend on the token (ablation)",
     "qat": "matrices and embeddings train on the grid of the codec they ship in",
     "cautious": "weights decay only where the update shrinks them as well",
+    "even": "the weight average is of the last `ema` of the run, in which all weights count the same",
     "fill": "embeddings ship in finer or coarser steps than they train in, so that the file fills the cap",
     "untied": "the head has a matrix of its own",
     "plain": "the least code: no fused loss, no buckets of gradients, no entropy coder but brotli's",
@@ -172,6 +173,7 @@ class Config:
     momentum: float = free(0.95, "of Muon, once it has risen from 0.85", most=1)
     momentum_warmup: float = free(0.05, "share of the run in which it rises", most=1)
     clip_norm: float = free(1.0, "gradient norm limit; 0 is none")
+    row_floor: float = structural(0.0, "rows of a matrix's update are at least this share of their weights")
     ema: float = structural(0.0, "memory of the weight average as a share of the run; 0 is none", most=1)
     # data and run
     data: str = free("datasets/local", "dataset folder, see data/prepare.py", resumable=True)
@@ -794,7 +796,7 @@ def trained_codec(c: Config, family: str) -> str:
     return row.codec if row.always_on_grid or "qat" in c.parts else "fp32"
 
 
-OPTIMIZERS = {"muon": Muon, "adamw": AdamW, "lion": Lion}
+OPTIMIZERS = {"muon": Muon, "adamw": AdamW, "lion": Lion, "soap_muon": SoapMuon}
 
 
 class Optimizer:
@@ -808,8 +810,9 @@ class Optimizer:
         self.groups = []
         for (family, _), rows in stacks.items():
             row, grid = self.families[family], partial(GRIDS[trained_codec(c, family)], c)
+            group = partial(FlooredGroup, c.row_floor) if c.row_floor else MasterGroup
             rule, cautious = OPTIMIZERS[row.optimizer], "cautious" in c.parts
-            self.groups.append(MasterGroup(family, rows, rule, grid, row.decays, cautious))
+            self.groups.append(group(family, rows, rule, grid, row.decays, cautious))
         self.params = [p for _, p, _ in family_rows(model)]
         self.buckets = (GradientSum if "plain" in c.parts else GradientBuckets)(ranks, self.params)
         self.project()
@@ -839,8 +842,8 @@ class Optimizer:
             if g.family == "engram" and c.engram_keep < 1 and progress >= 0.5 and g.keep is None:
                 count = mean_over_ranks(self.ranks, self.model.engram.count)  # every rank met tokens of its own
                 g.keep = self.model.engram.keep_mask(c.engram_keep, count).unsqueeze(-1)
-            if c.ema > 0 and progress >= 1 - 8 * c.ema:  # what was before weighs less than e^-8
-                g.update_average(max(2.0, c.ema * step / max(progress, 1e-9)))  # a share of the run, in steps
+            if c.ema > 0 and progress >= 1 - c.ema * (1 if "even" in c.parts else 8):  # before, e^-8 would be left
+                g.update_average(0 if "even" in c.parts else max(2.0, c.ema * step / max(progress, 1e-9)))  # in steps
         self.project()
         self.model.zero_grad(set_to_none=True)
         return norms

@@ -28,13 +28,15 @@ class MasterGroup:
         self.steps += 1
         grad = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]).float()
         awake = (grad.flatten(1).abs().amax(1) > 0).float().reshape(-1, *[1] * (grad.dim() - 1))
-        update = self.rule.direction(grad, self.slots, momentum, self.steps)
-        if hasattr(self.rule, "finish"):
-            update = shared_out(ranks, self.rule.finish, update)
+        update = self.direction(grad, momentum, ranks)
         if self.decays:
             where = awake * (update * self.master > 0) if self.cautious else awake
             self.master.mul_(1 - rate * decay * where)
         self.master.sub_(rate * awake * update)
+
+    def direction(self, grad, momentum: float, ranks):
+        update = self.rule.direction(grad, self.slots, momentum, self.steps)
+        return shared_out(ranks, self.rule.finish, update) if hasattr(self.rule, "finish") else update
 
     def chosen(self, averaged: bool) -> torch.Tensor:
         """What ships, before it is put on the grid."""
@@ -47,7 +49,8 @@ class MasterGroup:
         torch._foreach_copy_(self.params, list(self.grid(self.chosen(averaged)).unbind()))
 
     def update_average(self, memory: float) -> None:
-        """Starts from the current masters."""
+        """Starts from the current masters; without a memory (0) all of them count the same."""
+        memory = memory or self.slots.setdefault("averaged", self.master.new_zeros(())).add_(1)
         self.average = self.master.clone() if self.average is None else self.average.lerp_(self.master, 1 / memory)
 
     def state(self) -> dict:
@@ -64,12 +67,26 @@ class MasterGroup:
         if self.names != state["names"]:
             raise ValueError(f"the checkpoint has {state['names'][:3]}... where the model has {self.names[:3]}...")
         self.master.copy_(state["master"])
-        for name, slot in state["slots"].items():
-            self.slots[name].copy_(slot)
+        self.slots = {name: slot.to(self.master.device) for name, slot in state["slots"].items()}
         self.steps = state["steps"]
         self.average, self.keep = (
             None if state[name] is None else state[name].to(self.master.device) for name in ("average", "keep")
         )
+
+
+class FlooredGroup(MasterGroup):
+    """Rows of a matrix's update that are shorter than `floor` times the weights of their row are made that long."""
+
+    def __init__(self, floor: float, *given):
+        super().__init__(*given)
+        self.floor = floor
+
+    def direction(self, grad, momentum: float, ranks):
+        update = super().direction(grad, momentum, ranks)
+        if not hasattr(self.rule, "finish"):
+            return update
+        shortest = self.floor * self.master.norm(dim=-1, keepdim=True)
+        return update * (shortest / update.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp_min(1.0)
 
 
 def clip_gradients(params: list[torch.nn.Parameter], limit: float) -> torch.Tensor:

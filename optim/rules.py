@@ -16,13 +16,34 @@ class Muon:
     @staticmethod
     def direction(grad, slots, momentum: float, step: int):
         buffer = slots["momentum"].mul_(momentum).add_(grad)
-        u = grad + momentum * buffer
-        return u / u.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        return grad + momentum * buffer
 
     @staticmethod
     def finish(u):
         """Apart, because ranks share this part out among them."""
+        u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         return orthogonalise(u) * max(1.0, u.shape[-2] / u.shape[-1]) ** 0.5
+
+
+class SoapMuon(Muon):
+    """Muon of a momentum that is scaled before, as AdamW scales, in the eigenbases of rows and columns (SOAP's)."""
+
+    slots = ("momentum", "second")
+
+    @staticmethod
+    def direction(grad, slots, momentum: float, step: int):
+        u = Muon.direction(grad, slots, momentum, step)
+        rows, columns = eigenbasis(slots, "rows", grad @ grad.mT), eigenbasis(slots, "columns", grad.mT @ grad)
+        turned = rows.mT @ u @ columns
+        second = slots["second"].lerp_(turned.square(), 0.05)
+        return rows @ (turned / (second.sqrt() + 1e-8)) @ columns.mT
+
+
+def eigenbasis(slots, side: str, moment):
+    """Of the running mean of `moment`, the largest first: followed by one step of orthogonal iteration an update."""
+    mean, name = slots.setdefault(side, torch.zeros_like(moment)).lerp_(moment, 0.05), f"{side}_basis"
+    slots[name] = torch.linalg.qr(mean @ slots[name] if name in slots else mean).Q
+    return slots[name]
 
 
 class AdamW:

@@ -1,5 +1,6 @@
 """Killed is not lost: whatever ends a run, it goes on as if nothing had happened."""
 
+import io
 import json
 import os
 import random
@@ -10,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from runtime.checkpoints import checkpoints
+from runtime.checkpoints import checkpoints, sealed_payload
 from tests.toys import toy_dataset
 from train_gpt import command_line
 
@@ -33,21 +35,33 @@ def steps(folder: Path) -> list[tuple]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if row["kind"] == "step"]
 
 
-VARIANT = ["layers=AKS", "engram_layers=1", "engram_rows=64", "engram_keep=0.5", "ema=0.1"]
+SLOTS = "optimizers=soap_muon,adamw"
+VARIANTS = {
+    "a memory and a fading average": ["layers=AKS", "engram_layers=1", "engram_rows=64", "engram_keep=0.5", "ema=0.1"],
+    "slots that a rule makes later, an even average": [SLOTS, "parts=reset,qat,even", "ema=0.5", "row_floor=1.5"],
+}
 
 
-def test_a_resumed_run_continues_to_the_bit(dataset, tmp_path):
-    assert go(tmp_path / "a", dataset, "max_steps=12", *VARIANT) == 0
-    assert go(tmp_path / "b", dataset, "max_steps=12", "checkpoint_every=5", *VARIANT) == 0
+def last_state(folder: Path) -> list[dict]:
+    payload = sealed_payload(checkpoints(folder / "r")[0][0])
+    groups = torch.load(io.BytesIO(payload), weights_only=False)["optimizer"]
+    return [{name: row[name] for name in ("master", "slots", "average", "steps")} for row in groups]
+
+
+@pytest.mark.parametrize("words", VARIANTS.values(), ids=VARIANTS)
+def test_a_resumed_run_continues_to_the_bit(dataset, tmp_path, words):
+    assert go(tmp_path / "a", dataset, "max_steps=12", "checkpoint_every=12", *words) == 0
+    assert go(tmp_path / "b", dataset, "max_steps=12", "checkpoint_every=5", *words) == 0
     ((_, step), *_) = [row for row in checkpoints(tmp_path / "b" / "r") if row[1] == 10]
     for path, other in checkpoints(tmp_path / "b" / "r"):
         if other > step:
             path.unlink()
     (tmp_path / "b" / "r" / "trained.json").unlink()  # that it was trained to the end
-    assert go(tmp_path / "b", dataset, "max_steps=12", "resume=auto", *VARIANT) == 0
+    assert go(tmp_path / "b", dataset, "max_steps=12", "resume=auto", "checkpoint_every=12", *words) == 0
     assert steps(tmp_path / "a") == steps(tmp_path / "b")
     artifacts = [(tmp_path / x / "r" / "final_model.skc").read_bytes() for x in "ab"]
     assert artifacts[0] == artifacts[1]
+    torch.testing.assert_close(last_state(tmp_path / "a"), last_state(tmp_path / "b"), rtol=0.0, atol=0.0)
 
 
 def test_another_configuration_is_refused_by_name(dataset, tmp_path, capsys):

@@ -24,10 +24,12 @@ with (folder / "starts").open("a") as file:
 if given.get("schedule") == "cosine":
     sys.exit("error: the loss is not a number")
 worse = abs(math.log(rate / 0.06))
+hopeless, pause = "trial9-" in given["run_id"] and Path("pause").exists(), float(given.get("z_loss", 0))
 with (folder / "metrics.jsonl").open("a", buffering=1) as metrics:
     for step in range(1, 7):
         metrics.write(json.dumps({"kind": "step", "step": step, "loss": 3 + worse}) + "\\n")
-        time.sleep(float(given.get("z_loss", 0)))
+        metrics.write(json.dumps({"kind": "val", "step": step, "val_bpb": 2.5 + hopeless}) + "\\n")
+        time.sleep(float(Path("pause").read_text()) if hopeless else pause)
 score = 2.5 + 0.1 * worse + 0.001 * random.Random(given["run_id"]).gauss(0.0, 1.0)
 facts = {"status": "finished", "val_bpb": score, "tokens_per_second": 9e3, "artifact_bytes": 99, "steps": 6}
 (folder / "result.json").write_text(json.dumps(facts))
@@ -96,6 +98,22 @@ def test_a_sweep_killed_twice_goes_on_and_its_best_is_tested_on_new_seeds(manife
     assert 0.03 < rows[0]["fields"]["matrix_lr"] < 0.1 and {row["state"] for row in rows} >= {"complete"}
     table = json.loads(Path("runs/m/table.json").read_text())
     assert table["kept"] == [f"trial{rows[0]['number']}"] and Path("runs/m/importance.svg").exists()
+
+
+def test_a_trial_that_its_scores_call_hopeless_is_ended_early_and_has_not_failed(manifest, capsys):
+    """The tenth is worse than all before it from its first score on, and would take two minutes."""
+    text = manifest.read_text().replace('"A" }', '"A", val_every = 1 }').replace('"wsd", "cosine"', '"wsd"')
+    manifest.write_text(text.replace("trials = 20", "trials = 10"))
+    Path("pause").write_text("20")  # seconds of each of its steps
+    assert sweep(manifest, "--search-only") == 0
+    rows = {f"trial{row['number']}-s0": row for row in told()["trials"]}
+    states = {name: row["state"] for name, row in rows.items()}
+    assert states.pop("trial9-s0") == "pruned" and set(states.values()) == {"complete"}
+    assert rows["trial9-s0"]["score"] == 3.5 and not rows["trial9-s0"]["cause"]  # its last one
+    files = {path.parent.name: path for path in Path("runs/m/sweep").glob("*/metrics.jsonl")}
+    last = {name: json.loads(path.read_text().splitlines()[-1])["step"] for name, path in files.items()}
+    assert last.pop("trial9-s0") < 6 and set(last.values()) == {6}
+    assert "10 trials: 9 complete, 1 pruned" in capsys.readouterr().out
 
 
 def test_a_storage_that_does_not_open_is_one_line(manifest, capsys):
