@@ -60,7 +60,27 @@ class Mentions(Scoped):
             self.spoken.add(node.value)
         return node
 
+    def visit_Assign(self, node):
+        return node if ast.unparse(node.targets[0]) == "FIXED" else self.generic_visit(node)
+
+    def visit_Dict(self, node):
+        """A table's keys, a text that another is compared with, and the key of what is no table choose no entry."""
+        self.skip = self.skip | {id(key) for key in node.keys if isinstance(key, ast.Constant)}
+        return self.generic_visit(node)
+
+    def visit_Compare(self, node):
+        self.skip = self.skip | {id(side) for side in (node.left, *node.comparators) if isinstance(side, ast.Constant)}
+        return self.generic_visit(node)
+
+    def visit_Subscript(self, node):
+        if not isinstance(node.value, ast.Name) or self.binding(node.value.id) is not None:
+            self.skip = self.skip | {id(node.slice)} if isinstance(node.slice, ast.Constant) else self.skip
+        return self.generic_visit(node)
+
     def visit_Call(self, node):
+        if ast.unparse(node.func) == "structural":  # what it selects is chosen already
+            self.visit(node.func)
+            return node
         match node:
             case ast.Call(func=ast.Name(id="getattr" | "hasattr"), args=[_, ast.Constant(value=str(name)), *_]):
                 self.spoken.add(f".{name}")
