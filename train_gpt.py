@@ -24,16 +24,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data.counts import Counting
 from data.feed import Feed
-from data.shards import LaneOrder, WindowOrder, dataset_hash, read_sidecar, read_tokens, shard_paths
+from data.shards import LaneOrder, WindowOrder, dataset_hash, read_tail, read_tokens, shard_paths
 from eval.adapters import check_scope
-from eval.engram import ENGRAM_ALPHA_SHAPE
+from eval.counts import Fitted, Mixture, NoCounts, PackedCounts, even_mixture, fit_mixture
 from eval.journal import Journal
-from eval.modes import EVAL_MODES, evaluate_modes, fit_engram, fit_temperature
-from eval.score import EvalSettings, evaluating, red_flags
-from eval.tokens import byte_table, sidecar_bytes, stream_bytes
+from eval.modes import EVAL_MODES, evaluate_modes, fit_engram, fit_temperature, read_fitted
+from eval.score import EvalSettings, evaluating, outline, red_flags
+from eval.tokens import Validation
 from export.budget import BYTE_CAP, check_budget, describe, fill_budget, solve_budget
 from export.container import Row, artifact_fields, check_model, check_shipped, pack, row_parts, unpack, write_artifact
+from export.counts import MIXTURE_BYTES, count_rows, fit_counts, pop_counts, pop_shares, share_row
 from export.gptq import ROUNDINGS, CurvatureCollector, felt, gptq_rounding, gptq_rows
 from export.quantise import STEP_CODECS, int_grid, int_value
 from kernels.attention import attend, attention_mask, positions, rotary_tables, rotate_pairs
@@ -90,6 +92,7 @@ from runtime.signals import StopSignals, announce_rank
 BOS = 1
 ARTIFACT = "final_model.skc"
 DEFAULT_PROFILE = "local"
+SPARE_WINDOWS = 128  # of training text, the last: neither trained on nor counted, for the mixture to be fitted on
 
 PARTS = {  # optional parts of the model, switched on by naming them in `parts`
     "reset": "nothing is carried across a document's start",
@@ -107,6 +110,7 @@ PARTS = {  # optional parts of the model, switched on by naming them in `parts`
     "fill": "embeddings ship in finer or coarser steps than they train in, so that the file fills the cap",
     "untied": "the head has a matrix of its own",
     "plain": "the least code: no fused loss, no buckets of gradients, no entropy coder but brotli's",
+    "counts": "the file holds n-gram counts of the training text, in the bytes that the network leaves",
     "carry": "training follows lanes of consecutive windows and carries their detached state",
 }
 
@@ -159,6 +163,9 @@ class Config:
     rounding: str = structural("gptq", "how matrices that trained on no grid are rounded", "ROUNDINGS")
     clip: float = free(12.0, "int-k clip in standard deviations of the row")
     code_bytes: int = free(50_000, "bytes of the cap set aside for the packed code")
+    count_order: int = free(6, "highest order of the packed counts", least=1)
+    count_tokens: int = free(0, "training tokens that are counted; 0 is all but those the mixture is fitted on")
+    count_bytes: int = free(0, "bytes of the file for counts; 0 is what the network leaves")
     # optimisation
     optimizers: tuple[str, ...] = structural(("muon", "adamw"), "of the matrices, and of the rest", "OPTIMIZERS")
     matrix_lr: float = free(0.03, "peak rate of the matrices")
@@ -191,7 +198,7 @@ class Config:
     eval_batch: int = free(8, "lanes of one forward; all of them, if there are fewer", least=1)
     eval_stride: int = free(64, "new tokens per window of sliding evaluation", least=1)
     eval_modes: tuple[str, ...] = structural(
-        ("chunked", "sliding", "stream", "engram", "ttt", "all"), "ways to score", "EVAL_MODES", resumable=True
+        ("chunked", "sliding", "stream", "engram", "ttt", "counts", "all"), "how to score", "EVAL_MODES", resumable=True
     )
     eval_seconds: float = free(600.0, "budget of the evaluation; 0 is none", resumable=True)
     ttt_scope: str = structural("lora", "what test-time training adapts", "SCOPES", resumable=True)
@@ -242,9 +249,9 @@ PROFILES = {  # what one would type after the name of the program
         dtype=float32 eval_modes=chunked,stream data=datasets/tiny
     """,
     "local": """
-        layers=AKSKAK dim=256 heads=4 kv_heads=2 mlp_mult=3 seq_len=512 batch_tokens=2048 micro_tokens=2048
-        max_seconds=120 reserve_seconds=8 z_loss=0.0001 softcap=15 eval_stride=256
-        eval_modes=chunked,sliding,stream,engram
+        layers=AKSKAK parts=reset,unet,smear,null,spectral,qat,counts dim=256 heads=4 kv_heads=2 mlp_mult=3 seq_len=512
+        batch_tokens=2048 micro_tokens=2048 max_seconds=120 reserve_seconds=20 decay=0.3 z_loss=0.0001 softcap=15
+        eval_modes=chunked,stream,counts code_bytes=56000
     """,
     "baseline": """
         layers=AAAAAAAAA parts=unet,plain dim=512 heads=8 kv_heads=4 vocab=1024 mlp_mult=2 activation=relu2
@@ -317,6 +324,8 @@ def check_config(c: Config) -> None:
          "codec trellis is a path found after training: set reserve_seconds, leave qat out of parts, engrams in int6"),
         ("fill" in c.parts and ("qat" not in c.parts or "plain" in c.parts),
          "part fill is of embeddings that trained on their grid, in a coded file: add qat, leave plain out"),
+        ("counts" in c.parts and ("qat" not in c.parts or "plain" in c.parts),
+         "part counts fills what trained weights leave of a coded file: add qat, leave plain out"),
         ("plain" in c.parts and c.reserve_seconds and "qat" not in c.parts, "plain, reserve_seconds: choose one"),
         (0 < c.max_seconds <= c.reserve_seconds, f"reserve_seconds {c.reserve_seconds} leaves nothing of max_seconds"),
     ]:  # fmt: skip
@@ -755,7 +764,7 @@ SCOPES = {  # what test-time training may adapt: modules, and the families of th
     "capsules": ((Koopman, Capsules), CONTROLS),
     "skc_safe": ((Decay, Conv, Site), CONTROLS),
     "feedback": (Feedback, CONTROLS),
-    "all": (GPT, ("matrix", "control", "embed", "engram", "vector", "gate")),
+    "all": (GPT, ("matrix", "control", "embed", *CONTROLS)),
 }
 
 
@@ -857,30 +866,18 @@ class Optimizer:
 # ── Data ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Validation:
-    """The validation stream and the bytes that each of its tokens adds to the text."""
-
-    def __init__(self, c: Config):
-        folder = Path(c.data)
-        self.tokens = read_tokens(folder, "val", c.vocab, c.val_tokens)
-        table, sidecar = byte_table(folder / "tokenizer.model"), read_sidecar(folder, c.val_tokens)
-        if table.vocab != c.vocab:
-            raise ValueError(f"{folder}/tokenizer.model has {table.vocab} pieces, not vocab={c.vocab}: change vocab")
-        self.bytes = stream_bytes(self.tokens, table) if sidecar is None else sidecar_bytes(self.tokens, sidecar)
-        self.bytes_per_token = self.bytes.sum() / max(1, len(self.tokens) - 1)
-
-
 class Data:
     """Training windows on their way to the device."""
 
     def __init__(self, c: Config, rt: Runtime):
-        self.accumulate = accumulation(c, rt)
+        self.accumulate, self.counting = accumulation(c, rt), None
         self.feed = Feed(training_windows(c, rt, c.seed), c.micro_tokens // c.seq_len, rt.device)
 
 
 def training_windows(c: Config, rt: Runtime, seed: int):
     order = LaneOrder if "carry" in c.parts else WindowOrder
-    return order(shard_paths(c.data, "train"), c.seq_len, seed, rt.rank, rt.world, c.vocab)
+    spare = SPARE_WINDOWS if "counts" in c.parts else 0
+    return order(shard_paths(c.data, "train"), c.seq_len, seed, rt.rank, rt.world, c.vocab, spare)
 
 
 def accumulation(c: Config, rt: Runtime) -> int:
@@ -967,6 +964,7 @@ def train(c: Config, rt: Runtime, run: Run, val: Validation, log: Log) -> dict:
     model.train()
     with log.phase("train"), StopSignals() as stop:
         clock.run()
+        data.counting = count_text(c, rt) if "counts" in c.parts and rt.device.type == "cuda" else None  # beside steps
         while True:
             share, stopped = agree(rt.ranks, [clock.progress() if rt.rank == 0 else 0.0, float(stop.wanted)])
             if share >= 1 or stopped:
@@ -1055,23 +1053,17 @@ def warm_up(c: Config, rt: Runtime, run: Run, loss: Callable) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def outline(state):
-    """Of a carried state, what a graph is made for: shapes and numbers."""
-    if isinstance(state, dict):
-        return {name: outline(value) for name, value in state.items()}
-    return state.shape if isinstance(state, torch.Tensor) else state
-
-
 def warm_up_evaluation(c: Config, model: GPT) -> None:
     """Both fits, and every mode on one group of lanes, until a state holds all it may."""
     s, pieces = dataclasses.replace(eval_settings(c), eval_seconds=0.0), 1 - (1 - c.reach) // c.seq_len
     fits, modes = (dataclasses.replace(s, eval_lanes=n, eval_batch=n) for n in (min(8, c.eval_lanes), s.eval_batch))
     size = 1 + pieces * c.seq_len * max(fits.eval_lanes, modes.eval_lanes)
     tokens, nbytes = np.random.default_rng(0).integers(c.vocab, size=size), np.ones(size, np.int64)
-    alpha = fit_engram(model, tokens, fits) if "engram" in c.eval_modes or "all" in c.eval_modes else None
+    alpha = fit_engram(model, tokens, fits) if "engram" in c.eval_modes else None
+    mixture = even_mixture(NoCounts(c.vocab)) if "counts" in c.eval_modes or "all" in c.eval_modes else None
     for temperature in (1.0, fit_temperature(model, tokens, fits)):
         modes, names = dataclasses.replace(modes, temperature=temperature), dict.fromkeys(("chunked", *c.eval_modes))
-        evaluate_modes(model, tokens, nbytes, modes, names, alpha=alpha)
+        evaluate_modes(model, tokens, nbytes, modes, names, fitted=Fitted(alpha, mixture))
 
 
 def ternary_weights(c: Config, optimizer: Optimizer) -> dict[str, torch.Tensor]:
@@ -1187,19 +1179,39 @@ def training_loss(c: Config, rt: Runtime, run: Run, batches: int = 4) -> float:
 
 def pack_rows(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> bytes:
     """On their grid already, or rounded by what the loss feels, in the bytes that plain steps of `clip` would take."""
-    meta, room = {"config": artifact_config(c, rt), "eval": eval_constants(c, rt, run, log)}, BYTE_CAP - c.code_bytes
-    grid, trained = grid_settings(c), trained_on_grid(c, run.model)
+    grid, trained, room = grid_settings(c), trained_on_grid(c, run.model), BYTE_CAP - c.code_bytes
+    packed = count_table(c, rt, run, rows, log) if "counts" in c.parts else NoCounts(c.vocab)
+    constants, counts = eval_constants(c, rt, run, packed, log)
+    meta = {"config": artifact_config(c, rt), "eval": constants}
     if "qat" in c.parts or not (c.reserve_seconds or c.rounding in ("lite", "lite_gptq")):
         if "fill" in c.parts:
-            return fill_budget(rows, meta, room, [row.name for row in rows if row.name not in trained], **grid)
-        return pack(rows, meta, coded="plain" not in c.parts, **grid)
+            return fill_budget([*rows, *counts], meta, room, [r.name for r in rows if r.name not in trained], **grid)
+        return pack([*rows, *counts], meta, coded="plain" not in c.parts, **grid)
     curves = curvature(c, rt, run, log) if c.reserve_seconds and c.rounding in ("gptq", "lite_gptq") else {}
     rows = [row._replace(parts=row_parts(row, **grid)) if row.name in trained else row for row in rows]
-    blob = pack(gptq_rows(rows, curves, rounding=c.rounding, **grid), meta, coded="plain" not in c.parts, **grid)
+    rounded = gptq_rows(rows, curves, rounding=c.rounding, **grid)
+    blob = pack([*rounded, *counts], meta, coded="plain" not in c.parts, **grid)
     if any(row.codec in STEP_CODECS and row.parts is None and row.name not in curves for row in rows):
         return blob
     target, felts = min(len(blob), room), {name: felt(curve) for name, curve in curves.items()}
-    return solve_budget(rows, meta, target, felts, quantise=gptq_rounding(curves), fill=0.5, **grid)[0]
+    return solve_budget([*rows, *counts], meta, target, felts, quantise=gptq_rounding(curves), fill=0.5, **grid)[0]
+
+
+def count_text(c: Config, rt: Runtime) -> Counting:
+    """Begin to count the training text."""
+    tokens = read_tokens(c.data, "train", c.vocab)[: -SPARE_WINDOWS * c.seq_len]
+    return Counting(tokens[: c.count_tokens or None], c.count_order, c.vocab, share=(rt.rank, rt.world))
+
+
+def count_table(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> PackedCounts:
+    """The counts that ship: those that fill `count_bytes`, or what the network leaves of the cap."""
+    run.clock.run()
+    with log.phase("count"):
+        counts = (run.data.counting or count_text(c, rt)).result(rt.ranks)
+        room = c.count_bytes or BYTE_CAP - c.code_bytes - MIXTURE_BYTES - len(pack(rows, {}, **grid_settings(c)))
+        table = rt.of_rank_zero(fit_counts(counts, room) if rt.rank == 0 else None)
+    run.clock.pause()
+    return PackedCounts(table, rt.device)
 
 
 def curvature(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
@@ -1228,11 +1240,13 @@ def load_model(c: Config, rt: Runtime, blob: bytes) -> tuple[GPT, dict]:
     tensors, meta = unpack(blob)
     model = GPT(c).to(rt.device)
     parameters = {name: p for name, (p, _) in shipping_parameters(c, model).items()}
+    packed = PackedCounts(pop_counts(tensors, c.vocab), rt.device) if "counts" in c.parts else NoCounts(c.vocab)
+    shares = pop_shares(tensors)
     check_model(tensors, meta["config"], {name: p.shape for name, p in parameters.items()}, meta["config"])
     for name, p in parameters.items():
         p.data.copy_(tensors[name])
     model.dtype = rt.dtype
-    return model.eval(), meta["eval"]
+    return model.eval(), meta["eval"] | {"mixture": None if shares is None else Mixture(packed, shares)}
 
 
 # ── Evaluate ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1244,19 +1258,22 @@ def eval_settings(c: Config) -> EvalSettings:
     return EvalSettings(eval_seq_len=c.seq_len, eval_seconds=c.eval_seconds, bos=BOS, **lanes, **learning)
 
 
-def eval_constants(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
+def eval_constants(c: Config, rt: Runtime, run: Run, packed: NoCounts, log: Log) -> tuple[dict, list[Row]]:
     """Fitted on training tokens and shipped in the file, because an evaluation may read no training data."""
-    remembering = "engram" in c.eval_modes or "all" in c.eval_modes
-    if not c.reserve_seconds and not remembering:  # reading training tokens takes training time
-        return {"temperature": 1.0, "alpha": []}
+    rows = count_rows(packed.table) if "counts" in c.parts else []
+    if not (c.reserve_seconds or "engram" in c.eval_modes or "counts" in c.eval_modes or "all" in c.eval_modes):
+        return {"temperature": 1.0, "alpha": []}, rows  # reading training tokens takes training time
     run.clock.run()
     with log.phase("fit"):
         tokens, lanes = read_tokens(c.data, "train", c.vocab, 1 + 32 * c.seq_len), min(8, c.eval_lanes)
         s = dataclasses.replace(eval_settings(c), eval_lanes=lanes, eval_batch=lanes)  # more would be too short to fit
         s = dataclasses.replace(s, temperature=fit_temperature(run.model, tokens, s))
-        alpha = fit_engram(run.model, tokens, s) * 16 if remembering else np.zeros(0)
+        alpha = fit_engram(run.model, tokens, s) * 16 if "engram" in c.eval_modes else np.zeros(0)
+        if "counts" in c.eval_modes or "all" in c.eval_modes:
+            tail = read_tail(c.data, "train", c.vocab, SPARE_WINDOWS * c.seq_len) if "counts" in c.parts else tokens
+            rows.append(share_row(fit_mixture(run.model, tail, s, packed).shares))
     run.clock.pause()
-    return {"temperature": s.temperature, "alpha": alpha.astype(int).flatten().tolist()}
+    return {"temperature": s.temperature, "alpha": alpha.astype(int).flatten().tolist()}, rows
 
 
 def validate(c: Config, rt: Runtime, model: GPT, val: Validation, log: Log, clock: Clock | None = None) -> dict:
@@ -1273,17 +1290,16 @@ def validate(c: Config, rt: Runtime, model: GPT, val: Validation, log: Log, cloc
     return facts
 
 
-def fitted_settings(c: Config, constants: dict) -> tuple:
-    table = np.array(constants["alpha"], np.float32).reshape(ENGRAM_ALPHA_SHAPE) / 16 if constants["alpha"] else None
-    return dataclasses.replace(eval_settings(c), temperature=constants["temperature"]), table
+def fitted_settings(c: Config, constants: dict) -> tuple[EvalSettings, Fitted]:
+    return dataclasses.replace(eval_settings(c), temperature=constants["temperature"]), read_fitted(constants)
 
 
 def evaluate(c: Config, rt: Runtime, model: GPT, constants: dict, val: Validation, log: Log) -> dict:
     """Every mode on the artifact's own weights, with the constants that came in the artifact."""
-    s, alpha = fitted_settings(c, constants)
+    s, fitted = fitted_settings(c, constants)
     folder = log.folder / "evaluation" / f"{source_hash()}-{fields_hash(c)}-{rt.dtype}"
     journal, ranks = Journal(folder, partial(log.record, "progress")), (rt.rank, rt.world)
-    scores = evaluate_modes(model, val.tokens, val.bytes, s, c.eval_modes, ranks=ranks, alpha=alpha, journal=journal)
+    scores = evaluate_modes(model, val.tokens, val.bytes, s, c.eval_modes, ranks=ranks, fitted=fitted, journal=journal)
     for mode, score in scores.items():
         facts = {"bpb": score.bpb, "nats": score.nats, "nbytes": score.nbytes, "seconds": score.seconds}
         log.record("eval", mode=mode, **facts, tokens=score.tokens, spans=score.spans, **score.detail)
@@ -1315,7 +1331,7 @@ def main(c: Config, rt: Runtime, origin: dict[str, str]) -> None:
         for line in complaints:
             log.text(f"ALERT: {line}")
         with log.phase("load"):
-            val = Validation(c)
+            val = Validation(c.data, c.vocab, c.val_tokens)
         facts = trained or make_artifact(c, rt, val, saved, log)
         log.status = facts["status"]
         if log.status == "finished":
@@ -1393,7 +1409,7 @@ def report(c: Config, rt: Runtime, facts: dict, log: Log) -> None:
 def score_file(c: Config, rt: Runtime, path: Path) -> None:
     """--evaluate FILE: an artifact read, checked and scored."""
     blob = path.read_bytes()
-    (model, constants), val = load_model(c, rt, blob), Validation(c)
+    (model, constants), val = load_model(c, rt, blob), Validation(c.data, c.vocab, c.val_tokens)
     with open_log(c, rt, {}, {}) as log:
         log.text(f"loaded {len(blob):,} bytes, sha256 {hashlib.sha256(blob).hexdigest()}: {c.layers}, dim {c.dim}")
         for name, value in evaluate(c, rt, model, constants, val, log).items():
@@ -1413,10 +1429,7 @@ def command_line(argv: list[str]) -> int:
         stored = artifact_fields(path.read_bytes()) if path else None
         c, origin = load_config(words, env, options.get("--profile"), stored)
         rt = detect_runtime(env, c.dtype)
-        if path:
-            score_file(c, rt, path)
-        else:
-            main(c, rt, origin)
+        score_file(c, rt, path) if path else main(c, rt, origin)
     except (ValueError, TimeoutError, MemoryError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -76,11 +76,11 @@ class Journal(NamedTuple):
     folder: Path | None = None
     progress: Callable = untold
 
-    def of(self, model: nn.Module, tokens: np.ndarray, nbytes: np.ndarray, s: EvalSettings, alpha) -> "Journal":
+    def of(self, model: nn.Module, tokens: np.ndarray, nbytes: np.ndarray, s: EvalSettings, fitted: list) -> "Journal":
         """The journal of one evaluation: another model, text or setting has a folder of its own."""
         if self.folder is None:
             return self
-        return self._replace(folder=self.folder / evaluation_key(model, tokens, nbytes, s, alpha))
+        return self._replace(folder=self.folder / evaluation_key(model, tokens, nbytes, s, fitted))
 
     def group(self, name: str) -> LaneGroup | None:
         return self.folder and LaneGroup(self.folder / f"{name}.npz")
@@ -138,11 +138,11 @@ def read_sealed(path: Path) -> bytes:
     return b""
 
 
-def evaluation_key(model: nn.Module, tokens: np.ndarray, nbytes: np.ndarray, s: EvalSettings, alpha) -> str:
+def evaluation_key(model: nn.Module, tokens: np.ndarray, nbytes: np.ndarray, s: EvalSettings, fitted: list) -> str:
     """A digest of all a score depends on, which the time it may take is not."""
     digest = hashlib.sha256(repr(replace(s, eval_seconds=0.0)).encode())
     for tensor in model.state_dict().values():
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    for array in (tokens, nbytes, alpha):
-        digest.update(b"" if array is None else np.ascontiguousarray(array))
+    for array in (tokens, nbytes, *fitted):
+        digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()[:16]

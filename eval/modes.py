@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from eval.adapters import LORA, check_scope, learning
+from eval.counts import NOTHING_FITTED, Fitted, MixtureReader
 from eval.engram import ENGRAM_ALPHA_SHAPE, AlphaFit, EvalEngram
 from eval.journal import FRESH, NO_JOURNAL, Journal, LaneGroup
 from eval.score import (
@@ -45,40 +46,20 @@ from eval.score import (
 TEMPERATURES = tuple(0.8 + 0.025 * i for i in range(17))
 
 
-class EvalMode(NamedTuple):
-    """How the stream is read, and who makes something of it."""
-
-    slides: bool = False  # windows overlap, and each charges eval_stride new tokens
-    carries: bool = False  # the state goes on from window to window
-    reads_back: bool = False  # a lane first reads, uncharged, the window before it
-    remembers: bool = False  # an EvalEngram remembers what was scored
-    learns: bool = False  # weights learn from what was scored
-
-
-EVAL_MODES = {
-    "chunked": EvalMode(),
-    "sliding": EvalMode(slides=True),
-    "stream": EvalMode(carries=True, reads_back=True),
-    "engram": EvalMode(carries=True, reads_back=True, remembers=True),
-    "ttt": EvalMode(carries=True, learns=True),  # not back as well: an optimiser ages while a lane only reads
-    "all": EvalMode(carries=True, remembers=True, learns=True),
-}
-
-
-def forward_passes(mode: str, s: EvalSettings) -> float:
-    """What a charged token costs: a sliding window reads it often, learning adds the backward to the adapters."""
-    often = s.eval_seq_len / s.eval_stride if EVAL_MODES[mode].slides else 1.0
-    return often + EVAL_MODES[mode].learns
-
-
 class EngramReader(PlainReader):
     """Reads nats off a window's logits a few columns at a time, each mixed with all that was absorbed before."""
 
-    def __init__(self, model: nn.Module, s: EvalSettings, lanes: int, alpha: np.ndarray):
-        super().__init__(model, s)
+    isolated = False
+
+    def __init__(self, model: nn.Module, s: EvalSettings, tokens: np.ndarray, lanes: list, fitted: Fitted):
+        super().__init__(model, s, tokens, lanes, fitted)
         self.part = s.engram_chunk
         device = device_of(model)
-        self.memory = EvalEngram(lanes, s.engram_rows, s.engram_ways, s.engram_min_count, alpha, device)
+        self.memory = EvalEngram(len(lanes), s.engram_rows, s.engram_ways, s.engram_min_count, fitted.alpha, device)
+
+    @staticmethod
+    def ready(fitted: Fitted) -> bool:
+        return fitted.alpha is not None
 
     def forward(self, window: ScoreWindow, state: object) -> tuple[torch.Tensor, object]:
         return self.logits(window, state)
@@ -92,6 +73,33 @@ class EngramReader(PlainReader):
     def absorb(self, done: ScoreRound) -> None:
         w, columns = done.window, done.columns
         self.memory.absorb(w.x[:, columns], w.y[:, columns], w.charged[:, columns])
+
+
+class EvalMode(NamedTuple):
+    """How the stream is read, and who makes something of it."""
+
+    slides: bool = False  # windows overlap, and each charges eval_stride new tokens
+    carries: bool = False  # the state goes on from window to window
+    reads_back: bool = False  # a lane first reads, uncharged, the window before it
+    learns: bool = False  # weights learn from what was scored
+    reader: type[PlainReader] = PlainReader  # who makes nats of a forward
+
+
+EVAL_MODES = {
+    "chunked": EvalMode(),
+    "sliding": EvalMode(slides=True),
+    "stream": EvalMode(carries=True, reads_back=True),
+    "engram": EvalMode(carries=True, reads_back=True, reader=EngramReader),
+    "ttt": EvalMode(carries=True, learns=True),  # not back as well: an optimiser ages while a lane only reads
+    "counts": EvalMode(carries=True, reads_back=True, reader=MixtureReader),
+    "all": EvalMode(carries=True, learns=True, reader=MixtureReader),
+}
+
+
+def forward_passes(mode: str, s: EvalSettings) -> float:
+    """What a charged token costs: a sliding window reads it often, learning adds the backward to the adapters."""
+    often = s.eval_seq_len / s.eval_stride if EVAL_MODES[mode].slides else 1.0
+    return often + EVAL_MODES[mode].learns
 
 
 def legal_ttt(rounds: Iterable[ScoreRound], learn: Callable[[ScoreRound], None]) -> Iterator[Span]:
@@ -109,7 +117,7 @@ def adapt_lanes(
     mode: str,
     s: EvalSettings,
     lanes: list,
-    alpha: np.ndarray,
+    fitted: Fitted,
     group: LaneGroup | None = None,
 ) -> Iterator[Span]:
     """The spans of one group of lanes, or of what is left of it; memory and adapters live no longer than the group."""
@@ -118,7 +126,7 @@ def adapt_lanes(
     step = s.eval_stride if how.slides else width
     back = s.eval_seq_len if how.reads_back else 0
     with evaluating(model):
-        reader = EngramReader(model, s, len(lanes), alpha) if how.remembers else PlainReader(model, s)
+        reader = how.reader(model, s, tokens, lanes, fitted)
         with learning(reader, len(lanes)) if how.learns else nullcontext(Learner()) as learner:
 
             def learn(done: ScoreRound) -> None:
@@ -165,19 +173,19 @@ def score(
     s: EvalSettings,
     *,
     ranks: tuple[int, int] = (0, 1),
-    alpha: np.ndarray | None = None,
+    fitted: Fitted = NOTHING_FITTED,
     journal: Journal = NO_JOURNAL,
 ) -> Iterator[Span]:
     """Charge every token of this rank's groups of lanes; nbytes[i] is what token i adds to the text.
 
-    `ranks` is (rank, world), `alpha` the table that fit_engram made of training tokens.
+    `ranks` is (rank, world).
     """
     groups = list(enumerate(mode_groups(tokens, nbytes, mode, s)))[ranks[0] :: ranks[1]]
 
     def spans() -> Iterator[Span]:
         for number, lanes in groups:
             group = journal.group(f"{mode}.{number}")
-            rest = adapt_lanes(model, tokens, nbytes, mode, s, lanes, alpha, group)
+            rest = adapt_lanes(model, tokens, nbytes, mode, s, lanes, fitted, group)
             yield from group.followed(rest) if group else rest
 
     return journal.counted(spans(), mode, sum(stop - start for _, lanes in groups for _, start, stop in lanes))
@@ -191,20 +199,20 @@ def evaluate_modes(
     modes: Iterable[str] = tuple(EVAL_MODES),
     *,
     ranks: tuple[int, int] = (0, 1),
-    alpha: np.ndarray | None = None,
+    fitted: Fitted = NOTHING_FITTED,
     journal: Journal = NO_JOURNAL,
 ) -> dict[str, Score]:
     """The score of every mode; all constants were fixed before, and none is chosen by its score."""
-    check_modes(model, s, modes, alpha)
+    check_modes(model, s, modes, fitted)
     partial = 0 < s.val_tokens < len(tokens)
     if partial:
         tokens, nbytes = tokens[: s.val_tokens], nbytes[: s.val_tokens]
-    journal = journal.of(model, tokens, nbytes, s, alpha)
+    journal = journal.of(model, tokens, nbytes, s, fitted.arrays())
     deadline = time.monotonic() + s.eval_seconds if s.eval_seconds else math.inf
     scores = {}
     for mode in modes:
         began, end = time.monotonic(), (deadline, mode, s, len(tokens))
-        spans = score(model, tokens, nbytes, mode, s, ranks=ranks, alpha=alpha, journal=journal)
+        spans = score(model, tokens, nbytes, mode, s, ranks=ranks, fitted=fitted, journal=journal)
         spans = list(chain.from_iterable(on_all_ranks(ranks[1], merged_in_time, spans, *end)))
         total, detail = bpb(spans, len(tokens)), breakdown(spans, tokens, nbytes, s.bos)
         on_all_ranks(ranks[1], in_time, spans, *end)  # to gather and to fold take time too
@@ -212,13 +220,13 @@ def evaluate_modes(
     return scores
 
 
-def check_modes(model: nn.Module, s: EvalSettings, modes: Iterable[str], alpha: np.ndarray | None) -> None:
+def check_modes(model: nn.Module, s: EvalSettings, modes: Iterable[str], fitted: Fitted) -> None:
     """What the modes need is there, or nothing begins."""
     if unknown := set(modes) - set(EVAL_MODES):
         raise ValueError(f"unknown mode {min(unknown)!r}; one of {', '.join(EVAL_MODES)}")
     s.check()
-    if alpha is None and any(EVAL_MODES[mode].remembers for mode in modes):
-        raise ValueError("modes engram and all need alpha, the table that fit_engram makes of training tokens")
+    if unfitted := [mode for mode in modes if not EVAL_MODES[mode].reader.ready(fitted)]:
+        raise ValueError(f"mode {unfitted[0]} was not fitted in training: leave it out of eval_modes, or train with it")
     if any(EVAL_MODES[mode].learns for mode in modes):
         check_scope(model, s.ttt_scope)
 
@@ -241,13 +249,19 @@ def in_time(spans: list[Span], deadline: float, mode: str, s: EvalSettings, n: i
         raise TimeoutError(f"eval_seconds={s.eval_seconds:g} is spent in {told}; raise it, or evaluate fewer modes")
 
 
+def read_fitted(constants: dict) -> Fitted:
+    """As an artifact holds it."""
+    alpha = np.array(constants["alpha"], np.float32).reshape(ENGRAM_ALPHA_SHAPE) / 16 if constants["alpha"] else None
+    return Fitted(alpha, constants["mixture"])
+
+
 def fit_engram(model: nn.Module, tokens: np.ndarray, s: EvalSettings) -> np.ndarray:
     """The alpha table that would have served best on these training tokens, read as an evaluation reads its own."""
     device = device_of(model)
-    fit, none = AlphaFit(device), np.zeros(ENGRAM_ALPHA_SHAPE, np.float32)
+    fit, none = AlphaFit(device), Fitted(np.zeros(ENGRAM_ALPHA_SHAPE, np.float32))
     with evaluating(model), torch.no_grad():
         for lanes in lane_groups(tokens, np.ones(len(tokens), np.int64), s):
-            reader, state = EngramReader(model, s, len(lanes), none), None
+            reader, state = EngramReader(model, s, tokens, lanes, none), None
             for window in cut_windows(tokens, lanes, s.eval_seq_len, s.eval_seq_len, device):
                 logits, state = reader.forward(window, state)
                 for part in window.parts(reader.part):

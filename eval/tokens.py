@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from data.shards import read_sidecar, read_tokens
+
 SPACE_PIECE = "\u2581"  # sentencepiece writes a space this way
 
 
@@ -79,3 +81,15 @@ def sidecar_bytes(tokens: np.ndarray, sidecar: np.ndarray, total: int | None = N
     if len(counts) and counts[0]:
         raise ValueError(f"the byte sidecar gives {counts[0]} bytes to the first token, which is never scored")
     return counts
+
+
+class Validation:
+    """The validation stream of a dataset, and the bytes that each of its tokens adds to the text."""
+
+    def __init__(self, folder: str | Path, vocab: int, limit: int = 0):
+        self.tokens = read_tokens(folder, "val", vocab, limit)
+        table, sidecar = byte_table(Path(folder) / "tokenizer.model"), read_sidecar(folder, limit)
+        if table.vocab != vocab:
+            raise ValueError(f"{folder}/tokenizer.model has {table.vocab} pieces, not vocab={vocab}: change vocab")
+        self.bytes = stream_bytes(self.tokens, table) if sidecar is None else sidecar_bytes(self.tokens, sidecar)
+        self.bytes_per_token = self.bytes.sum() / max(1, len(self.tokens) - 1)

@@ -14,6 +14,8 @@ import torch
 from data.counts import LAST_CODE, CountLevel, CountTable, NgramCounts, build_table
 from export.container import Row, pack
 
+SHARES = "shares"  # the row that says what network and counts weigh
+MIXTURE_BYTES = 6_000  # what it takes of a file, at most
 COUNT_HEAD = "counts."  # names of rows begin with it
 WIDE_PLANE = COUNT_HEAD + "wide"
 ESCAPE = 255  # from here on a value stands in the wide plane
@@ -253,6 +255,29 @@ def _read_gaps(reader: CountReader, kids: np.ndarray, room: np.ndarray) -> np.nd
         before[open_] += 1 + gap
         ranks[first[open_] + turn] = before[open_]
     return ranks
+
+
+def pop_counts(tensors: dict[str, torch.Tensor], vocab: int) -> CountTable:
+    """The table, its rows taken out of the tensors of a file."""
+    return read_counts({name: tensors.pop(name) for name in list(tensors) if name.startswith(COUNT_HEAD)}, vocab)
+
+
+# ---- what network and counts weigh ----
+
+
+def share_row(shares: np.ndarray) -> Row:
+    tensor = torch.from_numpy(shares)
+    return Row(SHARES, tensor, "count_mass", (tensor,))
+
+
+def pop_shares(tensors: dict[str, torch.Tensor]) -> np.ndarray | None:
+    """Their row, taken out of the tensors of a file; None if it has none."""
+    shares = tensors.pop(SHARES, None)
+    if shares is None:
+        return None
+    if shares.dim() != 2 or not (shares == shares.byte()).all() or not shares.all():
+        raise ValueError(f"damaged artifact: {SHARES} of shape {tuple(shares.shape)}, or a weight of 0")
+    return shares.byte().numpy()
 
 
 # ---- spending a budget ----

@@ -42,8 +42,8 @@ def load_script(path: Path) -> ModuleType:
 class Observed:
     """A mode of the script's evaluator as a callable, and the events of what it scored and learned in the last call."""
 
-    def __init__(self, script: ModuleType, model: torch.nn.Module, mode: str, settings, alpha: np.ndarray | None):
-        self.script, self.model, self.mode, self.settings, self.alpha = script, model, mode, settings, alpha
+    def __init__(self, script: ModuleType, model: torch.nn.Module, mode: str, settings, fitted):
+        self.script, self.model, self.mode, self.settings, self.fitted = script, model, mode, settings, fitted
         self.last, self.isolated = [], False
 
     def __call__(self, tokens: list[int]) -> list[float]:
@@ -56,7 +56,7 @@ class Observed:
         tokens = np.array(tokens)
         ones = np.ones_like(tokens)
         for lanes in self.script.mode_groups(tokens, ones, self.mode, self.settings):
-            yield from self.script.adapt_lanes(self.model, tokens, ones, self.mode, self.settings, lanes, self.alpha)
+            yield from self.script.adapt_lanes(self.model, tokens, ones, self.mode, self.settings, lanes, self.fitted)
 
     @property
     def events(self) -> list[tuple]:
@@ -121,7 +121,7 @@ def probe_modes(script: ModuleType, c, model, constants: dict, tokens: list[int]
     for mode in modes_of(script, c):
         observed = Observed(script, model, mode, settings, alpha)
         how = script.EVAL_MODES[mode]
-        observed.isolated = "reset" in c.parts and not (how.remembers or how.learns)
+        observed.isolated = "reset" in c.parts and how.reader.isolated and not how.learns
         probes = Probes(observed, c.vocab, tokens, settings.bos, POSITIONS, CANDIDATES)
         certificates[mode] = probes.certificate()
     return certificates
@@ -153,6 +153,40 @@ def twin_tokens(count: int, vocab: int) -> list[int]:
     return drawn.tolist()
 
 
+def twin_constants(script: ModuleType, constants: dict, vocab: int) -> dict:
+    """The artifact's own, but for its counts, which are of the twin's tokens."""
+    mixture = constants["mixture"]
+    if mixture is None or not mixture.packed.table.levels:
+        return constants | {"mixture": mixture and mixture._replace(packed=script.NoCounts(vocab))}
+    text = np.array(twin_tokens(300, vocab), np.uint16)
+    table = script.build_table(script.count_ngrams(text, 3, vocab), [1, 1, 2])
+    packed = script.PackedCounts(table, torch.device("cpu"))
+    return constants | {"mixture": mixture._replace(packed=packed)}
+
+
+def recount(script: ModuleType, c, rt, table) -> dict:
+    """The training text is counted once more: a table of any other text, the validation's say, is not what it says."""
+    fault = "" if not table.levels else misfit(table, script.count_text(c, rt).result().levels)
+    status = "fail" if fault else "pass" if table.levels else "na"
+    return {"status": status, "evidence": {"entries": sum(len(level.keys) for level in table.levels), "fault": fault}}
+
+
+def misfit(table, text_levels: list) -> str:
+    """What of a table is not as in a text, whose n-grams are given order by order."""
+    places = np.zeros(1, np.int64)  # of the table's contexts, among all of the text
+    for order, (level, text) in enumerate(zip(table.levels, text_levels), 1):
+        keys = text.contexts.astype(np.int64) * table.vocab + text.tokens
+        contexts, tokens = np.divmod(level.keys, table.vocab)
+        sought = places[contexts] * table.vocab + tokens
+        places = np.searchsorted(keys, sought).clip(max=len(keys) - 1)
+        strange, other = keys[places] != sought, text.codes[places] != level.codes
+        if strange.any() or other.any():
+            return (
+                f"order {order}: {strange.sum():,} n-grams are not in the training text, {other.sum():,} masses differ"
+            )
+    return ""
+
+
 def certify(script_path: Path, artifact: Path, data: Path, count: int = 48) -> dict:
     """Verdicts of L1 to L5, the worst over all modes, for the artifact and for the twin."""
     blob, hook = artifact.read_bytes(), sys.excepthook
@@ -169,11 +203,16 @@ def certify(script_path: Path, artifact: Path, data: Path, count: int = 48) -> d
     twin_c, _ = script.load_config(words, {}, None, {name: value for name, value in stored.items() if name != "run_id"})
     torch.manual_seed(1)
     twin = stir(script.GPT(twin_c))
+    twin_fitted = twin_constants(script, constants, twin_c.vocab)
     sides = {
         "artifact": probe_modes(script, c, model, constants, tokens),
-        "twin": probe_modes(script, twin_c, twin, constants, twin_tokens(24, twin_c.vocab)),
+        "twin": probe_modes(script, twin_c, twin, twin_fitted, twin_tokens(24, twin_c.vocab)),
     }
-    return summary(sides) | {
+    certificate = summary(sides)
+    if constants["mixture"]:
+        certificate["counts"] = recount(script, c, rt, constants["mixture"].packed.table)
+        certificate["legal"] &= certificate["counts"]["status"] != "fail"
+    return certificate | {
         "script": facts(script_path),
         "artifact": facts(artifact),
         "modes": list(modes_of(script, c)),
@@ -209,7 +248,7 @@ def certify_command(words: list[str], env: dict[str, str]) -> int:
     certificate = certify(options.script, options.artifact, options.data, options.tokens)
     out = options.out or options.artifact.with_name("certificate.json")
     write_whole(out, (json.dumps(certificate, indent=1) + "\n").encode())
-    for probe in ("L1", "L2", "L3", "L4", "L5"):
+    for probe in (name for name in ("L1", "L2", "L3", "L4", "L5", "counts") if name in certificate):
         sys.stdout.write(f"{probe} {certificate[probe]['status']}\n")
     sys.stdout.write(f"{'legal' if certificate['legal'] else 'ILLEGAL'}: {out}\n")
     return 0 if certificate["legal"] else 1

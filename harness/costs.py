@@ -5,10 +5,8 @@ from itertools import islice
 from statistics import median
 from typing import NamedTuple
 
-import numpy as np
-
-from eval.engram import ENGRAM_ALPHA_SHAPE
-from eval.modes import EVAL_MODES, adapt_lanes, groups_per_rank, mode_groups
+from eval.modes import EVAL_MODES, EngramReader, adapt_lanes, groups_per_rank, mode_groups
+from harness.round_costs import even_fitted
 from runtime.ranks import Runtime
 from train_gpt import (
     Config,
@@ -52,7 +50,12 @@ def by_flops(c: Config, rate: float, tokens: int) -> Costs:
 
 def measured(c: Config, rt: Runtime, seconds: float) -> Costs:
     """By doing it: steps of every phase and windows of every mode on the real data, for about so many seconds."""
-    run, val, each, modes = begin_run(c, rt), Validation(c), 0.5 * seconds / len(phases(c)), {}
+    run, val, each, modes = (
+        begin_run(c, rt),
+        Validation(c.data, c.vocab, c.val_tokens),
+        0.5 * seconds / len(phases(c)),
+        {},
+    )
     steps = [(phase.start, step_seconds(rt, run, number, each)) for number, phase in enumerate(phases(c))]
     for mode in c.eval_modes:
         groups = groups_per_rank(mode, eval_settings(c), rt.world)
@@ -83,10 +86,10 @@ def step_seconds(rt: Runtime, run: Run, phase: int, budget: float) -> float:
 
 def token_seconds(c: Config, run: Run, val: Validation, mode: str, budget: float) -> float:
     """Of a scored token, the median of windows; the first one warms up, and counts only where it is all there is."""
-    s, alpha, how = eval_settings(c), np.ones(ENGRAM_ALPHA_SHAPE, np.float32), EVAL_MODES[mode]
+    s, how = eval_settings(c), EVAL_MODES[mode]
     lanes = mode_groups(val.tokens, val.bytes, mode, s)[0]
-    rounds = s.eval_seq_len // s.engram_chunk if how.remembers and not how.learns else 1  # of a window
-    spans = adapt_lanes(run.model, val.tokens, val.bytes, mode, s, lanes, alpha)
+    rounds = s.eval_seq_len // s.engram_chunk if how.reader is EngramReader else 1  # of a window
+    spans = adapt_lanes(run.model, val.tokens, val.bytes, mode, s, lanes, even_fitted(c.vocab))
     rates, began, spent = [], time.perf_counter(), 0.0
     while (len(rates) < 2 or spent < budget) and (window := list(islice(spans, len(lanes) * rounds))):
         tokens, now = sum(span.stop - span.start for span in window), time.perf_counter()

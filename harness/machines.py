@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from eval.modes import EVAL_MODES, groups_per_rank, mode_settings
+from eval.modes import EVAL_MODES, EngramReader, groups_per_rank, mode_settings
 from harness.costs import Costs
 from harness.round_costs import Work, round_costs
 from train_gpt import GPT, Config, eval_settings, flops_per_token
@@ -63,7 +63,7 @@ def mode_rounds(c: Config, model: GPT, mode: str, tokens: int, world: int) -> Ro
     few = dataclasses.replace(s, eval_seq_len=short, eval_stride=short)
     one, two = (round_costs(model, dataclasses.replace(few, eval_lanes=n, eval_batch=n), mode) for n in (1, 2))
     wider = s.eval_batch if how.learns else s.eval_batch * width / short
-    parts = -(-width // s.engram_chunk) if how.remembers else 1
+    parts = -(-width // s.engram_chunk) if how.reader is EngramReader else 1
     forward, around = (
         extended(one.forward, two.forward, wider),
         extended(one.around, two.around, wider * one.rounds / parts),

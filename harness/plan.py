@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from export.budget import BYTE_CAP, plan_bytes
+from export.budget import BYTE_CAP, plan_bytes, plan_counts
+from export.counts import MIXTURE_BYTES
 from optim.families import family_rows
 from runtime.ranks import Runtime, detect_runtime
 from train_gpt import (
@@ -30,6 +31,7 @@ class Plan(NamedTuple):
     """What a run intends and will cost, in plain numbers."""
 
     families: list[tuple[str, int, str, str, int]]  # name, parameters, codec, codec in training, bytes
+    counts: int  # bytes for n-gram counts, at most: a short text has fewer
     code: int
     cap: int
     flops: float  # of a trained token
@@ -51,7 +53,7 @@ class Plan(NamedTuple):
     @property
     def predicted(self) -> int:
         """Bytes of the artifact."""
-        return sum(size for *_, size in self.families)
+        return network_bytes(self.families) + self.counts
 
     def disk(self) -> int:
         """Three checkpoints at the moment of writing one, and the artifact."""
@@ -61,6 +63,9 @@ class Plan(NamedTuple):
         lines = [f"{'family':10} {'parameters':>12} {'ships as':>8} {'trains as':>9} {'bits':>6} {'bytes':>12}"]
         for family, count, ships, trains, size in self.families:
             lines.append(f"{family:10} {count:12,} {ships:>8} {trains:>9} {8 * size / max(count, 1):6.2f} {size:12,}")
+        if self.counts:
+            entries = f"at most {plan_counts(self.counts)['shape'][0]:,} n-grams"
+            lines.append(f"{'counts':10} {entries:>42} {self.counts:12,}")
         whole = f"{self.predicted:12,}; {self.code:,} of code, cap {self.cap:,}"
         lines.append(f"{'all':10} {self.weights:12,} {'':25} {whole}")
         lines.append(f"FLOPs per token {self.flops:.4g} (forward and backward, all passes)")
@@ -70,6 +75,10 @@ class Plan(NamedTuple):
             steps = self.max_steps or int(self.max_seconds / seconds)
             lines.append(f"{name}: {seconds:.3g} s a step, {steps:,} steps, {steps * self.batch_tokens:,} tokens")
         return "\n".join(lines)
+
+
+def network_bytes(families: list[tuple]) -> int:
+    return sum(size for *_, size in families)
 
 
 def parameter_table(c: Config) -> dict[str, int]:
@@ -94,9 +103,12 @@ def plan(c: Config, rt: Runtime) -> Plan:
     shapes = [(name, tuple(p.shape), table[family].codec) for name, p, family in rows]
     lines = plan_bytes(shapes, **grid_settings(c))
     sizes = {f: sum(line["bytes"] for line, (*_, of) in zip(lines, rows) if of == f) for f in table}
-    counts = parameter_table(c).items()
+    parameters = parameter_table(c).items()
+    kinds = [(f, count, table[f].codec, trained_codec(c, f), sizes[f]) for f, count in parameters]
+    room = c.count_bytes or BYTE_CAP - c.code_bytes - MIXTURE_BYTES - network_bytes(kinds)
     return Plan(
-        families=[(f, count, table[f].codec, trained_codec(c, f), sizes[f]) for f, count in counts],
+        families=kinds,
+        counts=room if "counts" in c.parts else 0,
         code=c.code_bytes,
         cap=BYTE_CAP,
         flops=flops_per_token(c),

@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from eval.counts import NoCounts, even_mixture
 from eval.engram import ENGRAM_ALPHA_SHAPE
-from eval.modes import EVAL_MODES, adapt_lanes, mode_groups, mode_settings
+from eval.modes import EVAL_MODES, EngramReader, Fitted, adapt_lanes, mode_groups, mode_settings
 from eval.score import EvalSettings
 
 # where the host asks the device for a number, or for the size of a tensor
@@ -116,10 +117,10 @@ def round_costs(model: nn.Module, s: EvalSettings, mode: str) -> RoundCosts:
     """Of one group of lanes, once a state holds a window."""
     s, how, total, forward = mode_settings(mode, s), EVAL_MODES[mode], OperationCounter(), OperationCounter()
     width = s.ttt_chunk if how.learns else s.eval_stride if how.slides else s.eval_seq_len
-    rounds = -(-width // s.engram_chunk) if how.remembers else 1
-    tokens, alpha = stream(s, width), np.ones(ENGRAM_ALPHA_SHAPE, np.float32)
+    rounds = -(-width // s.engram_chunk) if how.reader is EngramReader else 1
+    tokens = stream(s, width)
     lanes = mode_groups(tokens, np.ones_like(tokens), mode, s)[0]
-    spans = adapt_lanes(model, tokens, np.ones_like(tokens), mode, s, lanes, alpha)
+    spans = adapt_lanes(model, tokens, np.ones_like(tokens), mode, s, lanes, even_fitted(32))
     window, before = len(lanes) * rounds, 1 + s.eval_seq_len // width
     with forwards_counted(model, forward):
         consume(spans, before * window)
@@ -129,6 +130,11 @@ def round_costs(model: nn.Module, s: EvalSettings, mode: str) -> RoundCosts:
     spans.close()
     around = Work(*(a - b for a, b in zip(total.costs, forward.costs))).per(rounds)
     return RoundCosts(forward.costs, around._replace(waits=around.waits + 1), rounds)  # the scores come to the host
+
+
+def even_fitted(vocab: int) -> Fitted:
+    """As what a run ships, but fitted on nothing."""
+    return Fitted(np.ones(ENGRAM_ALPHA_SHAPE, np.float32), even_mixture(NoCounts(vocab)))
 
 
 def stream(s: EvalSettings, width: int) -> np.ndarray:

@@ -54,7 +54,7 @@ class Trained:
     """A trained model, its rows (what trained on a grid has its parts), its score, and curvature of its matrices."""
 
     def __init__(self, c: Config, path: str, calibration: int):
-        self.c, self.model, self.val = c, GPT(c), Validation(c)
+        self.c, self.model, self.val = c, GPT(c), Validation(c.data, c.vocab, c.val_tokens)
         optimizer = Optimizer(c, self.model)
         optimizer.restore(load_checkpoint(path)["optimizer"])
         rows, grids = (

@@ -6,16 +6,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
+from data.counts import build_table, count_ngrams
+from data.shards import read_tokens
 from harness.__main__ import main
-from harness.certify import learned_tensors, summary
+from harness.certify import learned_tensors, misfit, recount, summary
 from packer.bundle import read_tree
 from packer.pack import pack, unpack
 from packer.steps import build
-from tests.toys import toy_dataset
+from runtime.ranks import detect_runtime
+from tests.toys import tiny, toy_dataset
+from train_gpt import SPARE_WINDOWS, count_text
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = (
@@ -102,6 +108,30 @@ def test_the_file_that_ran_is_certified_with_its_artifact(entry):
     assert complete["twin.all"]["complete"] and not complete["artifact.all"].get("faults")
     assert certificate["L4"]["statuses"] == dict.fromkeys(complete, "pass")
     assert certificate["L5"]["statuses"]["artifact.all"] == "na"
+
+
+@pytest.mark.parametrize("cuts", [[1, 1, 1], [1, 2, 3]])
+def test_a_table_is_of_the_text_that_it_is_said_to_be_of(cuts):
+    texts = [np.random.default_rng(seed).integers(0, 5, 400).astype(np.uint16) for seed in range(2)]
+    first, second = (count_ngrams(text, 3, 5) for text in texts)
+    table = build_table(first, cuts)
+    assert misfit(table, first.levels) == ""
+    assert "masses differ" in misfit(table, second.levels)
+    table.levels[2].codes[7] ^= 1
+    assert misfit(table, first.levels) == "order 3: 0 n-grams are not in the training text, 1 masses differ"
+
+
+def test_counts_of_the_validation_text_are_caught(tmp_path):
+    """Planted: what the artifact counted is the text that it is scored on."""
+    data = toy_dataset(tmp_path / "data")
+    c = tiny(parts="reset,qat,counts", eval_modes="counts", seq_len=8, window=8, data=data)
+    script, runtime = ModuleType("script"), detect_runtime({}, "float32")
+    script.count_text = count_text
+    for split, status in (("train", "pass"), ("val", "fail")):
+        tokens = read_tokens(data, split, c.vocab)
+        tokens = tokens[: -8 * SPARE_WINDOWS] if split == "train" else tokens
+        table = build_table(count_ngrams(tokens, 6, c.vocab), [1] * 6)
+        assert recount(script, c, runtime, table)["status"] == status
 
 
 @pytest.mark.parametrize("status", ["pass", "na"])

@@ -13,11 +13,11 @@ from torch import nn
 
 from eval import adapters, modes
 from eval.__main__ import main
-from eval.engram import ENGRAM_ALPHA_SHAPE, EvalEngram
+from eval.engram import EvalEngram
 from eval.legality import Probes
 from eval.modes import EVAL_MODES
 from eval.score import EvalSettings
-from tests.toys import stirred, tiny
+from tests.toys import stirred, tiny, toy_fitted
 
 V, N = 16, 60
 PRIOR = np.random.default_rng(5).dirichlet(np.full(V, 0.3), V) * 0.98 + 0.02 / V  # the artifact: a bigram model
@@ -394,7 +394,7 @@ class Twin:
 
     def __init__(self, model, mode, s, length=0):
         self.model, self.mode, self.s, self.length = model, mode, s, length
-        self.alpha = np.full(ENGRAM_ALPHA_SHAPE, 0.5, np.float32)
+        self.fitted = toy_fitted(WIDE)
         self.learners = []
 
     def __call__(self, tokens):
@@ -402,7 +402,7 @@ class Twin:
         tokens = np.array([*tokens, *[2] * (self.length - n)])
         ones = np.ones_like(tokens)
         for lanes in modes.mode_groups(tokens, ones, self.mode, self.s):
-            for span in modes.adapt_lanes(self.model, tokens, ones, self.mode, self.s, lanes, self.alpha):
+            for span in modes.adapt_lanes(self.model, tokens, ones, self.mode, self.s, lanes, self.fitted):
                 nats |= dict(zip(range(span.start, span.stop), span.each))
                 self.events.append(("score", span.start, span.stop, self.digest()))
             self.learners.clear()

@@ -14,13 +14,13 @@ from eval.engram import ENGRAM_ALPHA_SHAPE, EvalEngram
 from eval.journal import Journal
 from eval.modes import EVAL_MODES, evaluate_modes, fit_engram, fit_temperature, groups_per_rank, legal_ttt, score
 from eval.score import EvalSettings, PlainReader, ScoreRound, Span, bpb, lane_groups, map_tensors, score_charge
-from tests.toys import stirred, tiny
+from tests.toys import stirred, tiny, toy_fitted
 from train_gpt import GPT, eval_settings, load_config
 
 V, D = 16, 8
 LEARNING = ("ttt", "all")
 SCOPES = ("lora", "scales", "all")
-ALPHA = np.full(ENGRAM_ALPHA_SHAPE, 0.5, np.float32)
+FITTED = toy_fitted(64)
 
 
 def settings(**changes):
@@ -70,7 +70,7 @@ def stream(n, seed=0):
 
 
 def spans_of(mode, tokens, s, model=None):
-    return list(score(model or Toy(), tokens, np.ones_like(tokens), mode, s, alpha=ALPHA))
+    return list(score(model or Toy(), tokens, np.ones_like(tokens), mode, s, fitted=FITTED))
 
 
 def nats_of(mode, tokens, s, model=None):
@@ -212,9 +212,10 @@ def test_the_last_window_is_not_learned_and_neither_is_any_but_once(monkeypatch)
     monkeypatch.setattr(LaneLearner, "learn", lambda self, done: learned.append(done) if done.closes else None)
     monkeypatch.setattr(EvalEngram, "absorb", lambda self, x, *more: absorbed.append(x) or honest(self, x, *more))
     tokens, _ = stream(97)
-    spans = spans_of("all", tokens, settings(eval_lanes=1, eval_batch=1, engram_chunk=4))
-    assert len(spans) == 24  # 96 targets, 4 at a time
-    assert len(learned) == 11 and len(absorbed) == 23  # 12 windows of 8, 24 parts of 4, each without the last
+    s = settings(eval_lanes=1, eval_batch=1, engram_chunk=4)
+    assert len(spans_of("engram", tokens, s)) == 24  # 96 targets, 4 at a time
+    assert len(absorbed) == 23 and not learned
+    assert len(spans_of("all", tokens, s)) == len(learned) + 1 == 12  # windows of 8
     assert not any(done.last for done in learned)
 
 
@@ -321,7 +322,7 @@ def learner_after(chunks, **changes):
     """A learner that has seen a few chunks of lane 0."""
     tokens, _ = stream(200)
     s, model = settings(eval_lanes=1, eval_batch=1, **changes), Toy().eval()
-    reader, state = PlainReader(model, s), None
+    reader, state = PlainReader(model, s, (), [], None), None
     learner = LaneLearner(reader, 1)
     windows = modes.cut_windows(tokens, [(0, 1, 200)], s.ttt_chunk, s.ttt_chunk, torch.device("cpu"))
     for window, _ in zip(windows, range(chunks)):
@@ -400,7 +401,7 @@ def test_a_compiler_makes_one_graph_of_the_update_for_each_tensor_and_the_same_s
 
 def test_all_modes_are_scored_and_reported():
     tokens, nbytes = stream(130)
-    scores = evaluate_modes(Toy(), tokens, nbytes, settings(), alpha=ALPHA)
+    scores = evaluate_modes(Toy(), tokens, nbytes, settings(), fitted=FITTED)
     assert list(scores) == list(EVAL_MODES)
     for mode, one in scores.items():
         spans = spans_of(mode, tokens, settings())
@@ -417,8 +418,9 @@ def test_a_capped_validation_is_marked_partial():
 
 def test_a_mode_without_its_constants_or_without_a_name_is_an_error():
     tokens, nbytes = stream(60)
-    with pytest.raises(ValueError, match="fit_engram"):
-        evaluate_modes(Toy(), tokens, nbytes, settings(), ["engram"])
+    for mode in ("engram", "counts", "all"):
+        with pytest.raises(ValueError, match=f"mode {mode} was not fitted"):
+            evaluate_modes(Toy(), tokens, nbytes, settings(), [mode])
     with pytest.raises(ValueError, match="unknown mode 'best'"):
         evaluate_modes(Toy(), tokens, nbytes, settings(), ["best"])
 
@@ -448,7 +450,7 @@ def test_scopes_are_checked_on_a_model_without_weights():
 @pytest.mark.parametrize("mode", EVAL_MODES)
 def test_an_interrupted_evaluation_resumes_and_gives_the_same_sum(mode, tmp_path, monkeypatch):
     tokens, nbytes = stream(150)
-    whole = evaluate_modes(Toy(), tokens, nbytes, settings(), [mode], alpha=ALPHA)[mode]
+    whole = evaluate_modes(Toy(), tokens, nbytes, settings(), [mode], fitted=FITTED)[mode]
     honest, scored = modes.adapt_lanes, []
 
     def cut(*arguments):
@@ -463,7 +465,7 @@ def test_an_interrupted_evaluation_resumes_and_gives_the_same_sum(mode, tmp_path
             yield span
 
     def again(model, folder):
-        return evaluate_modes(model, tokens, nbytes, settings(), [mode], alpha=ALPHA, journal=Journal(folder))[mode]
+        return evaluate_modes(model, tokens, nbytes, settings(), [mode], fitted=FITTED, journal=Journal(folder))[mode]
 
     monkeypatch.setattr(modes, "adapt_lanes", cut)
     with pytest.raises(KeyboardInterrupt):
@@ -514,7 +516,7 @@ def test_progress_is_told_as_it_is_made_and_ends_with_all_of_it(mode, tmp_path):
     tokens, nbytes = stream(700)
     told = []
     teller = Journal(tmp_path, lambda **row: told.append(row))
-    one = evaluate_modes(Toy(), tokens, nbytes, settings(), [mode], alpha=ALPHA, journal=teller)[mode]
+    one = evaluate_modes(Toy(), tokens, nbytes, settings(), [mode], fitted=FITTED, journal=teller)[mode]
     done = [row["done"] for row in told]
     assert 10 < len(told) <= 21 and done == sorted(set(done))
     assert told[-1].keys() == {"mode", "done", "of", "seconds"} and told[-1]["mode"] == mode
@@ -522,7 +524,7 @@ def test_progress_is_told_as_it_is_made_and_ends_with_all_of_it(mode, tmp_path):
     parts = set()
     teller = Journal(None, lambda **row: parts.add(row["of"]))
     for rank in range(2):
-        list(score(Toy(), tokens, nbytes, mode, settings(), ranks=(rank, 2), alpha=ALPHA, journal=teller))
+        list(score(Toy(), tokens, nbytes, mode, settings(), ranks=(rank, 2), fitted=FITTED, journal=teller))
     assert sum(parts) == one.tokens
 
 
@@ -550,7 +552,7 @@ def test_constants_are_fitted_on_training_tokens_before_scoring():
 def two_ranks(rank, folder, tokens, nbytes):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    scores = evaluate_modes(Toy(), tokens, nbytes, settings(), alpha=ALPHA, ranks=(rank, 2))
+    scores = evaluate_modes(Toy(), tokens, nbytes, settings(), fitted=FITTED, ranks=(rank, 2))
     np.save(f"{folder}/{rank}.npy", [(one.nats, one.nbytes, *one.documents) for one in scores.values()])
     torch.distributed.destroy_process_group()
 
@@ -558,7 +560,7 @@ def two_ranks(rank, folder, tokens, nbytes):
 @pytest.mark.slow  # two processes start
 def test_two_ranks_report_what_one_does(tmp_path):
     tokens, nbytes = stream(300)
-    one = evaluate_modes(Toy(), tokens, nbytes, settings(), alpha=ALPHA)
+    one = evaluate_modes(Toy(), tokens, nbytes, settings(), fitted=FITTED)
     torch.multiprocessing.spawn(two_ranks, (tmp_path, tokens, nbytes), nprocs=2)
     expected = np.array([(score.nats, score.nbytes, *score.documents) for score in one.values()])
     for rank in range(2):

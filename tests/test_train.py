@@ -14,6 +14,8 @@ import pytest
 import sentencepiece
 import torch
 
+from data.shards import read_tokens
+from eval.tokens import Validation
 from export.container import row_parts, unpack
 from harness.plan import parameter_table
 from optim.masters import MasterGroup
@@ -27,11 +29,12 @@ from train_gpt import (
     PROFILES,
     SCHEDULES,
     SCOPES,
+    SPARE_WINDOWS,
     Config,
     Data,
     Optimizer,
-    Validation,
     command_line,
+    count_text,
     families,
     load_config,
     phase_at,
@@ -114,14 +117,14 @@ def test_a_number_that_must_be_positive_is(name, value):
 def test_scopes_hold_what_they_say(scope):
     model = GPT(tiny(layers="AKS", feedback_passes=1, engram_layers=(0,)))
     named = {id(p): name for name, p in model.named_parameters()}
-    held = {named[id(p)] for p in model.scope(scope)}
+    held, tables = ({named[id(p)] for p in some} for some in (model.scope(scope), model.tables()))
     inside = {
         "lora": (set(), {"embed.weight"}),
         "scales": ({"sites.0.scale", "blocks.0.mixer.gain"}, {"embed.weight"}),
         "capsules": ({"blocks.2.mixer.focus", "blocks.1.mixer.mix_in"}, {"blocks.0.mixer.gain", "sites.0.scale"}),
         "skc_safe": ({"blocks.1.mixer.decay.bias", "sites.0.scale", "blocks.0.mixer.conv.weight"}, {"feedback.gate"}),
         "feedback": ({"feedback.gate"}, {"sites.0.scale"}),
-        "all": (set(named.values()), set()),
+        "all": (set(named.values()) - tables, tables),
     }
     assert inside[scope][0] <= held and not inside[scope][1] & held
 
@@ -430,7 +433,7 @@ def test_what_is_read_ahead_is_not_consumed(dataset):
 
 
 def test_validation_counts_every_byte_of_the_text_once(dataset):
-    val = Validation(tiny(data=dataset))
+    val = Validation(dataset, 64)
     sp = sentencepiece.SentencePieceProcessor(str(dataset / "tokenizer.model"))
     documents = np.split(val.tokens.astype(int), np.flatnonzero(val.tokens == 1))[1:]
     text = "".join(sp.decode(d[1:].tolist()) for d in documents)
@@ -574,3 +577,49 @@ def test_importing_the_trainer_has_no_effect():
 def test_families_name_every_codec_they_use():
     c = Config()
     assert {family.codec for family in families(c).values()} <= set(GRIDS)
+
+
+# ---- counts
+
+COUNTED = "parts=reset,unet,qat,counts seq_len=8 window=8 max_steps=3 reserve_seconds=1 count_order=3"
+
+
+def scores_of(run):
+    return json.loads((run / "result.json").read_text())
+
+
+def test_counts_ship_and_score_the_same_from_the_file(dataset, tmp_path):
+    runs = {}
+    for name, *words in [("a",), ("again",), ("few", "count_tokens=300"), ("small", "count_bytes=900")]:
+        code, runs[name] = run_tiny(tmp_path / name, dataset, *COUNTED.split(), "eval_modes=stream,counts,all", *words)
+        assert code == 0
+    files = {name: (run / "final_model.skc").read_bytes() for name, run in runs.items()}
+    assert files["a"] == files["again"] and len(files["small"]) < len(files["few"]) < len(files["a"])
+    scores = scores_of(runs["a"])
+    assert scores["val_bpb_counts"] < scores["val_bpb_stream"] - 0.01
+    words = ["--evaluate", str(runs["a"] / "final_model.skc"), f"data={dataset}", f"runs={tmp_path}", "run_id=s"]
+    assert command_line([*words, "eval_modes=counts"]) == 0
+    assert f"val_bpb_counts: {scores['val_bpb_counts']:.6g}" in (tmp_path / "s" / "train.log").read_text()
+
+
+def test_training_and_counting_leave_the_text_alone_that_the_mixture_is_fitted_on(dataset):
+    c = tiny(*COUNTED.split(), data=dataset)
+    data, spare = Data(c, CPU), 8 * SPARE_WINDOWS
+    read = {origin for _ in range(300) for origin in data.feed.next()[1]}
+    tokens = read_tokens(dataset, "train", c.vocab)
+    assert max(offset for _, offset in read) + c.seq_len < len(tokens) - spare + 1
+    assert count_text(c, CPU).result().counts.sum() == len(tokens) - spare
+
+
+@pytest.mark.parametrize("words, text", [
+    (["count_order=11"], "count_order=11: with vocab=64, orders 1 to 10"),
+    (["count_bytes=90"], "count_bytes=90: a table of"),
+    (["count_tokens=2"], "count_order=3: a text of 2 tokens is shorter"),
+    (["seq_len=32", "window=32"], "windows of 32"),
+    (["parts=counts"], "add qat, leave plain out"),
+    (["parts=counts,qat,plain"], "add qat, leave plain out"),
+])  # fmt: skip
+def test_counts_that_cannot_be_are_one_line(dataset, tmp_path, capsys, words, text):
+    assert run_tiny(tmp_path, dataset, *COUNTED.split(), "eval_modes=counts", *words)[0] == 2
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1
