@@ -71,7 +71,7 @@ def t_tail(t: float, df: int) -> float:
         term *= math.cos(angle) ** 2 * (k - 1) / k
         total += term
     area = math.sin(angle) * total
-    return 0.5 - (angle + area) / math.pi if odd else 0.5 - area / 2
+    return max(0.5 - (angle + area) / math.pi if odd else 0.5 - area / 2, 0.0)  # rounding may go below
 
 
 @lru_cache(maxsize=4096)

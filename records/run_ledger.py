@@ -9,7 +9,7 @@ from records.files import clean
 from records.run import Run
 
 LEDGER = Path(__file__).with_name("ledger.tsv")
-MODES = ("chunked", "sliding", "stream", "engram", "ttt", "all")
+MODES = ("chunked", "sliding", "stream", "engram", "ttt", "counts", "all")
 FIRST = "date run commit config_hash data_hash device status steps tokens seconds bytes val_bpb"
 LAST = "first_loss last_loss artifact_sha256 flags note changed"
 COLUMNS = (*FIRST.split(), *MODES, *LAST.split())

@@ -67,7 +67,7 @@ def read_config(kind, words: list[str], env: dict, profiles: dict, profile: str,
     source, fields = "file" if stored else f"profile {profile}", dataclasses.fields(kind)
     base = dict(word.split("=", 1) for word in profiles[profile].split())
     if stored:  # a file names what differs from the defaults, and those are its own fields, too
-        base = {f.name: f.default for f in fields if not f.metadata["resumable"]} | stored
+        base = FIXED | {f.name: f.default for f in fields if not f.metadata["resumable"]} | stored
     values, origin = read_fields(fields, words, env, base, source)
     default_name = f"{profile}-s{values.get('seed', 42)}" + ("-again" if stored else "")
     config = kind(**values | {"run_id": values.get("run_id") or default_name})
