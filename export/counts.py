@@ -266,8 +266,9 @@ def pop_counts(tensors: dict[str, torch.Tensor], vocab: int) -> CountTable:
 
 
 def share_row(shares: np.ndarray) -> Row:
-    tensor = torch.from_numpy(shares)
-    return Row(SHARES, tensor, "count_mass", (tensor,))
+    return Row(
+        SHARES, torch.from_numpy(shares).float(), "fp16"
+    )  # exact; in a book of counts it would spoil the classes
 
 
 def pop_shares(tensors: dict[str, torch.Tensor]) -> np.ndarray | None:
