@@ -341,8 +341,10 @@ def test_two_searches_do_not_share_a_folder(manifest, capsys):
     change(manifest, 'layers = "A" }', 'layers = "A", z_loss = 0.6 }')
     process = search_process(manifest)
     wait_until(lambda: starts(manifest.parent) or process.poll() is not None)
+    process.send_signal(signal.SIGSTOP)  # it keeps the folder, and does not end while the other asks
     assert ablate(manifest) == 2
     assert "belongs to a search that is still going" in capsys.readouterr().err
+    process.send_signal(signal.SIGCONT)
     process.send_signal(signal.SIGINT)
     assert b"interrupted" in process.communicate(timeout=PATIENCE)[1] and process.returncode == 130
 
