@@ -79,9 +79,7 @@ def require_countable(tokens: np.ndarray, order: int, vocab: int) -> None:
         raise ValueError(f"token id {top} is past vocab={vocab}: set vocab to that of the tokenizer")
 
 
-def count_ngrams(
-    tokens: np.ndarray, order: int, vocab: int, part_tokens: int = PART_TOKENS, share: tuple[int, int] = (0, 1)
-) -> NgramCounts:
+def count_ngrams(tokens: np.ndarray, order: int, vocab: int, share: tuple[int, int] = (0, 1)) -> NgramCounts:
     """All n-grams of that order and how often each occurs; of `share` (rank, world), those of one rank."""
     require_countable(tokens, order, vocab)
     bits, ring = token_bits(vocab), np.concatenate([tokens, tokens[: order - 1]])
@@ -93,7 +91,7 @@ def count_ngrams(
             keys |= ring[ahead:][places]
         return keys
 
-    return NgramCounts(order, vocab, *_sorted_runs(tokens, vocab, part_tokens, keys_at, share))
+    return NgramCounts(order, vocab, *_sorted_runs(tokens, vocab, keys_at, share))
 
 
 def join_shares(group, share: NgramCounts) -> NgramCounts:
@@ -105,7 +103,7 @@ def join_shares(group, share: NgramCounts) -> NgramCounts:
     return NgramCounts(share.order, share.vocab, *(np.concatenate(column) for column in zip(*shares)))
 
 
-def _sorted_runs(heads, vocab, part_tokens, keys_at, share=(0, 1)):
+def _sorted_runs(heads, vocab, keys_at, share=(0, 1)):
     """Sorted unique keys and how often each is there; `heads` are their first tokens, `keys_at(places)` makes some."""
 
     def runs(span):
@@ -114,7 +112,7 @@ def _sorted_runs(heads, vocab, part_tokens, keys_at, share=(0, 1)):
         starts = np.flatnonzero(_run_starts(keys))
         return keys[starts], np.diff(starts, append=len(keys))
 
-    (rank, world), spans = share, _spans(heads, vocab, part_tokens)
+    (rank, world), spans = share, _spans(heads, vocab)
     mine = spans[len(spans) * rank // world : len(spans) * (rank + 1) // world] or [(0, 0)]
     cores, parts = len(os.sched_getaffinity(0)), []
     with ThreadPoolExecutor(cores) as pool:
@@ -127,14 +125,14 @@ def _run_starts(keys: np.ndarray) -> np.ndarray:
     return np.append(True, keys[1:] != keys[:-1])[: len(keys)]
 
 
-def _spans(heads: np.ndarray, vocab: int, part_tokens: int) -> list[tuple[int, int]]:
-    """Ranges of first tokens that hold at most `part_tokens` places; one token alone may hold more."""
+def _spans(heads: np.ndarray, vocab: int) -> list[tuple[int, int]]:
+    """Ranges of first tokens that hold at most `PART_TOKENS` places; one token alone may hold more."""
     sizes = np.zeros(vocab, np.int64)
-    for at in range(0, len(heads), part_tokens):
-        sizes += np.bincount(heads[at : at + part_tokens], minlength=vocab)
+    for at in range(0, len(heads), PART_TOKENS):
+        sizes += np.bincount(heads[at : at + PART_TOKENS], minlength=vocab)
     starts, held = [0], 0
     for token, size in enumerate(sizes.tolist()):
-        if held and held + size > part_tokens:
+        if held and held + size > PART_TOKENS:
             starts.append(token)
             held = 0
         held += size
@@ -165,7 +163,7 @@ def _left_neighbours(keys: np.ndarray, order: int, vocab: int) -> np.ndarray:
     bits = token_bits(vocab)
     suffix, token = 2 ** (bits * (order - 1)) - 1, 2**bits - 1
     heads = (keys >> (bits * (order - 2)) & token).astype(np.uint16)
-    return _sorted_runs(heads, vocab, PART_TOKENS, lambda places: keys[places] & suffix)[1]
+    return _sorted_runs(heads, vocab, lambda places: keys[places] & suffix)[1]
 
 
 def discounts(weights: np.ndarray) -> np.ndarray:
@@ -223,17 +221,17 @@ class Counting:
     The ranks of a group count a share each. Nothing is kept on disk: who counts again has the same.
     """
 
-    def __init__(self, tokens: np.ndarray, order: int, vocab: int, part_tokens: int = PART_TOKENS, share=(0, 1)):
+    def __init__(self, tokens: np.ndarray, order: int, vocab: int, share=(0, 1)):
         require_countable(tokens, order, vocab)  # before anybody trains for hours
-        self.share = ThreadPoolExecutor(1).submit(_count_share, tokens, order, vocab, part_tokens, share)
+        self.share = ThreadPoolExecutor(1).submit(_count_share, tokens, order, vocab, share)
 
     def result(self, group=None) -> NgramCounts:
         """Waits for the thread and raises what it raised; all ranks of the group call this together."""
         return join_shares(group, self.share.result())
 
 
-def _count_share(tokens, order, vocab, part_tokens, share) -> NgramCounts:
-    ngrams = count_ngrams(tokens, order, vocab, part_tokens, share)
+def _count_share(tokens, order, vocab, share) -> NgramCounts:
+    ngrams = count_ngrams(tokens, order, vocab, share)
     if share == (0, 1):
         _ = ngrams.levels  # made here, not when they are waited for
     return ngrams

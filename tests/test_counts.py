@@ -112,29 +112,32 @@ def test_parts_and_threads_change_nothing(part_tokens, monkeypatch):
     monkeypatch.setattr(data.counts, "PART_TOKENS", part_tokens)
     for cores in ({0}, {0, 1, 2, 3, 4}):
         monkeypatch.setattr(data.counts.os, "sched_getaffinity", lambda pid, cores=cores: cores)
-        again = count_ngrams(tokens, ORDER, VOCAB, part_tokens)
+        again = count_ngrams(tokens, ORDER, VOCAB)
         assert same(again, whole) and digest(build_table(again, [1, 1, 2, 2, 2])) == digest(table)
 
 
 def test_a_part_left_out_is_caught(monkeypatch):
     whole, spans = count_ngrams(text(), ORDER, VOCAB), data.counts._spans
+    monkeypatch.setattr(data.counts, "PART_TOKENS", 50)
     monkeypatch.setattr(data.counts, "_spans", lambda *arguments: spans(*arguments)[:-1])
-    assert not same(count_ngrams(text(), ORDER, VOCAB, 50), whole)
+    assert not same(count_ngrams(text(), ORDER, VOCAB), whole)
 
 
-def test_no_part_is_larger_than_asked_unless_one_token_is():
+def test_no_part_is_larger_than_asked_unless_one_token_is(monkeypatch):
     tokens, sizes = text(), np.bincount(text(), minlength=VOCAB)
     for part in (1, 100, 200):
-        spans = data.counts._spans(tokens, VOCAB, part)
+        monkeypatch.setattr(data.counts, "PART_TOKENS", part)
+        spans = data.counts._spans(tokens, VOCAB)
         assert spans[0][0] == 0 and spans[-1][1] == VOCAB
         assert all(one[1] == two[0] for one, two in itertools.pairwise(spans))
         assert all(sizes[a:b].sum() <= part or np.count_nonzero(sizes[a:b]) == 1 for a, b in spans)
 
 
 @pytest.mark.parametrize("world", [2, 3, 9])
-def test_shares_of_ranks_end_to_end_are_the_whole(world):
+def test_shares_of_ranks_end_to_end_are_the_whole(world, monkeypatch):
     tokens, whole = text(), count_ngrams(text(), ORDER, VOCAB)
-    shares = [count_ngrams(tokens, ORDER, VOCAB, 50, (rank, world)) for rank in range(world)]
+    monkeypatch.setattr(data.counts, "PART_TOKENS", 50)
+    shares = [count_ngrams(tokens, ORDER, VOCAB, (rank, world)) for rank in range(world)]
     assert np.array_equal(np.concatenate([share.keys for share in shares]), whole.keys)
     assert np.array_equal(np.concatenate([share.counts for share in shares]), whole.counts)
     assert max(len(share.keys) for share in shares) < len(whole.keys)
@@ -144,11 +147,13 @@ SHARED = """
 import sys
 from datetime import timedelta
 import torch.distributed as dist
+import data.counts
 from data.counts import Counting, build_table
 from tests.test_counts import ORDER, VOCAB, digest, text
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", f"file://{sys.argv[2]}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
-counting = Counting(text(), ORDER, VOCAB, 50, (rank, 2))
+data.counts.PART_TOKENS = 50
+counting = Counting(text(), ORDER, VOCAB, (rank, 2))
 print(digest(build_table(counting.result(dist.group.WORLD), [1, 1, 2, 2, 2])))
 dist.destroy_process_group()
 """
