@@ -65,16 +65,18 @@ class Mentions(Scoped):
 
     def visit_Dict(self, node):
         """A table's keys, a text that another is compared with, and the key of what is no table choose no entry."""
-        self.skip = self.skip | {id(key) for key in node.keys if isinstance(key, ast.Constant)}
-        return self.generic_visit(node)
+        return self.visit_past(node, *node.keys)
 
     def visit_Compare(self, node):
-        self.skip = self.skip | {id(side) for side in (node.left, *node.comparators) if isinstance(side, ast.Constant)}
-        return self.generic_visit(node)
+        return self.visit_past(node, node.left, *node.comparators)
 
     def visit_Subscript(self, node):
-        if not isinstance(node.value, ast.Name) or self.binding(node.value.id) is not None:
-            self.skip = self.skip | {id(node.slice)} if isinstance(node.slice, ast.Constant) else self.skip
+        table = isinstance(node.value, ast.Name) and self.binding(node.value.id) is None
+        return self.generic_visit(node) if table else self.visit_past(node, node.slice)
+
+    def visit_past(self, node, *children):
+        """All of it but those of the children that are constants."""
+        self.skip = self.skip | {id(child) for child in children if isinstance(child, ast.Constant)}
         return self.generic_visit(node)
 
     def visit_Call(self, node):

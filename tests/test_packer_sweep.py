@@ -51,6 +51,17 @@ def test_a_registry_keeps_what_the_profile_selects_and_what_live_code_names():
     assert {"S", "only_of_s"} <= live
 
 
+@pytest.mark.parametrize("words, lives", [
+    ("seen == 'S'", False), ("{'S': seen}", False), ("seen['S']", False), ("seen.table['S']", False),
+    ("MIXERS['S']", True), ("seen('S')", True), ("seen in ('S', 'T')", True), ("{seen: 'S'}", True),
+])  # fmt: skip
+def test_a_text_that_is_compared_or_a_key_of_something_else_keeps_no_entry(words, lives):
+    code = LIVE.replace(
+        "def main(c: Config): return", f"def other(seen): return {words}\ndef main(c: Config): return other, "
+    )
+    assert ("S" in swept(code)[0]) == lives
+
+
 def test_methods_survive_when_mentioned_special_or_called_by_a_third_party_base():
     live, _ = swept("""
     from torch import nn
