@@ -127,6 +127,7 @@ def test_holm_and_quantiles_are_those_of_the_books():
     assert t_quantile(0.025, 10) == pytest.approx(2.228139, rel=1e-5)
     cases = [(t, df) for t in (-2.0, 0.0, 0.7, 3.1, 6.0) for df in (1, 2, 3, 4, 7, 48)]
     assert all(t_tail(t, df) == pytest.approx(t_upper(t, df), abs=1e-9) for t, df in cases)
+    assert t_tail(40.0, 16) == t_tail(20.0, 29) == 0  # sums that round below zero
     assert loudness(Noise(5 * 3.3258, 5), Noise(10, 10)) == pytest.approx(1.6449, rel=0.01)  # F(5, 10) at 5 %
     assert spearman([1, 2, 3, 4], [2, 1, 3, 4]) == pytest.approx(0.8) and spearman([1, 2], [1, 2]) is None
 

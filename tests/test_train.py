@@ -153,6 +153,14 @@ def test_a_field_that_a_build_fixed_is_named_when_it_is_given_otherwise(monkeypa
         load_config([], {}, "tiny", {"parts": ("reset", "unet"), "vocab": 64})
 
 
+def test_a_build_scores_a_file_in_the_modes_that_it_was_built_with(monkeypatch):
+    """The file does not say which; the defaults of a source are other ones."""
+    stored = {"layers": "AKS", "vocab": 64}
+    assert load_config([], {}, "tiny", stored)[0].eval_modes == Config().eval_modes
+    monkeypatch.setattr("runtime.fields.FIXED", {"layers": "AKS", "eval_modes": ("stream",)})
+    assert load_config([], {}, "tiny", stored)[0].eval_modes == ("stream",)
+
+
 @pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda f: f.name)
 def test_every_field_is_read_outside_its_declaration(field):
     source = (ROOT / "train_gpt.py").read_text()
