@@ -27,7 +27,7 @@ PATTERNS = {"A only": "AAAAAA", "S in a third": "AASAAS", "K in a third": "AAKAA
 OPTIONS = {"data": "datasets/local512", "steps": "400", "seconds": "120", "seeds": "42,43,44"}
 COMMON = ["dim=64", "heads=2", "kv_heads=1", "vocab=512", "seq_len=256", "batch_tokens=2048", "micro_tokens=2048",
           "group=16", "eval_modes=stream", "log_every=50", "parts=reset,unet,smear,null,spectral,qat", "decay=0.6",
-          "reserve_seconds=8"]  # fmt: skip
+          "reserve_seconds=8", "eval_lanes=8"]  # fmt: skip
 
 
 def fields(pattern: str, *words: str) -> list[str]:

@@ -27,7 +27,7 @@ RUNS = {
     "short rows first": "layers=AKA dim=128 seq_schedule=0:128,0.5:256",
 }
 COMMON = """reserve_seconds=4 decay=0.6 parts=reset,unet,smear,null,spectral,qat eval_modes=chunked,stream,engram
-    eval_stride=256 code_bytes=50000 log_every=50"""
+    eval_lanes=8 eval_stride=256 code_bytes=50000 log_every=50"""
 OPTIONS = {"data": "datasets/local", "seconds": "30", "measure": "10", "runs": "runs/plans"}
 LIMITS = {"bytes": 0.01, "steps": 0.15, "eval": 0.25}  # of what the run came to
 
