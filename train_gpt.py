@@ -35,7 +35,7 @@ from eval.score import EvalSettings, evaluating, outline, red_flags
 from eval.tokens import Validation
 from export.budget import BYTE_CAP, check_budget, describe, fill_budget, solve_budget
 from export.container import Row, artifact_fields, check_model, check_shipped, pack, row_parts, unpack, write_artifact
-from export.counts import MIXTURE_BYTES, count_rows, fit_counts, pop_counts, pop_shares, share_row
+from export.counts import MIXTURE_BYTES, fit_counts, pop_counts, pop_shares, share_row
 from export.gptq import ROUNDINGS, CurvatureCollector, felt, gptq_rounding, gptq_rows
 from export.quantise import STEP_CODECS, int_grid, int_value
 from kernels.attention import attend, attention_mask, positions, rotary_tables, rotate_pairs
@@ -1180,9 +1180,9 @@ def training_loss(c: Config, rt: Runtime, run: Run, batches: int = 4) -> float:
 def pack_rows(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> bytes:
     """On their grid already, or rounded by what the loss feels, in the bytes that plain steps of `clip` would take."""
     grid, trained, room = grid_settings(c), trained_on_grid(c, run.model), BYTE_CAP - c.code_bytes
-    packed = count_table(c, rt, run, rows, log) if "counts" in c.parts else NoCounts(c.vocab)
-    constants, counts = eval_constants(c, rt, run, packed, log)
-    meta = {"config": artifact_config(c, rt), "eval": constants}
+    packed, counts = count_table(c, rt, run, rows, log) if "counts" in c.parts else (NoCounts(c.vocab), [])
+    constants, shares = eval_constants(c, rt, run, packed, log)
+    meta, counts = {"config": artifact_config(c, rt), "eval": constants}, counts + shares
     if "qat" in c.parts or not (c.reserve_seconds or c.rounding in ("lite", "lite_gptq")):
         if "fill" in c.parts:
             return fill_budget([*rows, *counts], meta, room, [r.name for r in rows if r.name not in trained], **grid)
@@ -1203,15 +1203,15 @@ def count_text(c: Config, rt: Runtime) -> Counting:
     return Counting(tokens[: c.count_tokens or None], c.count_order, c.vocab, share=(rt.rank, rt.world))
 
 
-def count_table(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> PackedCounts:
+def count_table(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> tuple[PackedCounts, list[Row]]:
     """The counts that ship: those that fill `count_bytes`, or what the network leaves of the cap."""
     run.clock.run()
     with log.phase("count"):
         counts = (run.data.counting or count_text(c, rt)).result(rt.ranks)
         room = c.count_bytes or BYTE_CAP - c.code_bytes - MIXTURE_BYTES - len(pack(rows, {}, **grid_settings(c)))
-        table = rt.of_rank_zero(fit_counts(counts, room) if rt.rank == 0 else None)
+        table, rows = rt.of_rank_zero(fit_counts(counts, room) if rt.rank == 0 else None)
     run.clock.pause()
-    return PackedCounts(table, rt.device)
+    return PackedCounts(table, rt.device), rows
 
 
 def curvature(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
@@ -1260,7 +1260,7 @@ def eval_settings(c: Config) -> EvalSettings:
 
 def eval_constants(c: Config, rt: Runtime, run: Run, packed: NoCounts, log: Log) -> tuple[dict, list[Row]]:
     """Fitted on training tokens and shipped in the file, because an evaluation may read no training data."""
-    rows = count_rows(packed.table) if "counts" in c.parts else []
+    rows = []
     if not (c.reserve_seconds or "engram" in c.eval_modes or "counts" in c.eval_modes or "all" in c.eval_modes):
         return {"temperature": 1.0, "alpha": []}, rows  # reading training tokens takes training time
     run.clock.run()

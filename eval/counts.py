@@ -237,7 +237,7 @@ class MixtureReader(PlainReader):
     """Reads the model's own nats off a window, mixed with what packed and live counts say of the same targets."""
 
     def __init__(self, model: nn.Module, s: EvalSettings, tokens: np.ndarray, lanes: list, fitted: Fitted):
-        super().__init__(model, s, tokens, lanes, fitted)
+        super().__init__(model, s)
         device, mixture = device_of(model), fitted.mixture
         if mixture.shares.shape != (math.prod(MIX_CELLS), EXPERTS):
             raise ValueError(f"the mixture has shares of shape {mixture.shares.shape}; fit it again")

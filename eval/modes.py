@@ -52,7 +52,7 @@ class EngramReader(PlainReader):
     isolated = False
 
     def __init__(self, model: nn.Module, s: EvalSettings, tokens: np.ndarray, lanes: list, fitted: Fitted):
-        super().__init__(model, s, tokens, lanes, fitted)
+        super().__init__(model, s)
         self.part = s.engram_chunk
         device = device_of(model)
         self.memory = EvalEngram(len(lanes), s.engram_rows, s.engram_ways, s.engram_min_count, fitted.alpha, device)

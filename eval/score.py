@@ -139,7 +139,7 @@ class PlainReader:
 
     isolated = True  # a document's nats do not depend on the documents before it, if the model's do not
 
-    def __init__(self, model: nn.Module, s: EvalSettings, tokens: np.ndarray, lanes: list, fitted: object):
+    def __init__(self, model: nn.Module, s: EvalSettings, *_):  # others read tokens, lanes and what was fitted
         self.model, self.s, self.part = model, s, s.eval_seq_len
 
     @staticmethod

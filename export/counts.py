@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from data.counts import LAST_CODE, CountLevel, CountTable, NgramCounts, build_table
+from export.budget import PLANNED_ENTRY_BITS
 from export.container import Row, pack
 
 SHARES = "shares"  # the row that says what network and counts weigh
@@ -22,7 +23,6 @@ ESCAPE = 255  # from here on a value stands in the wide plane
 MOST_ORDER = 16
 MOST_VOCAB = (1 << 16) - 1
 MOST_ENTRIES = 1 << 25
-ENTRY_BITS = 7.1  # of a table, before one is measured
 PAIRS_BEHIND = 16  # pairs are cut only where all that is longer is cut by so much more
 FIT_ATTEMPTS = 8  # two or three are usual
 
@@ -266,9 +266,8 @@ def pop_counts(tensors: dict[str, torch.Tensor], vocab: int) -> CountTable:
 
 
 def share_row(shares: np.ndarray) -> Row:
-    return Row(
-        SHARES, torch.from_numpy(shares).float(), "fp16"
-    )  # exact; in a book of counts it would spoil the classes
+    """Exact in float16; in the book of the masses of counts it would take classes away that are worth a megabyte."""
+    return Row(SHARES, torch.from_numpy(shares).float(), "fp16")
 
 
 def pop_shares(tensors: dict[str, torch.Tensor]) -> np.ndarray | None:
@@ -284,16 +283,17 @@ def pop_shares(tensors: dict[str, torch.Tensor]) -> np.ndarray | None:
 # ---- spending a budget ----
 
 
-def fit_counts(ngrams: NgramCounts, budget: int) -> CountTable:
-    """The fullest table whose rows take at most `budget` bytes: from 99 % of them on, it is full enough."""
+def fit_counts(ngrams: NgramCounts, budget: int) -> tuple[CountTable, list[Row]]:
+    """The fullest table that takes at most `budget` bytes, and its rows: from 99 % of them on, it is full enough."""
     reach, aim = [_reach(level.counts) for level in ngrams.levels], 0.997 * budget
     everything = sum(int(at_least[0]) for at_least in reach)
-    best, filled, wanted, before = None, 0, 8 * aim / ENTRY_BITS, (0, 0)
+    best, filled, wanted, before = None, 0, 8 * aim / PLANNED_ENTRY_BITS, (0, 0)
     for _ in range(FIT_ATTEMPTS):
         table = build_table(ngrams, _cuts_for(reach, min(wanted, 0.99 * MOST_ENTRIES)))
-        size, entries = len(pack(count_rows(table), {})), sum(len(level.keys) for level in table.levels)
+        rows, entries = count_rows(table), sum(len(level.keys) for level in table.levels)
+        size = len(pack(rows, {}))
         if filled < size <= budget:
-            best, filled = table, size
+            best, filled = (table, rows), size
         if 0.99 * budget <= filled or entries in (everything, before[0]):
             break
         slope = max((size - before[1]) / (entries - before[0]), 0.1)  # bytes that one more entry takes

@@ -116,10 +116,10 @@ def stir(model: torch.nn.Module) -> torch.nn.Module:
 
 def probe_modes(script: ModuleType, c, model, constants: dict, tokens: list[int]) -> dict[str, dict]:
     """The certificate of every mode that the profile scores."""
-    settings, alpha = script.fitted_settings(c, constants)
+    settings, fitted = script.fitted_settings(c, constants)
     settings, certificates = short_windows(settings), {}
     for mode in modes_of(script, c):
-        observed = Observed(script, model, mode, settings, alpha)
+        observed = Observed(script, model, mode, settings, fitted)
         how = script.EVAL_MODES[mode]
         observed.isolated = "reset" in c.parts and how.reader.isolated and not how.learns
         probes = Probes(observed, c.vocab, tokens, settings.bos, POSITIONS, CANDIDATES)
@@ -166,12 +166,12 @@ def twin_constants(script: ModuleType, constants: dict, vocab: int) -> dict:
 
 def recount(script: ModuleType, c, rt, table) -> dict:
     """The training text is counted once more: a table of any other text, the validation's say, is not what it says."""
-    fault = "" if not table.levels else misfit(table, script.count_text(c, rt).result().levels)
+    fault = "" if not table.levels else table_fault(table, script.count_text(c, rt).result().levels)
     status = "fail" if fault else "pass" if table.levels else "na"
     return {"status": status, "evidence": {"entries": sum(len(level.keys) for level in table.levels), "fault": fault}}
 
 
-def misfit(table, text_levels: list) -> str:
+def table_fault(table, text_levels: list) -> str:
     """What of a table is not as in a text, whose n-grams are given order by order."""
     places = np.zeros(1, np.int64)  # of the table's contexts, among all of the text
     for order, (level, text) in enumerate(zip(table.levels, text_levels), 1):
@@ -181,9 +181,7 @@ def misfit(table, text_levels: list) -> str:
         places = np.searchsorted(keys, sought).clip(max=len(keys) - 1)
         strange, other = keys[places] != sought, text.codes[places] != level.codes
         if strange.any() or other.any():
-            return (
-                f"order {order}: {strange.sum():,} n-grams are not in the training text, {other.sum():,} masses differ"
-            )
+            return f"order {order}: {strange.sum():,} n-grams are not in the text, {other.sum():,} masses differ"
     return ""
 
 

@@ -21,14 +21,8 @@ from train_gpt import (
 )
 
 EFFICIENCY = 1 / 3  # of the measured matmul rate, in training
-MODE_PASSES = {
-    "chunked": 1.0,
-    "stream": 1.0,
-    "engram": 1.3,
-    "counts": 1.1,
-    "ttt": 6.5,
-    "all": 6.6,
-}  # measured time, in plain forwards
+# measured time, in plain forwards
+MODE_PASSES = {"chunked": 1.0, "stream": 1.0, "engram": 1.3, "counts": 1.1, "ttt": 6.5, "all": 6.6}
 
 
 class Costs(NamedTuple):
@@ -57,12 +51,8 @@ def by_flops(c: Config, rate: float, tokens: int) -> Costs:
 
 def measured(c: Config, rt: Runtime, seconds: float) -> Costs:
     """By doing it: steps of every phase and windows of every mode on the real data, for about so many seconds."""
-    run, val, each, modes = (
-        begin_run(c, rt),
-        Validation(c.data, c.vocab, c.val_tokens),
-        0.5 * seconds / len(phases(c)),
-        {},
-    )
+    run, val = begin_run(c, rt), Validation(c.data, c.vocab, c.val_tokens)
+    each, modes = 0.5 * seconds / len(phases(c)), {}
     steps = [(phase.start, step_seconds(rt, run, number, each)) for number, phase in enumerate(phases(c))]
     for mode in c.eval_modes:
         groups = groups_per_rank(mode, eval_settings(c), rt.world)

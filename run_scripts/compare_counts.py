@@ -33,7 +33,7 @@ from eval.modes import Fitted, evaluate_modes, fit_engram, score
 from eval.tokens import Validation
 from export.budget import BYTE_CAP
 from export.container import artifact_fields, pack
-from export.counts import count_rows, fit_counts
+from export.counts import fit_counts
 from runtime.ranks import detect_runtime
 from train_gpt import SPARE_WINDOWS, eval_settings, load_config, load_model
 
@@ -67,30 +67,34 @@ def of_targets(guess: Guess, streams: Streams) -> Guess:
     return Guess(*(values[streams.age > 0] for values in guess))
 
 
-def mixed_bits(texts: list[Text], packed: NoCounts, experts=(0, 1, 2), lane=False, **live) -> float:
-    """Bits of the second text under the weights that fit the first, of some of the experts."""
+def evidence(texts: list[Text], packed: NoCounts, lane=False, **live) -> list[tuple]:
+    """Of both texts what every expert gives the targets, and their cells."""
     sides = []
     for text in texts:
         streams = text.lane if lane else text.documents
         ours = of_targets(packed.guess(text.documents), text.documents)
         theirs = of_targets(live_guess(streams, packed.vocab, **live), streams)
         theirs = theirs._replace(order=theirs.order.clamp(max=len(LIVE_CONTEXTS)))  # longer ones share cells
-        p = torch.stack([text.network, ours.p, theirs.p], -1)
-        p[:, [k for k in range(3) if k not in experts]] = UNSEEN
-        sides.append((p, mix_cells(ours, theirs)))
-    weights = torch.from_numpy(fit_shares(*sides[0]).astype(np.float64))
-    p, cell = sides[1]
+        sides.append((torch.stack([text.network, ours.p, theirs.p], -1), mix_cells(ours, theirs)))
+    return sides
+
+
+def mixed_bits(sides: list[tuple], experts=(0, 1, 2)) -> float:
+    """Bits of the second text under the weights that fit the first, of some of the experts."""
+    others = torch.tensor([k for k in range(len(EXPERT_NAMES)) if k not in experts], dtype=torch.long)
+    (fit, fit_cell), (p, cell) = ((p.index_fill(1, others, UNSEEN), cell) for p, cell in sides)
+    weights = torch.from_numpy(fit_shares(fit, fit_cell).astype(np.float64))
     return -((weights[cell] * p).sum(1) / weights[cell].sum(1)).log2().sum().item()
 
 
 def size_rows(texts: list[Text], counts: NgramCounts, device: torch.device) -> Iterator[tuple]:
-    """(bytes, table, bits) for every share of the file."""
+    """(bytes, table, evidence) for every share of the file."""
     for share in SHARES_OF_FILE:
         packed, size = NoCounts(counts.vocab), 0
         if share:
-            table = fit_counts(counts, int(share * BYTE_CAP))
-            packed, size = PackedCounts(table, device), len(pack(count_rows(table), {}))
-        yield size, packed, mixed_bits(texts, packed)
+            table, rows = fit_counts(counts, int(share * BYTE_CAP))
+            packed, size = PackedCounts(table, device), len(pack(rows, {}))
+        yield size, packed, evidence(texts, packed)
 
 
 def tables(artifact: str, data: str) -> Iterator[str]:
@@ -103,20 +107,21 @@ def tables(artifact: str, data: str) -> Iterator[str]:
     counts = Counting(training, c.count_order, c.vocab).result()
     yield f"{len(training):,} tokens counted in {time.perf_counter() - began:.1f} s, order {c.count_order}\n"
     yield "| bytes for counts | bpb | packed alone | entries | bits an entry |\n|---|---|---|---|---|"
-    for size, packed, bits in size_rows(texts, counts, rt.device):
-        entries, alone = sum(len(level.keys) for level in packed.table.levels), mixed_bits(texts, packed, (1,))
+    for size, packed, sides in size_rows(texts, counts, rt.device):
+        entries = sum(len(level.keys) for level in packed.table.levels)
+        bits, alone = mixed_bits(sides), mixed_bits(sides, (1,))
         facts = f"{size:,}", bits / nbytes, alone / nbytes, f"{entries:,}", 8 * size / max(entries, 1)
         yield "| {} | {:.4f} | {:.4f} | {} | {:.2f} |".format(*facts)
     yield "\n| experts | bpb |\n|---|---|"
     for experts in SETS:
         names = " + ".join(EXPERT_NAMES[k] for k in experts)
-        yield f"| {names} | {mixed_bits(texts, packed, experts) / nbytes:.4f} |"
+        yield f"| {names} | {mixed_bits(sides, experts) / nbytes:.4f} |"
     fitted = Fitted(fit_engram(model, texts[0].tokens, s))
     engram = evaluate_modes(model, val.tokens, val.bytes, s, ["engram"], fitted=fitted)["engram"]
     yield f"| network, the longest context seen added to its logits | {engram.bpb:.4f} |"
     yield "\n| live counts | bpb of all |\n|---|---|"
     for name, how in LIVE.items():
-        yield f"| {name} | {mixed_bits(texts, packed, **how) / nbytes:.4f} |"
+        yield f"| {name} | {mixed_bits(evidence(texts, packed, **how)) / nbytes:.4f} |"
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ class RecordingReader(PlainReader):
     """Charges the model's own nats, and records beside them what each of its memories would have charged."""
 
     def __init__(self, model: torch.nn.Module, s: EvalSettings, memories: dict[str, EvalEngram]):
-        super().__init__(model, s, np.empty(0), [], None)
+        super().__init__(model, s)
         self.part, self.memories = s.engram_chunk, memories
         self.nats_of = {name: [] for name in ("plain", *memories)}
 

@@ -15,7 +15,7 @@ import torch
 from data.counts import build_table, count_ngrams
 from data.shards import read_tokens
 from harness.__main__ import main
-from harness.certify import learned_tensors, misfit, recount, summary
+from harness.certify import learned_tensors, recount, summary, table_fault
 from packer.bundle import read_tree
 from packer.pack import pack, unpack
 from packer.steps import build
@@ -115,10 +115,10 @@ def test_a_table_is_of_the_text_that_it_is_said_to_be_of(cuts):
     texts = [np.random.default_rng(seed).integers(0, 5, 400).astype(np.uint16) for seed in range(2)]
     first, second = (count_ngrams(text, 3, 5) for text in texts)
     table = build_table(first, cuts)
-    assert misfit(table, first.levels) == ""
-    assert "masses differ" in misfit(table, second.levels)
+    assert table_fault(table, first.levels) == ""
+    assert "masses differ" in table_fault(table, second.levels)
     table.levels[2].codes[7] ^= 1
-    assert misfit(table, first.levels) == "order 3: 0 n-grams are not in the training text, 1 masses differ"
+    assert table_fault(table, first.levels) == "order 3: 0 n-grams are not in the text, 1 masses differ"
 
 
 def test_counts_of_the_validation_text_are_caught(tmp_path):

@@ -322,7 +322,7 @@ def learner_after(chunks, **changes):
     """A learner that has seen a few chunks of lane 0."""
     tokens, _ = stream(200)
     s, model = settings(eval_lanes=1, eval_batch=1, **changes), Toy().eval()
-    reader, state = PlainReader(model, s, (), [], None), None
+    reader, state = PlainReader(model, s), None
     learner = LaneLearner(reader, 1)
     windows = modes.cut_windows(tokens, [(0, 1, 200)], s.ttt_chunk, s.ttt_chunk, torch.device("cpu"))
     for window, _ in zip(windows, range(chunks)):
