@@ -2,7 +2,8 @@
 
 A job is a folder and a command that writes result.json into it, and what a search knows of a job is what the folder
 says, so that a search that was killed finds its jobs again: `submit` of one that still runs takes it up, wherever it
-runs. An executor for a cluster keeps the number of its queue in the folder, and reads the same files there.
+runs, and one that has finished is not run again. An executor for a cluster keeps the number of its queue in the folder,
+and reads the same files there.
 """
 
 import fcntl
@@ -40,7 +41,7 @@ class Executor(Protocol):
     places: int  # jobs at a time
 
     def submit(self, job: Job) -> None:
-        """Begin it, or take it up if it runs already."""
+        """Begin it, or take it up if it runs already or has finished."""
 
     def state(self, job: Job) -> str:
         """waiting, running or ended."""
@@ -70,7 +71,7 @@ class LocalExecutor:
     def submit(self, job: Job) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
         with (job.folder / LOCK).open("a+") as lock, (job.folder / OUTPUT).open("ab") as out:
-            if is_held(lock):
+            if is_held(lock) or finished_facts(job.folder):  # it may have ended since the search looked
                 self.started[job.folder] = self.take(recorded(job.folder).get("place")), None
                 return
             place, here = self.take(None), os.sched_getaffinity(0)

@@ -397,6 +397,10 @@ def test_a_job_that_still_runs_is_taken_up_and_can_be_ended(tmp_path):
     second.cancel(long)
     assert result_of(first, long).status == result_of(second, long).status == "interrupted"
     assert (tmp_path / "a" / "trial.out").read_text().count("begun") == 1
+    (tmp_path / "a" / "result.json").write_text('{"status": "finished"}')
+    first.submit(long)  # a search that saw it run and submits it when it has ended
+    assert result_of(first, long).status == "finished"
+    assert (tmp_path / "a" / "trial.out").read_text().count("begun") == 1
     broken = job(tmp_path / "b", "raise SystemExit('error: no such thing')")
     first.submit(broken)
     assert result_of(first, broken)[::2] == ("failed", "error: no such thing")

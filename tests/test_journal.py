@@ -294,7 +294,7 @@ def killed(mode, folder, in_a_write):
             return honest(self, target)
 
         Path.replace = replace_or_die
-    spans_of(Toy(), tokens, mode, settings(), folder, 25)
+    spans_of(Toy(), tokens, mode, settings(), folder, 12)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
