@@ -28,14 +28,15 @@ from data.counts import Counting
 from data.feed import Feed
 from data.shards import LaneOrder, WindowOrder, dataset_hash, read_tail, read_tokens, shard_paths
 from eval.adapters import check_scope
-from eval.counts import Fitted, Mixture, NoCounts, PackedCounts, even_mixture, fit_mixture
+from eval.counts import Fitted, Mixture, NoCounts, even_mixture, fit_mixture
 from eval.journal import Journal
 from eval.modes import EVAL_MODES, evaluate_modes, fit_engram, fit_temperature, read_fitted
+from eval.product import ProductCounts
 from eval.score import EvalSettings, evaluating, outline, red_flags
 from eval.tokens import Validation
 from export.budget import BYTE_CAP, check_budget, describe, fill_budget, solve_budget
 from export.container import Row, artifact_fields, check_model, check_shipped, pack, row_parts, unpack, write_artifact
-from export.counts import MIXTURE_BYTES, fit_counts, pop_counts, pop_shares, share_row
+from export.counts import MIXTURE_BYTES, fit_counts, pop_counts, pop_shares, weight_rows
 from export.gptq import ROUNDINGS, CurvatureCollector, felt, gptq_rounding, gptq_rows
 from export.quantise import STEP_CODECS, int_grid, int_value
 from kernels.attention import attend, attention_mask, positions, rotary_tables, rotate_pairs
@@ -1203,7 +1204,7 @@ def count_text(c: Config, rt: Runtime) -> Counting:
     return Counting(tokens[: c.count_tokens or None], c.count_order, c.vocab, share=(rt.rank, rt.world))
 
 
-def count_table(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> tuple[PackedCounts, list[Row]]:
+def count_table(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> tuple[ProductCounts, list[Row]]:
     """The counts that ship: those that fill `count_bytes`, or what the network leaves of the cap."""
     run.clock.run()
     with log.phase("count"):
@@ -1211,7 +1212,7 @@ def count_table(c: Config, rt: Runtime, run: Run, rows: list[Row], log: Log) -> 
         room = c.count_bytes or BYTE_CAP - c.code_bytes - MIXTURE_BYTES - len(pack(rows, {}, **grid_settings(c)))
         table, rows = rt.of_rank_zero(fit_counts(counts, room) if rt.rank == 0 else None)
     run.clock.pause()
-    return PackedCounts(table, rt.device), rows
+    return ProductCounts(table, None, rt.device), rows
 
 
 def curvature(c: Config, rt: Runtime, run: Run, log: Log) -> dict:
@@ -1240,7 +1241,7 @@ def load_model(c: Config, rt: Runtime, blob: bytes) -> tuple[GPT, dict]:
     tensors, meta = unpack(blob)
     model = GPT(c).to(rt.device)
     parameters = {name: p for name, (p, _) in shipping_parameters(c, model).items()}
-    packed = PackedCounts(pop_counts(tensors, c.vocab), rt.device) if "counts" in c.parts else NoCounts(c.vocab)
+    packed = ProductCounts(*pop_counts(tensors, c.vocab), rt.device) if "counts" in c.parts else NoCounts(c.vocab)
     shares = pop_shares(tensors)
     check_model(tensors, meta["config"], {name: p.shape for name, p in parameters.items()}, meta["config"])
     for name, p in parameters.items():
@@ -1260,18 +1261,17 @@ def eval_settings(c: Config) -> EvalSettings:
 
 def eval_constants(c: Config, rt: Runtime, run: Run, packed: NoCounts, log: Log) -> tuple[dict, list[Row]]:
     """Fitted on training tokens and shipped in the file, because an evaluation may read no training data."""
-    rows = []
-    if not (c.reserve_seconds or "engram" in c.eval_modes or "counts" in c.eval_modes or "all" in c.eval_modes):
-        return {"temperature": 1.0, "alpha": []}, rows  # reading training tokens takes training time
+    mixing = "counts" in c.eval_modes or "all" in c.eval_modes
+    if not (c.reserve_seconds or "engram" in c.eval_modes or mixing):
+        return {"temperature": 1.0, "alpha": []}, []  # reading training tokens takes training time
     run.clock.run()
     with log.phase("fit"):
         tokens, lanes = read_tokens(c.data, "train", c.vocab, 1 + 32 * c.seq_len), min(8, c.eval_lanes)
         s = dataclasses.replace(eval_settings(c), eval_lanes=lanes, eval_batch=lanes)  # more would be too short to fit
         s = dataclasses.replace(s, temperature=fit_temperature(run.model, tokens, s))
         alpha = fit_engram(run.model, tokens, s) * 16 if "engram" in c.eval_modes else np.zeros(0)
-        if "counts" in c.eval_modes or "all" in c.eval_modes:
-            tail = read_tail(c.data, "train", c.vocab, SPARE_WINDOWS * c.seq_len) if "counts" in c.parts else tokens
-            rows.append(share_row(fit_mixture(run.model, tail, s, packed).shares))
+        tail = read_tail(c.data, "train", c.vocab, SPARE_WINDOWS * c.seq_len) if "counts" in c.parts else tokens
+        rows = weight_rows(fit_mixture(run.model, tail, s, packed).shipped) if mixing else []
     run.clock.pause()
     return {"temperature": s.temperature, "alpha": alpha.astype(int).flatten().tolist()}, rows
 

@@ -2,18 +2,20 @@
 
     p(v) = sum over experts k of weight[cell, k] p_k(v)
 
-Experts are the network, the packed table and the live counts. The last two interpolate all orders,
+Experts are the network (where counts are packed: its product with them, see product.py), the packed table and the live
+counts. The last two interpolate all orders,
 
     p_n(v | c) = mass(c v) + gamma(c) p_{n-1}(v | c without its first token)
     p_0 = 1 / V,  gamma(c) = 1 - sum of masses
 
 so each sums to one over the vocabulary, whatever was pruned. A cell says how sure the experts are before the token
-comes: it depends on the context alone. Weights are fitted on training tokens that neither table nor network saw. Only
-the target's probability is computed; the live counts of a position are those of the positions before it in its
-document.
+comes: it depends on the context alone. Weights are fitted on training tokens that neither table nor network saw. Of
+both counts only the target's probability is computed; the live ones of a position are those of the positions before it
+in its document.
 """
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.counts import CountTable, level_masses
+from data.counts import SHARES, CountTable, level_masses
 from eval.score import (
     EvalSettings,
     PlainReader,
@@ -94,12 +96,22 @@ class NoCounts:
 
     table = CountTable(0, [])
 
+    reader, more_weights = None, {}  # where windows are read in another way
+
     def __init__(self, vocab: int):
         self.vocab = vocab
 
     def guess(self, streams: Streams) -> Guess:
         """Of every token of the streams, given those before it in its document."""
         return first_guess(streams, self.vocab)
+
+    def fitted(self, *_) -> "NoCounts":
+        """With whatever training tokens have to tell it."""
+        return self
+
+    def arrays(self) -> list[np.ndarray]:
+        """All that a score depends on."""
+        return []
 
 
 class PackedCounts(NoCounts):
@@ -113,19 +125,27 @@ class PackedCounts(NoCounts):
             self.levels.append([torch.from_numpy(values).to(device) for values in (level.keys, mass, gamma)])
             contexts = len(level.keys)
 
-    def guess(self, streams: Streams) -> Guess:
-        said, place = super().guess(streams), torch.zeros_like(streams.tokens)
-        for order, (keys, mass, gamma) in enumerate(self.levels, 1):
+    def places(self, streams: Streams) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Order by order, as long as it has entries, where each token's context and its n-gram stand; -1 for none."""
+        place = torch.zeros_like(streams.tokens)
+        for order, (keys, _, _) in enumerate(self.levels, 1):
             if not len(keys):
                 break
-            # the place of an n-gram among those of its order, or -1
             context = streams.before(place, -1) if order > 1 else place
             key = context * self.vocab + streams.tokens
             place = torch.searchsorted(keys, key).clamp(max=len(keys) - 1)
             place = torch.where((context >= 0) & (keys[place] == key), place, -1)
+            yield context, place
+
+    def guess(self, streams: Streams) -> Guess:
+        said = super().guess(streams)
+        for order, ((context, place), (_, mass, gamma)) in enumerate(zip(self.places(streams), self.levels), 1):
             left = torch.where(context >= 0, gamma[context], 1.0)
             said = said.below(order, torch.where(place >= 0, mass[place], 0.0), left)
         return said
+
+    def arrays(self) -> list[np.ndarray]:
+        return [part for level in self.table.levels for part in level]
 
 
 class GramCounts:
@@ -182,8 +202,13 @@ class Mixture(NamedTuple):
     def weights(self) -> np.ndarray:
         return self.shares / self.shares.sum(1, keepdims=True, dtype=np.float64)
 
+    @property
+    def shipped(self) -> dict[str, np.ndarray]:
+        """Besides the table, by name."""
+        return {SHARES: self.shares} | self.packed.more_weights
+
     def arrays(self) -> list[np.ndarray]:
-        return [self.shares, *(part for level in self.packed.table.levels for part in level)]
+        return [*self.shipped.values(), *self.packed.arrays()]
 
 
 class Fitted(NamedTuple):
@@ -236,12 +261,16 @@ def expectation_maximisation(p: torch.Tensor, cell: torch.Tensor, weights: torch
 class MixtureReader(PlainReader):
     """Reads the model's own nats off a window, mixed with what packed and live counts say of the same targets."""
 
+    def __new__(cls, *arguments):
+        """One that suits the packed counts."""
+        return super().__new__(arguments[-1].mixture.packed.reader or cls)
+
     def __init__(self, model: nn.Module, s: EvalSettings, tokens: np.ndarray, lanes: list, fitted: Fitted):
         super().__init__(model, s)
         device, mixture = device_of(model), fitted.mixture
         if mixture.shares.shape != (math.prod(MIX_CELLS), EXPERTS):
             raise ValueError(f"the mixture has shares of shape {mixture.shares.shape}; fit it again")
-        streams = documents_of(tokens, lanes, s.bos, device)
+        self.streams = streams = documents_of(tokens, lanes, s.bos, device)
         guesses = mixture.packed.guess(streams), live_guess(streams, mixture.packed.vocab)
         targets = streams.age > 0
         packed, live = (Guess(*(values[targets] for values in guess)) for guess in guesses)
@@ -260,22 +289,36 @@ class MixtureReader(PlainReader):
 
     def evidence(self, ahead: torch.Tensor, window: ScoreWindow) -> tuple[torch.Tensor, torch.Tensor]:
         """Every expert's probability of the targets (B, T, K), and their cells (B, T)."""
+        places, at = self.targets(window)
+        network = self.network(ahead, window, places, at)
+        return torch.cat([network.unsqueeze(-1), self.p[at]], -1), self.cell[at]
+
+    def targets(self, window: ScoreWindow) -> tuple[np.ndarray, torch.Tensor]:
+        """The number (B, T) of each target among those of the lanes, on the host and on the device."""
         places = np.zeros(window.host[0].shape, np.int64)
         for row, column, lane, start, stop in window.places:
             places[row, column : column + stop - start] = np.arange(start, stop) + self.shift[lane]
-        places = on_device(places, self.p.device)
-        network = (-ahead.detach()).double().exp()
-        return torch.cat([network.unsqueeze(-1), self.p[places]], -1), self.cell[places]
+        return places, on_device(places, self.p.device)
+
+    def network(self, ahead: torch.Tensor, *_) -> torch.Tensor:
+        """The model's probability of every target (B, T), float64."""
+        return (-ahead.detach()).double().exp()
+
+
+def read_training(model: nn.Module, tokens: np.ndarray, s: EvalSettings, mixture: Mixture) -> Iterator[tuple]:
+    """Training tokens read as an evaluation reads its own: reader, what its forward says, and window, one by one."""
+    with evaluating(model), torch.no_grad():
+        for lanes in lane_groups(tokens, np.ones(len(tokens), np.int64), s):
+            reader, state = MixtureReader(model, s, tokens, lanes, Fitted(mixture=mixture)), None
+            for window in cut_windows(tokens, lanes, s.eval_seq_len, s.eval_seq_len, device_of(model)):
+                ahead, state = reader.forward(window, state)
+                yield reader, ahead, window
 
 
 def fit_mixture(model: nn.Module, tokens: np.ndarray, s: EvalSettings, packed: NoCounts) -> Mixture:
-    """The shares that would have served best on these training tokens, read as an evaluation reads its own."""
-    parts, even = [], Fitted(mixture=even_mixture(packed))
-    with evaluating(model), torch.no_grad():
-        for lanes in lane_groups(tokens, np.ones(len(tokens), np.int64), s):
-            reader, state = MixtureReader(model, s, tokens, lanes, even), None
-            for window in cut_windows(tokens, lanes, s.eval_seq_len, s.eval_seq_len, device_of(model)):
-                ahead, state = reader.forward(window, state)
-                parts.append([values[window.charged] for values in reader.evidence(ahead, window)])
+    """The shares that would have served best on these training tokens."""
+    packed, parts = packed.fitted(model, tokens, s), []
+    for reader, ahead, window in read_training(model, tokens, s, even_mixture(packed)):
+        parts.append([values[window.charged] for values in reader.evidence(ahead, window)])
     p, cell = (torch.cat(part) for part in zip(*parts))
     return Mixture(packed, fit_shares(p, cell))

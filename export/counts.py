@@ -11,11 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data.counts import LAST_CODE, CountLevel, CountTable, NgramCounts, build_table
+from data.counts import LAST_CODE, POWERS, SHARES, CountLevel, CountTable, NgramCounts, build_table
 from export.budget import PLANNED_ENTRY_BITS
 from export.container import Row, pack
 
-SHARES = "shares"  # the row that says what network and counts weigh
 MIXTURE_BYTES = 6_000  # what it takes of a file, at most
 COUNT_HEAD = "counts."  # names of rows begin with it
 WIDE_PLANE = COUNT_HEAD + "wide"
@@ -257,27 +256,28 @@ def _read_gaps(reader: CountReader, kids: np.ndarray, room: np.ndarray) -> np.nd
     return ranks
 
 
-def pop_counts(tensors: dict[str, torch.Tensor], vocab: int) -> CountTable:
-    """The table, its rows taken out of the tensors of a file."""
-    return read_counts({name: tensors.pop(name) for name in list(tensors) if name.startswith(COUNT_HEAD)}, vocab)
+def pop_counts(tensors: dict[str, torch.Tensor], vocab: int) -> tuple[CountTable, np.ndarray | None]:
+    """The table and the powers of its product with the network, their rows taken out of the tensors of a file."""
+    counts = {name: tensors.pop(name) for name in list(tensors) if name.startswith(COUNT_HEAD)}
+    return read_counts(counts, vocab), pop_shares(tensors, POWERS)
 
 
 # ---- what network and counts weigh ----
 
 
-def share_row(shares: np.ndarray) -> Row:
-    """Exact in float16; in the book of the masses of counts it would take classes away that are worth a megabyte."""
-    return Row(SHARES, torch.from_numpy(shares).float(), "fp16")
+def weight_rows(weights: dict[str, np.ndarray]) -> list[Row]:
+    """Exact in float16; in the book of the masses of counts they would take classes away that are worth a megabyte."""
+    return [Row(name, torch.from_numpy(values).float(), "fp16") for name, values in weights.items()]
 
 
-def pop_shares(tensors: dict[str, torch.Tensor]) -> np.ndarray | None:
-    """Their row, taken out of the tensors of a file; None if it has none."""
-    shares = tensors.pop(SHARES, None)
-    if shares is None:
+def pop_shares(tensors: dict[str, torch.Tensor], name: str = SHARES) -> np.ndarray | None:
+    """A row of weights, taken out of the tensors of a file; None if it has none."""
+    weights = tensors.pop(name, None)
+    if weights is None:
         return None
-    if shares.dim() != 2 or not (shares == shares.byte()).all() or not shares.all():
-        raise ValueError(f"damaged artifact: {SHARES} of shape {tuple(shares.shape)}, or a weight of 0")
-    return shares.byte().numpy()
+    if weights.dim() != 2 or not (weights == weights.byte()).all() or not weights.all():
+        raise ValueError(f"damaged artifact: {name} of shape {tuple(weights.shape)}, or a weight of 0")
+    return weights.byte().numpy()
 
 
 # ---- spending a budget ----

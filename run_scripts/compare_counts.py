@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,14 +23,16 @@ from eval.counts import (
     LIVE_CONTEXTS,
     Guess,
     NoCounts,
-    PackedCounts,
     Streams,
     documents_of,
+    even_mixture,
     fit_shares,
     live_guess,
     mix_cells,
+    read_training,
 )
-from eval.modes import Fitted, evaluate_modes, fit_engram, score
+from eval.modes import Fitted, evaluate_modes, fit_engram
+from eval.product import ProductCounts
 from eval.tokens import Validation
 from export.budget import BYTE_CAP
 from export.container import artifact_fields, pack
@@ -37,8 +40,8 @@ from export.counts import fit_counts
 from runtime.ranks import detect_runtime
 from train_gpt import SPARE_WINDOWS, eval_settings, load_config, load_model
 
-EXPERT_NAMES = ("network", "packed", "live")
-SETS = [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
+EXPERTS = ("network", "network x packed", "packed", "live")
+SETS = [(0,), (2,), (3,), (0, 2), (1,), (0, 3), (2, 3), (0, 2, 3), (1, 3), (1, 2, 3)]
 SHARES_OF_FILE = (0, 0.25, 0.5, 0.75, 0.9)
 FURTHER = (*LIVE_CONTEXTS, 8, 12, 16)
 LIVE = {
@@ -53,48 +56,67 @@ UNSEEN = 1e-30  # the probability that an expert left out gives
 
 
 class Text:
-    """A stream in one lane: the network's probabilities of its targets, and its documents."""
+    """A stream in one lane, and its documents."""
 
-    def __init__(self, model, tokens: np.ndarray, s):
+    def __init__(self, tokens: np.ndarray, bos: int):
         self.tokens, lanes = tokens, [(0, 1, len(tokens))]
-        spans = sorted(score(model, tokens, np.ones_like(tokens), "stream", s), key=lambda span: span.start)
-        self.network = torch.from_numpy(np.exp(-np.concatenate([span.each for span in spans]).astype(np.float64)))
-        self.documents = documents_of(tokens, lanes, s.bos, torch.device("cpu"))
+        self.documents = documents_of(tokens, lanes, bos, torch.device("cpu"))
         self.lane = documents_of(tokens, lanes, -1, torch.device("cpu"))
+
+
+class Side(NamedTuple):
+    """Of all targets of a text what every expert gives them, and their cells."""
+
+    p: torch.Tensor  # (L, 4)
+    cell: torch.Tensor
 
 
 def of_targets(guess: Guess, streams: Streams) -> Guess:
     return Guess(*(values[streams.age > 0] for values in guess))
 
 
-def evidence(texts: list[Text], packed: NoCounts, lane=False, **live) -> list[tuple]:
-    """Of both texts what every expert gives the targets, and their cells."""
-    sides = []
-    for text in texts:
-        streams = text.lane if lane else text.documents
-        ours = of_targets(packed.guess(text.documents), text.documents)
-        theirs = of_targets(live_guess(streams, packed.vocab, **live), streams)
-        theirs = theirs._replace(order=theirs.order.clamp(max=len(LIVE_CONTEXTS)))  # longer ones share cells
-        sides.append((torch.stack([text.network, ours.p, theirs.p], -1), mix_cells(ours, theirs)))
-    return sides
+def first_expert(model, text: Text, s, packed: NoCounts) -> torch.Tensor:
+    """What the network gives the targets, in product with what is packed."""
+    read = read_training(model, text.tokens, s, even_mixture(packed))
+    return torch.cat([reader.evidence(ahead, window)[0][window.charged][:, 0] for reader, ahead, window in read])
 
 
-def mixed_bits(sides: list[tuple], experts=(0, 1, 2)) -> float:
-    """Bits of the second text under the weights that fit the first, of some of the experts."""
-    others = torch.tensor([k for k in range(len(EXPERT_NAMES)) if k not in experts], dtype=torch.long)
-    (fit, fit_cell), (p, cell) = ((p.index_fill(1, others, UNSEEN), cell) for p, cell in sides)
-    weights = torch.from_numpy(fit_shares(fit, fit_cell).astype(np.float64))
-    return -((weights[cell] * p).sum(1) / weights[cell].sum(1)).log2().sum().item()
+def side_of(model, text: Text, s, packed: NoCounts) -> Side:
+    ours, theirs = (
+        of_targets(guess, text.documents) for guess in (packed.guess(text.documents), live_of(text, packed))
+    )
+    both = [first_expert(model, text, s, counts) for counts in (NoCounts(packed.vocab), packed)]
+    return Side(torch.stack([*both, ours.p, theirs.p], -1), mix_cells(ours, theirs))
 
 
-def size_rows(texts: list[Text], counts: NgramCounts, device: torch.device) -> Iterator[tuple]:
-    """(bytes, table, evidence) for every share of the file."""
+def live_of(text: Text, packed: NoCounts, lane=False, **live) -> Guess:
+    guess = live_guess(text.lane if lane else text.documents, packed.vocab, **live)
+    return guess._replace(order=guess.order.clamp(max=len(LIVE_CONTEXTS)))  # longer ones share cells
+
+
+def read_otherwise(side: Side, text: Text, packed: NoCounts, **how) -> Side:
+    """With other live counts."""
+    ours = of_targets(packed.guess(text.documents), text.documents)
+    theirs = of_targets(live_of(text, packed, **how), text.lane if how.get("lane") else text.documents)
+    return Side(torch.cat([side.p[:, :-1], theirs.p.unsqueeze(-1)], -1), mix_cells(ours, theirs))
+
+
+def mixed_bits(sides: list[Side], experts: tuple[int, ...]) -> float:
+    """Bits of the second text under the weights that fit the first, of at most three experts."""
+    chosen = [p[:, experts] for p, _ in sides]
+    fit, p = (torch.nn.functional.pad(part, (0, 3 - len(experts)), value=UNSEEN) for part in chosen)
+    weights = torch.from_numpy(fit_shares(fit, sides[0].cell).astype(np.float64))[sides[1].cell]
+    return -((weights * p).sum(1) / weights.sum(1)).log2().sum().item()
+
+
+def size_rows(model, texts: list[Text], s, counts: NgramCounts, device: torch.device) -> Iterator[tuple]:
+    """(bytes, packed counts, sides) for every share of the file."""
     for share in SHARES_OF_FILE:
         packed, size = NoCounts(counts.vocab), 0
         if share:
             table, rows = fit_counts(counts, int(share * BYTE_CAP))
-            packed, size = PackedCounts(table, device), len(pack(rows, {}))
-        yield size, packed, evidence(texts, packed)
+            packed, size = ProductCounts(table, None, device).fitted(model, texts[0].tokens, s), len(pack(rows, {}))
+        yield size, packed, [side_of(model, text, s, packed) for text in texts]
 
 
 def tables(artifact: str, data: str) -> Iterator[str]:
@@ -102,26 +124,28 @@ def tables(artifact: str, data: str) -> Iterator[str]:
     c, _ = load_config([f"data={data}", "eval_lanes=1", "eval_seconds=0"], {}, None, artifact_fields(blob))
     rt, val, spare = detect_runtime({}, "float32"), Validation(data, c.vocab), SPARE_WINDOWS * c.seq_len
     model, s, nbytes = load_model(c, rt, blob)[0], eval_settings(c), int(val.bytes.sum())
-    texts = [Text(model, tokens, s) for tokens in (read_tail(data, "train", c.vocab, spare), val.tokens)]
+    texts = [Text(tokens, s.bos) for tokens in (read_tail(data, "train", c.vocab, spare), val.tokens)]
     began, training = time.perf_counter(), read_tokens(data, "train", c.vocab)[:-spare]
     counts = Counting(training, c.count_order, c.vocab).result()
     yield f"{len(training):,} tokens counted in {time.perf_counter() - began:.1f} s, order {c.count_order}\n"
-    yield "| bytes for counts | bpb | packed alone | entries | bits an entry |\n|---|---|---|---|---|"
-    for size, packed, sides in size_rows(texts, counts, rt.device):
+    yield "| bytes for counts | bpb | a sum in place of the product | packed alone | entries | bits an entry |"
+    yield "|---|---|---|---|---|---|"
+    for size, packed, sides in size_rows(model, texts, s, counts, rt.device):
         entries = sum(len(level.keys) for level in packed.table.levels)
-        bits, alone = mixed_bits(sides), mixed_bits(sides, (1,))
-        facts = f"{size:,}", bits / nbytes, alone / nbytes, f"{entries:,}", 8 * size / max(entries, 1)
-        yield "| {} | {:.4f} | {:.4f} | {} | {:.2f} |".format(*facts)
+        scores = [mixed_bits(sides, experts) / nbytes for experts in ((1, 2, 3), (0, 2, 3), (2,))]
+        facts = f"{size:,}", *scores, f"{entries:,}", 8 * size / max(entries, 1)
+        yield "| {} | {:.4f} | {:.4f} | {:.4f} | {} | {:.2f} |".format(*facts)
     yield "\n| experts | bpb |\n|---|---|"
     for experts in SETS:
-        names = " + ".join(EXPERT_NAMES[k] for k in experts)
+        names = " + ".join(EXPERTS[k] for k in experts)
         yield f"| {names} | {mixed_bits(sides, experts) / nbytes:.4f} |"
     fitted = Fitted(fit_engram(model, texts[0].tokens, s))
     engram = evaluate_modes(model, val.tokens, val.bytes, s, ["engram"], fitted=fitted)["engram"]
     yield f"| network, the longest context seen added to its logits | {engram.bpb:.4f} |"
     yield "\n| live counts | bpb of all |\n|---|---|"
     for name, how in LIVE.items():
-        yield f"| {name} | {mixed_bits(evidence(texts, packed, **how)) / nbytes:.4f} |"
+        others = [read_otherwise(side, text, packed, **how) for side, text in zip(sides, texts)]
+        yield f"| {name} | {mixed_bits(others, (1, 2, 3)) / nbytes:.4f} |"
 
 
 if __name__ == "__main__":

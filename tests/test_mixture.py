@@ -19,11 +19,16 @@ from eval.counts import (
     NoCounts,
     PackedCounts,
     documents_of,
+    even_mixture,
     fit_mixture,
     fit_shares,
     live_guess,
+    read_training,
 )
 from eval.legality import Probes
+from eval.product import ProductCounts, fit_powers
+from export.container import pack, unpack
+from export.counts import MIXTURE_BYTES, count_rows, pop_counts, pop_shares, weight_rows
 from tests.test_legality import WIDE, Toy, Twin, small, stream
 from tests.test_modes import Toy as Carrying
 from tests.test_modes import settings
@@ -232,3 +237,77 @@ def test_a_document_is_scored_as_if_it_were_alone():
         both = packed.guess(streams), live_guess(streams, V)
         said.append(np.concatenate([said_of(guess, streams)[start:] for guess in both]))
     assert np.array_equal(*said)
+
+
+# ---- the product ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cuts", [[1] * 6, [1, 1, 2, 2, 3, 3], [1, 40, 90, 90, 90, 90], [500] * 6])
+def test_a_row_is_what_the_table_says_of_each_token(cuts):
+    table = build_table(count_ngrams(text(900, 1).astype(np.uint16), 6, V), cuts)
+    packed, tokens = ProductCounts(table, None, CPU), text(90, 2)
+    streams = documents_of(tokens, [(0, 1, 90)], 1, CPU)
+    contexts = packed.contexts(streams)[streams.age > 0] if len(table.levels[0].keys) else torch.zeros(89, 0).long()
+    rows = packed.rows(contexts, packed.sizes(contexts).sum(0).tolist() if contexts.numel() else [])
+    assert (rows.sum(1) - 1).abs().max() < 1e-6
+    for at in range(1, 90):
+        for token in range(V):
+            streams = documents_of(np.array([*tokens[:at], token]), [(0, 1, at + 1)], 1, CPU)
+            assert packed.guess(streams).p[-1] == pytest.approx(rows[at - 1, token].item(), rel=1e-5)
+
+
+def test_powers_are_the_likeliest_and_lean_on_all_where_a_cell_has_seen_little():
+    rng = np.random.default_rng(0)
+    logs, cells = torch.from_numpy(rng.normal(0, 1, (6000, 2, V))).log_softmax(-1), torch.arange(6000) % 2
+    cells[0] = 9
+    true = torch.tensor([[0.6, 1.2], [1.5, 0.3]])[cells.clamp(max=1)]
+    drawn = torch.multinomial((true.unsqueeze(-1) * logs).sum(1).softmax(-1), 1, generator=torch.manual_seed(0))[:, 0]
+    powers = fit_powers(logs.float(), drawn, cells)
+    assert powers.shape == (40, 2) and powers.dtype == np.uint8 and powers.min() > 0
+    assert np.abs(powers[:2] - [[60, 120], [150, 30]]).max() < 12
+    assert np.abs(powers[9].astype(int) - powers[-1]).max() < 8  # a single token says little
+
+    def likelihood(hundredths):
+        mixed = (torch.from_numpy(hundredths / 100)[cells].unsqueeze(-1) * logs).sum(1)
+        return mixed.log_softmax(-1).gather(1, drawn[:, None]).mean()
+
+    for change in ([8, 0], [-8, 0], [0, 8], [0, -8]):
+        assert likelihood(powers + np.array(change)) < likelihood(powers.astype(float))
+
+
+def test_the_product_is_read_with_the_powers_of_the_file():
+    """By the definition: softmax of both logs times their powers, the network's alone where the other's power is 0."""
+    tokens = (np.random.default_rng(0).zipf(1.5, 200) % 12).astype(np.uint16)
+    table, model, s = (
+        build_table(count_ngrams(tokens, 3, 64), [1, 1, 1]),
+        Carrying(),
+        settings(eval_lanes=1, eval_batch=1),
+    )
+    powers = np.random.default_rng(1).integers(1, 256, (40, 2), np.uint8)
+    for given in (powers, powers * [1, 0]):
+        mixture = even_mixture(ProductCounts(table, given, CPU))
+        for reader, logits, window in read_training(model, tokens.astype(np.int64), s, mixture):
+            places, at = reader.targets(window)
+            p, _ = reader.evidence(logits, window)
+            cell = reader.cell[at] // 35
+            mixed = torch.from_numpy(given / 100)[cell].unsqueeze(-1) * torch.stack(
+                [logits.log_softmax(-1), reader.log_rows(places.ravel(), at.ravel()).view(logits.shape)], 2
+            )
+            by_hand = mixed.sum(2).softmax(-1).gather(-1, window.y.unsqueeze(-1))[..., 0]
+            assert torch.allclose(p[..., 0][window.charged], by_hand[window.charged], rtol=1e-5)
+
+
+def test_a_fit_brings_powers_and_a_file_brings_them_back():
+    tokens = np.random.default_rng(0).zipf(1.5, 900) % 12
+    packed = ProductCounts(build_table(count_ngrams(tokens.astype(np.uint16), 3, 64), [1, 1, 1]), None, CPU)
+    mixture = fit_mixture(Carrying(), tokens, settings(), packed)
+    assert not np.array_equal(mixture.packed.powers, packed.powers)
+    rows = count_rows(packed.table) + weight_rows(mixture.shipped)
+    tensors, _ = unpack(pack(rows, {}))
+    _, powers = pop_counts(tensors, 64)
+    assert np.array_equal(powers, mixture.packed.powers) and np.array_equal(pop_shares(tensors), mixture.shares)
+    assert not tensors and sum(part.nbytes for part in (powers, mixture.shares)) < MIXTURE_BYTES
+    with pytest.raises(ValueError, match=r"powers of shape \(5, 2\); fit them again"):
+        ProductCounts(packed.table, powers[:5], CPU)
+    with pytest.raises(ValueError, match=r"damaged artifact: powers of shape \(40, 2\), or a weight of 0"):
+        pop_shares({"powers": torch.from_numpy(powers * np.uint8(0)).float()}, "powers")

@@ -17,10 +17,10 @@ from eval.score import EvalSettings, PlainReader, ScoreRound, Span, bpb, lane_gr
 from tests.toys import stirred, tiny, toy_fitted
 from train_gpt import GPT, eval_settings, load_config
 
-V, D = 16, 8
+V, D, WIDE = 16, 8, 64  # tokens of the streams, width of the toy, and its vocabulary
 LEARNING = ("ttt", "all")
 SCOPES = ("lora", "scales", "all")
-FITTED = toy_fitted(64)
+FITTED = toy_fitted(WIDE)
 
 
 def settings(**changes):
@@ -34,7 +34,7 @@ class Toy(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(1)
-        self.embed, self.mix, self.head = nn.Embedding(V, D), nn.Linear(D, D), nn.Linear(D, V)
+        self.embed, self.mix, self.head = nn.Embedding(WIDE, D), nn.Linear(D, D), nn.Linear(D, WIDE)
         self.gain, self.table = nn.Parameter(torch.ones(())), nn.Parameter(torch.randn(4, D))
         self.linears_offered = {"mix": self.mix, "head": self.head}
         self.scopes = {"scales": [self.gain], "all": list(self.parameters()), "engram": [self.table], "none": []}

@@ -9,9 +9,10 @@ import torch
 
 from data.counts import build_table, count_ngrams
 from data.shards import write_shard
-from eval.counts import EXPERTS, MIX_CELLS, Mixture, PackedCounts
+from eval.counts import EXPERTS, MIX_CELLS, Mixture
 from eval.engram import ENGRAM_ALPHA_SHAPE
 from eval.modes import Fitted
+from eval.product import POWER_CELLS, ProductCounts
 from train_gpt import GPT, Config, load_config
 
 WORDS = ("the", "a", "cat", "dog", "sat", "ran", "on", "mat", "sun", "old", "red", "big", "by", "and", "to", "of", "is")
@@ -65,10 +66,9 @@ def documents(c: Config, batch: int = 2, length: int = 24) -> torch.Tensor:
 
 
 def toy_fitted(vocab: int) -> Fitted:
-    """Constants of an evaluation: counts of a text of few tokens up to order 3, other shares in every cell."""
+    """Constants of an evaluation: counts of a text of few tokens up to order 3, other weights in every cell."""
     rng = np.random.default_rng(0)
     table = build_table(count_ngrams(rng.zipf(1.5, 500).astype(np.uint16) % min(vocab, 12), 3, vocab), [1, 1, 1])
     shares = rng.integers(1, 256, (np.prod(MIX_CELLS), EXPERTS), np.uint8)
-    return Fitted(
-        np.full(ENGRAM_ALPHA_SHAPE, 0.5, np.float32), Mixture(PackedCounts(table, torch.device("cpu")), shares)
-    )
+    packed = ProductCounts(table, rng.integers(1, 256, (POWER_CELLS, 2), np.uint8), torch.device("cpu"))
+    return Fitted(np.full(ENGRAM_ALPHA_SHAPE, 0.5, np.float32), Mixture(packed, shares))
