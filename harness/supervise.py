@@ -100,8 +100,8 @@ class Supervisor:
 
     def keep_record(self, agent: Process) -> None:
         """For the next supervisor."""
-        commit = built_commit(script_path(self.s.command))
-        self.journal.save(self.record_file.name, {"command": self.command, "agent": agent, "commit": commit})
+        facts = {"commit": built_commit(script_path(self.s.command)), "cores": len(os.sched_getaffinity(0))}
+        self.journal.save(self.record_file.name, {"command": self.command, "agent": agent} | facts)
 
     def finished_before(self) -> bool:
         """This very command, while nobody watched."""

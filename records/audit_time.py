@@ -91,7 +91,7 @@ def machine(folder: Folder) -> Iterator[Fact]:
         if log.gpus and track.hardware:
             wrong = {n: k for n, k in log.gpus.items() if track.hardware not in n or re.search(track.not_hardware, n)}
             count = max(log.gpus.values())
-            kind = pick(wrong, "other GPUs", {track.ranks: "GPUs"}.get(count, count))
+            kind = pick(wrong, "other GPUs", {track.ranks or count: "GPUs"}.get(count, count))
             listed = ", ".join(f"{k} x {n}" for n, k in (wrong or log.gpus).items())
             yield fact(kind, log.name, listed=listed, hardware=track.hardware, limit=track.ranks)
     if stated and track.hardware not in stated:

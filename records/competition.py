@@ -50,7 +50,7 @@ class Track:
     ranks: int | None
     train_seconds: float | None
     eval_seconds: float | None
-    hardware: str  # a word in the name of every GPU
+    hardware: str  # in the name of every GPU, or of the machine
     not_hardware: str  # variants of it that the rules exclude, as a pattern
     official_text: bool  # whether the score must be one of the official validation text
     baseline: bool  # whether it must beat the best earlier record of its track
@@ -59,8 +59,9 @@ class Track:
 RECORD = Track("10min_16mb", True, 8, 600.0, EVAL_SECONDS, "H100", "PCIe|NVL", True, True)
 NON_RECORD = Track("non_record_16mb", False, None, None, None, "", "", True, False)
 UNLIMITED = Track("non_record_unlimited_compute_16mb", False, None, None, None, "", "", True, False)
+TWO_CORES = Track("2cpu_10min_16mb", True, None, 600.0, EVAL_SECONDS, "2 cores", r"\d2 cores", False, True)
 SMALL_MACHINE = Track("small_machine_16mb", False, None, None, None, "", "", False, True)
-TRACKS = {t.name: t for t in (RECORD, NON_RECORD, UNLIMITED, SMALL_MACHINE)}
+TRACKS = {t.name: t for t in (RECORD, NON_RECORD, UNLIMITED, TWO_CORES, SMALL_MACHINE)}
 
 
 def bytes_per_token(loss: float, bpb: float) -> float:

@@ -20,6 +20,7 @@ MAX_NAMES = 1_000  # distinct statistics
 MAX_EVENTS = 500  # held of each rare kind; all are counted
 LINE_LIMIT = 8 << 20  # bytes
 UNCHANGED = re.compile(r"default|profile|file")
+CPUS = ("x86_64", "aarch64", "arm64")  # as the platform names them
 FREE_FIELDS = {"seed", "run_id", "runs", "data", "profile"}
 STEP_FIELDS = ("loss", "lr", "grad_norm", "tokens_per_second", "seconds", "memory")
 
@@ -220,7 +221,9 @@ class Run:
 
     @property
     def device(self) -> str:
-        return str(self.fact("device_name") or self.fact("device", "unknown"))
+        """One GPU, or all the cores where there is none."""
+        name, cores = str(self.fact("device_name") or self.fact("device", "unknown")), self.fact("cores")
+        return f"{cores} cores of {name}" if cores and name in CPUS else name
 
     @property
     def ranks(self) -> int | None:

@@ -193,6 +193,58 @@ def test_three_seeds_of_a_small_machine_make_a_clean_record(tmp_path):
     assert rows["F20"]["status"] == "pass" and folder.name in rows["F20"]["evidence"][0]["note"]
 
 
+def on_two_cores(folder, seed=42, bpb=1.2, cores=2, **limits):
+    """A run as the launcher of that track leaves it."""
+    run = make_run(folder, seed, bpb, official=False, device="x86_64", world=1)
+    (folder / "supervisor.json").write_text(json.dumps({"cores": cores}))
+    told = json.loads((folder / "config.json").read_text())
+    told["config"] |= {"max_seconds": 600.0, "eval_seconds": 600.0} | limits
+    (folder / "config.json").write_text(json.dumps(told))
+    return Run(run.path)
+
+
+def test_runs_on_two_cores_make_a_record_of_their_track(tmp_path):
+    runs = [on_two_cores(tmp_path / f"r{seed}", seed, 1.2 + seed / 1e4) for seed in (1, 2, 3)]
+    folder = build(runs, request(tmp_path))
+    claim = json.loads((folder / "submission.json").read_text())
+    assert claim["track"] == "2cpu_10min_16mb" and claim["hardware"] == "1x 2 cores of x86_64" and worries(folder) == []
+    assert [p.name for p in folder.glob("*.skc")] == ["final_model_seed1.skc"]
+    rows = json.loads((folder / "manifest.json").read_text())["files"]
+    assert len({rows[f"final_model_seed{seed}.skc"]["sha256"] for seed in (1, 2, 3)}) == 3
+    better = [on_two_cores(tmp_path / f"b{seed}", seed, 1.1 + seed / 1e4) for seed in (1, 2, 3)]
+    later = build(better, request(tmp_path, name="later", date="2026-06-01"))
+    row = {c["id"]: c for c in check_folder(Folder(later))["checks"]}["F20"]
+    assert row["status"] == "pass" and folder.name in row["evidence"][0]["note"]
+
+
+@pytest.mark.parametrize(
+    "more", [{"cores": 4}, {"cores": None}, {"max_seconds": 7200.0}, {"max_seconds": 0.0}, {"eval_seconds": 0.0}]
+)
+def test_other_cores_or_clocks_are_not_of_that_track(tmp_path, more):
+    folder = build([on_two_cores(tmp_path / "r", **more)], request(tmp_path))
+    assert json.loads((folder / "submission.json").read_text())["track"] == "small_machine_16mb"
+
+
+@pytest.mark.parametrize("name, value", [("train_seconds", 660.0), ("hardware", "1x NVIDIA H100"), ("cores", 12)])
+def test_a_claim_of_two_cores_is_held_to_its_clock_and_machine(tmp_path, name, value):
+    folder = build([on_two_cores(tmp_path / f"r{seed}", seed) for seed in (1, 2, 3)], request(tmp_path))
+    claim = json.loads((folder / "submission.json").read_text())
+    if name == "train_seconds":
+        for log in folder.glob("metrics_seed*.jsonl"):
+            log.write_text(log.read_text().replace('"train_seconds": 20.0', f'"train_seconds": {value}'))
+            rows = [json.loads(line) for line in log.read_text().splitlines()]
+            late = [
+                row | {"seconds": value} if row.get("kind") == "phase" and row["name"] == "train" else row
+                for row in rows
+            ]
+            log.write_text("".join(json.dumps(row) + "\n" for row in late))
+    if name == "cores":
+        for log in folder.glob("metrics_seed*.jsonl"):
+            log.write_text(log.read_text().replace("2 cores of", f"{value} cores of"))
+    (folder / "submission.json").write_text(json.dumps(claim | {name: value}))
+    assert {check for check, _, _ in worries(folder)} & {"F11", "F13"}
+
+
 def chained(tmp_path):
     """Three runs that name their script, with certificates, and a request with the builder's manifest and proof."""
     asked, runs = request(tmp_path), three(tmp_path)
