@@ -239,7 +239,8 @@ def readme(claim: dict, scored: list[Scored], failed: list[Run], request: Reques
         times = [span(row["train_time_s"]), span(s.seconds)]
         scores = [f"{s.bpb:.8f}", f"{s.nats / s.tokens:.8f}"]
         seeds.append([s.run.seed, *scores, row["steps"], *times, row["bytes_total"]])
-    command = f"SEED={run.seed} torchrun --standalone --nproc_per_node={run.ranks} train_gpt.py"
+    start = f"torchrun --standalone --nproc_per_node={run.ranks}" if run.ranks > 1 else "python3"
+    command = clean(f"SEED={run.seed} {start} train_gpt.py data=DATA {run.changed}", 2000)
     parts = [
         f"# {clean(request.name)}",
         f"**val_bpb {claim['val_bpb']:.8f}**{spread}, {where}.",

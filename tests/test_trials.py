@@ -457,11 +457,15 @@ def test_a_hub_that_is_gone_and_back_and_a_dead_notifier_cost_nothing(dataset, t
     tell("notifier gone", 2, "told by the preflight", "the messages", 0.0)
 
 
-@pytest.mark.parametrize("script, ranks", [("run_1gpu.sh", 1), ("run_skc_competition_2gpu_proxy.sh", 2)])
+LAUNCHERS = {"run_1gpu.sh": 1, "run_skc_competition_2gpu_proxy.sh": 2, "run_2cpu.sh": 1}
+
+
+@pytest.mark.parametrize("script, ranks", LAUNCHERS.items())
 def test_the_other_launchers_go_from_text_to_a_report(script, ranks):
-    folder = ROOT / "runs" / f"smoke-trial-{ranks}-s42"
+    name = script.partition(".")[0]
+    folder = ROOT / "runs" / f"smoke-trial-{name}-s42"
     shutil.rmtree(folder, ignore_errors=True)
-    environment = os.environ | {"SMOKE": "1", "RUN_ID": f"trial-{ranks}", "PYTHON": sys.executable}
+    environment = os.environ | {"SMOKE": "1", "RUN_ID": f"trial-{name}", "PYTHON": sys.executable}
     done = subprocess.run(["bash", script], cwd=ROOT / "run_scripts", env=environment, capture_output=True, text=True,
                           timeout=2400)  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
