@@ -105,9 +105,8 @@ class NoCounts:
         """Of every token of the streams, given those before it in its document."""
         return first_guess(streams, self.vocab)
 
-    def fitted(self, *_) -> "NoCounts":
-        """With whatever training tokens have to tell it."""
-        return self
+    def fit(self, read: list[tuple]) -> None:
+        """Takes what windows of training text, as `read_training` gives them, have to tell."""
 
     def arrays(self) -> list[np.ndarray]:
         """All that a score depends on."""
@@ -316,9 +315,10 @@ def read_training(model: nn.Module, tokens: np.ndarray, s: EvalSettings, mixture
 
 
 def fit_mixture(model: nn.Module, tokens: np.ndarray, s: EvalSettings, packed: NoCounts) -> Mixture:
-    """The shares that would have served best on these training tokens."""
-    packed, parts = packed.fitted(model, tokens, s), []
-    for reader, ahead, window in read_training(model, tokens, s, even_mixture(packed)):
+    """The weights that would have served best on these training tokens."""
+    read, parts = [*read_training(model, tokens, s, even_mixture(packed))], []
+    packed.fit(read)
+    for reader, ahead, window in read:
         parts.append([values[window.charged] for values in reader.evidence(ahead, window)])
     p, cell = (torch.cat(part) for part in zip(*parts))
     return Mixture(packed, fit_shares(p, cell))

@@ -17,15 +17,12 @@ from torch import nn
 from data.counts import POWERS, CountTable
 from eval.counts import (
     MIX_CELLS,
-    EvalSettings,
     Fitted,
     MixtureReader,
     PackedCounts,
     Streams,
-    even_mixture,
-    read_training,
 )
-from eval.score import ScoreWindow, token_nats
+from eval.score import EvalSettings, ScoreWindow, token_nats
 
 # N positions, V vocabulary, O orders, M cells; two factors: the network, the packed counts
 
@@ -43,10 +40,9 @@ class ProductReader(MixtureReader):
 
     def __init__(self, model: nn.Module, s: EvalSettings, tokens: np.ndarray, lanes: list, fitted: Fitted):
         super().__init__(model, s, tokens, lanes, fitted)
-        packed = fitted.mixture.packed
-        self.packed, self.powers = packed, torch.from_numpy(packed.powers / POWER_ONE).float().to(self.p.device)
-        contexts = packed.contexts(self.streams)[self.streams.age > 0]
-        self.contexts, self.sizes = contexts, packed.sizes(contexts).cpu().numpy()
+        self.packed = fitted.mixture.packed
+        self.contexts = self.packed.contexts(self.streams)[self.streams.age > 0]
+        self.sizes = self.packed.sizes(self.contexts).cpu().numpy()
 
     def forward(self, window: ScoreWindow, state: object) -> tuple[torch.Tensor, object]:
         return self.logits(window, state)
@@ -56,7 +52,7 @@ class ProductReader(MixtureReader):
 
     def network(self, ahead: torch.Tensor, window: ScoreWindow, places: np.ndarray, at: torch.Tensor) -> torch.Tensor:
         """The product's probability of every target (B, T), float64."""
-        powers, logits = self.powers[self.power_cell(at)].flatten(0, 1), ahead.detach().flatten(0, 1)
+        powers, logits = self.packed.powers[self.power_cell(at)].flatten(0, 1), ahead.detach().flatten(0, 1)
         nats, rows = [], max(1, ROWS_AT_A_TIME // self.packed.vocab)
         for low in range(0, len(logits), rows):
             part = slice(low, low + rows)
@@ -81,9 +77,10 @@ class ProductCounts(PackedCounts):
 
     def __init__(self, table: CountTable, powers: np.ndarray | None, device: torch.device):
         super().__init__(table, device)
-        self.powers = np.full((POWER_CELLS, 2), POWER_HOME, np.uint8) if powers is None else powers
-        if self.powers.shape != (POWER_CELLS, 2):
-            raise ValueError(f"the counts have powers of shape {self.powers.shape}; fit them again")
+        hundredths = np.full((POWER_CELLS, 2), POWER_HOME, np.uint8) if powers is None else powers
+        if hundredths.shape != (POWER_CELLS, 2):
+            raise ValueError(f"the counts have powers of shape {hundredths.shape}; fit them again")
+        self.powers = torch.from_numpy(hundredths).to(device) / POWER_ONE
         self.kids, contexts = [], 1  # of each order: the tokens, the first and the number of them in each context
         for keys, _, gamma in self.levels:
             many = torch.bincount(keys // self.vocab, minlength=contexts)
@@ -116,27 +113,27 @@ class ProductCounts(PackedCounts):
 
     @property
     def more_weights(self) -> dict[str, np.ndarray]:
-        return {POWERS: self.powers}
+        return {POWERS: (self.powers * POWER_ONE).round().byte().cpu().numpy()}
 
-    def fitted(self, model: nn.Module, tokens: np.ndarray, s: EvalSettings) -> "ProductCounts":
-        """The same counts with the powers that would have served best on the first of these training tokens."""
-        parts, tokens = [], tokens[: POWER_LOGS // self.vocab]
-        for reader, ahead, window in read_training(model, tokens, s, even_mixture(self)):
+    def fit(self, read: list[tuple]) -> None:
+        """Takes the powers that would have served best on the first of these windows."""
+        parts, left = [], POWER_LOGS // self.vocab
+        for reader, ahead, window in read:
             places, at = reader.targets(window)
-            charged, on_host = window.charged, window.host[1]
-            rows = reader.log_rows(places[on_host], at[charged])
-            logs = torch.stack([ahead[charged].log_softmax(-1), rows], 1)
-            parts.append((logs, window.y[charged], reader.power_cell(at)[charged]))
-        logs, targets, cells = (torch.cat(part) for part in zip(*parts))
-        return ProductCounts(self.table, fit_powers(logs, targets, cells), logs.device)
+            if left > 0:
+                rows = reader.log_rows(places[window.host[1]], at[window.charged])
+                logs = torch.stack([ahead[window.charged].log_softmax(-1), rows], 1)
+                parts.append((logs, window.y[window.charged], reader.power_cell(at)[window.charged]))
+                left -= len(logs)
+        self.powers = fit_powers(*(torch.cat(part) for part in zip(*parts)))
 
 
-def fit_powers(logs: torch.Tensor, targets: torch.Tensor, cells: torch.Tensor) -> np.ndarray:
-    """Powers (M, 2), in hundredths, under which targets are likeliest, of factors with logs (N, 2, V)."""
+def fit_powers(logs: torch.Tensor, targets: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """Powers (M, 2), whole hundredths, under which targets are likeliest, of factors with logs (N, 2, V)."""
     home = torch.tensor([POWER_HOME], dtype=torch.float64, device=logs.device) / POWER_ONE
     home = newton(logs, targets, torch.zeros_like(cells), home)
     powers = newton(logs, targets, cells, home.expand(POWER_CELLS, -1))
-    return (powers * POWER_ONE).round().clamp(min=1).byte().cpu().numpy()
+    return (powers * POWER_ONE).round().clamp(min=1).float() / POWER_ONE
 
 
 def newton(logs: torch.Tensor, targets: torch.Tensor, cells: torch.Tensor, home: torch.Tensor) -> torch.Tensor:

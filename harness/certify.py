@@ -160,7 +160,7 @@ def twin_constants(script: ModuleType, constants: dict, vocab: int) -> dict:
         return constants | {"mixture": mixture and mixture._replace(packed=script.NoCounts(vocab))}
     text = np.array(twin_tokens(300, vocab), np.uint16)
     table = script.build_table(script.count_ngrams(text, 3, vocab), [1, 1, 2])
-    packed = script.ProductCounts(table, mixture.packed.powers, torch.device("cpu"))
+    packed = script.ProductCounts(table, mixture.packed.more_weights["powers"], torch.device("cpu"))
     return constants | {"mixture": mixture._replace(packed=packed)}
 
 

@@ -115,7 +115,8 @@ def size_rows(model, texts: list[Text], s, counts: NgramCounts, device: torch.de
         packed, size = NoCounts(counts.vocab), 0
         if share:
             table, rows = fit_counts(counts, int(share * BYTE_CAP))
-            packed, size = ProductCounts(table, None, device).fitted(model, texts[0].tokens, s), len(pack(rows, {}))
+            packed, size = ProductCounts(table, None, device), len(pack(rows, {}))
+            packed.fit([*read_training(model, texts[0].tokens, s, even_mixture(packed))])
         yield size, packed, [side_of(model, text, s, packed) for text in texts]
 
 
