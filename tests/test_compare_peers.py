@@ -238,7 +238,7 @@ def test_longer_documents_weigh_more_and_one_document_has_no_interval():
 
 
 def test_ours_beats_uniform_and_has_the_very_score_of_the_run(tmp_path, data):
-    words = ["--profile", "tiny", "--mode", "stream", "max_steps=30", "matrix_lr=0.05"]
+    words = ["--profile", "tiny", "--mode", "stream", "layers=A", "max_steps=8", "matrix_lr=0.05"]
     ours(Task(data, tmp_path, 300.0, 42), words)
     run, text = open_run(tmp_path / "run"), Text(data)
     reading = text.read(tmp_path)
