@@ -27,10 +27,13 @@ It ends with code 0, and leaves in `out`
                         belongs to the document that it begins; the stream need not begin with one.
 
 A score is computed from these nats and the bytes of the text, here and for all alike; what else a peer says of itself
-is shown and not believed. Whoever takes longer than seconds + eval_seconds is ended. A peer without a score has a row
-that says why, and the others go on. The same command is not run again on the same data: delete its folder in `out` for
-that. Intervals hold 95 per cent of the scores of texts made of documents drawn with replacement; the draws are the same
-for all peers, so differences are paired. Of several seeds each document has its mean.
+is shown and not believed. That its nats are those of probabilities which sum to one, given before each token, is taken
+on trust. Whoever takes longer than seconds + eval_seconds is ended. A peer without a score has a row that says why, and
+the others go on. The same command is not run again on the same data: delete its folder in `out` for that.
+
+Intervals hold 95 per cent of the scores of texts made of documents drawn with replacement, the same draws for all
+peers, so differences are paired. They are of the text alone: of several seeds each document has its mean, and how far
+seeds lie apart is told beside it.
 """
 
 import hashlib
@@ -140,7 +143,7 @@ class Text:
 
     def __init__(self, folder: Path):
         self.val = Validation(folder, load_tokenizer(folder / "tokenizer.model").get_piece_size())
-        self.count = len(self.val.tokens) - 1
+        self.count, self.hash = len(self.val.tokens) - 1, dataset_hash(folder)
         ones, nbytes = (self.split(each)["documents"] for each in (np.ones(self.count), self.val.bytes[1:]))
         self.lengths, self.nbytes = ones.astype(np.int64), nbytes
 
@@ -189,10 +192,10 @@ def read_nats(path: Path, count: int, what: str) -> np.ndarray:
 # ---- running ----
 
 
-def run_peer(peer: Peer, seed: int, terms: Terms, text: Text, data_hash: str) -> Reading:
+def run_peer(peer: Peer, seed: int, terms: Terms, text: Text) -> Reading:
     """Run it, unless it came to its end before; ValueError says why it has no score."""
     rest = [f"seconds={terms.seconds:g}", f"seed={seed}", f"cores={','.join(map(str, terms.cores))}"]
-    what = {"command": [*peer.command, *rest], "data": data_hash}
+    what = {"command": [*peer.command, *rest], "data": text.hash}
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
     folder = terms.out / f"{peer.name}-{seed}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -316,13 +319,13 @@ def bucket_table(what: str, results: list[Result], rows_of) -> str:
 
 def compare(peers: list[Peer], terms: Terms, text: Text) -> list[Result]:
     """All that they give, one after the other; what runs is told as it begins."""
-    data_hash, results = dataset_hash(terms.data), []
+    results = []
     for peer in peers:
         result = Result(peer.name, [], [])
         for seed in peer.seeds:
             sys.stderr.write(f"{peer.name}, seed {seed}\n")
             try:
-                result.readings.append(run_peer(peer, seed, terms, text, data_hash))
+                result.readings.append(run_peer(peer, seed, terms, text))
             except (ValueError, OSError) as error:
                 result.faults.append(f"{peer.name}, seed {seed}: {error}")
                 sys.stderr.write(f"error: {result.faults[-1]}\n")
@@ -331,14 +334,15 @@ def compare(peers: list[Peer], terms: Terms, text: Text) -> list[Result]:
 
 
 def report(text: Text, results: list[Result], terms: Terms) -> str:
-    documents, nbytes = len(text.lengths), int(text.nbytes.sum())
-    cores = f"{len(terms.cores)} core{'s' * (len(terms.cores) > 1)}"
-    return "\n".join([
-        f"{text.count:,} tokens, {nbytes:,} bytes, {documents:,} documents; {cores}, {terms.seconds:g} s of training\n",
+    size = f"{text.count:,} tokens, {int(text.nbytes.sum()):,} bytes, {len(text.lengths):,} documents"
+    cores = ",".join(map(str, terms.cores))
+    parts = [
+        f"validation: {size}; data {text.hash}; cores {cores}, {terms.seconds:g} s of training\n",
         summary(results, text),
         bucket_table("bpb by position, tokens from", results, lambda reading: reading.by_position),
         bucket_table("bpb by length, tokens from", results, lambda reading: reading.by_length),
-    ])  # fmt: skip
+    ]
+    return "\n".join(parts)
 
 
 def main(argv: list[str]) -> int:

@@ -2,9 +2,9 @@
 
     python run_scripts/peers/ours.py [--mode counts] [--script FILE] [--profile local] [FIELD=VALUE ...]
 
-The script is train_gpt.py or one packed from it, which brings its profile. Training stops at `seconds`, all that reads
-training tokens included; the file is all it ships. The nats are those of the finished evaluation's journal, and they
-must give the very score that the run recorded.
+The script is train_gpt.py or one packed from it, which brings its profile and its modes, this one among them. Training
+stops at `seconds`, all that reads training tokens included; the file is all it ships. The nats are those of the
+finished evaluation's journal, and they must give the very score that the run recorded.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from records.run import Run, open_run
 from run_scripts.peers.interface import Task, run_task
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+SOURCE = "train_gpt.py"
 
 
 def spans_of(run: Run, mode: str) -> list:
@@ -39,10 +40,11 @@ def spans_of(run: Run, mode: str) -> list:
 def ours(task: Task, words: list[str]) -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--mode", default="counts")
-    parser.add_argument("--script", default="train_gpt.py")
+    parser.add_argument("--script", default=SOURCE)
     options, fields = parser.parse_known_args(words)
     given = {"data": task.data, "runs": task.out, "run_id": "run", "seed": task.seed, "max_seconds": task.seconds}
-    given |= {"eval_modes": options.mode, "eval_seconds": 0}  # who compares has the clock
+    given |= {"eval_seconds": 0}  # who compares has the clock
+    given |= {"eval_modes": options.mode} if options.script == SOURCE else {}
     command = [sys.executable, options.script, *fields, *(f"{name}={value}" for name, value in given.items())]
     if code := subprocess.run(command, cwd=ROOT, check=False).returncode:
         raise ValueError(f"{options.script} ended with exit code {code}")
