@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -170,9 +171,27 @@ def test_what_a_peer_leaves_running_is_ended_and_it_runs_on_its_cores(tmp_path, 
     assert result.faults == ["leaves, seed 1: peer.json was not written"]
     pid, *rest = next(tmp_path.glob("out/*/output.txt")).read_text().split()
     assert rest == [f"{{{core}}}", "1"]
-    waits = iter(range(600))
-    while is_alive(pid) and next(waits) is not None:
+    wait_until(lambda: not is_alive(pid))
+
+
+def test_who_ends_the_comparison_ends_the_peer_that_runs(tmp_path, data):
+    script, peers, told = tmp_path / "sleeps.py", tmp_path / "peers.toml", tmp_path / "pid"
+    script.write_text(f"import os, time\nopen({str(told)!r}, 'w').write(f'{{os.getpid()}}\\n')\ntime.sleep(600)\n")
+    peers.write_text(f"[peers.sleeps]\ncommand = ['python', '{script}']\n")
+    command = [sys.executable, "run_scripts/compare_peers.py", str(peers), f"data={data}", f"out={tmp_path / 'out'}"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as comparison:
+        wait_until(lambda: told.exists() and told.read_text().endswith("\n"))
+        comparison.terminate()
+        assert comparison.wait() == 128 + signal.SIGTERM
+    wait_until(lambda: not is_alive(told.read_text().strip()))
+
+
+def wait_until(true) -> None:
+    for _ in range(1200):
+        if true():
+            return
         time.sleep(0.05)
+    raise AssertionError("it did not come")
 
 
 def is_alive(pid: str) -> bool:
