@@ -154,8 +154,8 @@ def test_what_a_peer_says_of_its_score_changes_nothing(toy, capsys):
 
 
 def test_a_peer_over_its_clock_is_ended(toy, capsys):
-    done = toy(capsys, {"slow": "'sleep', '1'"}, seconds=0.5, eval_seconds=0.5)
-    assert done.code == 1 and "over its clock: ended after 1 s" in done.rows["slow"][-1]
+    done = toy(capsys, {"slow": "'sleep', '1'"}, seconds=0.1, eval_seconds=0.2)
+    assert done.code == 1 and "over its clock: ended after 0.3 s" in done.rows["slow"][-1]
 
 
 def test_what_a_peer_leaves_running_is_ended_and_it_runs_on_its_cores(tmp_path, data):
@@ -257,12 +257,14 @@ def test_longer_documents_weigh_more_and_one_document_has_no_interval():
 
 
 def test_ours_beats_uniform_and_has_the_very_score_of_the_run(tmp_path, data):
-    words = ["--profile", "tiny", "--mode", "stream", "layers=A", "max_steps=8", "matrix_lr=0.05"]
+    words = ["--profile", "tiny", "--mode", "stream", "layers=A", "max_steps=8", "matrix_lr=0.05", "reserve_seconds=9"]
     ours(Task(data, tmp_path, 300.0, 42), words)
     run, text = open_run(tmp_path / "run"), Text(data)
     reading = text.read(tmp_path)
     assert text.bpb(reading.documents) < 0.9 * bits(text, UNIFORM) and run.config["max_seconds"] == 300
     assert reading.facts["bytes"] == (tmp_path / "run" / "final_model.skc").stat().st_size
+    training = run.result["train_seconds"] + run.metrics.phases["fit"]
+    assert reading.facts["train_seconds"] == pytest.approx(training) and run.metrics.phases["fit"] > 0
     event = run.metrics.evals["stream"]
     assert text.bpb(reading.documents) == pytest.approx(event["bpb"], abs=1e-9)
     for mine, its in zip((reading.by_position, reading.by_length), (event["by_position"], event["by_length"])):

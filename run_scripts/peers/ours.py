@@ -3,8 +3,8 @@
     python run_scripts/peers/ours.py [--mode counts] [--script FILE] [--profile local] [FIELD=VALUE ...]
 
 The script is train_gpt.py or one packed from it, which brings its profile and its modes, this one among them. Training
-stops at `seconds`, all that reads training tokens included; the file is all it ships. The nats are those of the
-finished evaluation's journal, and they must give the very score that the run recorded.
+is the loop and all that reads training tokens after it, for which reserve_seconds must be enough; the file is all it
+ships. The nats are those of the finished evaluation's journal, and must give the very score that the run recorded.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from run_scripts.peers.interface import Task, run_task
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCE = "train_gpt.py"
+READING = ("count", "hessian", "fit")  # phases after the loop that read training tokens
 
 
 def spans_of(run: Run, mode: str) -> list:
@@ -54,7 +55,7 @@ def ours(task: Task, words: list[str]) -> None:
         "nats.npy",
         nats,
         bytes=(run.path / "final_model.skc").stat().st_size,
-        train_seconds=run.result["train_seconds"],
+        train_seconds=run.result["train_seconds"] + sum(run.metrics.phases.get(name, 0.0) for name in READING),
         eval_seconds=run.metrics.evals[options.mode]["seconds"],
         memory=run.result["peak_memory_bytes"],
     )
