@@ -1,0 +1,40 @@
+"""The words that compare_peers.py gives a peer, and the files it takes, for peers in Python."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Task(NamedTuple):
+    data: Path
+    out: Path
+    seconds: float
+    seed: int
+
+    def write(self, file: str, nats: np.ndarray, **facts: object) -> None:
+        np.save(self.out / file, nats)
+        (self.out / "peer.json").write_text(json.dumps(facts))
+
+
+def read_task(argv: list[str]) -> tuple[Task, list[str]]:
+    """The task, and the words that are not of it."""
+    given = dict(word.split("=", 1) for word in argv if word.split("=")[0] in (*Task._fields, "cores"))
+    rest = [word for word in argv if word.split("=")[0] not in given]
+    if missing := [name for name in Task._fields if name not in given]:
+        raise ValueError(f"{missing[0]}= is missing; compare_peers.py gives it")
+    task = Task(Path(given["data"]), Path(given["out"]), float(given["seconds"]), int(given["seed"]))
+    return task, rest
+
+
+def run_task(peer: Callable[[Task, list[str]], None], argv: list[str]) -> int:
+    """Its exit code; what goes wrong is one line."""
+    try:
+        peer(*read_task(argv))
+    except (ValueError, OSError, ImportError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
