@@ -1261,9 +1261,9 @@ def eval_settings(c: Config) -> EvalSettings:
 
 def eval_constants(c: Config, rt: Runtime, run: Run, packed: NoCounts, log: Log) -> tuple[dict, list[Row]]:
     """Fitted on training tokens and shipped in the file, because an evaluation may read no training data."""
-    mixing = "counts" in c.eval_modes or "all" in c.eval_modes
-    if not (c.reserve_seconds or "engram" in c.eval_modes or mixing):
-        return {"temperature": 1.0, "alpha": []}, []  # reading training tokens takes training time
+    rows = []
+    if not (c.reserve_seconds or "engram" in c.eval_modes or "counts" in c.eval_modes or "all" in c.eval_modes):
+        return {"temperature": 1.0, "alpha": []}, rows  # reading training tokens takes training time
     run.clock.run()
     with log.phase("fit"):
         tokens, lanes = read_tokens(c.data, "train", c.vocab, 1 + 32 * c.seq_len), min(8, c.eval_lanes)
@@ -1271,7 +1271,8 @@ def eval_constants(c: Config, rt: Runtime, run: Run, packed: NoCounts, log: Log)
         s = dataclasses.replace(s, temperature=fit_temperature(run.model, tokens, s))
         alpha = fit_engram(run.model, tokens, s) * 16 if "engram" in c.eval_modes else np.zeros(0)
         tail = read_tail(c.data, "train", c.vocab, SPARE_WINDOWS * c.seq_len) if "counts" in c.parts else tokens
-        rows = weight_rows(fit_mixture(run.model, tail, s, packed).shipped) if mixing else []
+        if "counts" in c.eval_modes or "all" in c.eval_modes:
+            rows = weight_rows(fit_mixture(run.model, tail, s, packed).shipped)
     run.clock.pause()
     return {"temperature": s.temperature, "alpha": alpha.astype(int).flatten().tolist()}, rows
 
@@ -1399,11 +1400,10 @@ def flops_per_token(c: Config) -> float:
 
 def report(c: Config, rt: Runtime, facts: dict, log: Log) -> None:
     flops, parameters = flops_per_token(c), sum(p.numel() for p in weightless(c).parameters())
-    result = {"status": log.status, "run_id": c.run_id, "config_hash": fields_hash(c)} | facts
-    result |= {"partial": c.val_tokens > 0, "world_size": rt.world, "flops_per_token": flops, "parameters": parameters}
-    mfu, per_parameter = facts["tokens_per_second"] * flops / rt.all_flops, facts["tokens"] / parameters
-    result |= {"mfu": mfu, "tokens_per_parameter": per_parameter, "device_name": rt.device_name}
-    log.result(result | {"peak_memory_bytes": memory_in_use(), "data_hash": dataset_hash(c.data)})
+    told = {"status": log.status, "run_id": c.run_id, "config_hash": fields_hash(c), "device_name": rt.device_name}
+    told |= {"partial": c.val_tokens > 0, "world_size": rt.world, "flops_per_token": flops, "parameters": parameters}
+    told |= {"mfu": facts["tokens_per_second"] * flops / rt.all_flops, "peak_memory_bytes": memory_in_use()}
+    log.result(told | {"tokens_per_parameter": facts["tokens"] / parameters, "data_hash": dataset_hash(c.data)} | facts)
 
 
 def score_file(c: Config, rt: Runtime, path: Path) -> None:
