@@ -251,7 +251,7 @@ PROFILES = {  # what one would type after the name of the program
     """,
     "local": """
         layers=AKSKAK parts=reset,unet,smear,null,spectral,qat,counts dim=256 heads=4 kv_heads=2 mlp_mult=3 seq_len=512
-        batch_tokens=2048 micro_tokens=2048 max_seconds=120 reserve_seconds=30 decay=0.3 z_loss=0.0001 softcap=15
+        batch_tokens=2048 micro_tokens=2048 max_seconds=120 reserve_seconds=34 decay=0.3 z_loss=0.0001 softcap=15
         eval_modes=chunked,stream,counts eval_lanes=1 code_bytes=56000
     """,
     "baseline": """
