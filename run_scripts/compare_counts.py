@@ -56,12 +56,13 @@ UNSEEN = 1e-30  # the probability that an expert left out gives
 
 
 class Text:
-    """A stream in one lane, and its documents."""
+    """A stream in one lane, its documents, and what the network alone gives its targets."""
 
-    def __init__(self, tokens: np.ndarray, bos: int):
+    def __init__(self, model, tokens: np.ndarray, s, vocab: int):
         self.tokens, lanes = tokens, [(0, 1, len(tokens))]
-        self.documents = documents_of(tokens, lanes, bos, torch.device("cpu"))
+        self.documents = documents_of(tokens, lanes, s.bos, torch.device("cpu"))
         self.lane = documents_of(tokens, lanes, -1, torch.device("cpu"))
+        self.network = first_expert(read_with(model, self, s, NoCounts(vocab)))
 
 
 class Side(NamedTuple):
@@ -75,18 +76,20 @@ def of_targets(guess: Guess, streams: Streams) -> Guess:
     return Guess(*(values[streams.age > 0] for values in guess))
 
 
-def first_expert(model, text: Text, s, packed: NoCounts) -> torch.Tensor:
+def read_with(model, text: Text, s, packed: NoCounts) -> list[tuple]:
+    return [*read_training(model, text.tokens, s, even_mixture(packed))]
+
+
+def first_expert(read: list[tuple]) -> torch.Tensor:
     """What the network gives the targets, in product with what is packed."""
-    read = read_training(model, text.tokens, s, even_mixture(packed))
     return torch.cat([reader.evidence(ahead, window)[0][window.charged][:, 0] for reader, ahead, window in read])
 
 
-def side_of(model, text: Text, s, packed: NoCounts) -> Side:
+def side_of(text: Text, packed: NoCounts, read: list[tuple]) -> Side:
     ours, theirs = (
         of_targets(guess, text.documents) for guess in (packed.guess(text.documents), live_of(text, packed))
     )
-    both = [first_expert(model, text, s, counts) for counts in (NoCounts(packed.vocab), packed)]
-    return Side(torch.stack([*both, ours.p, theirs.p], -1), mix_cells(ours, theirs))
+    return Side(torch.stack([text.network, first_expert(read), ours.p, theirs.p], -1), mix_cells(ours, theirs))
 
 
 def live_of(text: Text, packed: NoCounts, lane=False, **live) -> Guess:
@@ -110,14 +113,15 @@ def mixed_bits(sides: list[Side], experts: tuple[int, ...]) -> float:
 
 
 def size_rows(model, texts: list[Text], s, counts: NgramCounts, device: torch.device) -> Iterator[tuple]:
-    """(bytes, packed counts, sides) for every share of the file."""
+    """(bytes, packed counts, sides) for every share of the file; their powers are fitted on the first text."""
     for share in SHARES_OF_FILE:
         packed, size = NoCounts(counts.vocab), 0
         if share:
             table, rows = fit_counts(counts, int(share * BYTE_CAP))
             packed, size = ProductCounts(table, None, device), len(pack(rows, {}))
-            packed.fit([*read_training(model, texts[0].tokens, s, even_mixture(packed))])
-        yield size, packed, [side_of(model, text, s, packed) for text in texts]
+        reads = [read_with(model, text, s, packed) for text in texts]
+        packed.fit(reads[0])
+        yield size, packed, [side_of(text, packed, read) for text, read in zip(texts, reads)]
 
 
 def tables(artifact: str, data: str) -> Iterator[str]:
@@ -125,7 +129,7 @@ def tables(artifact: str, data: str) -> Iterator[str]:
     c, _ = load_config([f"data={data}", "eval_lanes=1", "eval_seconds=0"], {}, None, artifact_fields(blob))
     rt, val, spare = detect_runtime({}, "float32"), Validation(data, c.vocab), SPARE_WINDOWS * c.seq_len
     model, s, nbytes = load_model(c, rt, blob)[0], eval_settings(c), int(val.bytes.sum())
-    texts = [Text(tokens, s.bos) for tokens in (read_tail(data, "train", c.vocab, spare), val.tokens)]
+    texts = [Text(model, tokens, s, c.vocab) for tokens in (read_tail(data, "train", c.vocab, spare), val.tokens)]
     began, training = time.perf_counter(), read_tokens(data, "train", c.vocab)[:-spare]
     counts = Counting(training, c.count_order, c.vocab).result()
     yield f"{len(training):,} tokens counted in {time.perf_counter() - began:.1f} s, order {c.count_order}\n"
