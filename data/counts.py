@@ -20,8 +20,8 @@ PART_TOKENS = 1 << 22  # n-grams that a thread sorts at a time: about 150 MB
 CODES_PER_OCTAVE, LAST_CODE = 3, 72  # a mass is 2 ** (-code / 3)
 GOLDEN_RATIO = np.uint32(0x9E3779B1)  # its multiples spread evenly over all 32-bit numbers
 MASS_ONE = 1 << 24  # decoded masses are integers: of these parts
-SHARES, POWERS = "shares", "powers"  # names of the weights of a mixture, beside its table in a file
 MASS_ROOM = 1 << 14  # what a context leaves to lower orders, at least
+SHARES, POWERS = "shares", "powers"  # names of the weights of a mixture, beside its table in a file
 
 
 class CountLevel(NamedTuple):

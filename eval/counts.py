@@ -95,8 +95,7 @@ class NoCounts:
     """What stands in for a table where none is packed: all tokens are alike."""
 
     table = CountTable(0, [])
-
-    reader, more_weights = None, {}  # where windows are read in another way
+    reader, more_weights = None, {}  # where windows are read in another way, by weights of their own
 
     def __init__(self, vocab: int):
         self.vocab = vocab

@@ -15,13 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.counts import POWERS, CountTable
-from eval.counts import (
-    MIX_CELLS,
-    Fitted,
-    MixtureReader,
-    PackedCounts,
-    Streams,
-)
+from eval.counts import MIX_CELLS, Fitted, MixtureReader, PackedCounts, Streams
 from eval.score import EvalSettings, ScoreWindow, token_nats
 
 # N positions, V vocabulary, O orders, M cells; two factors: the network, the packed counts
@@ -91,11 +85,13 @@ class ProductCounts(PackedCounts):
 
     def contexts(self, streams: Streams) -> torch.Tensor:
         """The place (S, O) of each token's context, of all orders that have entries; -1 for none."""
-        return torch.stack([context for context, _ in self.places(streams)], 1)
+        places = [context.unsqueeze(1) for context, _ in self.places(streams)]
+        return torch.cat([streams.tokens.new_empty(len(streams.tokens), 0), *places], 1)
 
     def sizes(self, contexts: torch.Tensor) -> torch.Tensor:
         """How many entries each context (N, O) has."""
-        return torch.stack([many[context] for (_, _, many, _), context in zip(self.kids, contexts.unbind(1))], 1)
+        sizes = [many[context].unsqueeze(1) for (_, _, many, _), context in zip(self.kids, contexts.unbind(1))]
+        return torch.cat([contexts[:, :0], *sizes], 1)
 
     def rows(self, contexts: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         """The probability (N, V) of every token in each context (N, O); `sizes` says how many entries an order adds."""
