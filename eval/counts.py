@@ -241,8 +241,7 @@ def mix_cells(packed: Guess, live: Guess) -> torch.Tensor:
 
 def fit_shares(p: torch.Tensor, cell: torch.Tensor) -> np.ndarray:
     """Shares (M, K) under which targets of probabilities p (L, K) are likeliest; a cell with few leans on all."""
-    everywhere = torch.zeros_like(cell)
-    overall = expectation_maximisation(p, everywhere, torch.full((1, EXPERTS), 1 / EXPERTS).to(p))
+    overall = expectation_maximisation(p, torch.zeros_like(cell), torch.ones_like(p[:1]))
     weights = overall.expand(math.prod(MIX_CELLS), -1)
     weights = expectation_maximisation(p, cell, weights, MIX_PRIOR * overall)
     return (weights * 255).round().clamp(min=1).byte().cpu().numpy()

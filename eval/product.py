@@ -115,12 +115,13 @@ class ProductCounts(PackedCounts):
         """Takes the powers that would have served best on the first of these windows."""
         parts, left = [], POWER_LOGS // self.vocab
         for reader, ahead, window in read:
+            if left <= 0:
+                break
             places, at = reader.targets(window)
-            if left > 0:
-                rows = reader.log_rows(places[window.host[1]], at[window.charged])
-                logs = torch.stack([ahead[window.charged].log_softmax(-1), rows], 1)
-                parts.append((logs, window.y[window.charged], reader.power_cell(at)[window.charged]))
-                left -= len(logs)
+            rows = reader.log_rows(places[window.host[1]], at[window.charged])
+            logs = torch.stack([ahead[window.charged].log_softmax(-1), rows], 1)
+            parts.append((logs, window.y[window.charged], reader.power_cell(at)[window.charged]))
+            left -= len(logs)
         self.powers = fit_powers(*(torch.cat(part) for part in zip(*parts)))
 
 

@@ -52,7 +52,6 @@ LIVE = {
     "of the lane, to 5": {"lane": True},
     "of the lane, to 16": {"lane": True, "contexts": FURTHER},
 }
-UNSEEN = 1e-30  # the probability that an expert left out gives
 
 
 class Text:
@@ -105,9 +104,8 @@ def read_otherwise(side: Side, text: Text, packed: NoCounts, **how) -> Side:
 
 
 def mixed_bits(sides: list[Side], experts: tuple[int, ...]) -> float:
-    """Bits of the second text under the weights that fit the first, of at most three experts."""
-    chosen = [p[:, experts] for p, _ in sides]
-    fit, p = (torch.nn.functional.pad(part, (0, 3 - len(experts)), value=UNSEEN) for part in chosen)
+    """Bits of the second text under the weights that fit the first, of these experts alone."""
+    fit, p = (side.p[:, experts] for side in sides)
     weights = torch.from_numpy(fit_shares(fit, sides[0].cell).astype(np.float64))[sides[1].cell]
     return -((weights * p).sum(1) / weights.sum(1)).log2().sum().item()
 

@@ -17,7 +17,7 @@ import torch
 
 from data.counts import count_ngrams
 from data.shards import open_shard, write_shard
-from eval.counts import EXPERTS, MIX_CELLS, PackedCounts
+from eval.counts import MIX_CELLS, PackedCounts
 from eval.journal import read_sealed, write_sealed
 from export.counts import fit_counts
 from records.run import open_run
@@ -314,7 +314,7 @@ def test_counts_alone_are_scored_from_their_file_and_live_ones_help(tmp_path, da
 def test_what_counts_say_sums_to_one(data):
     train = np.array(open_shard(data / "toy_train_000000.bin"))
     table = PackedCounts(fit_counts(count_ngrams(train[:600], 3, 64), 10**6)[0], torch.device("cpu"))
-    shares = np.random.default_rng(0).integers(1, 256, (math.prod(MIX_CELLS), EXPERTS), np.uint8)
+    shares = np.random.default_rng(0).integers(1, 256, (math.prod(MIX_CELLS), 2), np.uint8)
     texts = [np.append(train[600:700], token).astype(np.uint16) for token in range(64)]
     for weights in (None, shares):
         total = sum(math.exp(-packed_nats(text, table, weights)[-1]) for text in texts)

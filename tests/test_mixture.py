@@ -29,6 +29,7 @@ from eval.legality import Probes
 from eval.product import ProductCounts, fit_powers
 from export.container import pack, unpack
 from export.counts import MIXTURE_BYTES, count_rows, pop_counts, pop_shares, weight_rows
+from run_scripts.compare_counts import Side, mixed_bits
 from tests.test_legality import WIDE, Toy, Twin, small, stream
 from tests.test_modes import Toy as Carrying
 from tests.test_modes import settings
@@ -155,6 +156,11 @@ def test_shares_are_the_likeliest_and_lean_on_all_where_a_cell_has_seen_little()
         moved[:, k] += 0.02
         assert likelihood(moved) < likelihood(weights) + 1e-5
     assert (weights[7] - weights[-1]).abs().max() < 0.3 < (weights[0] - weights[-1]).abs().max()
+
+
+def test_an_expert_that_is_left_out_costs_nothing():
+    p, cell = torch.rand(500, 1, dtype=torch.float64, generator=torch.manual_seed(0)), torch.arange(500) % 4
+    assert mixed_bits([Side(p, cell)] * 2, (0,)) == pytest.approx(-p.log2().sum().item(), rel=1e-12)
 
 
 def test_a_mixture_is_fitted_on_lanes_as_an_evaluation_reads_them():

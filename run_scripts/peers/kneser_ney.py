@@ -16,21 +16,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from data.counts import KEY_BITS, SHARES, Counting, token_bits
 from data.manifest import BOS
 from data.shards import read_tokens
-from eval.counts import EXPERTS, Guess, NoCounts, PackedCounts, documents_of, fit_shares, live_guess, mix_cells
+from eval.counts import Guess, NoCounts, PackedCounts, documents_of, fit_shares, live_guess, mix_cells
 from eval.tokens import Validation, load_tokenizer
 from export.budget import BYTE_CAP
 from export.container import pack, unpack
 from export.counts import MIXTURE_BYTES, fit_counts, pop_counts, pop_shares, weight_rows
 from run_scripts.peers.interface import Task, run_task
-
-UNSEEN = 1e-30  # the probability that the expert which is not here gives
 
 
 class Evidence(NamedTuple):
@@ -52,7 +49,7 @@ def packed_nats(tokens: np.ndarray, packed: NoCounts, shares: np.ndarray | None)
     p, cell = evidence(tokens, packed)
     if shares is None:
         return -p[:, 0].log().numpy()
-    weights = torch.from_numpy(shares.astype(np.float64))[cell][:, : p.shape[1]]
+    weights = torch.from_numpy(shares.astype(np.float64))[cell]
     return -((weights * p).sum(1) / weights.sum(1)).log().numpy()
 
 
@@ -63,9 +60,8 @@ def count_file(tokens: np.ndarray, vocab: int, options: argparse.Namespace) -> b
     ngrams = Counting(tokens[: len(tokens) - tail], order, vocab).result()
     table, rows = fit_counts(ngrams, options.bytes - MIXTURE_BYTES * options.live)
     if options.live:
-        p, cell = evidence(tokens[-tail:], PackedCounts(table, torch.device("cpu")))
-        p = F.pad(p, (0, EXPERTS - p.shape[1]), value=UNSEEN)
-        rows += weight_rows({SHARES: fit_shares(p, cell)})
+        seen = evidence(tokens[-tail:], PackedCounts(table, torch.device("cpu")))
+        rows += weight_rows({SHARES: fit_shares(*seen)})
     return pack(rows, {})
 
 
