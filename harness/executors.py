@@ -11,8 +11,8 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -74,19 +74,18 @@ class LocalExecutor:
             if is_held(lock) or finished_facts(job.folder):  # it may have ended since the search looked
                 self.started[job.folder] = self.take(recorded(job.folder).get("place")), None
                 return
-            place, here = self.take(None), os.sched_getaffinity(0)
+            place = self.take(None)
             (job.folder / EXIT).unlink(missing_ok=True)
-            os.sched_setaffinity(0, place["cores"] or here)  # it inherits ours
-            process = subprocess.Popen(
-                [*SHELL, job.folder / EXIT, *job.command],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                env=self.env | place["env"],
-                pass_fds=[lock.fileno()],
-                start_new_session=True,
-            )
-            os.sched_setaffinity(0, here)
+            with pinned(place["cores"]):
+                process = subprocess.Popen(
+                    [*SHELL, job.folder / EXIT, *job.command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    env=self.env | place["env"],
+                    pass_fds=[lock.fileno()],
+                    start_new_session=True,
+                )
             lock.truncate(0)
             lock.write(json.dumps({"pid": process.pid, "place": place}))
         self.started[job.folder] = place, process
@@ -111,6 +110,17 @@ class LocalExecutor:
         with suppress(ProcessLookupError):
             if is_running(job.folder):
                 os.killpg(recorded(job.folder)["pid"], signal.SIGTERM)
+
+
+@contextmanager
+def pinned(cores: Collection[int]) -> Iterator[None]:
+    """A process that is started here inherits these cores; none named are all."""
+    here = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores or here)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, here)
 
 
 def is_held(file) -> bool:

@@ -47,8 +47,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -61,6 +60,7 @@ from data.manifest import BOS
 from data.shards import dataset_hash
 from eval.score import BREAKDOWN_EDGES, Span, breakdown, score_buckets
 from eval.tokens import Validation, load_tokenizer
+from harness.executors import pinned
 from records.claim import as_number
 from records.run import read_object
 from records.run_record import md_table
@@ -232,17 +232,6 @@ def execute(command: list[str], folder: Path, terms: Terms) -> float:
         lines = (folder / OUTPUT).read_text(errors="replace").strip().splitlines()
         raise ValueError(f"exit code {code}: {lines[-1][-LAST_WORDS:] if lines else 'it said nothing'}")
     return time.monotonic() - began
-
-
-@contextmanager
-def pinned(cores: tuple[int, ...]) -> Iterator[None]:
-    """A process that is started here inherits these cores."""
-    here = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, here)
 
 
 # ---- the tables ----
