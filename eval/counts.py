@@ -177,16 +177,23 @@ def wrapped(number: int) -> int:
     return (number + 2**63) % 2**64 - 2**63
 
 
-def live_guess(streams: Streams, vocab: int, contexts: tuple[int, ...] = LIVE_CONTEXTS) -> Guess:
-    """The same from the counts of what came before in the document: a token counts as soon as it was charged."""
-    said, gram = first_guess(streams, vocab), GramCounts(streams, 0)
-    for order, width in enumerate(contexts, 1):
+def live_levels(streams: Streams, contexts: tuple[int, ...] = LIVE_CONTEXTS) -> Iterator[tuple]:
+    """Width by width: contexts, n-grams one longer; how often a target's context was seen, and what it leaves."""
+    gram = GramCounts(streams, 0)
+    for width in contexts:
         gram = gram if gram.width == width else GramCounts(streams, width)
         longer = GramCounts(streams, width + 1)
-        total, distinct = (streams.before(n, 0).double() for n in (gram.times, gram.followed(longer.new)))
-        left = torch.where(total > 0, LIVE_DISCOUNT * distinct / total.clamp(min=1), 1.0)
+        total, distinct = (streams.before(n, 0) for n in (gram.times, gram.followed(longer.new)))
+        yield gram, longer, total, torch.where(total > 0, LIVE_DISCOUNT * distinct.double() / total.clamp(min=1), 1.0)
+        gram = longer
+
+
+def live_guess(streams: Streams, vocab: int, contexts: tuple[int, ...] = LIVE_CONTEXTS) -> Guess:
+    """The same from the counts of what came before in the document: a token counts as soon as it was charged."""
+    said = first_guess(streams, vocab)
+    for order, (_, longer, total, left) in enumerate(live_levels(streams, contexts), 1):
         mass = (longer.times.double() - LIVE_DISCOUNT).clamp(min=0) / total.clamp(min=1)
-        said, gram = said.below(order, mass, left), longer
+        said = said.below(order, mass, left)
     return said
 
 

@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.counts import Counting, NgramCounts
+from data.counts import Counting, CountTable, NgramCounts
 from data.shards import read_tail, read_tokens
 from eval.counts import (
     LIVE_CONTEXTS,
@@ -40,8 +40,9 @@ from export.counts import fit_counts
 from runtime.ranks import detect_runtime
 from train_gpt import SPARE_WINDOWS, eval_settings, load_config, load_model
 
-EXPERTS = ("network", "network x packed", "packed", "live")
-SETS = [(0,), (2,), (3,), (0, 2), (1,), (0, 3), (2, 3), (0, 2, 3), (1, 3), (1, 2, 3)]
+EXPERTS = ("network", "network x packed x live", "packed x live", "packed", "live")
+SUM, PRODUCT, WITHOUT = (0, 3, 4), (1, 3, 4), (2, 3, 4)
+SETS = [(0,), (3,), (4,), (0, 3), (0, 4), (3, 4), SUM, (1,), (1, 4), WITHOUT, PRODUCT, (0, *PRODUCT)]
 SHARES_OF_FILE = (0, 0.25, 0.5, 0.75, 0.9)
 FURTHER = (*LIVE_CONTEXTS, 8, 12, 16)
 LIVE = {
@@ -67,7 +68,7 @@ class Text:
 class Side(NamedTuple):
     """Of all targets of a text what every expert gives them, and their cells."""
 
-    p: torch.Tensor  # (L, 4)
+    p: torch.Tensor  # (L, 5)
     cell: torch.Tensor
 
 
@@ -80,15 +81,20 @@ def read_with(model, text: Text, s, packed: NoCounts) -> list[tuple]:
 
 
 def first_expert(read: list[tuple]) -> torch.Tensor:
-    """What the network gives the targets, in product with what is packed."""
+    """What the network gives the targets, in product with the counts."""
     return torch.cat([reader.evidence(ahead, window)[0][window.charged][:, 0] for reader, ahead, window in read])
 
 
-def side_of(text: Text, packed: NoCounts, read: list[tuple]) -> Side:
+def silent(read: list[tuple]) -> list[tuple]:
+    """Had the network taken all tokens for alike."""
+    return [(reader, torch.zeros_like(ahead), window) for reader, ahead, window in read]
+
+
+def side_of(text: Text, packed: NoCounts, products: list[torch.Tensor]) -> Side:
     ours, theirs = (
         of_targets(guess, text.documents) for guess in (packed.guess(text.documents), live_of(text, packed))
     )
-    return Side(torch.stack([text.network, first_expert(read), ours.p, theirs.p], -1), mix_cells(ours, theirs))
+    return Side(torch.stack([text.network, *products, ours.p, theirs.p], -1), mix_cells(ours, theirs))
 
 
 def live_of(text: Text, packed: NoCounts, lane=False, **live) -> Guess:
@@ -113,13 +119,16 @@ def mixed_bits(sides: list[Side], experts: tuple[int, ...]) -> float:
 def size_rows(model, texts: list[Text], s, counts: NgramCounts, device: torch.device) -> Iterator[tuple]:
     """(bytes, packed counts, sides) for every share of the file; their powers are fitted on the first text."""
     for share in SHARES_OF_FILE:
-        packed, size = NoCounts(counts.vocab), 0
+        packed, size = ProductCounts(CountTable(counts.vocab, []), None, device), 0
         if share:
             table, rows = fit_counts(counts, int(share * BYTE_CAP))
             packed, size = ProductCounts(table, None, device), len(pack(rows, {}))
         reads = [read_with(model, text, s, packed) for text in texts]
-        packed.fit(reads[0])
-        yield size, packed, [side_of(text, packed, read) for text, read in zip(texts, reads)]
+        products = []
+        for said in (reads, [silent(read) for read in reads]):
+            packed.fit(said[0])
+            products.append([first_expert(read) for read in said])
+        yield size, packed, [side_of(text, packed, both) for text, both in zip(texts, zip(*products))]
 
 
 def tables(artifact: str, data: str) -> Iterator[str]:
@@ -135,7 +144,7 @@ def tables(artifact: str, data: str) -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     for size, packed, sides in size_rows(model, texts, s, counts, rt.device):
         entries = sum(len(level.keys) for level in packed.table.levels)
-        scores = [mixed_bits(sides, experts) / nbytes for experts in ((1, 2, 3), (0, 2, 3), (2,))]
+        scores = [mixed_bits(sides, experts) / nbytes for experts in (PRODUCT, SUM, (3,))]
         facts = f"{size:,}", *scores, f"{entries:,}", 8 * size / max(entries, 1)
         yield "| {} | {:.4f} | {:.4f} | {:.4f} | {} | {:.2f} |".format(*facts)
     yield "\n| experts | bpb |\n|---|---|"
@@ -145,10 +154,10 @@ def tables(artifact: str, data: str) -> Iterator[str]:
     fitted = Fitted(fit_engram(model, texts[0].tokens, s))
     engram = evaluate_modes(model, val.tokens, val.bytes, s, ["engram"], fitted=fitted)["engram"]
     yield f"| network, the longest context seen added to its logits | {engram.bpb:.4f} |"
-    yield "\n| live counts | bpb of all |\n|---|---|"
+    yield "\n| live counts in the sum | bpb of all |\n|---|---|"
     for name, how in LIVE.items():
         others = [read_otherwise(side, text, packed, **how) for side, text in zip(sides, texts)]
-        yield f"| {name} | {mixed_bits(others, (1, 2, 3)) / nbytes:.4f} |"
+        yield f"| {name} | {mixed_bits(others, PRODUCT) / nbytes:.4f} |"
 
 
 if __name__ == "__main__":

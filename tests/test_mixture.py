@@ -18,6 +18,7 @@ from eval.counts import (
     Mixture,
     NoCounts,
     PackedCounts,
+    Streams,
     documents_of,
     even_mixture,
     fit_mixture,
@@ -26,7 +27,7 @@ from eval.counts import (
     read_training,
 )
 from eval.legality import Probes
-from eval.product import ProductCounts, fit_powers
+from eval.product import POWER_SHAPE, LiveRows, ProductCounts, fit_powers
 from export.container import pack, unpack
 from export.counts import MIXTURE_BYTES, count_rows, pop_counts, pop_shares, weight_rows
 from run_scripts.compare_counts import Side, mixed_bits
@@ -262,44 +263,70 @@ def test_a_row_is_what_the_table_says_of_each_token(cuts):
             assert packed.guess(streams).p[-1] == pytest.approx(rows[at - 1, token].item(), rel=1e-5)
 
 
+def test_live_rows_are_what_the_live_counts_say_of_each_token(monkeypatch):
+    """Blocks begin in the midst of documents, at their first token, and more than one in a document."""
+    monkeypatch.setattr("eval.product.BLOCK", 8)
+    tokens = np.random.default_rng(0).integers(2, V, 140)
+    tokens[[0, 3, 43, 44, 96, 131]] = 1
+    streams = documents_of(tokens, [(0, 1, 90), (1, 91, 140)], 1, CPU)
+    assert len(set(streams.age[::8].tolist()) & {0, 1}) == 2
+    spots, live = (streams.age > 0).nonzero()[:, 0], LiveRows(streams, V)
+    rows = live.rows(spots, live.sizes()[spots].sum(0).tolist())
+    assert (rows.sum(1) - 1).abs().max() < 1e-6
+    for token in range(V):
+        for spot, row in zip(spots[::3], rows[::3]):
+            cut = Streams(*(values[: spot + 1].clone() for values in streams))
+            cut.tokens[-1] = token
+            assert live_guess(cut, V).p[-1] == pytest.approx(row[token].item(), rel=1e-5)
+    shuffled = spots[torch.randperm(len(spots), generator=torch.manual_seed(0))]
+    again = live.rows(shuffled, live.sizes()[shuffled].sum(0).tolist())
+    assert torch.equal(again[shuffled.argsort()], rows)
+
+
+def test_a_token_repeated_for_ever_leaves_something_to_the_others():
+    streams = documents_of(np.full(3_000_000, 5), [(0, 1, 3_000_000)], 1, CPU)
+    live, spots = LiveRows(streams, 64), torch.tensor([2_999_999])
+    monster = live.rows(spots, live.sizes()[spots].sum(0).tolist())
+    assert monster.log().isfinite().all() and monster[0, 5] > 0.999
+
+
 def test_powers_are_the_likeliest_and_lean_on_all_where_a_cell_has_seen_little():
     rng = np.random.default_rng(0)
-    logs, cells = torch.from_numpy(rng.normal(0, 1, (6000, 2, V))).log_softmax(-1), torch.arange(6000) % 2
+    logs, cells = torch.from_numpy(rng.normal(0, 1, (9000, 3, V))).log_softmax(-1), torch.arange(9000) % 2
     cells[0] = 9
-    true = torch.tensor([[0.6, 1.2], [1.5, 0.3]])[cells.clamp(max=1)]
+    true = torch.tensor([[0.6, 1.2, 0.3], [1.5, 0.3, 0.7]])[cells.clamp(max=1)]
     drawn = torch.multinomial((true.unsqueeze(-1) * logs).sum(1).softmax(-1), 1, generator=torch.manual_seed(0))[:, 0]
     fitted = fit_powers(logs.float(), drawn, cells)
     powers = (fitted * 100).round().numpy()
-    assert powers.shape == (40, 2) and powers.min() > 0 and np.array_equal(powers / np.float32(100), fitted.numpy())
-    assert np.abs(powers[:2] - [[60, 120], [150, 30]]).max() < 12
+    assert powers.shape == POWER_SHAPE and powers.min() > 0 and np.array_equal(powers / np.float32(100), fitted.numpy())
+    assert np.abs(powers[:2] - [[60, 120, 30], [150, 30, 70]]).max() < 12
     assert np.abs(powers[9] - powers[-1]).max() < 8  # a single token says little
 
     def likelihood(hundredths):
         mixed = (torch.from_numpy(hundredths / 100.0)[cells].unsqueeze(-1) * logs).sum(1)
         return mixed.log_softmax(-1).gather(1, drawn[:, None]).mean()
 
-    for change in ([8, 0], [-8, 0], [0, 8], [0, -8]):
-        assert likelihood(powers + np.array(change)) < likelihood(powers)
+    for change in np.concatenate([8 * np.eye(3), -8 * np.eye(3)]):
+        assert likelihood(powers + change) < likelihood(powers)
 
 
 def test_the_product_is_read_with_the_powers_of_the_file():
-    """By the definition: softmax of both logs times their powers, the network's alone where the other's power is 0."""
+    """By the definition: softmax of all logs times their powers, the network's alone where the others' are 0."""
     tokens = (np.random.default_rng(0).zipf(1.5, 200) % 12).astype(np.uint16)
     table, model, s = (
         build_table(count_ngrams(tokens, 3, 64), [1, 1, 1]),
         Carrying(),
         settings(eval_lanes=1, eval_batch=1),
     )
-    powers = np.random.default_rng(1).integers(1, 256, (40, 2), np.uint8)
-    for given in (powers, powers * [1, 0]):
+    powers = np.random.default_rng(1).integers(1, 256, POWER_SHAPE, np.uint8)
+    for given in (powers, powers * [1, 0, 0], powers * [0, 0, 1]):
         mixture = even_mixture(ProductCounts(table, given, CPU))
         for reader, logits, window in read_training(model, tokens.astype(np.int64), s, mixture):
             places, at = reader.targets(window)
             p, _ = reader.evidence(logits, window)
-            cell = reader.cell[at] // 35
-            mixed = torch.from_numpy(given / 100)[cell].unsqueeze(-1) * torch.stack(
-                [logits.log_softmax(-1), reader.log_rows(places.ravel(), at.ravel()).view(logits.shape)], 2
-            )
+            cell = reader.cell[at] // 5
+            rows = (row.view(logits.shape) for row in reader.log_rows(places.ravel(), at.ravel()))
+            mixed = torch.from_numpy(given / 100)[cell].unsqueeze(-1) * torch.stack([logits.log_softmax(-1), *rows], 2)
             by_hand = mixed.sum(2).softmax(-1).gather(-1, window.y.unsqueeze(-1))[..., 0]
             assert torch.allclose(p[..., 0][window.charged], by_hand[window.charged], rtol=1e-5)
 
@@ -317,7 +344,7 @@ def test_a_fit_brings_powers_and_a_file_brings_them_back():
         pop_shares(tensors), mixture.shares
     )
     assert not tensors and sum(part.nbytes for part in (powers, mixture.shares)) < MIXTURE_BYTES
-    with pytest.raises(ValueError, match=r"powers of shape \(5, 2\); fit them again"):
+    with pytest.raises(ValueError, match=r"powers of shape \(5, 3\); fit them again"):
         ProductCounts(packed.table, powers[:5], CPU)
-    with pytest.raises(ValueError, match=r"damaged artifact: powers of shape \(40, 2\), or a weight of 0"):
+    with pytest.raises(ValueError, match=r"damaged artifact: powers of shape \(280, 3\), or a weight of 0"):
         pop_shares({"powers": torch.from_numpy(powers * np.uint8(0)).float()}, "powers")

@@ -12,7 +12,7 @@ from data.shards import write_shard
 from eval.counts import EXPERTS, MIX_CELLS, Mixture
 from eval.engram import ENGRAM_ALPHA_SHAPE
 from eval.modes import Fitted
-from eval.product import POWER_CELLS, ProductCounts
+from eval.product import POWER_SHAPE, ProductCounts
 from train_gpt import GPT, Config, load_config
 
 WORDS = ("the", "a", "cat", "dog", "sat", "ran", "on", "mat", "sun", "old", "red", "big", "by", "and", "to", "of", "is")
@@ -70,5 +70,5 @@ def toy_fitted(vocab: int) -> Fitted:
     rng = np.random.default_rng(0)
     table = build_table(count_ngrams(rng.zipf(1.5, 500).astype(np.uint16) % min(vocab, 12), 3, vocab), [1, 1, 1])
     shares = rng.integers(1, 256, (np.prod(MIX_CELLS), EXPERTS), np.uint8)
-    packed = ProductCounts(table, rng.integers(1, 256, (POWER_CELLS, 2), np.uint8), torch.device("cpu"))
+    packed = ProductCounts(table, rng.integers(1, 256, POWER_SHAPE, np.uint8), torch.device("cpu"))
     return Fitted(np.full(ENGRAM_ALPHA_SHAPE, 0.5, np.float32), Mixture(packed, shares))
