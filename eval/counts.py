@@ -2,7 +2,7 @@
 
     p(v) = sum over experts k of weight[cell, k] p_k(v)
 
-Experts are the network (where counts are packed: its product with them, see product.py), the packed table and the live
+Experts are the network, where counts are packed its product with them (see product.py), the packed table and the live
 counts. The last two interpolate all orders,
 
     p_n(v | c) = mass(c v) + gamma(c) p_{n-1}(v | c without its first token)
@@ -45,7 +45,6 @@ PACKED_ORDERS = 8  # from here on they share cells
 MIX_CELLS = (PACKED_ORDERS, len(GAMMA_EDGES) + 1, len(LIVE_CONTEXTS) + 1, len(GAMMA_EDGES) + 1)
 MIX_PRIOR = 1.0  # tokens that the weights of all cells together are worth in each
 MIX_ROUNDS = 60  # of expectation and maximisation
-EXPERTS = 3
 
 
 class Guess(NamedTuple):
@@ -96,6 +95,7 @@ class NoCounts:
 
     table = CountTable(0, [])
     reader, more_weights = None, {}  # where windows are read in another way, by weights of their own
+    experts = 3  # network, packed and live counts
 
     def __init__(self, vocab: int):
         self.vocab = vocab
@@ -233,7 +233,7 @@ NOTHING_FITTED = Fitted()
 
 def even_mixture(packed: NoCounts) -> Mixture:
     """Every expert weighs the same everywhere."""
-    return Mixture(packed, np.ones((math.prod(MIX_CELLS), EXPERTS), np.uint8))
+    return Mixture(packed, np.ones((math.prod(MIX_CELLS), packed.experts), np.uint8))
 
 
 def mix_cells(packed: Guess, live: Guess) -> torch.Tensor:
@@ -272,7 +272,7 @@ class MixtureReader(PlainReader):
     def __init__(self, model: nn.Module, s: EvalSettings, tokens: np.ndarray, lanes: list, fitted: Fitted):
         super().__init__(model, s)
         device, mixture = device_of(model), fitted.mixture
-        if mixture.shares.shape != (math.prod(MIX_CELLS), EXPERTS):
+        if mixture.shares.shape != (math.prod(MIX_CELLS), mixture.packed.experts):
             raise ValueError(f"the mixture has shares of shape {mixture.shares.shape}; fit it again")
         self.streams = streams = documents_of(tokens, lanes, s.bos, device)
         guesses = mixture.packed.guess(streams), live_guess(streams, mixture.packed.vocab)
@@ -295,7 +295,7 @@ class MixtureReader(PlainReader):
         """Every expert's probability of the targets (B, T, K), and their cells (B, T)."""
         places, at = self.targets(window)
         network = self.network(ahead, window, places, at)
-        return torch.cat([network.unsqueeze(-1), self.p[at]], -1), self.cell[at]
+        return torch.cat([network, self.p[at]], -1), self.cell[at]
 
     def targets(self, window: ScoreWindow) -> tuple[np.ndarray, torch.Tensor]:
         """The number (B, T) of each target among those of the lanes, on the host and on the device."""
@@ -305,8 +305,8 @@ class MixtureReader(PlainReader):
         return places, on_device(places, self.p.device)
 
     def network(self, ahead: torch.Tensor, *_) -> torch.Tensor:
-        """The model's probability of every target (B, T), float64."""
-        return (-ahead.detach()).double().exp()
+        """The model's probability of every target (B, T, 1), float64."""
+        return (-ahead.detach()).double().exp().unsqueeze(-1)
 
 
 def read_training(model: nn.Module, tokens: np.ndarray, s: EvalSettings, mixture: Mixture) -> Iterator[tuple]:

@@ -31,7 +31,7 @@ BLOCK = 512  # tokens of a stream between sums over a document
 
 
 class ProductReader(MixtureReader):
-    """Reads logits off a window, and takes the product with the counts for the network's say."""
+    """Reads logits off a window, and mixes in their product with the counts."""
 
     def __init__(self, model: nn.Module, s: EvalSettings, tokens: np.ndarray, lanes: list, fitted: Fitted):
         super().__init__(model, s, tokens, lanes, fitted)
@@ -48,15 +48,15 @@ class ProductReader(MixtureReader):
         return token_nats(ahead, window.y)
 
     def network(self, ahead: torch.Tensor, window: ScoreWindow, places: np.ndarray, at: torch.Tensor) -> torch.Tensor:
-        """The product's probability of every target (B, T), float64."""
+        """The network's and the product's probability of every target (B, T, 2), float64."""
         powers, logits = self.packed.powers[self.power_cell(at)].flatten(0, 1), ahead.detach().flatten(0, 1)
-        nats, rows = [], max(1, ROWS_AT_A_TIME // self.packed.vocab)
+        nats, rows, y = [], max(1, ROWS_AT_A_TIME // self.packed.vocab), window.y.flatten()
         for low in range(0, len(logits), rows):
             part = slice(low, low + rows)
             factors = logits[part], *self.log_rows(places.flat[part], at.flatten()[part])
             mixed = sum(powers[part, k : k + 1] * factor for k, factor in enumerate(factors))
-            nats.append(F.cross_entropy(mixed, window.y.flatten()[part], reduction="none"))
-        return (-torch.cat(nats).double()).exp().view(window.y.shape)
+            nats.append(torch.stack([F.cross_entropy(x, y[part], reduction="none") for x in (logits[part], mixed)], -1))
+        return (-torch.cat(nats).double()).exp().view(*window.y.shape, 2)
 
     def power_cell(self, at: torch.Tensor) -> torch.Tensor:
         """A mixture's cell without how sure the live counts are."""
@@ -78,7 +78,7 @@ def spread(first: torch.Tensor, many: torch.Tensor, size: int) -> tuple[torch.Te
 class ProductCounts(PackedCounts):
     """A packed table that tells whole rows of probabilities, and the powers of its product with the others."""
 
-    reader = ProductReader
+    reader, experts = ProductReader, 4  # the product is the second
 
     def __init__(self, table: CountTable, powers: np.ndarray | None, device: torch.device):
         super().__init__(table, device)

@@ -15,7 +15,7 @@ from data.counts import LAST_CODE, POWERS, SHARES, CountLevel, CountTable, Ngram
 from export.budget import PLANNED_ENTRY_BITS
 from export.container import Row, pack
 
-MIXTURE_BYTES = 6_000  # what it takes of a file, at most
+MIXTURE_BYTES = 7_000  # what it takes of a file, at most
 COUNT_HEAD = "counts."  # names of rows begin with it
 WIDE_PLANE = COUNT_HEAD + "wide"
 ESCAPE = 255  # from here on a value stands in the wide plane

@@ -85,8 +85,9 @@ def token_seconds(c: Config, run: Run, val: Validation, mode: str, budget: float
     """Of a scored token, the median of windows; the first one warms up, and counts only where it is all there is."""
     s, how = eval_settings(c), EVAL_MODES[mode]
     lanes = mode_groups(val.tokens, val.bytes, mode, s)[0]
+    fitted = even_fitted(c.vocab, "counts" in c.parts, next(run.model.parameters()).device)
     rounds = s.eval_seq_len // s.engram_chunk if how.reader is EngramReader else 1  # of a window
-    spans = adapt_lanes(run.model, val.tokens, val.bytes, mode, s, lanes, even_fitted(c.vocab))
+    spans = adapt_lanes(run.model, val.tokens, val.bytes, mode, s, lanes, fitted)
     rates, began, spent = [], time.perf_counter(), 0.0
     while (len(rates) < 2 or spent < budget) and (window := list(islice(spans, len(lanes) * rounds))):
         tokens, now = sum(span.stop - span.start for span in window), time.perf_counter()

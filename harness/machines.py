@@ -61,7 +61,10 @@ def mode_rounds(c: Config, model: GPT, mode: str, tokens: int, world: int) -> Ro
     step = s.eval_stride if how.slides else width
     short = min(COUNTED, s.eval_seq_len)
     few = dataclasses.replace(s, eval_seq_len=short, eval_stride=short)
-    one, two = (round_costs(model, dataclasses.replace(few, eval_lanes=n, eval_batch=n), mode) for n in (1, 2))
+    packed_for = c.vocab if "counts" in c.parts else 0
+    one, two = (
+        round_costs(model, dataclasses.replace(few, eval_lanes=n, eval_batch=n), mode, packed_for) for n in (1, 2)
+    )
     wider = s.eval_batch if how.learns else s.eval_batch * width / short
     parts = -(-width // s.engram_chunk) if how.reader is EngramReader else 1
     forward, around = (

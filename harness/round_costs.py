@@ -16,10 +16,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from data.counts import build_table, count_ngrams
 from eval.counts import NoCounts, even_mixture
 from eval.engram import ENGRAM_ALPHA_SHAPE
 from eval.modes import EVAL_MODES, EngramReader, Fitted, adapt_lanes, mode_groups, mode_settings
-from eval.score import EvalSettings
+from eval.product import ProductCounts
+from eval.score import EvalSettings, device_of
 
 # where the host asks the device for a number, or for the size of a tensor
 WAITS = {
@@ -113,14 +115,14 @@ def forwards_counted(model: nn.Module, counter: OperationCounter) -> Iterator[No
             delattr(model, name)
 
 
-def round_costs(model: nn.Module, s: EvalSettings, mode: str) -> RoundCosts:
-    """Of one group of lanes, once a state holds a window."""
+def round_costs(model: nn.Module, s: EvalSettings, mode: str, packed_for: int = 0) -> RoundCosts:
+    """Of one group of lanes, once a state holds a window; beside counts of a vocabulary of `packed_for`, unless 0."""
     s, how, total, forward = mode_settings(mode, s), EVAL_MODES[mode], OperationCounter(), OperationCounter()
     width = s.ttt_chunk if how.learns else s.eval_stride if how.slides else s.eval_seq_len
     rounds = -(-width // s.engram_chunk) if how.reader is EngramReader else 1
-    tokens = stream(s, width)
+    tokens, fitted = stream(s, width), even_fitted(packed_for or 32, bool(packed_for), device_of(model))
     lanes = mode_groups(tokens, np.ones_like(tokens), mode, s)[0]
-    spans = adapt_lanes(model, tokens, np.ones_like(tokens), mode, s, lanes, even_fitted(32))
+    spans = adapt_lanes(model, tokens, np.ones_like(tokens), mode, s, lanes, fitted)
     window, before = len(lanes) * rounds, 1 + s.eval_seq_len // width
     with forwards_counted(model, forward):
         consume(spans, before * window)
@@ -132,9 +134,13 @@ def round_costs(model: nn.Module, s: EvalSettings, mode: str) -> RoundCosts:
     return RoundCosts(forward.costs, around._replace(waits=around.waits + 1), rounds)  # the scores come to the host
 
 
-def even_fitted(vocab: int) -> Fitted:
-    """As what a run ships, but fitted on nothing."""
-    return Fitted(np.ones(ENGRAM_ALPHA_SHAPE, np.float32), even_mixture(NoCounts(vocab)))
+def even_fitted(vocab: int, packs: bool, device: torch.device) -> Fitted:
+    """As what a run ships, but fitted on nothing; counts, if any, are those of a short text."""
+    packed = NoCounts(vocab)
+    if packs:
+        text = np.random.default_rng(0).integers(2, 32, 10_000).astype(np.uint16)
+        packed = ProductCounts(build_table(count_ngrams(text, 6, vocab), [1] * 6), None, device)
+    return Fitted(np.ones(ENGRAM_ALPHA_SHAPE, np.float32), even_mixture(packed))
 
 
 def stream(s: EvalSettings, width: int) -> np.ndarray:

@@ -33,6 +33,6 @@ def test_the_command_prints_every_table(tmp_path):
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
     assert len(rows) == 3 + 5 + 13 + 6
     bits = {row[0].strip("| "): float(row[1].strip(" |")) for row in rows if row[1].strip(" |")[:1].isdigit()}
-    whole = bits["network x packed x live + packed + live"]
+    whole = bits["network + network x packed x live + packed + live"]
     assert whole == bits["of the document, contexts to 5 tokens"]
     assert max(whole, bits["network + packed + live"]) < min(bits["network"], bits["packed"], bits["live"])

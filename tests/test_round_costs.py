@@ -6,6 +6,7 @@ import torch
 from eval.adapters import LaneLearner
 from eval.counts import MixtureReader
 from eval.modes import EVAL_MODES, EngramReader
+from eval.product import LiveRows
 from eval.score import EvalSettings, PlainReader
 from harness.round_costs import OperationCounter, round_costs
 from tests.toys import stirred, tiny
@@ -43,6 +44,24 @@ def test_costs_are_those_of_the_model_and_of_what_surrounds_it(mode):
     assert (one.around.flops > 0) == how.learns
     assert (one.forward.waits, one.around.waits) == (0, 1)  # lanes came to new documents, and were reset, unasked
     assert round_costs(model(), SMALL, mode) == one
+
+
+@pytest.mark.parametrize("mode", ["counts", "all"])
+def test_a_product_with_packed_counts_asks_the_device_nothing_either(mode):
+    alone, packed = round_costs(model(), SMALL, mode), round_costs(model(), SMALL, mode, 64)
+    assert packed.around.waits == 1 and packed.around.launches > alone.around.launches + 100
+    assert packed.around.bytes > alone.around.bytes + 7 * 4 * SMALL.eval_batch * SMALL.ttt_chunk * 64
+    assert abs(packed.forward.launches - alone.forward.launches) < 20
+
+
+def test_a_planted_wait_of_the_product_is_counted(monkeypatch):
+    plain, honest = round_costs(model(), SMALL, "counts", 64), LiveRows.rows
+
+    def planted(self, spots, sizes):
+        return honest(self, spots, [int(size) for size in self.sizes()[spots].sum(0)])
+
+    monkeypatch.setattr(LiveRows, "rows", planted)
+    assert round_costs(model(), SMALL, "counts", 64).around.waits == plain.around.waits + 6
 
 
 def test_a_planted_wait_and_a_planted_kernel_are_counted_where_they_are(monkeypatch):

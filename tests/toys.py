@@ -9,7 +9,7 @@ import torch
 
 from data.counts import build_table, count_ngrams
 from data.shards import write_shard
-from eval.counts import EXPERTS, MIX_CELLS, Mixture
+from eval.counts import MIX_CELLS, Mixture
 from eval.engram import ENGRAM_ALPHA_SHAPE
 from eval.modes import Fitted
 from eval.product import POWER_SHAPE, ProductCounts
@@ -69,6 +69,6 @@ def toy_fitted(vocab: int) -> Fitted:
     """Constants of an evaluation: counts of a text of few tokens up to order 3, other weights in every cell."""
     rng = np.random.default_rng(0)
     table = build_table(count_ngrams(rng.zipf(1.5, 500).astype(np.uint16) % min(vocab, 12), 3, vocab), [1, 1, 1])
-    shares = rng.integers(1, 256, (np.prod(MIX_CELLS), EXPERTS), np.uint8)
+    shares = rng.integers(1, 256, (np.prod(MIX_CELLS), ProductCounts.experts), np.uint8)
     packed = ProductCounts(table, rng.integers(1, 256, POWER_SHAPE, np.uint8), torch.device("cpu"))
     return Fitted(np.full(ENGRAM_ALPHA_SHAPE, 0.5, np.float32), Mixture(packed, shares))
