@@ -5,10 +5,17 @@ from itertools import islice
 from statistics import median
 from typing import NamedTuple
 
+from data.counts import Counting
+from data.shards import read_tail, read_tokens
+from eval.counts import fit_mixture
 from eval.modes import EVAL_MODES, EngramReader, adapt_lanes, groups_per_rank, mode_groups
+from eval.product import ProductCounts
+from export.budget import BYTE_CAP
+from export.counts import fit_counts
 from harness.round_costs import even_fitted
 from runtime.ranks import Runtime
 from train_gpt import (
+    SPARE_WINDOWS,
     Config,
     Run,
     Validation,
@@ -20,6 +27,7 @@ from train_gpt import (
     phases,
 )
 
+COUNTED_PART, COUNTED_WINDOWS = 20, 32  # one of so many tokens of a text; windows that a mixture is fitted on
 EFFICIENCY = 1 / 3  # of the measured matmul rate, in training
 # measured time, in plain forwards
 MODE_PASSES = {"chunked": 1.0, "stream": 1.0, "engram": 1.3, "counts": 1.1, "ttt": 6.5, "all": 6.6}
@@ -30,6 +38,7 @@ class Costs(NamedTuple):
     evaluation: dict[str, float]  # mode: seconds of the rank with the most to do
     basis: str
     sure: bool  # enough to refuse a run for
+    after: float = 0.0  # seconds of what reads training text after the last step: counts and fits
 
     def training(self, max_steps: int, seconds: float) -> tuple[float, float]:
         """Steps and seconds until the first limit; 0 is none."""
@@ -58,7 +67,23 @@ def measured(c: Config, rt: Runtime, seconds: float) -> Costs:
         groups = groups_per_rank(mode, eval_settings(c), rt.world)
         share = max(groups) / sum(groups) if rt.device.type == "cuda" else 1.0  # ranks on CPU share its cores
         modes[mode] = len(val.tokens) * share * token_seconds(c, run, val, mode, 0.5 * seconds / len(c.eval_modes))
-    return Costs(steps, modes, f"measured here for {seconds:g} s", sure=True)
+    after = counting_seconds(c, rt, run) if "counts" in c.parts else 0.0
+    return Costs(steps, modes, f"measured here for {seconds:g} s", sure=True, after=after)
+
+
+def counting_seconds(c: Config, rt: Runtime, run: Run) -> float:
+    """Of the counts, their table and the fit of what they weigh, from a part of the text and of the fit's."""
+    text, spare, few = read_tokens(c.data, "train", c.vocab), SPARE_WINDOWS * c.seq_len, COUNTED_WINDOWS * c.seq_len
+    text = text[:-spare][: c.count_tokens or None]
+    part = text[: max(len(text) // COUNTED_PART, few)]
+    began, share = time.perf_counter(), len(part) / len(text)
+    counts = Counting(part, c.count_order, c.vocab).result()
+    began += rt.device.type == "cuda" and time.perf_counter() - began  # there it was done beside the steps
+    table, _ = fit_counts(counts, int((c.count_bytes or BYTE_CAP - c.code_bytes) * share))
+    counted = time.perf_counter()
+    tail = read_tail(c.data, "train", c.vocab, few)
+    fit_mixture(run.model, tail, eval_settings(c), ProductCounts(table, None, rt.device))
+    return (counted - began) / share + (time.perf_counter() - counted) * spare / few
 
 
 def step_seconds(rt: Runtime, run: Run, phase: int, budget: float) -> float:

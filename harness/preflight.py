@@ -144,6 +144,13 @@ def check_training(steps: float, seconds: float, max_steps: int, max_seconds: fl
     return [*rows, Finding("seconds", True, text, short, seconds, limit, limit and limit - seconds)]
 
 
+def check_reserve(seconds: float, reserve: float) -> Finding:
+    """Of what reads training text after the steps."""
+    said = f"about {seconds:,.0f} s of counts and fits after the steps, {reserve:g} in reserve"
+    ways = "Training would end late: raise reserve_seconds, or lower count_tokens"
+    return at_most("reserve", seconds, reserve, said, ways)._replace(ok=True)
+
+
 def check_evaluation(costs: Costs, groups: dict[str, list[int]], budget: float, alone: bool) -> list[Finding]:
     """Every mode, all together, and whether the ranks, each `alone` on a device, have equal work."""
     rows, way_out = [], "Evaluate fewer modes, or raise eval_seconds, eval_lanes or eval_stride"
@@ -222,6 +229,8 @@ def check_costs(c: Config, rt: Runtime, seconds: float, device: str) -> list[Fin
     training = costs.training(c.max_steps, c.max_seconds - c.reserve_seconds)
     groups = {mode: groups_per_rank(mode, eval_settings(c), rt.world) for mode in c.eval_modes}
     rows = check_training(*training, c.max_steps, c.max_seconds, costs.basis)
+    if costs.after and c.max_seconds:
+        rows.append(check_reserve(costs.after, c.reserve_seconds))
     return rows + check_evaluation(costs, groups, c.eval_seconds, bool(device) or rt.device.type == "cuda")
 
 

@@ -284,6 +284,20 @@ def test_what_a_step_saves_is_near_what_was_traced(model):
     assert saved_bytes(load_config(words, {}, profile)[0]) == pytest.approx(TRACED[model], rel=0.25)
 
 
+def test_counts_and_fits_are_measured_against_the_reserve(dataset, tmp_path, capsys, no_measurement):
+    words = ["--profile", "tiny", f"data={dataset}", f"runs={tmp_path}", "max_seconds=60", "--measure", "1", "--json", "parts=reset,qat,counts"]
+    words += "seq_len=8 window=8 batch_tokens=64 micro_tokens=64".split()
+
+    def row(*more):
+        assert preflight_command([*words, *more], {}) == 0
+        return {row["name"]: row for row in json.loads(capsys.readouterr().out)["checks"]}.get("reserve")
+
+    enough, short = row("reserve_seconds=59"), row("reserve_seconds=1e-9")
+    assert 0 < enough["predicted"] < enough["limit"] and not enough["way_out"]
+    assert "raise reserve_seconds" in short["way_out"]
+    assert row("parts=reset,qat") is None
+
+
 def test_one_window_is_enough_to_measure_and_is_never_free(dataset):
     c, _ = load_config([f"data={dataset}", "val_tokens=20", "eval_lanes=1"], {}, "tiny")
     rt = Runtime(0, 1, torch.device("cpu"), torch.float32, 1e10)
