@@ -285,8 +285,18 @@ def test_what_a_step_saves_is_near_what_was_traced(model):
 
 
 def test_counts_and_fits_are_measured_against_the_reserve(dataset, tmp_path, capsys, no_measurement):
-    words = ["--profile", "tiny", f"data={dataset}", f"runs={tmp_path}", "max_seconds=60", "--measure", "1", "--json", "parts=reset,qat,counts"]
-    words += "seq_len=8 window=8 batch_tokens=64 micro_tokens=64".split()
+    words = [
+        "--profile",
+        "tiny",
+        f"data={dataset}",
+        f"runs={tmp_path}",
+        "max_seconds=60",
+        "--measure",
+        "1",
+        "--json",
+        "parts=reset,qat,counts",
+    ]
+    words += ["seq_len=8", "window=8", "batch_tokens=64", "micro_tokens=64"]
 
     def row(*more):
         assert preflight_command([*words, *more], {}) == 0
