@@ -250,9 +250,9 @@ PROFILES = {  # what one would type after the name of the program
         dtype=float32 eval_modes=chunked,stream data=datasets/tiny
     """,
     "local": """
-        layers=AKSKAK parts=reset,unet,smear,null,spectral,qat,counts dim=256 heads=4 kv_heads=2 mlp_mult=3 seq_len=512
-        batch_tokens=2048 micro_tokens=2048 max_seconds=120 reserve_seconds=34 decay=0.3 z_loss=0.0001 softcap=15
-        eval_modes=chunked,stream,counts eval_lanes=1 code_bytes=56000
+        layers=AKSK parts=reset,unet,smear,null,spectral,qat,counts dim=128 heads=2 kv_heads=1 mlp_mult=3 seq_len=512
+        batch_tokens=4096 micro_tokens=4096 max_seconds=120 reserve_seconds=34 decay=0.3 z_loss=0.0001 softcap=15
+        eval_modes=chunked,stream,counts eval_lanes=1 code_bytes=56000 matrix_lr=0.015 embed_lr=0.01
     """,
     "baseline": """
         layers=AAAAAAAAA parts=unet,plain dim=512 heads=8 kv_heads=4 vocab=1024 mlp_mult=2 activation=relu2

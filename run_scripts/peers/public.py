@@ -1,0 +1,120 @@
+"""The contest's public script as a peer of compare_peers.py: fetched by whoever runs this, changed to run on CPU.
+
+    python run_scripts/peers/public.py --script train_gpt.py [NUM_LAYERS=4 MODEL_DIM=256 TRAIN_BATCH_TOKENS=8192 ...]
+
+The script is that of github.com/openai/parameter-golf, any edition in which the places below are found; its settings
+are words. What is changed is all that asks for CUDA, and bfloat16, for which two cores are slow: nothing of its model,
+data order, optimizer or export. What is scored are the weights of its own file, by windows that overlap by half, which
+is kinder than its own score.
+"""
+
+import os
+import sys
+import time
+import types
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from data.shards import shard_paths
+from eval.tokens import Validation
+from run_scripts.peers.interface import Task, run_task, score_windows
+
+CHANGES = (
+    ("torch.cuda.is_available()", "True"),
+    ('torch.device("cuda", local_rank)', 'torch.device("cpu")'),
+    ("torch.cuda.", "without_cuda."),
+    ("torch.compile(", "uncompiled("),
+    ('device_type="cuda", dtype=torch.bfloat16, enabled=True', 'device_type="cpu", enabled=False'),
+    (".bfloat16()", ".float()"),
+    ("dtype=torch.bfloat16)", "dtype=torch.float32)"),
+    ('["nvidia-smi"]', '["true"]'),
+)
+ALWAYS = {"ITERATIONS": "1000000000", "WARMUP_STEPS": "0", "VAL_LOSS_EVERY": "0"}  # warm-up is for a compiler
+
+
+class WithoutCuda:
+    """Whatever is asked of it, there is nothing to do."""
+
+    def __getattr__(self, name: str):
+        return lambda *_: 0
+
+
+def on_cpu(source: str) -> str:
+    for before, after in CHANGES:
+        if before not in source:
+            raise ValueError(f"the script has no {before!r}: an edition that this peer does not know")
+        source = source.replace(before, after)
+    return source
+
+
+def as_it_expects(task: Task) -> Path:
+    """A folder in which the shards have the names that the script looks for."""
+    folder = task.out / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val"):
+        for number, path in enumerate(shard_paths(task.data, split)):
+            link = folder / f"fineweb_{split}_{number:06}.bin"
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.resolve())
+    return folder
+
+
+def run_script(path: Path, task: Task, settings: dict[str, str]) -> tuple[torch.nn.Module, dict[str, str]]:
+    """The model as it stands when the script is through: with the weights of its file. And the settings it ran with."""
+    module = types.ModuleType("public")
+    module.__dict__.update(__file__=str(path.resolve()), without_cuda=WithoutCuda(), uncompiled=lambda f, **_: f)
+    settings = ALWAYS | settings | {
+        "DATA_PATH": str(as_it_expects(task).resolve()),
+        "TOKENIZER_PATH": str((task.data / "tokenizer.model").resolve()),
+        "SEED": str(task.seed),
+        "MAX_WALLCLOCK_SECONDS": str(task.seconds),
+        "RUN_ID": "public",
+    }  # fmt: skip
+    source, built = on_cpu(path.read_text()), []
+    with patch.dict(os.environ, settings), patch.dict(sys.modules, public=module):
+        exec(compile(source, str(path), "exec"), module.__dict__)  # what its caller asked to run
+        plain = module.GPT
+        module.GPT = lambda **shape: built.append(plain(**shape)) or built[-1]
+        before = Path.cwd()
+        os.chdir(task.out)
+        try:
+            module.main()
+        finally:
+            os.chdir(before)
+    return built[0], settings
+
+
+def public(task: Task, words: list[str]) -> None:
+    if words[:1] != ["--script"] or len(words) < 2:
+        raise ValueError("--script FILE is missing: train_gpt.py of github.com/openai/parameter-golf")
+    settings, began = dict(word.split("=", 1) for word in words[2:]), time.monotonic()
+    task = task._replace(data=task.data.resolve(), out=task.out.resolve())
+    model, settings = run_script(Path(words[1]), task, settings)
+    trained, each = time.monotonic(), F.cross_entropy
+    val, context = (
+        Validation(task.data, int(settings.get("VOCAB_SIZE", 1024))),
+        int(settings.get("TRAIN_SEQ_LEN", 1024)),
+    )
+
+    def nats(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return model(x, y).view(y.shape)
+
+    with patch.object(F, "cross_entropy", lambda logits, y, **_: each(logits, y, reduction="none")):
+        scores = score_windows(nats, val.tokens, context)
+    task.write(
+        "nats.npy",
+        scores,
+        bytes=(task.out / "final_model.int8.ptz").stat().st_size,
+        train_seconds=task.seconds,
+        eval_seconds=time.monotonic() - trained,
+        note=f"{sum(p.numel() for p in model.parameters()):,} weights, {trained - began:.0f} s with its own two scores",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_task(public, sys.argv[1:]))
