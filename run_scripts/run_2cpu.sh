@@ -15,7 +15,7 @@ if [ "$here" != 2 ]; then exec taskset -c "${CORES:-0,1}" bash "$0" "$@"; fi
 
 profile=local run=${RUN_ID:-2cpu} start=("$PY") out=records/track_2cpu_10min_16mb title="${NAME:-Counts and network}"
 data=datasets/local prepare=(local) seeds="42 43 44"
-words=(max_seconds=600 reserve_seconds=40 eval_seconds=600)
+words=(max_seconds=600 eval_seconds=600)
 if [ "${TEXT:-local}" = hub ]; then # more text than fits: a larger vocabulary; what 24 GiB can count
     data=datasets/sp4096 prepare=(hub --variant sp4096 --train-shards 1)
     words+=(vocab=4096 count_order=5 count_tokens=60000000 reserve_seconds=150)
