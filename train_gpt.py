@@ -204,7 +204,7 @@ class Config:
     eval_seconds: float = free(600.0, "budget of the evaluation; 0 is none", resumable=True)
     ttt_scope: str = structural("lora", "what test-time training adapts", "SCOPES", resumable=True)
     ttt_lr: float = free(2e-3, "rate of test-time training", resumable=True)
-    reserve_seconds: float = structural(0.0, "part of max_seconds for what reads training tokens after the loop")
+    reserve_seconds: float = structural(0.0, "part of max_seconds for what reads training text at the end", switch=True)
     checkpoint_every: int = free(0, "steps between checkpoints; 0 is none", resumable=True)
     keep_every: int = free(0, "checkpoints of every so many steps stay; of the others the newest two", resumable=True)
     resume: str = free("", "auto, or a checkpoint file to go on from", resumable=True)

@@ -14,6 +14,7 @@ class Field:
     name: str
     kind: str  # structural or free
     value: object
+    switch: bool  # structural is only whether it is 0
     registry: str | None
     node: ast.AnnAssign
 
@@ -35,12 +36,13 @@ def read_field(node, constants):
             ),
         ):
             registries = [k.value.value for k in keywords if k.arg == "registry"] + [a.value for a in further[:1]]
+            switch = any(k.arg == "switch" and k.value.value for k in keywords)
         case _:
             fail(node, f"`{ast.unparse(node)}`: a Config field is structural(default, help) or free(default, help)")
     value = evaluate(default, constants)
     if not is_literal(value):
         fail(node, f"Config.{name}: the default `{ast.unparse(default)}` is not a literal")
-    return Field(name, kind, value, registries[0] if registries else None, node)
+    return Field(name, kind, value, switch, registries[0] if registries else None, node)
 
 
 def config_fields(units, constants):

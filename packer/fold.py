@@ -14,6 +14,7 @@ class Facts:
     """What folding may rely on."""
 
     structure: dict  # structural field of a Config -> its value
+    switched_on: set  # of them, those of which only that they are not 0 is known
     holders: set  # attributes that always hold a Config: {"c"} for `self.c = c`
     constants: dict  # module-level names that are immutable literals, bound once
 
@@ -122,8 +123,8 @@ class Folder(Scoped):
         node.value = self.visit(node.value)
         if not (isinstance(node.ctx, ast.Load) and self.is_config(node.value)):
             return node
-        structure = self.facts.structure
-        return literal(structure[node.attr], node) if node.attr in structure else node
+        decided = self.facts.structure.keys() - self.facts.switched_on
+        return literal(self.facts.structure[node.attr], node) if node.attr in decided else node
 
     def visit_comprehension_expression(self, node):
         return self.simplify(super().visit_comprehension_expression(node))
@@ -131,6 +132,9 @@ class Folder(Scoped):
     visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = visit_comprehension_expression
 
     def truth(self, node):
+        match node:
+            case ast.Attribute(attr=name) if name in self.facts.switched_on and self.is_config(node.value):
+                return True
         value = self.value(node)
         return UNKNOWN if value is UNKNOWN else bool(value)
 
@@ -154,7 +158,8 @@ class Folder(Scoped):
             return self.visit_BoolOp(node, as_test=True)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             node.operand = self.visit_test(node.operand)
-            return self.simplify(node)
+            truth = self.truth(node.operand)
+            return node if truth is UNKNOWN else literal(not truth, node)
         return self.visit(node)
 
     def decided(self, node, words):
@@ -208,9 +213,9 @@ def fold(units, b):
     holders = config_holders(units)
     before, constants = None, module_constants(units)
     while constants != before:
-        facts = Facts(b.structure, holders, constants)
+        facts = Facts(b.structure, b.switched_on, holders, constants)
         for unit in units:
             unit.node = Folder(facts, b.branches).visit(unit.node)
         before, constants = constants, module_constants(units)
-    check_structural_replace(units, b.structure)
+    check_structural_replace(units, b.structure.keys() - b.switched_on)
     return units

@@ -79,6 +79,11 @@ class Build:
     def structure(self):
         return {f.name: f.value for f in self.fields.values() if f.kind == "structural"}
 
+    @property
+    def switched_on(self):
+        """Fields of the structure whose value may still be another, but not 0."""
+        return {f.name for f in self.fields.values() if f.switch and f.value}
+
 
 @dataclass
 class Unit:

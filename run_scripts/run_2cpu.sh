@@ -22,7 +22,7 @@ if [ "${TEXT:-local}" = hub ]; then # more text than fits: a larger vocabulary; 
 fi
 if [ "${STEPS:-}${TOKENS:-}" ]; then
     steps=${STEPS:-$((TOKENS / 4096))}
-    words+=(max_steps="$steps" max_seconds=0 reserve_seconds=0) run=$run-$steps out=runs/records
+    words+=(max_steps="$steps" max_seconds=0) run=$run-$steps out=runs/records
 fi
 if [ "${SMOKE:-}" ]; then . run_scripts/smoke.sh; fi
 enter counts "$@"

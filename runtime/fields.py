@@ -1,8 +1,8 @@
 """The fields of a frozen config: declared once, read from profile, environment and command line, and replayed.
 
 Precedence: defaults < profile, or a file's own fields < environment (UPPER_CASE names) < key=value. A field is
-structural (it decides which code runs) or free (a size, rate, budget or path); resumable fields may differ when a run
-goes on from a checkpoint.
+structural (it decides which code runs) or free (a size, rate, budget or path); of a structural switch, all that decides
+is whether it is 0. Resumable fields may differ when a run goes on from a checkpoint.
 """
 
 import dataclasses
@@ -14,19 +14,19 @@ import math
 FIXED: dict = {}  # fields that this file was built with; the source has none
 
 
-def structural(default, text: str, registry: str | None = None, resumable: bool = False, least=0, most=math.inf):
-    """Decides which code runs; `registry` names the table it chooses from."""
-    return declare("structural", default, text, registry, resumable, least, most)
+def structural(default, text: str, registry: str | None = None, resumable=False, least=0, most=math.inf, switch=False):
+    """Decides which code runs; `registry` names the table it chooses from. A built `switch` stays 0, or is never 0."""
+    return declare("structural", default, text, registry, resumable, least, most, switch)
 
 
 def free(default, text: str, registry: str | None = None, resumable: bool = False, least=0, most=math.inf):
     """A size, rate, budget or path."""
-    return declare("free", default, text, registry, resumable, least, most)
+    return declare("free", default, text, registry, resumable, least, most, False)
 
 
-def declare(kind: str, default, text: str, registry: str | None, resumable: bool, least, most):
+def declare(kind: str, default, text: str, registry: str | None, resumable: bool, least, most, switch: bool):
     """`least` and `most` bound a number."""
-    bounds = {"least": least, "most": most}
+    bounds = {"least": least, "most": most, "fixed": bool if switch else lambda value: value}
     metadata = {"kind": kind, "help": text, "registry": registry, "resumable": resumable} | bounds
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -87,7 +87,8 @@ def read_fields(fields, words: list[str], env: dict[str, str], base: dict, sourc
         if name not in by_name:
             raise ValueError(f"no field {name!r}: {nearest(name, by_name)}")
         values[name], origin[name] = parse_value(by_name[name], text), place
-        if name in FIXED and values[name] != FIXED[name]:
+        fixed = by_name[name].metadata["fixed"]
+        if name in FIXED and fixed(values[name]) != fixed(FIXED[name]):
             raise ValueError(f"{name}={text}: fixed in this build, which has {show_value(FIXED[name])}")
     return values, origin
 

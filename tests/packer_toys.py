@@ -14,7 +14,7 @@ DEFAULT_PROFILE = "plain"
 FIXED: dict = {}
 
 
-def structural(default, text, registry=None):
+def structural(default, text, registry=None, switch=False):
     return field(default=default, metadata={"kind": "structural", "help": text, "registry": registry})
 
 
@@ -29,6 +29,7 @@ class Config:
     moe: bool = structural(False, "experts")
     streams: int = structural(1, "streams")
     tables: tuple[int, ...] = structural((), "layers with tables")
+    reserve: float = structural(0.0, "seconds after the loop", switch=True)
     dim: int = free(8, "width")
     vocab: int = free(64, "pieces")
     max_steps: int = free(3, "steps")
@@ -51,7 +52,7 @@ class Config:
         return self.dim // self.depth
 
 
-PROFILES = {"plain": "", "tiny": "dim=16", "other": "layers=AK moe=1 dim=64"}
+PROFILES = {"plain": "", "tiny": "dim=16", "other": "layers=AK moe=1 dim=64 reserve=9"}
 MIXERS = {"A": A, "K": K, "S": S}
 """
 

@@ -88,6 +88,19 @@ def test_fold_follows_the_profile():
     assert folded("def f(c: Config): return c.moe, c.layers", "other") == clean("def f(c: Config): return (True, 'AK')")
 
 
+@pytest.mark.parametrize(("before", "off", "on"), [
+    ("return 1 if c.reserve else 2", "return 2", "return 1"),
+    ("return c.reserve / 2", "return 0.0", "return c.reserve / 2"),
+    ("if not (c.reserve or x()): a()", "if not x(): a()", "pass"),
+    ("if c.reserve and x: a()", "pass", "if x: a()"),
+    ("if 0 < x <= c.reserve: a()", "if 0 < x <= 0.0: a()", "if 0 < x <= c.reserve: a()"),
+    ("return not c.reserve", "return True", "return not c.reserve"),
+])  # fmt: skip
+def test_of_a_switch_only_whether_it_is_on_is_decided(before, off, on):
+    for profile, after in (("plain", off), ("other", on)):
+        assert folded(f"def f(c: Config, x):\n {before}", profile) == clean(f"def f(c: Config, x):\n {after}")
+
+
 def test_folding_again_finds_nothing():
     units, b = baked("def f(c: Config, x): return c.layers.count('A') + c.depth if c.moe or x else c.head", "other")
     once = text_of(fold(units, b))

@@ -153,6 +153,16 @@ def test_a_field_that_a_build_fixed_is_named_when_it_is_given_otherwise(monkeypa
         load_config([], {}, "tiny", {"parts": ("reset", "unet"), "vocab": 64})
 
 
+def test_a_switch_that_a_build_has_fixed_may_be_set_but_not_thrown(monkeypatch):
+    monkeypatch.setattr("runtime.fields.FIXED", {"reserve_seconds": 8.0})
+    assert load_config(["reserve_seconds=20", "max_seconds=60"], {}, "tiny")[0].reserve_seconds == 20
+    with pytest.raises(ValueError, match="reserve_seconds=0: fixed in this build, which has 8"):
+        load_config(["reserve_seconds=0"], {}, "tiny")
+    monkeypatch.setattr("runtime.fields.FIXED", {"reserve_seconds": 0.0})
+    with pytest.raises(ValueError, match="reserve_seconds=20: fixed in this build, which has 0"):
+        load_config(["reserve_seconds=20"], {}, "tiny")
+
+
 def test_a_build_scores_a_file_in_the_modes_that_it_was_built_with(monkeypatch):
     """The file does not say which; the defaults of a source are other ones."""
     stored = {"layers": "AKS", "vocab": 64}

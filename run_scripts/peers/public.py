@@ -8,6 +8,7 @@ data order, optimizer or export. What is scored are the weights of its own file,
 is kinder than its own score.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -64,37 +65,41 @@ def as_it_expects(task: Task) -> Path:
     return folder
 
 
-def run_script(path: Path, task: Task, settings: dict[str, str]) -> tuple[torch.nn.Module, dict[str, str]]:
-    """The model as it stands when the script is through: with the weights of its file. And the settings it ran with."""
-    module = types.ModuleType("public")
+def load_script(path: Path) -> types.ModuleType:
+    """The script as a module; what its main() builds is kept in `built`."""
+    module, source = types.ModuleType("public"), on_cpu(path.read_text())
     module.__dict__.update(__file__=str(path.resolve()), without_cuda=WithoutCuda(), uncompiled=lambda f, **_: f)
-    settings = ALWAYS | settings | {
+    with patch.dict(sys.modules, public=module):
+        exec(compile(source, str(path), "exec"), module.__dict__)  # what its caller asked to run
+    plain, module.built = module.GPT, []
+    module.GPT = lambda **shape: module.built.append(plain(**shape)) or module.built[-1]
+    return module
+
+
+def settings_of(task: Task, given: dict[str, str]) -> dict[str, str]:
+    return ALWAYS | given | {
         "DATA_PATH": str(as_it_expects(task).resolve()),
         "TOKENIZER_PATH": str((task.data / "tokenizer.model").resolve()),
         "SEED": str(task.seed),
         "MAX_WALLCLOCK_SECONDS": str(task.seconds),
         "RUN_ID": "public",
     }  # fmt: skip
-    source, built = on_cpu(path.read_text()), []
-    with patch.dict(os.environ, settings), patch.dict(sys.modules, public=module):
-        exec(compile(source, str(path), "exec"), module.__dict__)  # what its caller asked to run
-        plain = module.GPT
-        module.GPT = lambda **shape: built.append(plain(**shape)) or built[-1]
-        before = Path.cwd()
-        os.chdir(task.out)
-        try:
-            module.main()
-        finally:
-            os.chdir(before)
-    return built[0], settings
+
+
+def run_script(path: Path, task: Task, settings: dict[str, str]) -> torch.nn.Module:
+    """The model as it stands when the script is through: with the weights of its file."""
+    with patch.dict(os.environ, settings):
+        module = load_script(path)
+    with contextlib.chdir(task.out):
+        module.main()
+    return module.built[0]
 
 
 def public(task: Task, words: list[str]) -> None:
     if words[:1] != ["--script"] or len(words) < 2:
         raise ValueError("--script FILE is missing: train_gpt.py of github.com/openai/parameter-golf")
-    settings, began = dict(word.split("=", 1) for word in words[2:]), time.monotonic()
-    task = task._replace(data=task.data.resolve(), out=task.out.resolve())
-    model, settings = run_script(Path(words[1]), task, settings)
+    settings, began = settings_of(task, dict(word.split("=", 1) for word in words[2:])), time.monotonic()
+    model = run_script(Path(words[1]), task, settings)
     trained, each = time.monotonic(), F.cross_entropy
     val, context = (
         Validation(task.data, int(settings.get("VOCAB_SIZE", 1024))),

@@ -1,0 +1,114 @@
+"""Our `baseline` and the contest's public script, step by step: the same weights to begin with, the same batches.
+
+    python run_scripts/calibrate.py runs/public/train_gpt.py data=datasets/local [steps=200] [dim=256] [layers=9]
+
+The script is run as run_scripts/peers/public.py runs it, in fp32 on CPU, with rates that stay as they are. Our model is
+given the weights that it built, and the windows that it read; then both losses are printed, smoothed over 20 steps.
+What is left between them are the recipes: our Muon makes rows equal before it makes them orthogonal, takes the queries,
+keys and values of a layer for one matrix, and finds the orthogonal one by other coefficients.
+"""
+
+import contextlib
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.shards import read_tokens
+from run_scripts.peers.interface import Task
+from run_scripts.peers.public import load_script, settings_of
+from train_gpt import GPT, Config, Optimizer, load_config
+
+OPTIONS = {"data": "datasets/local", "steps": "200", "dim": "256", "layers": "9"}
+TOKENS, LENGTH, ROWS, SMOOTHED = 4096, 512, 8, 20  # of a step, of a window, windows of a step; steps
+OURS = (
+    "heads=4 kv_heads=2 dtype=float32 softcap=30 warmup=0 decay=0 lr_floor=0 clip_norm=0 momentum_warmup=1 "
+    f"seq_len={LENGTH} batch_tokens={TOKENS} micro_tokens={TOKENS}"
+)
+THEIRS = {
+    "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "TRAIN_SEQ_LEN": str(LENGTH), "TRAIN_BATCH_TOKENS": str(TOKENS),
+    "WARMDOWN_ITERS": "0", "TRAIN_LOG_EVERY": "1", "VAL_BATCH_SIZE": str(8 * TOKENS),
+}  # fmt: skip
+
+
+def public_losses(script: Path, steps: int, c: Config) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The weights that the script began with, and the loss of each of its steps."""
+    more = {"ITERATIONS": str(steps), "MUON_MOMENTUM_WARMUP_STEPS": str(steps), "VOCAB_SIZE": str(c.vocab)}
+    more |= {"NUM_LAYERS": str(c.depth), "MODEL_DIM": str(c.dim)}
+    with tempfile.TemporaryDirectory() as scratch:
+        task = Task(Path(c.data).resolve(), Path(scratch), 0.0, 1)
+        with patch.dict(os.environ, settings_of(task, THEIRS | more)):
+            module = load_script(script)
+        begun, build = {}, module.GPT
+
+        def kept(**shape) -> nn.Module:
+            model = build(**shape)
+            begun.update({name: value.clone() for name, value in model.state_dict().items()})
+            return model
+
+        module.GPT = kept
+        with contextlib.chdir(scratch):
+            module.main()
+        told = re.findall(r"^step:\d+/\d+ train_loss:(\S+)", (task.out / "logs/public.txt").read_text(), re.M)
+    return begun, [float(loss) for loss in told]
+
+
+def translated(theirs: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
+    """Under the names of our parameters."""
+    ours = {"embed.weight": theirs["tok_emb.weight"]}
+    for i in range(layers):
+        head = f"blocks.{i}."
+        block = {name.removeprefix(head): value for name, value in theirs.items() if name.startswith(head)}
+        ours |= {
+            f"{head}mixer.gain": block["attn.q_gain"].unsqueeze(1),
+            f"{head}mixer.qkv.weight": torch.cat([block[f"attn.c_{letter}.weight"] for letter in "qkv"]),
+            f"{head}mixer.out.weight": block["attn.proj.weight"],
+            f"{head}mlp.up.weight": block["mlp.fc.weight"],
+            f"{head}mlp.down.weight": block["mlp.proj.weight"],
+            f"sites.{i}.mix": block["resid_mix"],
+            f"sites.{i}.scale": torch.stack([block["attn_scale"], block["mlp_scale"]]),
+        }
+    return ours | {f"sites.{layers // 2 + k}.skip": skip for k, skip in enumerate(theirs["skip_weights"])}
+
+
+def our_losses(c: Config, weights: dict[str, torch.Tensor], steps: int) -> list[float]:
+    """On the windows that the script reads, of which the next begins behind the last token of the one before."""
+    model = GPT(c)
+    model.load_state_dict(weights, strict=True)
+    optimizer, losses = Optimizer(c, model), []
+    tokens = read_tokens(c.data, "train", c.vocab, steps * ROWS * (LENGTH + 1)).astype(np.int64)
+    for step, rows in enumerate(torch.from_numpy(tokens).view(steps, ROWS, LENGTH + 1)):
+        total, logged, _ = model.loss(rows[:, :-1], rows[:, 1:])
+        total.backward()
+        optimizer.step(step / steps, step)
+        losses.append(float(logged["loss"]))
+    return losses
+
+
+def main(argv: list[str]) -> int:
+    given = dict(word.split("=", 1) for word in argv[1:] if "=" in word)
+    if not argv or len(given) < len(argv) - 1 or given.keys() - OPTIONS.keys():
+        sys.stderr.write(f"error: the public script, and of {', '.join(OPTIONS)} what you like; not {argv}\n")
+        return 2
+    given = OPTIONS | given
+    shape = [f"layers={'A' * int(given['layers'])}", f"dim={given['dim']}", f"data={given['data']}"]
+    steps, (c, _) = int(given["steps"]), load_config([*OURS.split(), *shape], {}, "baseline")
+    begun, theirs = public_losses(Path(argv[0]), steps, c)
+    ours = our_losses(c, translated(begun, c.depth), steps)
+    sys.stdout.write(f"{'steps':>9}  {'ours':>8}  {'public':>8}  difference\n")
+    for low in range(0, steps, SMOOTHED):
+        a, b = (float(np.mean(losses[low : low + SMOOTHED])) for losses in (ours, theirs))
+        sys.stdout.write(f"{low + 1:4}-{min(low + SMOOTHED, steps):4}  {a:8.4f}  {b:8.4f}  {a - b:+.4f}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
