@@ -29,6 +29,7 @@ from records.run_report import span
 from records.stats import deviation, mean
 
 REQUIRED = ("torch", "triton", "numpy", "brotli", "sentencepiece")
+OF_A_RUN = {"seed", "run_id", "runs"}  # fields in which the runs of one configuration may differ
 REFUSED = {"F1", "F4", "F6", "F9", "F14"}
 
 
@@ -88,8 +89,9 @@ def build(runs: list[Run], request: Request) -> Path:
     refuse_if(not good, f"none of {', '.join(str(r.path) for r in runs)} is finished")
     seeds = [run.seed for run in good]
     refuse_if(len(set(seeds)) < len(seeds), f"two runs have the same seed: {seeds}")
-    hashes = {run.config_hash[:12]: run.name for run in good}
-    refuse_if(len(hashes) > 1, f"the runs have other configurations; a record needs one: {hashes}")
+    names = sorted({name for run in good for name in run.config} - OF_A_RUN)
+    other = [name for name in names if len({json.dumps(run.config.get(name)) for run in good}) > 1]
+    refuse_if(other, f"the runs have other configurations, a record needs one; they differ in {', '.join(other)}")
     scored = [score_of(run, request.mode) for run in good]
     modes = [s.mode for s in scored]
     told = f"the runs are scored by different modes: {', '.join(modes)}; name one with --mode"
