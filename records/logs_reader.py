@@ -266,6 +266,8 @@ def _read_event(log: Log, line: str) -> None:
     match event.get("kind"):
         case "step" if numbers.get("step") is not None and isinstance(event.get("loss"), int | float):
             log.steps.add(int(numbers["step"]), float(event["loss"]), log.lines, 1000 * (seconds or 0))
+            if log.stop:  # the last steps are told when the loop has ended
+                log.stop = log.stop._replace(step=log.steps.last_step)
         case "val" if None not in (numbers.get("val_loss"), numbers.get("val_bpb")):
             _append(log.metrics, Metric("val", log.lines, numbers["val_loss"], numbers["val_bpb"], 12))
         case "eval" if None not in (numbers.get("bpb"), numbers.get("nats")) and numbers.get("tokens"):

@@ -29,6 +29,7 @@ from records.run_report import span
 from records.stats import deviation, mean
 
 REQUIRED = ("torch", "triton", "numpy", "brotli", "sentencepiece")
+AFTERWARDS = ("count", "hessian", "fit")  # phases after the steps that read training text
 OF_A_RUN = {"seed", "run_id", "runs"}  # fields in which the runs of one configuration may differ
 REFUSED = {"F1", "F4", "F6", "F9", "F14"}
 
@@ -243,12 +244,17 @@ def readme(claim: dict, scored: list[Scored], failed: list[Run], request: Reques
         seeds.append([s.run.seed, *scores, row["steps"], *times, row["bytes_total"]])
     start = f"torchrun --standalone --nproc_per_node={run.ranks}" if run.ranks > 1 else "python3"
     command = clean(f"SEED={run.seed} {start} train_gpt.py data=DATA {run.changed}", 2000)
+    phases = [sum(s.run.metrics.phases.get(name, 0.0) for name in AFTERWARDS) for s in scored]
+    whole = max(after + claim["seed_results"][str(s.run.seed)]["train_time_s"] for s, after in zip(scored, phases))
     parts = [
         f"# {clean(request.name)}",
         f"**val_bpb {claim['val_bpb']:.8f}**{spread}, {where}.",
         clean(claim["blurb"], 2000),
         md_table(["seed", "val_bpb", "val_loss", "steps", "training", "evaluation", "bytes"], seeds),
+        f"Training is its steps. With the counts and fits after them, which read training text too, it took {span(whole)}.",
         f"## What it was scored on\n\n{text['val_tokens']:,} tokens, {text['val_bytes']:,} bytes{scope}",
+        f"All of it, training text too, has the hash {clean(claim['data_hash'])}; it was made with Python "
+        f"{clean(run.fact('python'))}, whose library it is where it was prepared by `data.prepare local`.",
         f"The rules ask for {MARGIN_NATS} nats at p < 0.01: `python -m records compare BASELINE .`",
         f"## Run it\n\n```\npip install -r requirements.txt\n{command}\n```",
         "Check it: `python -m records check .`",

@@ -54,6 +54,7 @@ run_named() {  # NAME SEED FIELD=VALUE ...: train, export and score under the su
 
 write_record() {  # MODE: the folder that names script, proof, certificates, logs and artifacts, and its check
     made=$("$PY" -m records new --from "${runs[@]}" --script "$script" --mode "$1" --out "$out" --name "$title" \
+        ${blurb:+--blurb "$blurb"} \
         --author "${AUTHOR:-${USER:-nobody}}" --github "${GITHUB:-}")
     "$PY" -m records ledger "${runs[@]}" ${SMOKE:+--file runs/smoke_ledger.tsv}
     echo "record: $made"

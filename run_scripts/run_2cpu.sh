@@ -15,6 +15,7 @@ if [ "$here" != 2 ]; then exec taskset -c "${CORES:-0,1}" bash "$0" "$@"; fi
 
 profile=local run=${RUN_ID:-2cpu} start=("$PY") out=records/track_2cpu_10min_16mb title="${NAME:-Counts and network}"
 data=datasets/local prepare=(local) seeds="42 43 44"
+blurb="${BLURB:-A small network, n-grams of the training text and of the document so far, and the product of all three.}"
 words=(max_seconds=600 eval_seconds=600)
 if [ "${TEXT:-local}" = hub ]; then # more text than fits: a larger vocabulary; what 24 GiB can count
     data=datasets/sp4096 prepare=(hub --variant sp4096 --train-shards 1)

@@ -92,6 +92,12 @@ def test_a_source_listing_is_kept_apart_and_compared_later():
     assert log.source == source and log.seed == 5 and [m.bpb for m in log.metrics] == [1.2]
 
 
+def test_steps_that_are_told_when_the_loop_has_ended_are_counted():
+    lines = [json.dumps({"kind": "step", "step": step, "loss": 2.0}) for step in (10, 20, 23)]
+    lines.insert(2, '{"kind": "phase", "name": "train", "seconds": 9.0}')
+    assert read("\n".join(lines), "metrics_seed3.jsonl").stop[:2] == (9.0, 23)
+
+
 def test_events_of_this_project_are_a_log_family():
     events = [
         {"kind": "run", "seed": 3, "world_size": 2},

@@ -58,7 +58,8 @@ def make_run(
     tokens, nbytes = (TOKENS, BYTES) if official else (60_000, 200_000)
     blob = random.Random(seed).randbytes(2000)
     config = {"seed": seed, "run_id": folder.name, "lr": 0.02, "layers": "AKSA"}
-    (folder / "config.json").write_text(json.dumps({"config": config, "origin": {"lr": "profile"}, "hash": f"c0ffee{seed}"}))
+    told = {"config": config, "origin": {"lr": "profile"}, "hash": f"c0ffee{seed}"}
+    (folder / "config.json").write_text(json.dumps(told))
     (folder / "train.log").write_text("step 1 loss 9.0\n")
     (folder / "final_model.skc").write_bytes(blob)
     probes = {f"L{i}": {"status": "pass", "evidence": "ok"} for i in range(1, 6)}
