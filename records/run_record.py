@@ -251,7 +251,7 @@ def readme(claim: dict, scored: list[Scored], failed: list[Run], request: Reques
         f"**val_bpb {claim['val_bpb']:.8f}**{spread}, {where}.",
         clean(claim["blurb"], 2000),
         md_table(["seed", "val_bpb", "val_loss", "steps", "training", "evaluation", "bytes"], seeds),
-        f"Training is its steps. With the counts and fits after them, which read training text too, it took {span(whole)}.",
+        f"Training is its steps; with the counts and fits after them, which read training text too, {span(whole)}.",
         f"## What it was scored on\n\n{text['val_tokens']:,} tokens, {text['val_bytes']:,} bytes{scope}",
         f"All of it, training text too, has the hash {clean(claim['data_hash'])}; it was made with Python "
         f"{clean(run.fact('python'))}, whose library it is where it was prepared by `data.prepare local`.",

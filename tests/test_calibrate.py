@@ -11,7 +11,7 @@ from train_gpt import GPT, load_config
 
 def baseline(data, layers=3):
     return load_config(
-        [*OURS.split(), f"layers={'A' * layers}", "dim=128", "vocab=64", f"data={data}"], {}, "baseline"
+        [*OURS.split(), f"layers={'A' * layers}", "dim=256", "vocab=64", f"data={data}"], {}, "baseline"
     )[0]
 
 

@@ -36,7 +36,8 @@ ROOT_ENTRIES = {
 
 def tracked(pattern: str = "") -> list[Path]:
     done = subprocess.run(["git", "ls-files", pattern or "."], cwd=ROOT, capture_output=True, text=True, check=True)
-    return [ROOT / line for line in done.stdout.splitlines() if (ROOT / line).exists()]
+    ours = (line for line in done.stdout.splitlines() if not line.startswith("records/track_"))  # those are data
+    return [ROOT / line for line in ours if (ROOT / line).exists()]
 
 
 def room(path: Path) -> str:

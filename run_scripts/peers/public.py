@@ -90,8 +90,8 @@ def run_script(path: Path, task: Task, settings: dict[str, str]) -> torch.nn.Mod
     """The model as it stands when the script is through: with the weights of its file."""
     with patch.dict(os.environ, settings):
         module = load_script(path)
-    with contextlib.chdir(task.out):
-        module.main()
+        with contextlib.chdir(task.out):
+            module.main()
     return module.built[0]
 
 
