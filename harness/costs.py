@@ -78,7 +78,8 @@ def counting_seconds(c: Config, rt: Runtime, run: Run) -> float:
     part = text[: max(len(text) // COUNTED_PART, few)]
     began, share = time.perf_counter(), len(part) / len(text)
     counts = Counting(part, c.count_order, c.vocab).result()
-    began += rt.device.type == "cuda" and time.perf_counter() - began  # there it was done beside the steps
+    if rt.device.type == "cuda":  # there it is done beside the steps
+        began = time.perf_counter()
     table, _ = fit_counts(counts, int((c.count_bytes or BYTE_CAP - c.code_bytes) * share))
     counted = time.perf_counter()
     tail = read_tail(c.data, "train", c.vocab, few)

@@ -11,7 +11,7 @@ from records.run import Run
 from records.run_record import score_of
 
 ROOT = Path(__file__).parent
-HEAD = f"{'bpb':>9}  {'deviation':>9}  {'seeds':>5}  {'bytes':>10}  {'training':>9}  {'track':24}  name"
+HEAD = f"{'bpb':>9}  {'deviation':>9}  {'seeds':>5}  {'bytes':>10}  {'loop':>9}  {'track':24}  name"
 
 
 class Standing(NamedTuple):
@@ -68,4 +68,4 @@ def board(standings: Iterable[Standing], mine: Standing | None = None) -> Iterat
         yield f"  {HEAD}"
         yield from (row.line(">" if row is mine else " ") for row in rows)
     if mine and (elsewhere := len([row for row in ordered if row.text != mine.text])):
-        yield f"{elsewhere} records are of other texts: `python -m records list`"
+        yield f"records of other texts: {elsewhere}, `python -m records list` shows them"

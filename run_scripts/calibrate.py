@@ -8,13 +8,10 @@ What is left between them are the recipes: our Muon makes rows equal before it m
 keys and values of a layer for one matrix, and finds the orthogonal one by other coefficients.
 """
 
-import contextlib
-import os
 import re
 import sys
 import tempfile
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -24,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.shards import read_tokens
 from run_scripts.peers.interface import Task
-from run_scripts.peers.public import load_script, settings_of
+from run_scripts.peers.public import run_script, settings_of
 from train_gpt import GPT, Config, Optimizer, load_config
 
 OPTIONS = {"data": "datasets/local", "steps": "200", "dim": "256", "layers": "9"}
@@ -44,19 +41,12 @@ def public_losses(script: Path, steps: int, c: Config) -> tuple[dict[str, torch.
     more = {"ITERATIONS": str(steps), "MUON_MOMENTUM_WARMUP_STEPS": str(steps), "VOCAB_SIZE": str(c.vocab)}
     more |= {"NUM_LAYERS": str(c.depth), "MODEL_DIM": str(c.dim)}
     with tempfile.TemporaryDirectory() as scratch:
-        task = Task(Path(c.data).resolve(), Path(scratch), 0.0, 1)
-        with patch.dict(os.environ, settings_of(task, THEIRS | more)):
-            module = load_script(script)
-        begun, build = {}, module.GPT
+        task, begun = Task(Path(c.data).resolve(), Path(scratch), 0.0, 1), {}
 
-        def kept(**shape) -> nn.Module:
-            model = build(**shape)
+        def keep(model: nn.Module) -> None:
             begun.update({name: value.clone() for name, value in model.state_dict().items()})
-            return model
 
-        module.GPT = kept
-        with contextlib.chdir(scratch):
-            module.main()
+        run_script(script.resolve(), task, settings_of(task, THEIRS | more), keep)
         told = re.findall(r"^step:\d+/\d+ train_loss:(\S+)", (task.out / "logs/public.txt").read_text(), re.M)
     return begun, [float(loss) for loss in told]
 

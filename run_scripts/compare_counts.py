@@ -121,11 +121,15 @@ def mixed_bits(sides: list[Side], experts: tuple[int, ...]) -> float:
 
 def size_rows(model, texts: list[Text], s, counts: NgramCounts, device: torch.device) -> Iterator[tuple]:
     """(bytes, packed counts, sides) for every share of the file; their powers are fitted on the first text."""
+    filled = None
     for share in SHARES_OF_FILE:
-        packed, size = ProductCounts(CountTable(counts.vocab, []), None, device), 0
+        table, size = CountTable(counts.vocab, []), 0
         if share:
             table, rows = fit_counts(counts, int(share * BYTE_CAP))
-            packed, size = ProductCounts(table, None, device), len(pack(rows, {}))
+            size = len(pack(rows, {}))
+        if size == filled:  # the share before held all that there is
+            continue
+        packed, filled = ProductCounts(table, None, device), size
         reads = [read_with(model, text, s, packed) for text in texts]
         products = []
         for said in (reads, [silent(read) for read in reads]):

@@ -31,7 +31,7 @@ def test_the_command_prints_every_table(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert len(rows) == 3 + 5 + 13 + 6
+    assert len(rows) == 3 + 2 + 13 + 6  # a quarter of the file holds all of so short a text
     bits = {row[0].strip("| "): float(row[1].strip(" |")) for row in rows if row[1].strip(" |")[:1].isdigit()}
     whole = bits["network + network x packed x live + packed + live"]
     assert whole == bits["of the document, contexts to 5 tokens"]

@@ -579,7 +579,7 @@ def test_records_stand_beside_each_other_and_a_run_among_those_of_its_text(tmp_p
     claim.write_text(claim.read_text().replace(f'"val_bytes": {nbytes}', f'"val_bytes": {nbytes + 1}'))
     assert main(["list", "--root", str(tmp_path), "--run", str(mine.path)]) == 0
     told = capsys.readouterr().out
-    assert "better" not in told and "1 records are of other texts" in told
+    assert "better" not in told and "records of other texts: 1," in told
     claim.write_text("{}")
     assert main(["list", "--root", str(tmp_path)]) == 2 and "not as `records new` writes it" in capsys.readouterr().err
 

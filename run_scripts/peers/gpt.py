@@ -9,7 +9,6 @@ half a context, so that every token has half of one before it.
 
 import argparse
 import math
-import resource
 import sys
 import time
 from pathlib import Path
@@ -112,7 +111,6 @@ def gpt(task: Task, words: list[str]) -> None:
         bytes=path.stat().st_size,
         train_seconds=trained - began,
         eval_seconds=time.monotonic() - trained,
-        memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         note=f"{steps:,} steps of {o.rows * o.context:,} tokens, {sum(map(torch.numel, model.parameters())):,} weights",
     )
 

@@ -1,6 +1,7 @@
 """The words that compare_peers.py gives a peer, and the files it takes, for peers in Python."""
 
 import json
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ class Task(NamedTuple):
     seed: int
 
     def write(self, file: str, nats: np.ndarray, **facts: object) -> None:
+        facts = {"memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss} | facts
         np.save(self.out / file, nats)
         (self.out / "peer.json").write_text(json.dumps(facts))
 

@@ -8,7 +8,6 @@ the document so far; what each weighs is fitted on the last `tail` tokens of the
 """
 
 import argparse
-import resource
 import sys
 import time
 from pathlib import Path
@@ -86,7 +85,6 @@ def kneser_ney(task: Task, words: list[str]) -> None:
         bytes=path.stat().st_size,
         train_seconds=trained - began,
         eval_seconds=time.monotonic() - trained,
-        memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         note=f"{sum(len(level.keys) for level in table.table.levels):,} n-grams up to order {len(table.levels)}",
     )
 

@@ -13,11 +13,13 @@ import os
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
@@ -65,14 +67,20 @@ def as_it_expects(task: Task) -> Path:
     return folder
 
 
-def load_script(path: Path) -> types.ModuleType:
-    """The script as a module; what its main() builds is kept in `built`."""
+def load_script(path: Path, show: Callable[[nn.Module], None]) -> types.ModuleType:
+    """The script as a module; `show` is shown each model that its main() builds."""
     module, source = types.ModuleType("public"), on_cpu(path.read_text())
     module.__dict__.update(__file__=str(path.resolve()), without_cuda=WithoutCuda(), uncompiled=lambda f, **_: f)
     with patch.dict(sys.modules, public=module):
         exec(compile(source, str(path), "exec"), module.__dict__)  # what its caller asked to run
-    plain, module.built = module.GPT, []
-    module.GPT = lambda **shape: module.built.append(plain(**shape)) or module.built[-1]
+    plain = module.GPT
+
+    def build(**shape) -> nn.Module:
+        model = plain(**shape)
+        show(model)
+        return model
+
+    module.GPT = build
     return module
 
 
@@ -86,31 +94,29 @@ def settings_of(task: Task, given: dict[str, str]) -> dict[str, str]:
     }  # fmt: skip
 
 
-def run_script(path: Path, task: Task, settings: dict[str, str]) -> torch.nn.Module:
-    """The model as it stands when the script is through: with the weights of its file."""
+def run_script(path: Path, task: Task, settings: dict[str, str], show: Callable[[nn.Module], None]) -> None:
+    """To its end, when the model that was shown has the weights of its file."""
     with patch.dict(os.environ, settings):
-        module = load_script(path)
+        module = load_script(path, show)
         with contextlib.chdir(task.out):
             module.main()
-    return module.built[0]
 
 
 def public(task: Task, words: list[str]) -> None:
     if words[:1] != ["--script"] or len(words) < 2:
         raise ValueError("--script FILE is missing: train_gpt.py of github.com/openai/parameter-golf")
     settings, began = settings_of(task, dict(word.split("=", 1) for word in words[2:])), time.monotonic()
-    model = run_script(Path(words[1]), task, settings)
+    built = []
+    run_script(Path(words[1]), task, settings, built.append)
+    model = built[0]
     trained, each = time.monotonic(), F.cross_entropy
-    val, context = (
-        Validation(task.data, int(settings.get("VOCAB_SIZE", 1024))),
-        int(settings.get("TRAIN_SEQ_LEN", 1024)),
-    )
+    vocab, context = (int(settings.get(name, 1024)) for name in ("VOCAB_SIZE", "TRAIN_SEQ_LEN"))
 
     def nats(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return model(x, y).view(y.shape)
 
     with patch.object(F, "cross_entropy", lambda logits, y, **_: each(logits, y, reduction="none")):
-        scores = score_windows(nats, val.tokens, context)
+        scores = score_windows(nats, Validation(task.data, vocab).tokens, context)
     task.write(
         "nats.npy",
         scores,
