@@ -111,8 +111,11 @@ def ledger_command(args: argparse.Namespace) -> int:
 
 
 def list_command(args: argparse.Namespace) -> int:
-    mine = board.of_run(open_run(Path(args.run))) if args.run else None
-    for line in board.board(board.records_below(Path(args.root)), mine):
+    run = open_run(Path(args.run)) if args.run else None
+    if run and run.result.get("partial"):
+        say(f"{run.name}: a part of its validation text was scored, so it has no place; all records:")
+        run = None
+    for line in board.board(board.records_below(Path(args.root)), run and board.of_run(run)):
         say(line)
     return 0
 

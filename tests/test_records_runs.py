@@ -580,6 +580,10 @@ def test_records_stand_beside_each_other_and_a_run_among_those_of_its_text(tmp_p
     assert main(["list", "--root", str(tmp_path), "--run", str(mine.path)]) == 0
     told = capsys.readouterr().out
     assert "better" not in told and "records of other texts: 1," in told
+    partial(mine)
+    assert main(["list", "--root", str(tmp_path), "--run", str(mine.path)]) == 0
+    told = capsys.readouterr().out
+    assert "mine: a part of its validation text" in told and "better" in told and ">" not in told
     claim.write_text("{}")
     assert main(["list", "--root", str(tmp_path)]) == 2 and "not as `records new` writes it" in capsys.readouterr().err
 
