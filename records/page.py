@@ -69,3 +69,10 @@ def page(title: str, body: str) -> str:
         f'<link rel="icon" href="data:,"><title>{safe}</title><style>{STYLE}</style>'
     )
     return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{safe}</h1>{body}</body></html>\n'
+
+
+def picture(drawing: str) -> str:
+    """A drawing as a file of its own, which a Markdown page can show: its colours come with it."""
+    head, _, body = drawing.partition(">")
+    space = '<rect width="100%" height="100%" style="fill:var(--card)"/>'
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{STYLE}</style>{space}{body}\n'

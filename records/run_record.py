@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
@@ -24,8 +25,10 @@ from records.competition import (
 )
 from records.files import clean
 from records.folder import Folder, sha256_file
+from records.page import picture
+from records.plot import lines
 from records.run import Run, read_object
-from records.run_report import span
+from records.run_report import breakdown_series, span
 from records.stats import deviation, mean
 
 REQUIRED = ("torch", "triton", "numpy", "brotli", "sentencepiece")
@@ -136,7 +139,11 @@ def write_all(folder: Path, scored: list[Scored], failed: list[Run], request: Re
     (folder / "requirements.txt").write_text(needed, encoding="utf-8")
     if request.manifest:
         write_json(folder / "build.json", request.manifest)
-    (folder / "README.md").write_text(readme(claim, scored, failed, request), encoding="utf-8")
+    pictures = {title: drawing for title, drawing in drawings(scored) if drawing}
+    for title, drawing in pictures.items():
+        (folder / picture_name(title)).write_text(picture(drawing), encoding="utf-8")
+    told = readme(claim, scored, failed, request, list(pictures))
+    (folder / "README.md").write_text(told, encoding="utf-8")
     listed = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(folder.iterdir())}
     write_json(folder / "manifest.json", {"files": listed | addresses})
 
@@ -230,7 +237,19 @@ def md_table(head: list[str], rows: list[list]) -> str:
     return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *body, ""])
 
 
-def readme(claim: dict, scored: list[Scored], failed: list[Run], request: Request) -> str:
+def drawings(scored: list[Scored]) -> Iterator[tuple[str, str]]:
+    """Of all seeds how the loss fell, and of the first where each mode is good; nothing of what was not measured."""
+    losses = [(f"seed {s.run.seed}", *s.run.metrics.curves["loss"].rows()[:2]) for s in scored]
+    yield "Loss of training", lines("Loss of training", losses, "step", "nats per token")
+    for key, title in (("by_position", "Score by place in the document"), ("by_length", "Score by length of document")):
+        yield title, lines(title, list(breakdown_series(scored[0].run, key)), "log2 tokens", "bits per byte")
+
+
+def picture_name(title: str) -> str:
+    return title.lower().replace(" ", "_") + ".svg"
+
+
+def readme(claim: dict, scored: list[Scored], failed: list[Run], request: Request, pictures: list[str]) -> str:
     spread = f", deviation {claim['val_bpb_std']:.8f} over {len(scored)} seeds" if len(scored) > 1 else ", one seed"
     where = f"mode `{clean(claim['mode'])}`, at most {claim['bytes_total']:,} of {CAP_BYTES:,} bytes"
     text = claim["dataset"]
@@ -252,6 +271,7 @@ def readme(claim: dict, scored: list[Scored], failed: list[Run], request: Reques
         clean(claim["blurb"], 2000),
         md_table(["seed", "val_bpb", "val_loss", "steps", "training", "evaluation", "bytes"], seeds),
         f"Training is its steps; with the counts and fits after them, which read training text too, {span(whole)}.",
+        "\n".join(f"![{title}]({picture_name(title)})" for title in pictures),
         f"## What it was scored on\n\n{text['val_tokens']:,} tokens, {text['val_bytes']:,} bytes{scope}",
         f"All of it, training text too, has the hash {clean(claim['data_hash'])}; it was made with Python "
         f"{clean(run.fact('python'))}, whose library it is where it was prepared by `data.prepare local`.",

@@ -10,7 +10,7 @@ import numpy as np
 from records.claim import as_number
 from records.competition import CAP_BYTES
 from records.page import Raw, cell, coloured, figure, folded, grid, page, section, table, tiles
-from records.plot import lines
+from records.plot import Series, lines
 from records.run import Run, numbers, read_object
 
 RANGES = 10
@@ -187,13 +187,15 @@ def layer_plots(run: Run, limit: int = 12) -> Iterator[Raw]:
         yield drawn(stat + f" (6 of {len(layers)} layers)" * (len(layers) > 6), series, stat)
 
 
-def breakdown_plot(run: Run, key: str, title: str) -> Raw:
-    """BPB over positions or lengths, as powers of two: rows of an evaluation with `from` and `bpb`."""
-    series = []
+def breakdown_series(run: Run, key: str) -> Iterator[Series]:
+    """BPB over positions or lengths, as powers of two: rows of an evaluation with `from` and `bpb`, a line a mode."""
     for mode, event in list(run.metrics.evals.items())[:6]:
         rows = [r for r in event.get(key) or () if isinstance(r, dict)] if isinstance(event.get(key), list) else []
-        series.append((mode, np.log2(np.maximum(numbers(rows, "from"), 1.0)), numbers(rows, "bpb")))
-    return drawn(title, series, "BPB", x_label="log2 tokens")
+        yield mode, np.log2(np.maximum(numbers(rows, "from"), 1.0)), numbers(rows, "bpb")
+
+
+def breakdown_plot(run: Run, key: str, title: str) -> Raw:
+    return drawn(title, list(breakdown_series(run, key)), "BPB", x_label="log2 tokens")
 
 
 def sample(event: dict) -> Raw:

@@ -6,6 +6,7 @@ import math
 import random
 import re
 import tracemalloc
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -175,6 +176,16 @@ def test_what_new_writes_passes_check_unchanged(tmp_path):
         and claim["val_bpb"] == pytest.approx(1.08 + 0.0005 / 3)
         and claim["seeds"] == [42, 1337, 7]
     )
+
+
+def test_the_page_of_a_record_shows_pictures_that_stand_alone(tmp_path):
+    folder = build(three(tmp_path), request(tmp_path))
+    shown = re.findall(r"^!\[.+\]\((.+)\)$", (folder / "README.md").read_text(), re.M)
+    assert shown == ["loss_of_training.svg", "score_by_place_in_the_document.svg", "score_by_length_of_document.svg"]
+    for name in shown:
+        assert ElementTree.parse(folder / name).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    told = (folder / shown[0]).read_text()
+    assert all(f"seed {seed}" in told for seed in (42, 1337, 7)) and "--card" in told
 
 
 def test_a_record_on_other_text_says_so_and_is_no_failure(tmp_path):
