@@ -3,14 +3,16 @@
     python run_scripts/calibrate.py runs/public/train_gpt.py data=datasets/local [steps=200] [dim=256] [layers=9]
 
 The script is run as run_scripts/peers/public.py runs it, in fp32 on CPU, with rates that stay as they are. Our model is
-given the weights that it built, and the windows that it read; then both losses are printed, smoothed over 20 steps.
-What is left between them are the recipes: our Muon makes rows equal before it makes them orthogonal, takes the queries,
-keys and values of a layer for one matrix, and finds the orthogonal one by other coefficients.
+given the weights that it built, and the windows that it read; then the losses are printed, smoothed over 20 steps. The
+recipes differ in Muon: ours makes rows equal before it makes them orthogonal, takes the queries, keys and values of a
+layer for one matrix, and finds the orthogonal one by other coefficients. So our model is trained twice, and the second
+time by the script's Muon; what is left then should be rounding.
 """
 
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.shards import read_tokens
+from optim.rules import Muon
 from run_scripts.peers.interface import Task
-from run_scripts.peers.public import run_script, settings_of
+from run_scripts.peers.public import load_script, run_script, settings_of
 from train_gpt import GPT, Config, Optimizer, load_config
 
 OPTIONS = {"data": "datasets/local", "steps": "200", "dim": "256", "layers": "9"}
@@ -69,11 +72,30 @@ def translated(theirs: dict[str, torch.Tensor], layers: int) -> dict[str, torch.
     return ours | {f"sites.{layers // 2 + k}.skip": skip for k, skip in enumerate(theirs["skip_weights"])}
 
 
-def our_losses(c: Config, weights: dict[str, torch.Tensor], steps: int) -> list[float]:
+class PublicMuon(Muon):
+    """The script's: no rows are made equal, and queries, keys and values are matrices of their own."""
+
+    def __init__(self, c: Config, names: list[str], orthogonal: Callable[[torch.Tensor, int], torch.Tensor]):
+        keys = c.dim // c.heads * c.kv_heads
+        self.cuts = [[c.dim, keys, keys] if name.endswith(".qkv.weight") else None for name in names]
+        self.orthogonal = orthogonal
+
+    def finish(self, u: torch.Tensor) -> torch.Tensor:
+        parts = [each.split(cuts or len(each)) for each, cuts in zip(u, self.cuts, strict=True)]
+        return torch.stack([torch.cat([self.scaled(part) for part in each]) for each in parts])
+
+    def scaled(self, part: torch.Tensor) -> torch.Tensor:
+        return self.orthogonal(part, 5) * max(1.0, part.shape[0] / part.shape[1]) ** 0.5
+
+
+def our_losses(c: Config, weights: dict[str, torch.Tensor], steps: int, orthogonal=None) -> list[float]:
     """On the windows that the script reads, of which the next begins behind the last token of the one before."""
     model = GPT(c)
     model.load_state_dict(weights, strict=True)
     optimizer, losses = Optimizer(c, model), []
+    for group in optimizer.groups:
+        if orthogonal and group.rule is Muon:
+            group.rule = PublicMuon(c, group.names, orthogonal)
     tokens = read_tokens(c.data, "train", c.vocab, steps * ROWS * (LENGTH + 1)).astype(np.int64)
     for step, rows in enumerate(torch.from_numpy(tokens).view(steps, ROWS, LENGTH + 1)):
         total, logged, _ = model.loss(rows[:, :-1], rows[:, 1:])
@@ -92,11 +114,13 @@ def main(argv: list[str]) -> int:
     shape = [f"layers={'A' * int(given['layers'])}", f"dim={given['dim']}", f"data={given['data']}"]
     steps, (c, _) = int(given["steps"]), load_config([*OURS.split(), *shape], {}, "baseline")
     begun, theirs = public_losses(Path(argv[0]), steps, c)
-    ours = our_losses(c, translated(begun, c.depth), steps)
-    sys.stdout.write(f"{'steps':>9}  {'ours':>8}  {'public':>8}  difference\n")
+    weights, public = translated(begun, c.depth), load_script(Path(argv[0]), lambda _: None)
+    sides = theirs, our_losses(c, weights, steps, public.zeropower_via_newtonschulz5), our_losses(c, weights, steps)
+    sys.stdout.write(f"{'steps':>9}  {'public':>8}  {'ours, by its Muon':>18}  {'ours':>18}\n")
     for low in range(0, steps, SMOOTHED):
-        a, b = (float(np.mean(losses[low : low + SMOOTHED])) for losses in (ours, theirs))
-        sys.stdout.write(f"{low + 1:4}-{min(low + SMOOTHED, steps):4}  {a:8.4f}  {b:8.4f}  {a - b:+.4f}\n")
+        a, b, own = (float(np.mean(losses[low : low + SMOOTHED])) for losses in sides)
+        span = f"{low + 1:4}-{min(low + SMOOTHED, steps):4}"
+        sys.stdout.write(f"{span}  {a:8.4f}  {b:9.4f} {b - a:+8.4f}  {own:9.4f} {own - a:+8.4f}\n")
     return 0
 
 

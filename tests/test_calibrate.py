@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from data.shards import read_tokens
-from run_scripts.calibrate import LENGTH, OURS, ROWS, our_losses, translated
+from run_scripts.calibrate import LENGTH, OURS, ROWS, PublicMuon, our_losses, translated
 from tests.toys import toy_dataset
 from train_gpt import GPT, load_config
 
@@ -57,3 +57,20 @@ def test_the_windows_are_those_of_the_script(tmp_path, monkeypatch):
             assert np.array_equal(x[row], tokens[at : at + LENGTH]) and np.array_equal(
                 y[row], tokens[at + 1 : at + LENGTH + 1]
             )
+
+
+def test_by_the_scripts_muon_queries_keys_and_values_are_matrices_of_their_own(tmp_path):
+    c = baseline(tmp_path, 1)
+    rule = PublicMuon(c, ["blocks.0.mixer.qkv.weight", "blocks.0.mlp.up.weight"], lambda g, steps: g / g.norm())
+    u = torch.randn(2, 2 * c.dim, c.dim, generator=torch.manual_seed(0))
+    joint, whole = rule.finish(u)
+    assert torch.allclose(whole, u[1] / u[1].norm() * 2**0.5)
+    for part, given in zip(joint.split([c.dim, c.dim // 2, c.dim // 2]), u[0].split([c.dim, c.dim // 2, c.dim // 2])):
+        assert torch.allclose(part, given / given.norm())
+
+
+def test_another_muon_trains_otherwise(tmp_path):
+    c = baseline(toy_dataset(tmp_path / "data", documents=2000), 1)
+    weights = translated(theirs(c), 1)
+    ours, other = (our_losses(c, weights, 3, rule) for rule in (None, lambda g, steps: g / g.norm()))
+    assert ours[0] == other[0] and ours[2] != other[2]
