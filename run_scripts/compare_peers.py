@@ -25,6 +25,7 @@ It ends with code 0, and leaves in `out`
                         the first; or, of models that are not over these tokens,
     document_nats.npy   float64: nats of every document of the stream in order. Documents begin with token 1, which
                         belongs to the document that it begins; the stream need not begin with one.
+    nats.WAY.npy        if it likes: as nats.npy, of the same model read in another way; a row of its own
 
 A score is computed from these nats and the bytes of the text, here and for all alike; what else a peer says of itself
 is shown and not believed. That its nats are those of probabilities which sum to one, given before each token, is taken
@@ -33,7 +34,7 @@ the others go on. The same command is not run again on the same data: delete its
 
 Intervals hold 95 per cent of the scores of texts made of documents drawn with replacement, the same draws for all
 peers, so differences are paired. They are of the text alone: of several seeds each document has its mean, and how far
-seeds lie apart is told beside it.
+seeds lie apart is told beside it. With split=120 the first 120 documents and the others have tables of their own, too.
 """
 
 import hashlib
@@ -69,7 +70,9 @@ from records.run_record import md_table
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = {"data": "datasets/local", "out": "runs/peers", "seconds": "600", "eval_seconds": "600", "cores": ""}
+OPTIONS |= {"split": "0"}
 FACTS, NATS, DOCUMENTS, OUTPUT, FINISHED = "peer.json", "nats.npy", "document_nats.npy", "output.txt", "finished.json"
+OTHER_NATS = "nats.*.npy"
 NEEDED, OPTIONAL = ("bytes", "train_seconds", "eval_seconds"), ("memory",)
 CLOCK_SLACK = 1.05  # a step that has begun is finished
 RESAMPLES = 2_000
@@ -116,6 +119,7 @@ class Terms(NamedTuple):
     seconds: float
     eval_seconds: float
     cores: tuple[int, ...]
+    split: int  # documents that have a table of their own; 0 is no split
 
     @staticmethod
     def of(options: dict[str, str]) -> "Terms":
@@ -126,7 +130,8 @@ class Terms(NamedTuple):
         seconds = {name: float(options[name]) for name in ("seconds", "eval_seconds")}
         if bad := [f"{name}={value:g}" for name, value in seconds.items() if not 0 < value < math.inf]:
             raise ValueError(f"{bad[0]}: give seconds, more than 0")
-        return Terms(Path(options["data"]).resolve(), Path(options["out"]).resolve(), cores=cores, **seconds)
+        folders = Path(options["data"]).resolve(), Path(options["out"]).resolve()
+        return Terms(*folders, cores=cores, split=int(options["split"]), **seconds)
 
 
 class Reading(NamedTuple):
@@ -154,15 +159,19 @@ class Text:
     def read(self, folder: Path) -> Reading:
         facts, tokens, documents = read_facts(folder / FACTS), folder / NATS, folder / DOCUMENTS
         if tokens.exists():
-            parts = self.split(read_nats(tokens, self.count, "targets"))
-            return Reading(parts["documents"], parts["by_position"], parts["by_length"], facts)
+            return self.read_tokens(tokens, facts)
         if not documents.exists():
             raise ValueError(f"neither {NATS} nor {DOCUMENTS} was written")
         nats = read_nats(documents, len(self.lengths), "documents").astype(np.float64)
         return Reading(nats, (), score_buckets(self.lengths, self.lengths, nats, self.nbytes), facts)
 
-    def bpb(self, documents: np.ndarray) -> float:
-        return float(documents.sum() / math.log(2) / self.nbytes.sum())
+    def read_tokens(self, path: Path, facts: dict) -> Reading:
+        parts = self.split(read_nats(path, self.count, "targets"))
+        return Reading(parts["documents"], parts["by_position"], parts["by_length"], facts)
+
+    def read_others(self, folder: Path) -> dict[str, Reading]:
+        """The same model read in other ways; what it cost is told once."""
+        return {path.name.split(".")[1]: self.read_tokens(path, {}) for path in sorted(folder.glob(OTHER_NATS))}
 
 
 def read_facts(path: Path) -> dict:
@@ -192,8 +201,8 @@ def read_nats(path: Path, count: int, what: str) -> np.ndarray:
 # ---- running ----
 
 
-def run_peer(peer: Peer, seed: int, terms: Terms, text: Text) -> Reading:
-    """Run it, unless it came to its end before; ValueError says why it has no score."""
+def run_peer(peer: Peer, seed: int, terms: Terms, text: Text) -> dict[str, Reading]:
+    """Run it, unless it came to its end before; ValueError says why it has no score. By name, the peer's own first."""
     rest = [f"seconds={terms.seconds:g}", f"seed={seed}", f"cores={','.join(map(str, terms.cores))}"]
     what = {"command": [*peer.command, *rest], "data": text.hash}
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
@@ -201,15 +210,16 @@ def run_peer(peer: Peer, seed: int, terms: Terms, text: Text) -> Reading:
     folder.mkdir(parents=True, exist_ok=True)
     ended = read_object(folder / FINISHED)
     if not ended:
-        for name in (FACTS, NATS, DOCUMENTS):
-            (folder / name).unlink(missing_ok=True)
+        for path in [folder / FACTS, folder / NATS, folder / DOCUMENTS, *folder.glob(OTHER_NATS)]:
+            path.unlink(missing_ok=True)
         seconds = execute([*peer.command, f"data={terms.data}", f"out={folder}", *rest], folder, terms)
         ended = what | {"wall_seconds": seconds}
-    reading = text.read(folder)
+    reading, others = text.read(folder), text.read_others(folder)
     if (trained := reading.facts["train_seconds"]) > CLOCK_SLACK * terms.seconds:
         raise ValueError(f"over its clock: trained {trained:.1f} s of {terms.seconds:g}")
     (folder / FINISHED).write_text(json.dumps(ended))
-    return reading._replace(facts=reading.facts | {"wall_seconds": ended["wall_seconds"]})
+    whole = reading._replace(facts=reading.facts | {"wall_seconds": ended["wall_seconds"]})
+    return {peer.name: whole} | {f"{peer.name}.{way}": other for way, other in others.items()}
 
 
 def execute(command: list[str], folder: Path, terms: Terms) -> float:
@@ -278,13 +288,18 @@ def interval(values: np.ndarray, sign: str = "") -> str:
     return "" if math.isnan(low) else f"{low:{sign}.4f} to {high:{sign}.4f}"
 
 
-def summary(results: list[Result], text: Text) -> str:
+def bits_per_byte(documents: np.ndarray, nbytes: np.ndarray) -> float:
+    return float(documents.sum() / math.log(2) / nbytes.sum())
+
+
+def summary(results: list[Result], nbytes: np.ndarray, part: slice = slice(None)) -> str:
+    """Of these documents, `nbytes` long."""
     scored = [result for result in results if result.readings]
     first = scored[0].name if scored else "the first"
-    draws = resampled_bpb([result.documents for result in scored], text.nbytes)
-    scores, rows = [text.bpb(result.documents) for result in scored], []
+    draws = resampled_bpb([result.documents[part] for result in scored], nbytes[part])
+    scores, rows = [bits_per_byte(result.documents[part], nbytes[part]) for result in scored], []
     for k, result in enumerate(scored):
-        each = [text.bpb(reading.documents) for reading in result.readings]
+        each = [bits_per_byte(reading.documents[part], nbytes[part]) for reading in result.readings]
         spread = f"{len(each)}, ± {stdev(each):.4f}" if len(each) > 1 else "1"
         more = [f"{scores[k] - scores[0]:+.4f}", interval(draws[:, k] - draws[:, 0], "+")] if k else ["", ""]
         spent = [result.fact(name) for name in ("train_seconds", "eval_seconds", "wall_seconds")]
@@ -308,18 +323,24 @@ def bucket_table(what: str, results: list[Result], rows_of) -> str:
 
 def compare(peers: list[Peer], terms: Terms, text: Text) -> list[Result]:
     """All that they give, one after the other; what runs is told as it begins."""
-    results = []
+    results = {}
     for peer in peers:
-        result = Result(peer.name, [], [])
+        whole = results[peer.name] = Result(peer.name, [], [])
         for seed in peer.seeds:
             sys.stderr.write(f"{peer.name}, seed {seed}\n")
             try:
-                result.readings.append(run_peer(peer, seed, terms, text))
+                for name, reading in run_peer(peer, seed, terms, text).items():
+                    results.setdefault(name, Result(name, [], [])).readings.append(reading)
             except (ValueError, OSError) as error:
-                result.faults.append(f"{peer.name}, seed {seed}: {error}")
-                sys.stderr.write(f"error: {result.faults[-1]}\n")
-        results.append(result)
-    return results
+                whole.faults.append(f"{peer.name}, seed {seed}: {error}")
+                sys.stderr.write(f"error: {whole.faults[-1]}\n")
+    return list(results.values())
+
+
+def split_summaries(results: list[Result], text: Text, first: int) -> list[str]:
+    parts = {f"the first {first}": slice(None, first), "the others": slice(first, None)} if first else {}
+    rows = {name: len(text.nbytes[part]) for name, part in parts.items()}
+    return [f"{name} ({rows[name]:,} documents)\n\n{summary(results, text.nbytes, parts[name])}" for name in parts]
 
 
 def report(text: Text, results: list[Result], terms: Terms) -> str:
@@ -327,7 +348,8 @@ def report(text: Text, results: list[Result], terms: Terms) -> str:
     cores = ",".join(map(str, terms.cores))
     parts = [
         f"validation: {size}; data {text.hash}; cores {cores}, {terms.seconds:g} s of training\n",
-        summary(results, text),
+        summary(results, text.nbytes),
+        *split_summaries(results, text, terms.split),
         bucket_table("bpb by position, tokens from", results, lambda reading: reading.by_position),
         bucket_table("bpb by length, tokens from", results, lambda reading: reading.by_length),
     ]
@@ -345,6 +367,8 @@ def main(argv: list[str]) -> int:
     try:
         terms = Terms.of(OPTIONS | chosen)
         peers, text = read_peers(paths[0]), Text(terms.data)
+        if not 0 <= terms.split < len(text.lengths):
+            raise ValueError(f"split={terms.split}: the text has {len(text.lengths)} documents; 0 is no split")
         results = compare(peers, terms, text)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,18 @@ from eval.counts import MIX_CELLS, PackedCounts
 from eval.journal import read_sealed, write_sealed
 from export.counts import fit_counts
 from records.run import open_run
-from run_scripts.compare_peers import RESAMPLES, Peer, Terms, Text, compare, interval, main, read_peers, resampled_bpb
+from run_scripts.compare_peers import (
+    RESAMPLES,
+    Peer,
+    Terms,
+    Text,
+    bits_per_byte,
+    compare,
+    interval,
+    main,
+    read_peers,
+    resampled_bpb,
+)
 from run_scripts.peers.interface import Task, run_task
 from run_scripts.peers.kneser_ney import kneser_ney, packed_nats
 from run_scripts.peers.ours import ours, spans_of
@@ -52,6 +64,8 @@ if fault == "sleep": time.sleep(600)
 name = "document_nats.npy" if fault == "documents" else "nats.npy"
 if fault == "documents": each = np.full(int((np.fromfile(val, "<u2", offset=1024) == 1).sum()), 9.0)
 if fault != "nothing": np.save(out / name, each)
+if fault == "ways": np.save(out / "nats.better.npy", each - 1)
+if fault == "grows": np.save(out / name, each + np.arange(len(each), dtype=np.float32) / len(each))
 if fault == "text": (out / name).write_text("0.1 0.2")
 if fault != "silent": (out / "peer.json").write_text(json.dumps(facts))
 """
@@ -120,6 +134,23 @@ def test_a_peer_is_scored_and_a_finished_one_is_not_run_again(toy, data, capsys)
     assert len(list(done.folder.glob("first-0-*/starts"))) == 2
 
 
+def test_a_model_read_in_other_ways_has_a_row_for_each_and_its_cost_is_told_once(toy, data, capsys):
+    done = toy(capsys, {"mine": f"'ways', '{UNIFORM}'"}, seeds=(0, 2))
+    assert list(done.rows) == ["mine", "mine.better"]
+    mine, better = done.rows.values()
+    assert float(mine[0]) - float(better[0]) == pytest.approx(bits(Text(data), 1), abs=2e-4)
+    assert better[2].startswith("2, ± ") and mine[5] == "7" and not any(better[5:])
+
+
+def test_the_first_documents_and_the_others_have_tables_of_their_own(toy, data, capsys):
+    done, text = toy(capsys, {"mine": f"'grows', '{UNIFORM}'"}, split=3), Text(data)
+    parts = re.findall(r"^(the .+) \((\d+) documents\)\n\n.+\n.+\n\| mine \| ([\d.]+) ", done.out, re.M)
+    assert [part[:2] for part in parts] == [("the first 3", "3"), ("the others", str(len(text.lengths) - 3))]
+    whole, first, others = float(done.rows["mine"][0]), *(float(part[2]) for part in parts)
+    weights = text.nbytes[:3].sum() / text.nbytes.sum(), text.nbytes[3:].sum() / text.nbytes.sum()
+    assert first < others and whole == pytest.approx(weights[0] * first + weights[1] * others, abs=1e-4)
+
+
 FAULTS = {
     "long": r"nats.npy: float32 of shape",
     "nan": r"nats.npy: entry 5 is nan",
@@ -166,7 +197,7 @@ def test_what_a_peer_leaves_running_is_ended_and_it_runs_on_its_cores(tmp_path, 
         "print(child.pid, os.sched_getaffinity(0), os.environ['OMP_NUM_THREADS'])\n"
     )
     core = min(os.sched_getaffinity(0))
-    terms = Terms(data, tmp_path / "out", 60, 540, (core,))
+    terms = Terms(data, tmp_path / "out", 60, 540, (core,), 0)
     (result,) = compare([Peer("leaves", (sys.executable, str(script)), (1,))], terms, Text(data))
     assert result.faults == ["leaves, seed 1: peer.json was not written"]
     pid, *rest = next(tmp_path.glob("out/*/output.txt")).read_text().split()
@@ -222,6 +253,12 @@ def test_commands_are_words_and_the_manifest_of_ours_names_files_that_exist(tmp_
         assert (ROOT / peer.command[1]).is_file()
 
 
+def test_a_split_leaves_documents_on_both_sides(data, capsys):
+    for split in (len(Text(data).lengths), -1):
+        assert main([str(ROOT / "run_scripts/manifests/peers_2cpu.toml"), f"data={data}", f"split={split}"]) == 2
+        assert f"split={split}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", ["seconds=0", "seconds=nan", "cores=999", "speed=1"])
 def test_wrong_words_are_one_line(words, tmp_path, capsys):
     assert main([str(tmp_path / "peers.toml"), words]) == 2
@@ -257,16 +294,29 @@ def test_longer_documents_weigh_more_and_one_document_has_no_interval():
 
 
 def test_ours_beats_uniform_and_has_the_very_score_of_the_run(tmp_path, data):
-    words = ["--profile", "tiny", "--mode", "stream", "layers=A", "max_steps=8", "matrix_lr=0.05", "reserve_seconds=9"]
+    words = [
+        "--profile",
+        "tiny",
+        "--modes",
+        "chunked,stream",
+        "layers=A",
+        "max_steps=8",
+        "matrix_lr=0.05",
+        "reserve_seconds=9",
+    ]
     ours(Task(data, tmp_path, 300.0, 42), words)
     run, text = open_run(tmp_path / "run"), Text(data)
     reading = text.read(tmp_path)
-    assert text.bpb(reading.documents) < 0.9 * bits(text, UNIFORM) and run.config["max_seconds"] == 300
+    score = bits_per_byte(reading.documents, text.nbytes)
+    assert score < 0.9 * bits(text, UNIFORM) and run.config["max_seconds"] == 300
     assert reading.facts["bytes"] == (tmp_path / "run" / "final_model.skc").stat().st_size
     training = run.result["train_seconds"] + run.metrics.phases["fit"]
     assert reading.facts["train_seconds"] == pytest.approx(training) and run.metrics.phases["fit"] > 0
+    (other,) = text.read_others(tmp_path).items()
+    chunked = bits_per_byte(other[1].documents, text.nbytes)
+    assert other[0] == "chunked" and chunked == pytest.approx(run.metrics.evals["chunked"]["bpb"], abs=1e-9)
     event = run.metrics.evals["stream"]
-    assert text.bpb(reading.documents) == pytest.approx(event["bpb"], abs=1e-9)
+    assert score == pytest.approx(event["bpb"], abs=1e-9)
     for mine, its in zip((reading.by_position, reading.by_length), (event["by_position"], event["by_length"])):
         assert [row["nbytes"] for row in mine] == [row["nbytes"] for row in its]
         assert [row["bpb"] for row in mine] == pytest.approx([row["bpb"] for row in its])
@@ -287,7 +337,7 @@ def kneser_ney_peer(data, out, *words: str) -> tuple[float, dict]:
     kneser_ney(Task(data, out, 60.0, 1), list(words))
     text = Text(data)
     reading = text.read(out)
-    return text.bpb(reading.documents), reading.facts
+    return bits_per_byte(reading.documents, text.nbytes), reading.facts
 
 
 def repeating_dataset(toy: Path, folder: Path, documents: int = 200) -> Path:

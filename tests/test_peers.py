@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data.shards import open_shard
-from run_scripts.compare_peers import Text
+from run_scripts.compare_peers import Text, bits_per_byte
 from run_scripts.peers import gpt
 from run_scripts.peers.interface import Task, run_task, score_windows
 from run_scripts.peers.public import CHANGES, on_cpu, public
@@ -60,7 +60,7 @@ def data(tmp_path_factory):
 
 def bpb(data, out) -> float:
     text = Text(data)
-    return text.bpb(text.read(out).documents)
+    return bits_per_byte(text.read(out).documents, text.nbytes)
 
 
 @pytest.mark.parametrize("length", [2, 5, 8, 9, 10, 13, 40, 41, 44])
