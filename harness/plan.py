@@ -9,6 +9,7 @@ import torch
 
 from export.budget import BYTE_CAP, plan_bytes, plan_counts
 from export.counts import MIXTURE_BYTES
+from harness.foreign import strangers
 from optim.families import family_rows
 from runtime.ranks import Runtime, detect_runtime
 from train_gpt import (
@@ -131,6 +132,8 @@ def plan_command(words: list[str], env: dict[str, str]) -> None:
     options, fields = parser.parse_known_args(words)
     c, _ = load_config(fields, env, options.profile)
     sys.stdout.write(plan(c, detect_runtime(env, c.dtype)).text() + "\n")
+    for name, words in strangers(env).items():
+        sys.stdout.write(f"{name} is in the environment and read by nothing; its place has {words}\n")
 
 
 def profiles_command(words: list[str], env: dict[str, str]) -> None:

@@ -22,6 +22,7 @@ from eval.modes import groups_per_rank
 from harness.costs import Costs, by_flops, measured
 from harness.files import stored_config
 from harness.findings import Finding, as_json, at_most, finding, refusal, unknown
+from harness.foreign import strangers
 from harness.machines import MACHINES, VALIDATION_TOKENS, planned
 from harness.plan import Plan, plan
 from harness.publish import FOLDER_STARTS, REPOSITORY
@@ -180,6 +181,12 @@ def check_credentials(target: str, token: str) -> Finding:
     return Finding("credentials", False, f"HF_TOKEN is empty, {target} wants one", "Set it, or publish to a folder")
 
 
+def check_environment(env: dict[str, str]) -> list[Finding]:
+    """Variables of other trainers, which would be ignored silently."""
+    way_out = "Nothing reads it; its place has {}"
+    return [finding("environment", name, True, way_out.format(words), True) for name, words in strangers(env).items()]
+
+
 def check_plan(p: Plan) -> list[Finding]:
     """Everything that needs no model: machine, disk, data, bytes."""
     on_card = p.device.type == "cuda"
@@ -272,7 +279,7 @@ def preflight_command(words: list[str], env: dict[str, str]) -> int:
     each = max(1, torch.cuda.device_count()) if each == "gpu" else int(each)
     rt = dataclasses.replace(detect_runtime(env, c.dtype), world=each * int(given.get("--nodes", 1)))
     accumulation(c, rt)
-    rows = check_run(c, rt, given, env.get("HF_TOKEN", ""))
+    rows = check_run(c, rt, given, env.get("HF_TOKEN", "")) + check_environment(env)
     if as_object:
         sys.stdout.write(as_json(rows) + "\n")
         return 2 if any(row.ok is False for row in rows) else 0
