@@ -60,7 +60,7 @@ from kernels.layers import (
     rms,
 )
 from kernels.loss import softcap_ce, softcap_ce_reference
-from kernels.memory import memory_scan
+from kernels.memory import memory_scan, memory_statistics
 from kernels.moe import moe_mix, route
 from kernels.scan import koopman_scan
 from kernels.ternary import TERNARY_RULES, ternary_project
@@ -559,7 +559,7 @@ class Memory(Part):
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         y, memory = memory_scan(q, k, v, *rates, ctx.start, self.CHUNK, old["memory"])
         f = (0.1 + 0.9 * torch.sigmoid(self.gate.mix)).to(x.dtype)  # never below 0.1: a closed gate would not reopen
-        aux |= {"memory_norm": memory["memory"].detach().norm(dim=(-2, -1)).mean(), "memory_gate": f.detach().mean()}
+        aux |= memory_statistics(memory) | {"memory_gate": torch.sigmoid(self.gate.mix.detach()).mean()}
         far = self.out(rms(y.to(x.dtype).flatten(2)))
         return near + f * (far - near), {"near": near_state, "memory": memory}, aux
 

@@ -13,6 +13,7 @@ COLLAPSES = (  # what, the statistic's last name, lower and upper bound of a hea
     ("a capsule nobody writes to", "slot_least", 1e-4, 1.0),
     ("routing always the same", "slot_entropy", 0.0, 0.9999),
     ("the engram gate is closed", "engram_gate", 0.01, 1.0),
+    ("the memory's gate is closing", "memory_gate", 0.1, 1.0),  # before the floor that keeps it open
     ("weights nearly all zero", "zeros", 0.0, 0.95),
 )
 STUCK_AT, STUCK_WITHIN = 0.50, 0.03  # where a sigmoid begins, and how little it has moved

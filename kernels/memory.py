@@ -69,3 +69,14 @@ def decay_between(log_decay, same):
     """(..., C) -> (..., C, C): the product of decays after s up to t, zero across documents and into the past."""
     total = log_decay.cumsum(-1)
     return (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(~same, -torch.inf).exp()
+
+
+def memory_statistics(state) -> dict:
+    """Of the matrices at hand: their norms and those of their paces, the spread and the largest of their numbers, and
+    how many directions they hold, by (sum s^2)^2 / sum s^4 of their singular values s."""
+    memory = state["memory"].detach()
+    square = memory @ memory.mT
+    energy = square.diagonal(dim1=-2, dim2=-1).sum(-1)
+    rank = energy.square() / square.square().sum((-2, -1)).clamp_min(1e-30)
+    sizes = {"memory_norm": energy.sqrt().mean(), "memory_pace": state["pace"].detach().norm(dim=(-2, -1)).mean()}
+    return sizes | {"memory_std": memory.std(), "memory_max": memory.abs().amax(), "memory_rank": rank.mean()}

@@ -42,6 +42,7 @@ def test_what_is_no_spike_is_left_alone(losses):
 @pytest.mark.parametrize("name, bad, good", [
     ("layers.1.lambda_mean", 0.999999, 0.9), ("layers.1.lambda_mean", 0.001, 0.5), ("layers.2.slot_least", 0.0, 0.01),
     ("layers.2.slot_entropy", 1.0, 0.9), ("layers.0.engram_gate", 0.001, 0.4), ("matrix.1x4x4.zeros", 0.99, 0.4),
+    ("layers.1.memory_gate", 0.09, 0.3),
 ])  # fmt: skip
 def test_a_collapse_is_an_alert_and_health_is_none(name, bad, good):
     assert [where for _, where, _ in collapses({name: bad})] == [name]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.memory import memory_reference, memory_scan
+from kernels.memory import memory_reference, memory_scan, memory_statistics
 
 B, H, D = 2, 2, 4
 
@@ -73,3 +73,14 @@ def test_what_was_shown_is_recalled():
     rates = torch.full((1, 400, 1), 0.05, dtype=torch.float64)
     y, _ = memory_scan(k, k, v, rates * 0, (rates * 0 + 0.5).log(), rates, torch.zeros(1, 400, dtype=torch.bool), 8)
     assert torch.allclose(y[0, -1], v[0, -1], atol=1e-3) and not torch.allclose(y[0, 5], v[0, 5], atol=1e-1)
+
+
+def test_statistics_tell_how_many_directions_a_memory_holds():
+    one = torch.outer(torch.tensor([3.0, 0, 0, 4.0]), torch.tensor([0.0, 1, 0, 0]))
+    whole, none = 2 * torch.eye(4), torch.zeros(4, 4)
+    for memory, rank, norm in ((one, 1, 5), (whole, 4, 4), (none, 0, 0)):
+        told = memory_statistics({"memory": memory[None, None], "pace": 3 * memory[None, None]})
+        assert told["memory_rank"] == pytest.approx(rank) and told["memory_norm"] == pytest.approx(norm)
+        assert told["memory_pace"] == pytest.approx(3 * norm) and told["memory_max"] == memory.max()
+    both = memory_statistics({"memory": torch.stack([one, whole])[None], "pace": torch.zeros(1, 2, 4, 4)})
+    assert both["memory_rank"] == pytest.approx(2.5) and both["memory_std"] > 0
