@@ -9,6 +9,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -318,7 +319,9 @@ def test_another_manifest_of_the_same_name_is_refused(manifest, capsys):
 
 def search_process(manifest: Path, name: str = "ablate") -> subprocess.Popen:
     command, env = [sys.executable, "-m", "harness", name, manifest.name], os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=manifest.parent, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell lets its background jobs ignore
+    return subprocess.Popen(command, cwd=manifest.parent, env=env, preexec_fn=heard, **quiet)
 
 
 def kill_when(process: subprocess.Popen, ready: Callable[[], object]) -> None:
