@@ -7,7 +7,7 @@ import dataclasses
 
 from train_gpt import Config
 
-WORDS = {  # field: the variables that it stands for, or how they begin
+WORDS = {  # what stands for them: the variables, or how they begin
     "layers, a letter each": "NUM_LAYERS ARCHITECTURE SKC_RECURRENT_CORE SKC_UPPER_BRANCH",
     "dim": "MODEL_DIM",
     "heads": "NUM_HEADS",
@@ -66,14 +66,16 @@ WORDS = {  # field: the variables that it stands for, or how they begin
     "eval_stride": "SLIDING_EVAL_STRIDE",
     "eval_modes, which may hold engram": "EVAL_ENGRAM_ NGRAM_",
     "eval_modes, which may hold ttt or all": "TTT_",
-    "nothing: see records/LOG.md": "TURBO_QUANT_ KOOPMAN_SPECULATOR_ KOOPMAN_CONSISTENCY_ SOFTCAP_TYPE ROPE_TYPE YARN_ "
-    "SELF_DISTILL_ STOCHASTIC_DEPTH LAWA_ EXPORT_PROXY_ TERNARY_CALIB_ CALIB_ COMPILE_MODE COMPILE_TARGET",
+    "nothing: on CUDA a step is always compiled": "COMPILE_MODE COMPILE_TARGET",
+    "nothing: run_scripts/compare_codecs.py measures the rotation": "TURBO_QUANT_EXPORT TURBO_QUANT_TRAIN",
+    "nothing: records/LOG.md says why": "TURBO_QUANT_KV KOOPMAN_SPECULATOR_ KOOPMAN_CONSISTENCY_ SOFTCAP_TYPE "
+    "ROPE_TYPE YARN_ SELF_DISTILL_ STOCHASTIC_DEPTH LAWA_ EXPORT_PROXY_ TERNARY_CALIB_ CALIB_",
 }
 STANDS_FOR = {start: words for words, starts in WORDS.items() for start in starts.split()}
 
 
 def strangers(env: dict[str, str]) -> dict[str, str]:
-    """Variables found that nothing here reads, and what stands for them; the longest beginning decides."""
+    """Variables of `env` that nothing here reads, and what stands for each; the longest beginning decides."""
     own = {field.name.upper() for field in dataclasses.fields(Config)}
     starts = {name: [s for s in STANDS_FOR if name == s or (s.endswith("_") and name.startswith(s))] for name in env}
     return {name: STANDS_FOR[max(fit, key=len)] for name, fit in sorted(starts.items()) if fit and name not in own}

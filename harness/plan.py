@@ -132,8 +132,8 @@ def plan_command(words: list[str], env: dict[str, str]) -> None:
     options, fields = parser.parse_known_args(words)
     c, _ = load_config(fields, env, options.profile)
     sys.stdout.write(plan(c, detect_runtime(env, c.dtype)).text() + "\n")
-    for name, words in strangers(env).items():
-        sys.stdout.write(f"{name} is in the environment and read by nothing; its place has {words}\n")
+    for name, place in strangers(env).items():
+        sys.stdout.write(f"{name} is in the environment and read by nothing; its place has {place}\n")
 
 
 def profiles_command(words: list[str], env: dict[str, str]) -> None:

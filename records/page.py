@@ -75,4 +75,6 @@ def picture(drawing: str) -> str:
     """A drawing as a file of its own, which a Markdown page can show: its colours come with it."""
     head, _, body = drawing.partition(">")
     space = '<rect width="100%" height="100%" style="fill:var(--card)"/>'
-    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{STYLE}</style>{space}{body}\n'
+    return (
+        f'{head} xmlns="http://www.w3.org/2000/svg"><style>{STYLE}svg{{font-family:sans-serif}}</style>{space}{body}\n'
+    )

@@ -69,8 +69,8 @@ from records.run_record import md_table
 # D documents, P peers, R resamples
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = {"data": "datasets/local", "out": "runs/peers", "seconds": "600", "eval_seconds": "600", "cores": ""}
-OPTIONS |= {"split": "0"}
+FOLDERS = {"data": "datasets/local", "out": "runs/peers"}
+OPTIONS = FOLDERS | {"seconds": "600", "eval_seconds": "600", "cores": "", "split": "0"}
 FACTS, NATS, DOCUMENTS, OUTPUT, FINISHED = "peer.json", "nats.npy", "document_nats.npy", "output.txt", "finished.json"
 OTHER_NATS = "nats.*.npy"
 NEEDED, OPTIONAL = ("bytes", "train_seconds", "eval_seconds"), ("memory",)
@@ -338,9 +338,10 @@ def compare(peers: list[Peer], terms: Terms, text: Text) -> list[Result]:
 
 
 def split_summaries(results: list[Result], text: Text, first: int) -> list[str]:
-    parts = {f"the first {first}": slice(None, first), "the others": slice(first, None)} if first else {}
-    rows = {name: len(text.nbytes[part]) for name, part in parts.items()}
-    return [f"{name} ({rows[name]:,} documents)\n\n{summary(results, text.nbytes, parts[name])}" for name in parts]
+    """Of the first documents and of the others; none where 0 are the first."""
+    parts = {f"the first {first}": slice(first), "the others": slice(first, None)} if first else {}
+    tables = {f"{name} ({len(text.nbytes[part]):,} documents)": part for name, part in parts.items()}
+    return [f"{title}\n\n{summary(results, text.nbytes, part)}" for title, part in tables.items()]
 
 
 def report(text: Text, results: list[Result], terms: Terms) -> str:

@@ -294,17 +294,8 @@ def test_longer_documents_weigh_more_and_one_document_has_no_interval():
 
 
 def test_ours_beats_uniform_and_has_the_very_score_of_the_run(tmp_path, data):
-    words = [
-        "--profile",
-        "tiny",
-        "--modes",
-        "chunked,stream",
-        "layers=A",
-        "max_steps=8",
-        "matrix_lr=0.05",
-        "reserve_seconds=9",
-    ]
-    ours(Task(data, tmp_path, 300.0, 42), words)
+    fields = ["layers=A", "max_steps=8", "matrix_lr=0.05", "reserve_seconds=9"]
+    ours(Task(data, tmp_path, 300.0, 42), ["--profile", "tiny", "--modes", "chunked,stream", *fields])
     run, text = open_run(tmp_path / "run"), Text(data)
     reading = text.read(tmp_path)
     score = bits_per_byte(reading.documents, text.nbytes)

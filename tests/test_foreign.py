@@ -1,6 +1,7 @@
 """Whoever brings the launcher of another trainer is told which of its variables nothing reads."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -13,8 +14,7 @@ FIELDS = {field.name for field in dataclasses.fields(Config)}
 
 def test_what_stands_for_a_variable_is_a_field_and_what_it_may_hold_exists():
     for words in WORDS:
-        field, _, more = words.partition(",")
-        name = field.partition("=")[0].partition(":")[0]
+        name, more = re.split(r"[,=:]|$", words, maxsplit=1)
         assert name in FIELDS | {"nothing"}, words
         table = {"parts": PARTS, "eval_modes": EVAL_MODES}.get(name, ())
         assert all(held in table for held in more.partition("may hold ")[2].replace(" or ", " ").split()), words
@@ -37,9 +37,7 @@ def test_the_longest_beginning_decides(variable, said):
 
 
 def test_our_own_names_and_those_of_nobody_are_left_alone():
-    assert (
-        strangers({"MATRIX_LR": "0.02", "TTT_LR": "0.1", "SHARED_BLOCKS": "2", "PATH": "/bin", "MODEL_DIMS": "3"}) == {}
-    )
+    assert strangers(dict.fromkeys(("MATRIX_LR", "TTT_LR", "SHARED_BLOCKS", "PATH", "MODEL_DIMS"), "2")) == {}
 
 
 def test_plan_and_preflight_name_them(capsys):
@@ -47,6 +45,4 @@ def test_plan_and_preflight_name_them(capsys):
     assert "MODEL_DIM is in the environment and read by nothing; its place has dim\n" in capsys.readouterr().out
     main(["preflight", "--profile", "tiny"], {"TTT_ENABLED": "1"})
     told = capsys.readouterr().out
-    assert (
-        "warn  environment   TTT_ENABLED. Nothing reads it; its place has eval_modes, which may hold ttt or all" in told
-    )
+    assert "warn  environment   TTT_ENABLED. Nothing reads it; its place has eval_modes" in told

@@ -3,9 +3,9 @@
     python run_scripts/peers/ours.py [--modes stream,counts] [--script FILE] [--profile local] [FIELD=VALUE ...]
 
 Its score is that of the last mode, the others are rows of their own. The script is train_gpt.py or one packed from it,
-which brings its profile and its modes, these among them. Training
-is the loop and all that reads training tokens after it, for which reserve_seconds must be enough; the file is all it
-ships. The nats are those of the finished evaluation's journal, and must give the very score that the run recorded.
+which brings its profile and its modes, these among them. Training is the loop and all that reads training tokens after
+it, for which reserve_seconds must be enough; the file is all it ships. The nats are those of the finished evaluation's
+journal, and must give the very score that the run recorded.
 """
 
 import argparse
