@@ -6,7 +6,8 @@ The script is run as run_scripts/peers/public.py runs it, in fp32 on CPU, with r
 given the weights that it built, and the windows that it read; then the losses are printed, smoothed over 20 steps. The
 recipes differ in Muon: ours makes rows equal before it makes them orthogonal, takes the queries, keys and values of a
 layer for one matrix, and finds the orthogonal one by other coefficients. So our model is trained twice, and the second
-time by the script's Muon; what is left then should be rounding.
+time by the script's Muon. What is left then is not rounding alone: our layers read activations that are damped by the
+root of their depth, which no field switches off.
 """
 
 import re
