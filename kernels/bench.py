@@ -1,6 +1,6 @@
 """Every operation: checked against its float64 definition, then timed beside what else one would use.
 
-    python -m kernels.bench [OP ..]         # koopman capsule walsh haar wht loss ternary packed; all if none
+    python -m kernels.bench [OP ..]         # koopman capsule memory walsh haar wht loss ternary packed; all if none
         --json FILE                         # keep the rows
         --checks                            # check only: odd shapes, poisoned memory, the same bits twice
         --times                             # time only, what another process checks
@@ -36,6 +36,7 @@ from kernels.hadamard import (
     wht_reference,
 )
 from kernels.loss import softcap_ce, softcap_ce_reference
+from kernels.memory import memory_reference, memory_scan
 from kernels.scan import koopman_reference, koopman_scan
 from kernels.ternary import ternary_grid, ternary_matmul_packed, ternary_pack, ternary_project, ternary_value
 
@@ -62,6 +63,19 @@ def capsule_inputs(B, T, H, C, d, dtype, device):
     return r, p, u, loga, start, s0
 
 
+def memory_inputs(B, T, H, d, device):
+    q, k, v = (torch.randn(B, T, H, d, device=device) for _ in range(3))
+    keep, momentum, rate = (torch.randn(B, T, H, device=device) for _ in range(3))
+    start = torch.rand(B, T, device=device) < 0.01
+    rates = F.logsigmoid(keep + 4), F.logsigmoid(momentum + 2), torch.sigmoid(rate - 2)
+    return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, *rates, start
+
+
+def _memory(scan, *args):
+    y, state = scan(*args, chunk=32)
+    return y, state["memory"]
+
+
 def walsh_inputs(B, T, D, dtype, device):
     pos = torch.arange(T, device=device).expand(B, T) % 700
     return torch.randn(B, T, D, device=device, dtype=dtype), walsh_signs(torch.arange(D, device=device) % 16, 4), pos
@@ -83,6 +97,10 @@ def packed_inputs(M, N, K, dtype, device):
 
 def _loss_definition(logits, targets, cap):
     return softcap_ce_reference(logits, targets, cap)[:2]
+
+
+def _memory_definition(*args):
+    return _memory(memory_reference, *args)
 
 
 def _packed_definition(x, planes, factor, row):
@@ -150,6 +168,9 @@ def check_cases(dtype, device):
             (x,),
             True,
         )
+        if dtype == torch.float32:
+            sides = partial(_memory, memory_scan), _memory_definition
+            yield f"memory T={T}", *sides, memory_inputs(2, T, 2, 20, device), True
         gates = torch.randn(2, T, 2, 7, device=device).softmax(-1).to(dtype)
         yield f"haar T={T}", partial(causal_haar, pos=pos), partial(causal_haar_reference, pos=pos), (x, gates), True
     for block in (2, 16, 64, 128):
@@ -277,6 +298,11 @@ def capsule_sides(args, backward):
     return out | _sides({"fla simple": fla_simple}, (p, r, u, loga.mean(-1)), torch.randn_like(u), backward)
 
 
+def memory_sides(args, backward):
+    sides = {"ours": partial(_memory, memory_scan)} | ({} if args[0].is_cuda else {"loop": _memory_definition})
+    return _sides(sides, args, torch.randn_like(args[2]), backward)
+
+
 def walsh_sides(args, backward):
     x, signs, pos = args
     back = torch.arange(16, device=x.device)
@@ -371,6 +397,10 @@ def bench_cases(device):
             for back in (False, True):
                 inputs = partial(koopman_inputs, B, T, S, dtype, device)
                 yield "koopman", f"B{B} T{T} S{S}", inputs, koopman_sides, back, (12 if back else 4) * n
+    B, T, H = (32, 2048, 12) if cuda else (4, 512, 4)
+    for back in (False, True):
+        inputs = partial(memory_inputs, B, T, H, 64, device)
+        yield "memory", f"B{B} T{T} H{H} d64", inputs, memory_sides, back, (8 if back else 4) * B * T * H * 64 * 4
     for B, T, H in [(32, 2048, 12), (2, 16384, 12)] if cuda else [(4, 1024, 4)]:
         n = B * T * H * (64 + 16 * 2) * size
         for back in (False, True):
@@ -479,7 +509,8 @@ def bench_arguments(argv):
     parser = argparse.ArgumentParser(
         prog="python -m kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("operations", nargs="*", help="koopman capsule walsh haar wht loss ternary packed; all if none")
+    operations = "koopman capsule memory walsh haar wht loss ternary packed; all if none"
+    parser.add_argument("operations", nargs="*", help=operations)
     parser.add_argument("--json", help="write everything to this file")
     parser.add_argument("--checks", action="store_true", help="check only")
     parser.add_argument("--times", action="store_true", help="time only")

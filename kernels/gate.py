@@ -27,6 +27,7 @@ from kernels.hadamard import (
     wht_triton,
 )
 from kernels.loss import softcap_ce_backward_triton, softcap_ce_forward_triton
+from kernels.memory import memory_pass_triton
 from kernels.scan import koopman_backward_triton, koopman_forward_triton
 from kernels.ternary import TERNARY_RULES, ternary_packed_triton, ternary_project_triton
 
@@ -98,6 +99,9 @@ def gate_launches():
         x, planes = _meta(16, D, dtype=dtype), _meta(4 * D, D // 4, dtype=torch.uint8)
         factor, row = _meta(4 * D, D // 128, dtype=torch.uint8), _meta(4 * D, dtype=torch.float16)
         yield name, lambda x=x, planes=planes, factor=factor, row=row: ternary_packed_triton(x, planes, factor, row)
+    shapes = (64, 3), (64, d, 2 * d), (64, d, 2 * d), (d, 2 * d)
+    memory = [_meta(B * H, *shape, dtype=fp32) for shape in shapes]
+    yield "fp32", lambda: [memory_pass_triton(*memory, reverse) for reverse in (False, True)]
     for K in (D, 4 * D):
         for rule in TERNARY_RULES:
             w = _meta(12, D, K, dtype=fp32)

@@ -1,17 +1,26 @@
-"""The chunked memory is the token-by-token one, in pieces too, and forgets at a document's start."""
+"""The chunked memory is the token-by-token one, in pieces too, and forgets at a document's start; so is its kernel."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.memory import memory_reference, memory_scan, memory_statistics
+from kernels.memory import (
+    memory_pass,
+    memory_pass_op,
+    memory_pass_reference,
+    memory_pass_triton,
+    memory_reference,
+    memory_scan,
+    memory_statistics,
+)
+from tests.kernel_proofs import Guard, double, gradients, guarded, relative, widened
 
-B, H, D = 2, 2, 4
+B, H, D, K = 2, 2, 4, 6
 
 
 def tokens(T, seed=0, starts=True):
     draw = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(B, T, H, D, generator=draw, dtype=torch.float64) for _ in range(3))
+    q, k, v = (torch.randn(B, T, H, n, generator=draw, dtype=torch.float64) for n in (K, K, D))
     keep, momentum, rate = (torch.randn(B, T, H, generator=draw, dtype=torch.float64) for _ in range(3))
     start = torch.zeros(B, T, dtype=torch.bool)
     if starts:
@@ -68,11 +77,63 @@ def test_nothing_crosses_a_start_and_nothing_comes_from_later():
 
 def test_what_was_shown_is_recalled():
     """One key shown again and again with one value, without forgetting: reading it gives the value."""
-    k = F.normalize(torch.randn(1, 1, 1, D, dtype=torch.float64), dim=-1).expand(1, 400, 1, D)
+    k = F.normalize(torch.randn(1, 1, 1, K, dtype=torch.float64), dim=-1).expand(1, 400, 1, K)
     v = torch.randn(1, 1, 1, D, dtype=torch.float64).expand(1, 400, 1, D)
     rates = torch.full((1, 400, 1), 0.05, dtype=torch.float64)
     y, _ = memory_scan(k, k, v, rates * 0, (rates * 0 + 0.5).log(), rates, torch.zeros(1, 400, dtype=torch.bool), 8)
     assert torch.allclose(y[0, -1], v[0, -1], atol=1e-3) and not torch.allclose(y[0, 5], v[0, 5], atol=1e-1)
+
+
+def chunk_inputs(rows, N, d, K, dtype=torch.float32):
+    """What chunks make of memory and pace: they fade, and forget a part of what they know."""
+    draw = torch.Generator().manual_seed(1)
+    factors = torch.rand(rows, N, 3, generator=draw)
+    forgotten, added = (torch.randn(rows, N, n, 2 * K, generator=draw) / K for n in (K, d))
+    return [x.to(dtype) for x in (factors, forgotten, added, torch.randn(rows, d, 2 * K, generator=draw))]
+
+
+def pass_truth(args, weight):
+    """States and gradients of the definition in float64."""
+    (states,), grads = gradients(lambda *x: [memory_pass_reference(*x)], [double(x) for x in args], [weight.double()])
+    return [states, *grads]
+
+
+def pass_triton(args, weight):
+    states = memory_pass_triton(*args, False)
+    flow = memory_pass_triton(*args[:2], weight[:, :-1], weight[:, -1], True)
+    return states, flow
+
+
+SHAPES = [(1, 1, 3, 1), (3, 5, 20, 7), (2, 9, 16, 16), (1, 3, 33, 40)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_pass_over_chunks_is_its_definition_with_every_gradient(shape):
+    args = [x[None] for x in chunk_inputs(*shape, dtype=torch.float64)]
+    weight = torch.randn(1, shape[0], shape[1] + 1, shape[2], 2 * shape[3], dtype=torch.float64)
+    (states,), grads = gradients(lambda *x: [memory_pass(*x)], args, [weight])
+    assert all(close(a, b) for a, b in zip([states, *grads], pass_truth(args, weight)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_triton_agrees_inside_its_buffers(monkeypatch, shape):
+    args = chunk_inputs(*shape)
+    weight = torch.randn(shape[0], shape[1] + 1, shape[2], 2 * shape[3])
+    truth = pass_truth(args, weight)
+    guard = Guard(monkeypatch)
+    states, flow = pass_triton([guarded(x) for x in args], guarded(weight))
+    assert guard.intact() and relative(states, truth[0]) < 1e-6
+    assert relative(flow[:, 1:], truth[3]) < 1e-6 and relative(flow[:, 0], truth[4]) < 1e-6
+    again = pass_triton([widened(x) for x in args], widened(weight))
+    assert torch.equal(again[0], states) and torch.equal(again[1], flow)
+
+
+def test_opcheck_finds_a_clean_operator_and_one_graph():
+    args = [x.requires_grad_() for x in chunk_inputs(2, 3, 4, 5)]
+    torch.library.opcheck(memory_pass_op, (*args, False))
+    inputs, start = tokens(29)
+    compiled = torch.compile(memory_scan, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs, start, 8)[0], memory_scan(*inputs, start, 8)[0])
 
 
 def test_statistics_tell_how_many_directions_a_memory_holds():

@@ -21,11 +21,11 @@ from train_gpt import MIXERS, load_config
 ROOT = Path(__file__).resolve().parent.parent
 PROFILE = "skc_competition"
 LETTERS = {  # two layers at the profile's width, and the kernels that a step then holds
-    "A": ({"flex_attention": 2, "skc.rotary.default": 1}, []),
-    "K": ({"skc.koopman_scan.default": 2}, []),
-    "S": ({"skc.capsule_scan.default": 2, "skc.causal_walsh.default": 2}, []),
-    "W": ({"skc.causal_haar.default": 2}, []),
-    "M": ({"flex_attention": 2, "skc.rotary.default": 1}, ["seq_len=256"]),  # unrolled: longer takes minutes to trace
+    "A": {"flex_attention": 2, "skc.rotary.default": 1},
+    "K": {"skc.koopman_scan.default": 2},
+    "S": {"skc.capsule_scan.default": 2, "skc.causal_walsh.default": 2},
+    "W": {"skc.causal_haar.default": 2},
+    "M": {"flex_attention": 2, "skc.rotary.default": 1, "skc.memory_pass.default": 2},
 }
 
 pytestmark = [
@@ -62,11 +62,11 @@ def test_every_letter_has_a_trace():
 def test_two_layers_of_each_letter(letters):
     words = []
     for letter in letters:
-        words += ["+", PROFILE, "eval_modes=chunked", f"layers={2 * letter}", *LETTERS[letter][1]]
+        words += ["+", PROFILE, "eval_modes=chunked", f"layers={2 * letter}"]
     rows = lines("trace", "--json", *words[1:])
     assert [row["faults"] for row in rows] == [[]] * len(letters)
     for letter, row in zip(letters, rows):
-        assert row["own"] == LETTERS[letter][0] | {"skc.softcap_ce.default": 1}
+        assert row["own"] == LETTERS[letter] | {"skc.softcap_ce.default": 1}
 
 
 SEEN = [
