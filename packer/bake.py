@@ -91,6 +91,8 @@ def bake(units, b):
     constants, table = module_constants(units), assignment(units, "PROFILES")
     b.fields, text = config_fields(units, constants), profile_text(table, b.profile, constants)
     apply_profile(b.fields, text, table)
+    for name in b.structure.keys() - b.switched_on:  # nobody can set it: what it was for need not be told
+        b.fields[name].node.value.args[1] = ast.Constant("fixed")
     values = {"PROFILES": {b.profile: text}, "DEFAULT_PROFILE": b.profile, "FIXED": b.structure}
     for name, value in values.items():
         node = assignment(units, name)
