@@ -68,6 +68,7 @@ from optim.families import Family, family_rows
 from optim.gradients import GradientBuckets, GradientSum
 from optim.masters import FlooredGroup, MasterGroup, clip_gradients
 from optim.rules import AdamW, Lion, Muon, SoapMuon
+from optim.schedules import SCHEDULES, scheduled
 from runtime.checkpoints import find_checkpoint, trained_before, write_checkpoint
 from runtime.clock import Clock
 from runtime.fields import (
@@ -84,6 +85,7 @@ from runtime.fields import (
     structural,
 )
 from runtime.log import Log, require_unused
+from runtime.profiles import PROFILES
 from runtime.progress import Progress, Step, Trace, memory_in_use
 from runtime.ranks import Runtime, agree, detect_runtime, mean_over_ranks, require_same
 from runtime.signals import StopSignals, announce_rank
@@ -109,6 +111,7 @@ PARTS = {  # optional parts of the model, switched on by naming them in `parts`
     "cautious": "weights decay only where the update shrinks them as well",
     "even": "the weight average is of the last `ema` of the run, in which all weights count the same",
     "fill": "embeddings ship in finer or coarser steps than they train in, so that the file fills the cap",
+    "poly": "memory: keys and queries with their squares",
     "untied": "the head has a matrix of its own",
     "plain": "the least code: no fused loss, no buckets of gradients, no entropy coder but brotli's",
     "counts": "the file holds n-gram counts of the training text, in the bytes that the network leaves",
@@ -136,6 +139,9 @@ class Config:
     state: int = free(0, "state width S of a Koopman mixer; 0 is D")
     slots: int = free(16, "capsules C per head", least=1)
     mix_rank: int = free(4, "rank of the read-out coupling of Koopman channels and capsules", least=1)
+    memory_chunks: tuple[str, ...] = structural(("0:32",), "progress:tokens between two looks of a memory at itself")
+    memory_floor: float = free(0.1, "least share of the memory beside its attention", most=1)
+    memory_gate: float = free(0.3, "of the rest, its share at first", least=1e-3, most=0.999)
     streams: int = structural(1, "residual streams N, 1 or 2", least=1, most=2)
     parallel_from: int = structural(0, "from this layer on the mixer reads stream 0, the MLP stream 1; 0 is never")
     loop: tuple[int, ...] = structural((), "first and last layer of the segment that repeats, and its passes")
@@ -155,6 +161,7 @@ class Config:
     z_loss: float = free(0.0, "weight of logsumexp squared")
     label_smoothing: float = structural(0.0, "share of the target spread over the vocabulary", most=1)
     entropy_loss: float = structural(0.0, "weight of the output's entropy, which training then raises")
+    memory_loss: float = structural(0.0, "weight of a loss that opens the gates of memories")
     mtp_heads: int = structural(0, "heads that predict tokens t+2 and on while training; they do not ship")
     # quantisation
     weight_codec: str = structural("ternary", "codec of the matrices", "GRIDS")
@@ -188,6 +195,7 @@ class Config:
     seq_len: int = free(512, "tokens per training sequence T", least=1)
     seq_schedule: tuple[str, ...] = structural((), "progress:length of shorter sequences, as 0:128,0.5:512")
     batch_tokens: int = free(8192, "tokens per optimizer step over all ranks", resumable=True, least=1)
+    batch_schedule: tuple[str, ...] = structural((), "progress:tokens of smaller steps, as 0:2048,0.5:8192")
     micro_tokens: int = free(8192, "tokens per forward pass of one rank", resumable=True, least=1)
     max_steps: int = free(0, "stop after this many steps; 0 is no limit", resumable=True)
     max_seconds: float = free(600.0, "stop after this much training time; 0 is no limit", resumable=True)
@@ -242,40 +250,6 @@ class Config:
         return self.shared_blocks or self.depth
 
 
-PROFILES = {  # what one would type after the name of the program
-    "default": "",
-    "tiny": """
-        layers=AKS dim=64 heads=4 kv_heads=2 vocab=64 mlp_mult=2 rope_dims=8 slots=4 group=32 seq_len=32
-        batch_tokens=256 micro_tokens=256 max_steps=8 max_seconds=0 log_every=2 eval_lanes=2 eval_stride=8
-        dtype=float32 eval_modes=chunked,stream data=datasets/tiny
-    """,
-    "local": """
-        layers=AKSK parts=reset,unet,smear,null,spectral,qat,counts dim=128 heads=2 kv_heads=1 mlp_mult=3 seq_len=512
-        batch_tokens=4096 micro_tokens=4096 max_seconds=120 reserve_seconds=34 decay=0.3 z_loss=0.0001 softcap=15
-        eval_modes=chunked,stream,counts eval_lanes=1 code_bytes=56000 matrix_lr=0.015 embed_lr=0.01
-    """,
-    "baseline": """
-        layers=AAAAAAAAA parts=unet,plain dim=512 heads=8 kv_heads=4 vocab=1024 mlp_mult=2 activation=relu2
-        conv_taps=0 rope_dims=64 weight_codec=int8 embed_codec=int8 matrix_lr=0.04 embed_lr=0.05 scalar_lr=0.04
-        gate_lr=0.04 decay=0.1 seq_len=1024 batch_tokens=524288 micro_tokens=65536 max_seconds=600
-        eval_modes=sliding eval_lanes=512 eval_batch=64 data=datasets/sp1024
-    """,
-    "skc_competition": """
-        layers=AKAAKAASAAA parts=reset,unet,smear,null,xsa,gate,spectral,qat,fill dim=768 heads=12 kv_heads=4
-        vocab=8192 embed_rank=384 mix_rank=16 softcap=10 z_loss=0.0001 seq_len=2048 window=1024
-        batch_tokens=524288 micro_tokens=65536 max_seconds=600 reserve_seconds=8 eval_modes=stream,all eval_lanes=512
-        eval_batch=64 data=datasets/sp8192
-    """,
-    "frontier": """
-        layers=AAAAAAAAAAA parts=reset,unet,smear,null,xsa,gate dim=512 heads=8 kv_heads=4 vocab=8192 conv_taps=0
-        streams=2 parallel_from=8 loop=3,5,3 weight_codec=int6 embed_codec=int7 matrix_lr=0.026 embed_lr=0.03
-        scalar_lr=0.02 weight_decay=0.095 decay=0.85 lr_floor=0.1 clip_norm=0.3 ema=0.06 reserve_seconds=8
-        seq_len=2048 batch_tokens=786432 micro_tokens=98304 max_seconds=600 eval_modes=sliding
-        eval_lanes=512 eval_batch=64 data=datasets/sp8192
-    """,
-}
-
-
 def load_config(
     words: list[str], env: dict[str, str], profile: str | None = None, stored: dict | None = None
 ) -> tuple[Config, dict[str, str]]:
@@ -314,6 +288,9 @@ def check_config(c: Config) -> None:
         (len(c.experts) not in (0, 2) or (c.experts and not 1 <= c.experts[1] <= c.experts[0]),
          f"experts {c.experts}: how many there are, and how many of them a token uses, as experts=8,2"),
         (c.experts and c.shared_blocks, "experts are of the upper layers, shared blocks of all: choose one"),
+        ("M" in c.layers and (0.0 not in memory_chunks(c) or min(memory_chunks(c).values()) < 1),
+         f"memory_chunks {show_value(c.memory_chunks)}: from progress 0 on, of a token or more, as 0:128,0.7:32"),
+        (c.memory_loss and "M" not in c.layers, "memory_loss is of memories: name one in layers, M"),
         (any(length < 1 or c.seq_len % length for length in sequence_lengths(c).values()),
          f"seq_schedule {show_value(c.seq_schedule)}: lengths must divide seq_len {c.seq_len}"),
         ("carry" in c.parts and c.seq_schedule, "part carry goes on from window to window: leave seq_schedule empty"),
@@ -538,14 +515,13 @@ class Wavefield(Part):
 class Memory(Part):
     """M: attention, and beside it a matrix per head that keeps learning what surprises it."""
 
-    CHUNK = 32
-
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.c, self.near = c, Attention(c, layer)
         self.qkv = Linear(c.dim, 3 * c.dim)
         self.rates = Linear(c.dim, 3 * c.heads, "control")
-        self.gate = Gate(rates=torch.tensor([[4.0], [2.0], [0.0]]), mix=torch.full((c.dim,), math.log(0.3 / 0.7)))
+        mix = torch.full((c.dim,), math.log(c.memory_gate / (1 - c.memory_gate)))
+        self.gate = Gate(rates=torch.tensor([[4.0], [2.0], [0.0]]), mix=mix)
         self.out = Linear(c.dim, c.dim, std=0.0)
 
     def forward(self, x, ctx, state):
@@ -554,14 +530,24 @@ class Memory(Part):
         near, near_state, aux = self.near(x, ctx, old["near"])
         q, k, v = self.qkv(x).reshape(B, T, 3, c.heads, -1).float().unbind(2)
         keep, momentum, rate = (self.rates(x).reshape(B, T, 3, c.heads).float() + self.gate.rates).unbind(2)
-        most = q.shape[-1] / (2 * self.CHUNK) * torch.sigmoid(-momentum)  # so that a chunk cannot diverge
+        chunk = ctx.phase.memory_chunk
+        most = v.shape[-1] / (2 * chunk) * torch.sigmoid(-momentum)  # so that a chunk cannot diverge
         rates = F.logsigmoid(keep), F.logsigmoid(momentum), most * torch.sigmoid(rate)
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        y, memory = memory_scan(q, k, v, *rates, ctx.start, self.CHUNK, old["memory"])
-        f = (0.1 + 0.9 * torch.sigmoid(self.gate.mix)).to(x.dtype)  # never below 0.1: a closed gate would not reopen
-        aux |= memory_statistics(memory) | {"memory_gate": torch.sigmoid(self.gate.mix.detach()).mean()}
+        y, memory = memory_scan(self.features(q), self.features(k), v, *rates, ctx.start, chunk, old["memory"])
+        share = torch.sigmoid(self.gate.mix)
+        aux |= memory_statistics(memory) | {"memory_gate": share.detach().mean()}
+        if c.memory_loss:
+            aux["unused"] = -share.log().mean()
+        f = (c.memory_floor + (1 - c.memory_floor) * share).to(x.dtype)  # a closed gate would not reopen
         far = self.out(rms(y.to(x.dtype).flatten(2)))
         return near + f * (far - near), {"near": near_state, "memory": memory}, aux
+
+    def features(self, x):
+        """Of unit length; their squares, where they join, are what a normal variable's mean leaves of them."""
+        if "poly" in self.c.parts:
+            x = rms(x)
+            x = torch.cat([x, (x.square() - 1) * 0.5**0.5], -1)
+        return F.normalize(x, dim=-1)
 
 
 MIXERS = {"A": Attention, "K": Koopman, "S": Capsules, "W": Wavefield, "M": Memory}
@@ -652,8 +638,9 @@ class GPT(Part):
             terms["smooth"] = c.label_smoothing, (lse - more[0]).mean() - plain
             terms["entropy"] = -c.entropy_loss, more[1].mean()
         if c.experts:
-            balance = [value for name, value in aux.items() if name.endswith(".balance")]
-            terms["balance"] = (0.01, sum(balance) / len(balance)) if balance else (0.0, plain * 0)
+            terms["balance"] = 0.01, mean_of(aux, ".balance", plain * 0)
+        if c.memory_loss:
+            terms["unused"] = c.memory_loss, mean_of(aux, ".unused", plain * 0)
         if c.mtp_heads:
             terms["mtp"] = 0.2, self.ahead_loss(x, targets)
         total = plain + sum(weight * value for weight, value in terms.values() if weight)
@@ -756,6 +743,12 @@ class GPT(Part):
     def linears(self) -> dict[str, nn.Module]:
         """Places an adapter may sit."""
         return {name: m for name, m in self.blocks.named_modules() if isinstance(m, Linear)}
+
+
+def mean_of(aux: dict, name: str, none: torch.Tensor) -> torch.Tensor:
+    """Over all layers that have it."""
+    values = [value for key, value in aux.items() if key.endswith(name)]
+    return sum(values) / len(values) if values else none
 
 
 CONTROLS = ("vector", "gate")
@@ -871,8 +864,12 @@ class Data:
     """Training windows on their way to the device."""
 
     def __init__(self, c: Config, rt: Runtime):
-        self.accumulate, self.counting = accumulation(c, rt), None
+        self.passes, self.counting, self.window = accumulation(c, rt), None, c.seq_len * rt.world
         self.feed = Feed(training_windows(c, rt, c.seed), c.micro_tokens // c.seq_len, rt.device)
+
+    def tokens(self) -> int:
+        """All that were trained on, over all ranks."""
+        return self.feed.position * self.window
 
 
 def training_windows(c: Config, rt: Runtime, seed: int):
@@ -881,28 +878,17 @@ def training_windows(c: Config, rt: Runtime, seed: int):
     return order(shard_paths(c.data, "train"), c.seq_len, seed, rt.rank, rt.world, c.vocab, spare)
 
 
-def accumulation(c: Config, rt: Runtime) -> int:
-    """Forward passes of one rank in one optimizer step."""
-    share = c.micro_tokens * rt.world
-    if c.batch_tokens % share:
-        raise ValueError(f"batch_tokens {c.batch_tokens}: not a multiple of micro_tokens x ranks, {share}; change one")
-    return c.batch_tokens // share
+def accumulation(c: Config, rt: Runtime) -> list[int]:
+    """Forward passes of one rank in one optimizer step, by phase."""
+    share, batches = c.micro_tokens * rt.world, [phase.batch_tokens for phase in phases(c)]
+    for n in batches:
+        if n < 1 or n % share:
+            name = "batch_schedule" if c.batch_schedule else "batch_tokens"
+            raise ValueError(f"{name} {n}: not a multiple of micro_tokens x ranks, {share}; change one")
+    return [n // share for n in batches]
 
 
 # ── Schedule ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-SCHEDULES = {  # of progress, from 1 down to 0
-    "wsd": lambda c, progress: min(1.0, (1 - progress) / max(c.decay, 1e-9)),
-    "wsc": lambda c, progress: 0.5 * (1 + math.cos(math.pi * max(0.0, 1 - (1 - progress) / max(c.decay, 1e-9)))),
-    "cosine": lambda c, progress: 0.5 * (1 + math.cos(math.pi * progress)),
-}
-
-
-def scheduled(c: Config, progress: float) -> float:
-    """The multiplier of every rate: warm up, then the schedule down to the floor."""
-    warm = min(1.0, (progress + 1e-3) / max(c.warmup, 1e-3))
-    return warm * (c.lr_floor + (1 - c.lr_floor) * SCHEDULES[c.schedule](c, progress))
 
 
 class Phase(NamedTuple):
@@ -912,22 +898,33 @@ class Phase(NamedTuple):
     looping: bool
     routing: bool  # of tokens to experts
     seq_len: int  # a window is cut into rows of this length
+    batch_tokens: int
+    memory_chunk: int
 
 
 def phases(c: Config) -> list[Phase]:
     """The last one is what training ends with, and what evaluation runs."""
-    lengths = {0.0: c.seq_len} | sequence_lengths(c)
+    lengths, chunks = {0.0: c.seq_len} | sequence_lengths(c), memory_chunks(c)
+    batches = {0.0: c.batch_tokens} | parse_pairs("batch_schedule", c.batch_schedule, "progress and tokens")
     late = [c.loop_start] * bool(c.loop) + [c.moe_start] * bool(c.experts)
     return [
         Phase(at, looping=bool(c.loop) and at >= c.loop_start, routing=bool(c.experts) and at >= c.moe_start,
-              seq_len=lengths[max(t for t in lengths if t <= at)])
-        for at in sorted({*lengths, *late})
+              seq_len=latest(lengths, at), batch_tokens=latest(batches, at), memory_chunk=latest(chunks, at))
+        for at in sorted({*lengths, *batches, *chunks, *late})
     ]  # fmt: skip
+
+
+def latest(pairs: dict[float, int], at: float) -> int:
+    return pairs[max(start for start in pairs if start <= at)]
 
 
 def sequence_lengths(c: Config) -> dict[float, int]:
     """Progress -> length from there on."""
     return parse_pairs("seq_schedule", c.seq_schedule, "progress and length, as 0:128,0.5:512")
+
+
+def memory_chunks(c: Config) -> dict[float, int]:
+    return parse_pairs("memory_chunks", c.memory_chunks, "progress and tokens, as 0:128,0.7:32")
 
 
 def phase_at(c: Config, progress: float) -> int:
@@ -960,7 +957,7 @@ def train(c: Config, rt: Runtime, run: Run, val: Validation, log: Log) -> dict:
     with log.phase("warmup"):
         warm_up(c, rt, run, loss)
     bits, mean = 1 / math.log(2) / val.bytes_per_token, partial(mean_over_ranks, rt.ranks)
-    progress = Progress(log, c.batch_tokens, bits, mean, [name for name, _, _ in family_rows(model)])
+    progress = Progress(log, bits, mean, [name for name, _, _ in family_rows(model)])
     trace = Trace(log, c.profile_steps)
     model.train()
     with log.phase("train"), StopSignals() as stop:
@@ -976,7 +973,7 @@ def train(c: Config, rt: Runtime, run: Run, val: Validation, log: Log) -> dict:
             norms = optimizer.step(share, clock.step)
             log.step = clock.step = clock.step + 1
             trace.step(clock.step)
-            progress.add(Step(clock.step, share, origin, parts, norms))
+            progress.add(Step(clock.step, share, data.tokens(), origin, parts, norms))
             if clock.step % c.log_every == 0:
                 progress.report(clock.elapsed, optimizer.last_multiplier, ternary_weights(c, optimizer))
             between_steps(c, rt, run, val, log)
@@ -987,8 +984,7 @@ def train(c: Config, rt: Runtime, run: Run, val: Validation, log: Log) -> dict:
     log.status = "killed" if stopped else "finished"
     model.phase = len(phases(c)) - 1
     facts = {"status": log.status, "train_loss": progress.loss, "steps": clock.step, "train_seconds": clock.seconds}
-    tokens = clock.step * c.batch_tokens
-    return facts | {"tokens": tokens, "tokens_per_second": tokens / max(clock.seconds, 1e-9)}
+    return facts | {"tokens": data.tokens(), "tokens_per_second": data.tokens() / max(clock.seconds, 1e-9)}
 
 
 def between_steps(c: Config, rt: Runtime, run: Run, val: Validation, log: Log) -> None:
@@ -1006,14 +1002,14 @@ def between_steps(c: Config, rt: Runtime, run: Run, val: Validation, log: Log) -
 
 def accumulate(model: GPT, loss: Callable, data: Data, buckets: GradientBuckets):
     """Gradients of one optimizer step, averaged over ranks; the mean of each part of the loss, still on the device."""
-    sums, origins = {}, []
-    for i in range(data.accumulate):
+    sums, origins, passes = {}, [], data.passes[model.phase]
+    for i in range(passes):
         windows, origin = data.feed.next()
         total, parts, model.carried = loss(windows[:, :-1], windows[:, 1:], model.carried)
-        if i == data.accumulate - 1:
+        if i == passes - 1:
             buckets.arm()
-        (total / data.accumulate).backward()
-        sums = {name: sums.get(name, 0.0) + value.detach() / data.accumulate for name, value in parts.items()}
+        (total / passes).backward()
+        sums = {name: sums.get(name, 0.0) + value.detach() / passes for name, value in parts.items()}
         origins += origin
     buckets.finish()
     return sums, origins

@@ -55,7 +55,8 @@ def by_flops(c: Config, rate: float, tokens: int) -> Costs:
     token = flops_per_token(c) / (EFFICIENCY * rate)  # a forward pass is a third of it
     passes = {mode: MODE_PASSES.get(mode, c.seq_len / c.eval_stride) for mode in c.eval_modes}
     seconds = {mode: tokens * each * token / 3 for mode, each in passes.items()}
-    return Costs([(0.0, token * c.batch_tokens)], seconds, "guessed from the matmul rate", sure=False)
+    steps = [(phase.start, token * phase.batch_tokens) for phase in phases(c)]
+    return Costs(steps, seconds, "guessed from the matmul rate", sure=False)
 
 
 def measured(c: Config, rt: Runtime, seconds: float) -> Costs:

@@ -12,7 +12,7 @@ import torch
 from eval.modes import EVAL_MODES, EngramReader, groups_per_rank, mode_settings
 from harness.costs import Costs
 from harness.round_costs import Work, round_costs
-from train_gpt import GPT, Config, eval_settings, flops_per_token
+from train_gpt import GPT, Config, eval_settings, flops_per_token, phases
 
 COUNTED = 64  # tokens of a window that is counted; a longer one does as much a token
 TRAINING = 0.5  # of these products: a step moves bytes for as long as it multiplies
@@ -86,5 +86,6 @@ def planned(c: Config, name: str, tokens: int, world: int) -> Costs:
     machine, model = MACHINES[name], GPT(c).eval()
     model.dtype = torch.bfloat16
     modes = {mode: mode_rounds(c, model, mode, tokens, world).seconds(machine) for mode in c.eval_modes}
-    step = c.batch_tokens * flops_per_token(c) / (TRAINING * machine.flops * world)
-    return Costs([(0.0, step)], modes, f"counted, at {machine.said()} of {name}", sure=True)
+    token = flops_per_token(c) / (TRAINING * machine.flops * world)
+    steps = [(phase.start, token * phase.batch_tokens) for phase in phases(c)]
+    return Costs(steps, modes, f"counted, at {machine.said()} of {name}", sure=True)

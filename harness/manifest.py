@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from harness.verdict import VERDICTS
 from runtime.fields import nearest, show_value
-from train_gpt import DEFAULT_PROFILE, Config, check_config, flops_per_token, load_config
+from train_gpt import DEFAULT_PROFILE, Config, check_config, flops_per_token, load_config, phases
 
 Fields = dict[str, str]  # of the trainer, as its command line takes them
 BASE = "base"
@@ -73,7 +73,7 @@ class Stage(NamedTuple):
         """The limit as fields of the trainer."""
         if self.limit == "seconds":
             return {"max_steps": 0, "max_seconds": self.amount}
-        step = {"steps": 1, "tokens": c.batch_tokens, "flops": 0}[self.limit] or step_flops(c)
+        step = {"steps": 1, "tokens": step_tokens(c), "flops": 0}[self.limit] or step_flops(c)
         if (steps := round(self.amount / step)) < 1:
             raise ValueError(f"stage {self.name}: {self.amount:g} {self.limit} are less than a step")
         return {"max_steps": steps, "max_seconds": 0}
@@ -84,7 +84,13 @@ class Stage(NamedTuple):
 
 @lru_cache
 def step_flops(c: Config) -> float:
-    return flops_per_token(c) * c.batch_tokens
+    return flops_per_token(c) * step_tokens(c)
+
+
+def step_tokens(c: Config) -> float:
+    """The mean over steps; a schedule makes some of them smaller."""
+    ends = [phase.start for phase in phases(c)[1:]] + [1.0]
+    return sum((end - phase.start) * phase.batch_tokens for phase, end in zip(phases(c), ends))
 
 
 @dataclass(frozen=True, slots=True)

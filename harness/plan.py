@@ -10,6 +10,7 @@ import torch
 from export.budget import BYTE_CAP, plan_bytes, plan_counts
 from export.counts import MIXTURE_BYTES
 from harness.foreign import strangers
+from harness.manifest import step_tokens
 from optim.families import family_rows
 from runtime.ranks import Runtime, detect_runtime
 from train_gpt import (
@@ -37,7 +38,7 @@ class Plan(NamedTuple):
     cap: int
     flops: float  # of a trained token
     activations: float  # bytes that a rank saves for the backward
-    batch_tokens: int
+    step_tokens: float
     max_steps: int
     max_seconds: float
     world: int
@@ -72,9 +73,9 @@ class Plan(NamedTuple):
         lines.append(f"FLOPs per token {self.flops:.4g} (forward and backward, all passes)")
         machines = {"this machine at half its matmul rate": self.rate / 2, "8 H100 at 30 % of peak": 8 * 0.3 * 989e12}
         for name, rate in machines.items():
-            seconds = self.flops * self.batch_tokens / rate
+            seconds = self.flops * self.step_tokens / rate
             steps = self.max_steps or int(self.max_seconds / seconds)
-            lines.append(f"{name}: {seconds:.3g} s a step, {steps:,} steps, {steps * self.batch_tokens:,} tokens")
+            lines.append(f"{name}: {seconds:.3g} s a step, {steps:,} steps, {steps * self.step_tokens:,.0f} tokens")
         return "\n".join(lines)
 
 
@@ -114,7 +115,7 @@ def plan(c: Config, rt: Runtime) -> Plan:
         cap=BYTE_CAP,
         flops=flops_per_token(c),
         activations=saved_bytes(c),
-        batch_tokens=c.batch_tokens,
+        step_tokens=step_tokens(c),
         max_steps=c.max_steps,
         max_seconds=c.max_seconds,
         world=rt.world,

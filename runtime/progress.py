@@ -19,6 +19,7 @@ class Step(NamedTuple):
 
     number: int
     progress: float
+    tokens: int  # of training so far, over all ranks
     origin: list  # where its windows came from
     parts: dict  # losses and statistics
     norms: torch.Tensor  # of every gradient, before clipping
@@ -27,8 +28,8 @@ class Step(NamedTuple):
 class Progress:
     """`mean` averages over ranks, `bits` turns nats per token into bits per byte, `names` are of parameters."""
 
-    def __init__(self, log, tokens_per_step: int, bits: float, mean, names: list[str]):
-        self.log, self.tokens_per_step, self.bits, self.mean, self.names = log, tokens_per_step, bits, mean, names
+    def __init__(self, log, bits: float, mean, names: list[str]):
+        self.log, self.bits, self.mean, self.names = log, bits, mean, names
         self.pending, self.loss, self.signs = [], math.nan, {}
 
     def add(self, step: Step) -> None:
@@ -48,7 +49,7 @@ class Progress:
         for step, loss, norm in zip(steps, losses, totals):
             self.require_finite(step, loss, norm)
         last, values = steps[-1], dict(zip(parts, table[-1].tolist()))
-        self.loss, tokens = losses[-1], last.number * self.tokens_per_step
+        self.loss, tokens = losses[-1], last.tokens
         speed, left = tokens / max(seconds, 1e-9), seconds * (1 - last.progress) / max(last.progress, 1e-9)
         self.log.text(
             f"step {last.number:6d}  loss {self.loss:.4f}  ~bpb {self.loss * self.bits:.4f}  lr x{rate:.3f}  "

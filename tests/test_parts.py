@@ -1,6 +1,8 @@
 """Optional parts, each off unless named: what it promises, and the fault that would break the promise."""
 
+import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from pytest import approx
 
 import train_gpt
 from data.shards import LaneOrder, WindowOrder
 from export.container import pack, read_manifest, unpack
 from harness.__main__ import main as harness
+from harness.manifest import step_tokens
 from optim.families import family_rows
 from tests.toys import documents, stirred, tiny, toy_dataset
 from train_gpt import (
@@ -25,6 +29,7 @@ from train_gpt import (
     Run,
     Runtime,
     accumulate,
+    accumulation,
     command_line,
     execution_order,
     load_model,
@@ -322,6 +327,56 @@ def test_the_data_position_knows_nothing_of_lengths(dataset):
     assert origins[0] == origins[1] and len(origins) == 3
 
 
+# ---- batches and memory chunks that change
+
+
+def test_batches_grow_with_progress_and_tokens_are_those_read(tmp_path, dataset):
+    words = [f"data={dataset}", f"runs={tmp_path}", "run_id=r", "layers=A", "parts=reset,qat", "eval_modes=chunked"]
+    words += ["micro_tokens=64", "batch_schedule=0:64,0.5:128", "batch_tokens=256", "max_steps=8", "log_every=1"]
+    assert command_line(["--profile", "tiny", *words]) == 0
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert result["steps"] == 8 and result["tokens"] == 4 * 64 + 4 * 128
+    told = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["tokens"] for row in told if row["kind"] == "step"] == [64, 128, 192, 256, 384, 512, 640, 768]
+
+
+def test_batches_are_whole_passes_of_all_ranks():
+    c = tiny(micro_tokens=64, batch_tokens=256, batch_schedule=("0:64", "0.25:128"))
+    assert accumulation(c, CPU) == [1, 2]
+    assert step_tokens(c) == 0.25 * 64 + 0.75 * 128
+    assert accumulation(tiny(micro_tokens=64, batch_tokens=256), CPU) == [4]
+    with pytest.raises(ValueError, match="batch_schedule 64: not a multiple of micro_tokens x ranks, 128"):
+        accumulation(c, dataclasses.replace(CPU, world=2))
+
+
+def test_a_memory_looks_at_itself_more_often_late():
+    c = tiny(layers="AM", memory_chunks=("0:16", "0.5:4"))
+    model, tokens = stirred(c), documents(c)
+    late = logits(model, tokens)
+    model.phase = 0
+    assert (logits(model, tokens) - late).abs().max() > 1e-6
+    assert torch.equal(logits(stirred(tiny(layers="AM", memory_chunks=("0:4",))), tokens), late)
+
+
+def test_a_memory_begins_with_its_gate_and_a_loss_opens_it():
+    for share in (0.01, 0.5):
+        assert GPT(tiny(layers="M", memory_gate=share)).blocks[0].mixer.gate.mix.detach().sigmoid() == approx(share)
+    model, window = GPT(tiny(layers="AM", memory_loss=0.5)), batch(2)
+    total, logged, _ = model.loss(*window)
+    assert float(total.detach() - logged["loss"]) == approx(0.5 * -math.log(0.3), rel=1e-3)
+    total.backward()
+    assert (model.blocks[1].mixer.gate.mix.grad < 0).all()  # a step opens it
+
+
+def test_squares_join_the_keys_of_a_memory():
+    plain, poly = (tiny(layers="M", parts=("reset", *more)) for more in ((), ("poly",)))
+    tokens = documents(plain)
+    assert (logits(stirred(plain), tokens) - logits(stirred(poly), tokens)).abs().max() > 1e-6
+    keys = GPT(poly).blocks[0].mixer.features(torch.randn(1000, 1, 16))
+    assert keys.shape[-1] == 32 and keys.norm(dim=-1) == approx(1, rel=1e-5)
+    assert keys[..., 16:].mean().abs() < 0.02  # they have no direction in common
+
+
 def count_graphs(c):
     """Of the compiled loss over all phases, each entered from fresh and from a carried state, and then again."""
     model, graphs = stirred(c).bfloat16().train(), []
@@ -357,6 +412,9 @@ def test_a_phase_once_compiled_is_not_compiled_again(part, counts):
         ("seq_schedule=0:7", "lengths must divide seq_len 32"),
         ("seq_schedule=8", "progress and length"),
         ("seq_schedule=0:0", "lengths must divide"),
+        ("layers=M memory_chunks=0.1:8", "memory_chunks 0.1:8: from progress 0 on"),
+        ("layers=M memory_chunks=8", "memory_chunks 8: progress and tokens"),
+        ("memory_loss=1", "name one in layers, M"),
         ("experts=2", "how many of them a token uses"),
         ("experts=2,3", "how many of them a token uses"),
         ("shared_blocks=2", "do not repeat after shared_blocks 2"),

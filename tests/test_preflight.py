@@ -44,7 +44,7 @@ def plan(dataset, **changes):
     p = Plan(
         families=[("matrix", 1_000_000, "ternary", "ternary", 200_000), ("embed", 1_000, "int6", "int6", 800)],
         counts=0,
-        code=24_000, cap=16_000_000, flops=6e6, activations=1e6, batch_tokens=1000, max_steps=0, max_seconds=600.0,
+        code=24_000, cap=16_000_000, flops=6e6, activations=1e6, step_tokens=1000, max_steps=0, max_seconds=600.0,
         world=2, device=torch.device("cpu"), rate=1e12,
         folder=dataset.parent / "runs" / "x", data=dataset, vocab=64,
     )  # fmt: skip

@@ -1,0 +1,34 @@
+"""Profiles: names for what one would type after the name of the program."""
+
+PROFILES = {
+    "default": "",
+    "tiny": """
+        layers=AKS dim=64 heads=4 kv_heads=2 vocab=64 mlp_mult=2 rope_dims=8 slots=4 group=32 seq_len=32
+        batch_tokens=256 micro_tokens=256 max_steps=8 max_seconds=0 log_every=2 eval_lanes=2 eval_stride=8
+        dtype=float32 eval_modes=chunked,stream data=datasets/tiny
+    """,
+    "local": """
+        layers=AKSK parts=reset,unet,smear,null,spectral,qat,counts dim=128 heads=2 kv_heads=1 mlp_mult=3 seq_len=512
+        batch_tokens=4096 micro_tokens=4096 max_seconds=120 reserve_seconds=34 decay=0.3 z_loss=0.0001 softcap=15
+        eval_modes=chunked,stream,counts eval_lanes=1 code_bytes=56000 matrix_lr=0.015 embed_lr=0.01
+    """,
+    "baseline": """
+        layers=AAAAAAAAA parts=unet,plain dim=512 heads=8 kv_heads=4 vocab=1024 mlp_mult=2 activation=relu2
+        conv_taps=0 rope_dims=64 weight_codec=int8 embed_codec=int8 matrix_lr=0.04 embed_lr=0.05 scalar_lr=0.04
+        gate_lr=0.04 decay=0.1 seq_len=1024 batch_tokens=524288 micro_tokens=65536 max_seconds=600
+        eval_modes=sliding eval_lanes=512 eval_batch=64 data=datasets/sp1024
+    """,
+    "skc_competition": """
+        layers=AKAAKAASAAA parts=reset,unet,smear,null,xsa,gate,spectral,qat,fill dim=768 heads=12 kv_heads=4
+        vocab=8192 embed_rank=384 mix_rank=16 softcap=10 z_loss=0.0001 seq_len=2048 window=1024
+        batch_tokens=524288 micro_tokens=65536 max_seconds=600 reserve_seconds=8 eval_modes=stream,all eval_lanes=512
+        eval_batch=64 data=datasets/sp8192
+    """,
+    "frontier": """
+        layers=AAAAAAAAAAA parts=reset,unet,smear,null,xsa,gate dim=512 heads=8 kv_heads=4 vocab=8192 conv_taps=0
+        streams=2 parallel_from=8 loop=3,5,3 weight_codec=int6 embed_codec=int7 matrix_lr=0.026 embed_lr=0.03
+        scalar_lr=0.02 weight_decay=0.095 decay=0.85 lr_floor=0.1 clip_norm=0.3 ema=0.06 reserve_seconds=8
+        seq_len=2048 batch_tokens=786432 micro_tokens=98304 max_seconds=600 eval_modes=sliding
+        eval_lanes=512 eval_batch=64 data=datasets/sp8192
+    """,
+}
