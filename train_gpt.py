@@ -54,6 +54,7 @@ from kernels.layers import (
     Site,
     Trip,
     convolution,
+    damped,
     detached,
     history,
     hold,
@@ -711,7 +712,6 @@ class GPT(Part):
         c, aux, stored = self.c, trip.aux, trip.stored
         for slot in slots:
             i, block, site = len(trip.new), self.blocks[slot.layer % c.blocks], self.sites[slot.site]
-            damp = (slot.layer + 1) ** -0.5
             if c.feedback_passes and c.halt:
                 xs = trip.entered[slot.site] = hold(ctx.rest, trip.entered.get(slot.site, xs), xs)
             alone = slot.layer % c.streams  # the stream that mixer and MLP read where they do not work side by side
@@ -721,10 +721,10 @@ class GPT(Part):
             xs = site.enter(xs, ctx.x0)
             if c.engram_layers and slot.layer in c.engram_layers:
                 xs, aux[f"layers.{i}.engram_gate"] = block.engram(xs, ctx.grams, reads[0])
-            y, trip.new[str(i)], stats = block.mixer(rms(xs[reads[0]]) * damp, ctx, trip.states.get(str(i)))
+            y, trip.new[str(i)], stats = block.mixer(damped(xs[reads[0]], slot.layer), ctx, trip.states.get(str(i)))
             ctx = ctx._replace(v_first=stats.pop("v_first", ctx.v_first))
             xs = site.add(xs, y, 0)
-            y, more = block.mlp(rms(xs[reads[1]]) * damp, ctx)
+            y, more = block.mlp(damped(xs[reads[1]], slot.layer), ctx)
             xs = site.add(xs, y, 1)
             aux.update({f"layers.{i}.{name}": value for name, value in (stats | more).items()})
             stored[slot.layer] = sum(xs) / len(xs)

@@ -47,6 +47,11 @@ def rms(x):
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
+def damped(x, layer: int):
+    """What a layer reads: the deeper it lies, the quieter."""
+    return rms(x) * (layer + 1) ** -0.5
+
+
 def after(tail, x, length: int):
     """x with the `length` rows that came before it, and the rows to keep for what comes next."""
     tail = x.new_zeros(x.shape[0], length, *x.shape[2:]) if tail is None else tail.to(x.dtype)

@@ -3,25 +3,28 @@
     python run_scripts/calibrate.py runs/public/train_gpt.py data=datasets/local [steps=200] [dim=256] [layers=9]
 
 The script is run as run_scripts/peers/public.py runs it, in fp32 on CPU, with rates that stay as they are. Our model is
-given the weights that it built, and the windows that it read; then the losses are printed, smoothed over 20 steps. The
-recipes differ in Muon: ours makes rows equal before it makes them orthogonal, takes the queries, keys and values of a
-layer for one matrix, and finds the orthogonal one by other coefficients. So our model is trained twice, and the second
-time by the script's Muon. What is left then is not rounding alone: our layers read activations that are damped by the
-root of their depth, which no field switches off.
+given the weights that it built, and the windows that it read. What is then different is named in DIFFERENCES; our model
+is trained with all of them as the script has them, with one of them at a time as we have it, and as it is. Losses are
+printed smoothed over 20 steps, ours as what they are over the script's. No field makes these choices: they are patched.
 """
 
 import re
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import kernels.layers
+import train_gpt
 from data.shards import read_tokens
 from optim.rules import Muon
 from run_scripts.peers.interface import Task
@@ -55,6 +58,11 @@ def public_losses(script: Path, steps: int, c: Config) -> tuple[dict[str, torch.
     return begun, [float(loss) for loss in told]
 
 
+def turned(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Of queries or keys, the halves of each head exchanged: the script rotates them the other way round."""
+    return rows.unflatten(0, (heads, 2, -1)).flip(1).flatten(0, 2)
+
+
 def translated(theirs: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
     """Under the names of our parameters."""
     ours = {"embed.weight": theirs["tok_emb.weight"]}
@@ -63,7 +71,9 @@ def translated(theirs: dict[str, torch.Tensor], layers: int) -> dict[str, torch.
         block = {name.removeprefix(head): value for name, value in theirs.items() if name.startswith(head)}
         ours |= {
             f"{head}mixer.gain": block["attn.q_gain"].unsqueeze(1),
-            f"{head}mixer.qkv.weight": torch.cat([block[f"attn.c_{letter}.weight"] for letter in "qkv"]),
+            f"{head}mixer.qkv.weight": torch.cat(
+                [turned(block["attn.c_q.weight"], 4), turned(block["attn.c_k.weight"], 2), block["attn.c_v.weight"]]
+            ),
             f"{head}mixer.out.weight": block["attn.proj.weight"],
             f"{head}mlp.up.weight": block["mlp.fc.weight"],
             f"{head}mlp.down.weight": block["mlp.proj.weight"],
@@ -89,20 +99,37 @@ class PublicMuon(Muon):
         return self.orthogonal(part, 5) * max(1.0, part.shape[0] / part.shape[1]) ** 0.5
 
 
-def our_losses(c: Config, weights: dict[str, torch.Tensor], steps: int, orthogonal=None) -> list[float]:
-    """On the windows that the script reads, of which the next begins behind the last token of the one before."""
-    model = GPT(c)
-    model.load_state_dict(weights, strict=True)
-    optimizer, losses = Optimizer(c, model), []
-    for group in optimizer.groups:
-        if orthogonal and group.rule is Muon:
-            group.rule = PublicMuon(c, group.names, orthogonal)
-    tokens = read_tokens(c.data, "train", c.vocab, steps * ROWS * (LENGTH + 1)).astype(np.int64)
-    for step, rows in enumerate(torch.from_numpy(tokens).view(steps, ROWS, LENGTH + 1)):
-        total, logged, _ = model.loss(rows[:, :-1], rows[:, 1:])
-        total.backward()
-        optimizer.step(step / steps, step)
-        losses.append(float(logged["loss"]))
+def plain_rms(x: torch.Tensor) -> torch.Tensor:
+    """The script's, which adds to the mean square only what float32 can tell from 1."""
+    return F.rms_norm(x, x.shape[-1:])
+
+
+DIFFERENCES = {  # from the script, beside its Muon: the names that it would have otherwise
+    "damping": {"damped": lambda x, layer: train_gpt.rms(x)},  # of what a layer reads, by its depth
+    "epsilon": {"rms": plain_rms},  # of a norm; embeddings begin at .005, whose square is .000025
+}
+MUON = "Muon"  # rows made equal, queries, keys and values as one matrix, other coefficients
+
+
+def our_losses(c: Config, weights: dict[str, torch.Tensor], steps: int, theirs: list[str], orthogonal) -> list[float]:
+    """With some differences as the script has them, on the windows that it reads, of which the next begins behind the
+    last token of the one before."""
+    with ExitStack() as stack:
+        for name in DIFFERENCES.keys() & set(theirs):
+            for module in (kernels.layers, train_gpt):
+                stack.enter_context(patch.multiple(module, **DIFFERENCES[name]))
+        model = GPT(c)
+        model.load_state_dict(weights, strict=True)
+        optimizer, losses = Optimizer(c, model), []
+        for group in optimizer.groups:
+            if MUON in theirs and group.rule is Muon:
+                group.rule = PublicMuon(c, group.names, orthogonal)
+        tokens = read_tokens(c.data, "train", c.vocab, steps * ROWS * (LENGTH + 1)).astype(np.int64)
+        for step, rows in enumerate(torch.from_numpy(tokens).view(steps, ROWS, LENGTH + 1)):
+            total, logged, _ = model.loss(rows[:, :-1], rows[:, 1:])
+            total.backward()
+            optimizer.step(step / steps, step)
+            losses.append(float(logged["loss"]))
     return losses
 
 
@@ -116,12 +143,14 @@ def main(argv: list[str]) -> int:
     steps, (c, _) = int(given["steps"]), load_config([*OURS.split(), *shape], {}, "baseline")
     begun, theirs = public_losses(Path(argv[0]), steps, c)
     weights, public = translated(begun, c.depth), load_script(Path(argv[0]), lambda _: None)
-    sides = theirs, our_losses(c, weights, steps, public.zeropower_via_newtonschulz5), our_losses(c, weights, steps)
-    sys.stdout.write(f"{'steps':>9}  {'public':>8}  {'ours, by its Muon':>18}  {'ours':>18}\n")
+    every = [MUON, *DIFFERENCES]
+    sides = {"none": every} | {name: [other for other in every if other != name] for name in every} | {"all": []}
+    sys.stdout.write(f"{'of ours':>9}  {'public':>8}" + "".join(f"  {name:>8}" for name in sides) + "\n")
+    ours = [our_losses(c, weights, steps, names, public.zeropower_via_newtonschulz5) for names in sides.values()]
     for low in range(0, steps, SMOOTHED):
-        a, b, own = (float(np.mean(losses[low : low + SMOOTHED])) for losses in sides)
+        script, *rest = (float(np.mean(losses[low : low + SMOOTHED])) for losses in (theirs, *ours))
         span = f"{low + 1:4}-{min(low + SMOOTHED, steps):4}"
-        sys.stdout.write(f"{span}  {a:8.4f}  {b:9.4f} {b - a:+8.4f}  {own:9.4f} {own - a:+8.4f}\n")
+        sys.stdout.write(f"{span}  {script:8.4f}" + "".join(f"  {loss - script:+8.4f}" for loss in rest) + "\n")
     return 0
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from data.shards import read_tokens
-from run_scripts.calibrate import LENGTH, OURS, ROWS, PublicMuon, our_losses, translated
+from kernels.attention import rotary_tables, rotate_pairs
+from run_scripts.calibrate import DIFFERENCES, LENGTH, MUON, OURS, ROWS, PublicMuon, our_losses, translated, turned
 from tests.toys import toy_dataset
 from train_gpt import GPT, load_config
 
@@ -49,7 +50,7 @@ def test_the_windows_are_those_of_the_script(tmp_path, monkeypatch):
         return sum(p.sum() for p in model.parameters()), {"loss": torch.zeros(())}, None
 
     monkeypatch.setattr(GPT, "loss", loss)
-    our_losses(c, translated(theirs(c), 1), 2)
+    our_losses(c, translated(theirs(c), 1), 2, [], None)
     tokens = read_tokens(data, "train", 64).astype(np.int64)
     for step, (x, y) in enumerate(read):
         for row in range(ROWS):
@@ -69,8 +70,28 @@ def test_by_the_scripts_muon_queries_keys_and_values_are_matrices_of_their_own(t
         assert torch.allclose(part, given / given.norm())
 
 
-def test_another_muon_trains_otherwise(tmp_path):
-    c = baseline(toy_dataset(tmp_path / "data", documents=2000), 1)
-    weights = translated(theirs(c), 1)
-    ours, other = (our_losses(c, weights, 3, rule) for rule in (None, lambda g, steps: g / g.norm()))
-    assert ours[0] == other[0] and ours[2] != other[2]
+def test_each_difference_trains_otherwise_and_is_over_when_it_is_over(tmp_path):
+    c = baseline(toy_dataset(tmp_path / "data", documents=2000), 2)
+    weights = translated(theirs(c), 2)
+
+    def losses(*names):
+        return our_losses(c, weights, 3, list(names), lambda g, steps: g / g.norm())
+
+    ours = losses()
+    for name in (MUON, *DIFFERENCES):
+        assert losses(name)[2] != ours[2]
+    assert losses(*DIFFERENCES)[0] != ours[0] == losses(MUON)[0]
+    assert losses() == ours
+
+
+def test_turned_queries_and_keys_have_the_scores_of_a_rotation_the_other_way_round():
+    x, w = torch.randn(9, 16), torch.randn(2, 16, 16)
+    cos, sin = (t[0] for t in rotary_tables(torch.arange(9)[None], 8))
+
+    def scores(rows, back):
+        q, k = ((x @ row.T).view(9, 2, 8) for row in rows)
+        q, k = (rotate_pairs(t, (cos, -sin if back else sin)) for t in (q, k))
+        return torch.einsum("thd,shd->hts", q, k)
+
+    assert torch.allclose(scores([turned(row, 2) for row in w], False), scores(w, True), atol=1e-4)
+    assert not torch.allclose(scores(w, False), scores(w, True), atol=1e-1)
