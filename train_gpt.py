@@ -41,7 +41,7 @@ from export.gptq import ROUNDINGS, CurvatureCollector, felt, gptq_rounding, gptq
 from export.quantise import STEP_CODECS, int_grid, int_value
 from kernels.attention import attend, attention_mask, positions, rotary_tables, rotate_pairs
 from kernels.capsule import capsule_scan, routing_statistics
-from kernels.engram import ENGRAM_HEADS, Engram, EngramRead
+from kernels.engram import ENGRAM_PAST, ENGRAM_PRIMES, Engram, EngramRead
 from kernels.hadamard import causal_haar, causal_walsh, walsh_signs
 from kernels.layers import (
     Conv,
@@ -113,6 +113,7 @@ PARTS = {  # optional parts of the model, switched on by naming them in `parts`
     "even": "the weight average is of the last `ema` of the run, in which all weights count the same",
     "fill": "embeddings ship in finer or coarser steps than they train in, so that the file fills the cap",
     "poly": "memory: keys and queries with their squares",
+    "closing": "memory: its gate may close, where else a tenth stays open (ablation)",
     "untied": "the head has a matrix of its own",
     "plain": "the least code: no fused loss, no buckets of gradients, no entropy coder but brotli's",
     "counts": "the file holds n-gram counts of the training text, in the bytes that the network leaves",
@@ -141,8 +142,7 @@ class Config:
     slots: int = free(16, "capsules C per head", least=1)
     mix_rank: int = free(4, "rank of the read-out coupling of Koopman channels and capsules", least=1)
     memory_chunks: tuple[str, ...] = structural(("0:32",), "progress:tokens between two looks of a memory at itself")
-    memory_floor: float = free(0.1, "least share of the memory beside its attention", most=1)
-    memory_gate: float = free(0.3, "of the rest, its share at first", least=1e-3, most=0.999)
+    memory_gate: float = free(0.3, "share of the memory beside its attention, at first", least=1e-3, most=0.999)
     streams: int = structural(1, "residual streams N, 1 or 2", least=1, most=2)
     parallel_from: int = structural(0, "from this layer on the mixer reads stream 0, the MLP stream 1; 0 is never")
     loop: tuple[int, ...] = structural((), "first and last layer of the segment that repeats, and its passes")
@@ -153,7 +153,8 @@ class Config:
     feedback_passes: int = structural(0, "times the second half runs again, fed with what it came to")
     halt: float = structural(0.0, "evaluation: positions a feedback pass moved less than this are at rest; 0 is none")
     engram_layers: tuple[int, ...] = structural((), "layers that read the n-gram memory")
-    engram_heads: int = free(2, "hash tables per n-gram order (2, 3, 4)", least=1)
+    engram_orders: tuple[int, ...] = structural((2, 3, 4), "tokens of the n-grams, at most 4")
+    engram_heads: int = free(2, "hash tables per order", least=1)
     engram_rows: int = free(8192, "rows per table", least=1)
     engram_width: int = free(16, "numbers per row", least=1)
     engram_keep: float = structural(1.0, "share of rows kept, by training counts, from half-time on", most=1)
@@ -281,8 +282,10 @@ def check_config(c: Config) -> None:
         (c.parallel_from and c.streams == 1, "parallel_from needs streams=2"),
         (len(c.loop) not in (0, 3) or (c.loop and not (0 <= c.loop[0] <= c.loop[1] < c.depth and c.loop[2] > 1)),
          f"loop {c.loop}: first and last of the {c.depth} layers and two passes or more, as loop=3,5,2"),
-        (c.engram_layers and c.engram_heads > ENGRAM_HEADS,
-         f"engram_heads {c.engram_heads}: there are primes for {ENGRAM_HEADS} tables per order"),
+        (c.engram_layers and c.engram_heads * len(c.engram_orders) > len(ENGRAM_PRIMES),
+         f"engram_heads {c.engram_heads}: there are primes for {len(ENGRAM_PRIMES)} tables in all"),
+        (not c.engram_orders or not all(1 <= order <= 1 + ENGRAM_PAST for order in c.engram_orders),
+         f"engram_orders {show_value(c.engram_orders)}: from 1 to {1 + ENGRAM_PAST} tokens, as 2,3"),
         (any(i >= c.depth for i in c.engram_layers), f"engram_layers {c.engram_layers}: there are {c.depth} layers"),
         (any(kind != c.layers[i % c.blocks] for i, kind in enumerate(c.layers)),
          f"layers {c.layers} do not repeat after shared_blocks {c.shared_blocks}"),
@@ -368,7 +371,7 @@ class Context(NamedTuple):
     rope: tuple  # cosines and sines (B, T, 1, rope_dims / 2)
     phase: "Phase"
     x0: torch.Tensor  # (B, T, D) embeddings
-    grams: torch.Tensor | None = None  # their n-gram rows
+    grams: tuple | None = None  # their n-gram rows, and how well those are known
     v_first: torch.Tensor | None = None
     rest: torch.Tensor | None = None  # (B, T, 1) positions whose features stand
 
@@ -539,7 +542,7 @@ class Memory(Part):
         aux |= memory_statistics(memory) | {"memory_gate": share.detach().mean()}
         if c.memory_loss:
             aux["unused"] = -share.log().mean()
-        f = (c.memory_floor + (1 - c.memory_floor) * share).to(x.dtype)  # a closed gate would not reopen
+        f = (share if "closing" in c.parts else 0.1 + 0.9 * share).to(x.dtype)  # a closed gate would not reopen
         far = self.out(rms(y.to(x.dtype).flatten(2)))
         return near + f * (far - near), {"near": near_state, "memory": memory}, aux
 
@@ -595,8 +598,8 @@ class Block(nn.Module):
         super().__init__()
         self.mixer = MIXERS[c.layers[layer]](c, layer)
         self.mlp = Experts(c) if c.experts and layer >= 2 * c.depth // 3 else MLP(c)
-        reads = [i % c.blocks for i in c.engram_layers]
-        self.engram = EngramRead(c.engram_heads * c.engram_width, c.dim) if c.engram_layers and layer in reads else None
+        reads, grams = [i % c.blocks for i in c.engram_layers], len(c.engram_orders) * c.engram_heads * c.engram_width
+        self.engram = EngramRead(grams, c.dim) if c.engram_layers and layer in reads else None
 
 
 class GPT(Part):
@@ -609,7 +612,8 @@ class GPT(Part):
             self.lift = Linear(c.rank, c.dim)
         if "smear" in c.parts:
             self.smear = Gate(weight=torch.zeros(12), scale=torch.zeros(1))
-        self.engram = Engram(c.engram_heads, c.engram_rows, c.engram_width) if c.engram_layers else None
+        grams = c.engram_orders, c.engram_heads, c.engram_rows, c.engram_width
+        self.engram = Engram(*grams) if c.engram_layers else None
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.blocks))
         sites = sorted({(slot.site, slot.take is not None) for slot in slots})
         self.sites = nn.ModuleList(Site(c.dim, c.streams, skips, first=site == 0) for site, skips in sites)
@@ -638,10 +642,9 @@ class GPT(Part):
         if c.label_smoothing or c.entropy_loss:
             terms["smooth"] = c.label_smoothing, (lse - more[0]).mean() - plain
             terms["entropy"] = -c.entropy_loss, more[1].mean()
-        if c.experts:
-            terms["balance"] = 0.01, mean_of(aux, ".balance", plain * 0)
-        if c.memory_loss:
-            terms["unused"] = c.memory_loss, mean_of(aux, ".unused", plain * 0)
+        for name, weight in (("balance", 0.01 * bool(c.experts)), ("unused", c.memory_loss)):
+            if weight:
+                terms[name] = weight, mean_of(aux, f".{name}", plain * 0)
         if c.mtp_heads:
             terms["mtp"] = 0.2, self.ahead_loss(x, targets)
         total = plain + sum(weight * value for weight, value in terms.values() if weight)
@@ -720,7 +723,8 @@ class GPT(Part):
                 xs = [x + site.skip.to(x.dtype) * stored[slot.take] for x in xs]
             xs = site.enter(xs, ctx.x0)
             if c.engram_layers and slot.layer in c.engram_layers:
-                xs, aux[f"layers.{i}.engram_gate"] = block.engram(xs, ctx.grams, reads[0])
+                xs, read = block.engram(xs, ctx.grams, reads[0])
+                aux.update({f"layers.{i}.{name}": value for name, value in read.items()})
             y, trip.new[str(i)], stats = block.mixer(damped(xs[reads[0]], slot.layer), ctx, trip.states.get(str(i)))
             ctx = ctx._replace(v_first=stats.pop("v_first", ctx.v_first))
             xs = site.add(xs, y, 0)

@@ -4,8 +4,8 @@
 
 The script is run as run_scripts/peers/public.py runs it, in fp32 on CPU, with rates that stay as they are. Our model is
 given the weights that it built, and the windows that it read. What is then different is named in DIFFERENCES; our model
-is trained with all of them as the script has them, with one of them at a time as we have it, and as it is. Losses are
-printed smoothed over 20 steps, ours as what they are over the script's. No field makes these choices: they are patched.
+is trained with none of them, with all, and with one at a time. A row is printed for each, its losses smoothed over 20
+steps; ours as what they are over the script's. No field makes these choices: they are patched.
 """
 
 import re
@@ -133,6 +133,13 @@ def our_losses(c: Config, weights: dict[str, torch.Tensor], steps: int, theirs: 
     return losses
 
 
+def show(name: str, losses: list[float], over: list[float]) -> None:
+    """A row as soon as it is known."""
+    rows = np.array([losses, over])[:, : len(losses) // SMOOTHED * SMOOTHED].reshape(2, -1, SMOOTHED).mean(-1)
+    sys.stdout.write(f"{name:8}" + "".join(f" {a - b:+8.4f}" for a, b in rows.T) + "\n")
+    sys.stdout.flush()
+
+
 def main(argv: list[str]) -> int:
     given = dict(word.split("=", 1) for word in argv[1:] if "=" in word)
     if not argv or len(given) < len(argv) - 1 or given.keys() - OPTIONS.keys():
@@ -144,13 +151,10 @@ def main(argv: list[str]) -> int:
     begun, theirs = public_losses(Path(argv[0]), steps, c)
     weights, public = translated(begun, c.depth), load_script(Path(argv[0]), lambda _: None)
     every = [MUON, *DIFFERENCES]
-    sides = {"none": every} | {name: [other for other in every if other != name] for name in every} | {"all": []}
-    sys.stdout.write(f"{'of ours':>9}  {'public':>8}" + "".join(f"  {name:>8}" for name in sides) + "\n")
-    ours = [our_losses(c, weights, steps, names, public.zeropower_via_newtonschulz5) for names in sides.values()]
-    for low in range(0, steps, SMOOTHED):
-        script, *rest = (float(np.mean(losses[low : low + SMOOTHED])) for losses in (theirs, *ours))
-        span = f"{low + 1:4}-{min(low + SMOOTHED, steps):4}"
-        sys.stdout.write(f"{span}  {script:8.4f}" + "".join(f"  {loss - script:+8.4f}" for loss in rest) + "\n")
+    sides = {"none": every, "all": []} | {name: [other for other in every if other != name] for name in every}
+    show("script", theirs, [0.0] * steps)
+    for name, as_theirs in sides.items():
+        show(name, our_losses(c, weights, steps, as_theirs, public.zeropower_via_newtonschulz5), theirs)
     return 0
 
 

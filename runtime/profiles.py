@@ -1,5 +1,10 @@
 """Profiles: names for what one would type after the name of the program."""
 
+SMALL = """
+    dim=128 heads=2 kv_heads=1 mlp_mult=3 seq_len=512 batch_tokens=4096 micro_tokens=4096 max_seconds=120
+    decay=0.3 z_loss=0.0001 softcap=15 eval_modes=chunked,stream eval_lanes=1 matrix_lr=0.015 embed_lr=0.01
+"""  # a system of the family, beside attention alone: layers=AAAA
+
 PROFILES = {
     "default": "",
     "tiny": """
@@ -31,4 +36,7 @@ PROFILES = {
         seq_len=2048 batch_tokens=786432 micro_tokens=98304 max_seconds=600 eval_modes=sliding
         eval_lanes=512 eval_batch=64 data=datasets/sp8192
     """,
+    "wavefield": "layers=WAWA parts=reset,unet,smear,null,qat" + SMALL,
+    "atlas": "layers=AMAM parts=reset,unet,smear,null,qat,poly memory_chunks=0:64,0.5:32" + SMALL,
+    "engram_code": "parts=reset,unet,smear,null,qat engram_layers=0,3 engram_orders=2,3 engram_rows=16384" + SMALL,
 }

@@ -18,6 +18,7 @@ from data.shards import LaneOrder, WindowOrder
 from export.container import pack, read_manifest, unpack
 from harness.__main__ import main as harness
 from harness.manifest import step_tokens
+from kernels.engram import EngramRead
 from optim.families import family_rows
 from tests.toys import documents, stirred, tiny, toy_dataset
 from train_gpt import (
@@ -368,6 +369,17 @@ def test_a_memory_begins_with_its_gate_and_a_loss_opens_it():
     assert (model.blocks[1].mixer.gate.mix.grad < 0).all()  # a step opens it
 
 
+def test_a_gate_may_close_only_where_it_is_told_to():
+    for parts in ("reset",), ("reset", "closing"):
+        model, seen = stirred(tiny(layers="M", parts=parts)), []
+        mixer = model.blocks[0].mixer
+        mixer.gate.mix.data.fill_(-100.0)
+        for module in (mixer.near, mixer):
+            module.register_forward_hook(lambda _, given, result: seen.append(result[0]))
+        logits(model, documents(model.c))
+        assert torch.equal(*seen) == ("closing" in parts)
+
+
 def test_squares_join_the_keys_of_a_memory():
     plain, poly = (tiny(layers="M", parts=("reset", *more)) for more in ((), ("poly",)))
     tokens = documents(plain)
@@ -375,6 +387,38 @@ def test_squares_join_the_keys_of_a_memory():
     keys = GPT(poly).blocks[0].mixer.features(torch.randn(1000, 1, 16))
     assert keys.shape[-1] == 32 and keys.norm(dim=-1) == approx(1, rel=1e-5)
     assert keys[..., 16:].mean().abs() < 0.02  # they have no direction in common
+
+
+# ---- the n-gram tables
+
+
+def test_only_the_orders_that_are_named_are_looked_up():
+    rows = {n: tiny(layers="AA", engram_layers=(0, 1), engram_orders=n, engram_rows=64) for n in ((2, 3), (2, 3, 4))}
+    tokens = documents(rows[2, 3])
+    other = tokens.clone()
+    other[:, 4] = 2 + (tokens[:, 4] - 1) % 60
+    for orders, c in rows.items():
+        model = stirred(c)
+        assert len(model.engram.table) == len(orders) * 2 * 64
+        with torch.no_grad():
+            grams = [model.engram(F.pad(t, (3, 0)), torch.arange(t.shape[1]).expand_as(t))[0] for t in (tokens, other)]
+        changed = (grams[0] != grams[1]).any(-1).any(0).nonzero().flatten().tolist()
+        assert changed == list(range(4, 4 + max(orders)))
+
+
+def test_a_gate_that_opens_for_what_is_known_follows_it():
+    read, known = EngramRead(8, 8), torch.rand(2, 50)
+    x = torch.randn(2, 50, 8)
+    with torch.no_grad():
+        read.key.weight.copy_(torch.eye(8))
+        mixed = [known.unsqueeze(-1) * s * x + torch.randn(2, 50, 8) * 0.01 for s in (1, -1)]
+        mixed = [m + (1 - known.unsqueeze(-1)) * torch.randn(2, 50, 8) for m in mixed]
+        along, against = (read([x], (m, known), 0)[1] for m in mixed)
+        read.key.weight.zero_()
+        silent = read([x], (x, known), 0)[1]
+    assert along["engram_follows"] > 0.5 and against["engram_follows"] < -0.5
+    assert along["engram_spread"] > 0 and (silent["engram_gate"], silent["engram_spread"]) == (0.5, 0)
+    assert silent["engram_follows"] == 0
 
 
 def count_graphs(c):
@@ -415,6 +459,7 @@ def test_a_phase_once_compiled_is_not_compiled_again(part, counts):
         ("layers=M memory_chunks=0.1:8", "memory_chunks 0.1:8: from progress 0 on"),
         ("layers=M memory_chunks=8", "memory_chunks 8: progress and tokens"),
         ("memory_loss=1", "name one in layers, M"),
+        ("engram_layers=0 engram_orders=2,5", "engram_orders 2,5: from 1 to 4 tokens"),
         ("experts=2", "how many of them a token uses"),
         ("experts=2,3", "how many of them a token uses"),
         ("shared_blocks=2", "do not repeat after shared_blocks 2"),

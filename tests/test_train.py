@@ -84,7 +84,7 @@ def test_a_command_line_beats_the_environment_beats_the_profile_beats_the_defaul
     (["loop=3,9,2"], "last of the 4 layers"),
     (["loop=3,5,1"], "two passes or more"),
     (["max_steps=0", "max_seconds=0"], "no limit"),
-    (["engram_layers=0", "engram_heads=5"], "there are primes for 4 tables per order"),
+    (["engram_layers=0", "engram_heads=5"], "there are primes for 12 tables in all"),
     (["ttt_scope=skc_saf"], "did you mean skc_safe"),
     (["ttt_scope=feedback", "eval_modes=ttt"], "matches nothing in this model"),
     (["ttt_scope=capsules", "eval_modes=all", "layers=AA"], "matches nothing in this model"),
