@@ -369,15 +369,15 @@ def test_a_memory_begins_with_its_gate_and_a_loss_opens_it():
     assert (model.blocks[1].mixer.gate.mix.grad < 0).all()  # a step opens it
 
 
-def test_a_gate_may_close_only_where_it_is_told_to():
-    for parts in ("reset",), ("reset", "closing"):
-        model, seen = stirred(tiny(layers="M", parts=parts)), []
-        mixer = model.blocks[0].mixer
-        mixer.gate.mix.data.fill_(-100.0)
-        for module in (mixer.near, mixer):
-            module.register_forward_hook(lambda _, given, result: seen.append(result[0]))
-        logits(model, documents(model.c))
-        assert torch.equal(*seen) == ("closing" in parts)
+@pytest.mark.parametrize("parts", [("reset",), ("reset", "closing")])
+def test_a_gate_may_close_only_where_it_is_told_to(parts):
+    model, seen = stirred(tiny(layers="M", parts=parts)), []
+    mixer = model.blocks[0].mixer
+    mixer.gate.mix.data.fill_(-100.0)
+    for module in (mixer.near, mixer):
+        module.register_forward_hook(lambda _, given, result: seen.append(result[0]))
+    logits(model, documents(model.c))
+    assert torch.equal(*seen) == ("closing" in parts)
 
 
 def test_squares_join_the_keys_of_a_memory():
