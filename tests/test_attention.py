@@ -93,10 +93,10 @@ def test_angles_are_worked_out_once_and_not_where_they_are_used():
 def test_engram_rows_depend_on_the_last_n_tokens_and_no_others():
     past = torch.randint(0, 1000, (1, 3 + 20))
     pos = torch.arange(20).unsqueeze(0)
-    ids, live = engram_rows(past, pos, 2, 97)
+    ids, live = engram_rows(past, pos, (2, 3, 4), 2, 97)
     other = past.clone()
     other[0, 3 + 9] += 1
-    changed = (engram_rows(other, pos, 2, 97)[0] != ids)[0]
+    changed = (engram_rows(other, pos, (2, 3, 4), 2, 97)[0] != ids)[0]
     for table in range(6):
         order = 2 + table // 2
         assert set(changed[:, table].nonzero().flatten().tolist()) <= set(range(9, 9 + order))

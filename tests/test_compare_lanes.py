@@ -55,7 +55,7 @@ def test_a_pass_charges_what_the_evaluator_charges(lanes, passes, mode):
     spans = score(lanes.model, lanes.tokens[text], lanes.nbytes[text], mode, s, fitted=Fitted(lanes.alpha))
     each = np.concatenate([span.each for span in spans if span.lane == many - 1])
     assert each.shape == charged.shape and np.abs(each - charged).max() < 1e-4
-    if mode != "stream":
+    if mode == "ttt" or (mode == "engram" and lanes.alpha.any()):  # on some machines a toy's fit is nothing
         assert np.abs(charged - passes["stream"]["plain"][lane]).max() > 1e-3
 
 
