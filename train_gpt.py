@@ -292,7 +292,7 @@ def check_config(c: Config) -> None:
         (len(c.experts) not in (0, 2) or (c.experts and not 1 <= c.experts[1] <= c.experts[0]),
          f"experts {c.experts}: how many there are, and how many of them a token uses, as experts=8,2"),
         (c.experts and c.shared_blocks, "experts are of the upper layers, shared blocks of all: choose one"),
-        ("M" in c.layers and (0.0 not in memory_chunks(c) or min(memory_chunks(c).values()) < 1),
+        (0.0 not in memory_chunks(c) or min(memory_chunks(c).values()) < 1,
          f"memory_chunks {show_value(c.memory_chunks)}: from progress 0 on, of a token or more, as 0:128,0.7:32"),
         (c.memory_loss and "M" not in c.layers, "memory_loss is of memories: name one in layers, M"),
         (any(length < 1 or c.seq_len % length for length in sequence_lengths(c).values()),
@@ -541,7 +541,7 @@ class Memory(Part):
         share = torch.sigmoid(self.gate.mix)
         aux |= memory_statistics(memory) | {"memory_gate": share.detach().mean()}
         if c.memory_loss:
-            aux["unused"] = -share.log().mean()
+            aux["unused"] = F.softplus(-self.gate.mix).mean()  # -log share
         f = (share if "closing" in c.parts else 0.1 + 0.9 * share).to(x.dtype)  # a closed gate would not reopen
         far = self.out(rms(y.to(x.dtype).flatten(2)))
         return near + f * (far - near), {"near": near_state, "memory": memory}, aux
@@ -909,7 +909,7 @@ class Phase(NamedTuple):
 def phases(c: Config) -> list[Phase]:
     """The last one is what training ends with, and what evaluation runs."""
     lengths, chunks = {0.0: c.seq_len} | sequence_lengths(c), memory_chunks(c)
-    batches = {0.0: c.batch_tokens} | parse_pairs("batch_schedule", c.batch_schedule, "progress and tokens")
+    batches = {0.0: c.batch_tokens} | parse_pairs("batch_schedule", c.batch_schedule, "progress and tokens, as 0:2048")
     late = [c.loop_start] * bool(c.loop) + [c.moe_start] * bool(c.experts)
     return [
         Phase(at, looping=bool(c.loop) and at >= c.loop_start, routing=bool(c.experts) and at >= c.moe_start,

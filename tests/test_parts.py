@@ -367,6 +367,8 @@ def test_a_memory_begins_with_its_gate_and_a_loss_opens_it():
     assert float(total.detach() - logged["loss"]) == approx(0.5 * -math.log(0.3), rel=1e-3)
     total.backward()
     assert (model.blocks[1].mixer.gate.mix.grad < 0).all()  # a step opens it
+    model.blocks[1].mixer.gate.mix.data.fill_(-200.0)
+    assert model.loss(*window)[0].isfinite()  # however far it has closed
 
 
 @pytest.mark.parametrize("parts", [("reset",), ("reset", "closing")])
@@ -407,16 +409,15 @@ def test_only_the_orders_that_are_named_are_looked_up():
 
 
 def test_a_gate_that_opens_for_what_is_known_follows_it():
-    read, known = EngramRead(8, 8), torch.rand(2, 50)
-    x = torch.randn(2, 50, 8)
+    read, known, x = EngramRead(8, 8), torch.rand(2, 2000), torch.randn(2, 2000, 8)
     with torch.no_grad():
         read.key.weight.copy_(torch.eye(8))
-        mixed = [known.unsqueeze(-1) * s * x + torch.randn(2, 50, 8) * 0.01 for s in (1, -1)]
-        mixed = [m + (1 - known.unsqueeze(-1)) * torch.randn(2, 50, 8) for m in mixed]
+        share, noise = known.unsqueeze(-1), torch.randn(2, 2000, 8)
+        mixed = [share * s * x + (1 - share) * noise for s in (1, -1)]
         along, against = (read([x], (m, known), 0)[1] for m in mixed)
         read.key.weight.zero_()
         silent = read([x], (x, known), 0)[1]
-    assert along["engram_follows"] > 0.5 and against["engram_follows"] < -0.5
+    assert along["engram_follows"] > 0.3 and against["engram_follows"] < -0.3
     assert along["engram_spread"] > 0 and (silent["engram_gate"], silent["engram_spread"]) == (0.5, 0)
     assert silent["engram_follows"] == 0
 
@@ -457,6 +458,7 @@ def test_a_phase_once_compiled_is_not_compiled_again(part, counts):
         ("seq_schedule=8", "progress and length"),
         ("seq_schedule=0:0", "lengths must divide"),
         ("layers=M memory_chunks=0.1:8", "memory_chunks 0.1:8: from progress 0 on"),
+        ("layers=A memory_chunks=0.1:8", "memory_chunks 0.1:8: from progress 0 on"),
         ("layers=M memory_chunks=8", "memory_chunks 8: progress and tokens"),
         ("memory_loss=1", "name one in layers, M"),
         ("engram_layers=0 engram_orders=2,5", "engram_orders 2,5: from 1 to 4 tokens"),
