@@ -38,6 +38,7 @@ def test_the_toy_loses_what_its_profile_does_not_use(toy):
     plain, other = toy[1]["plain"], toy[1]["other"]
     for name in ("Experts", "class K", "class S", "helper_of_s", "double_reference", "generate", "summary"):
         assert name not in plain.readable, name
+    assert "'fixed'" in plain.readable and "one letter a layer" not in plain.readable
     assert "class Experts" in other.readable and "class K" in other.readable and "class S" not in other.readable
     sizes = list(plain.sizes.values())[1:]
     assert sizes == sorted(sizes, reverse=True) and plain.sizes["pack"] < plain.sizes["source"] / 2
