@@ -61,7 +61,7 @@ from kernels.layers import (
     rms,
 )
 from kernels.loss import softcap_ce, softcap_ce_reference
-from kernels.memory import memory_scan, memory_statistics
+from kernels.memory import memory_features, memory_rates, memory_scan, memory_statistics
 from kernels.moe import moe_mix, route
 from kernels.scan import koopman_scan
 from kernels.ternary import TERNARY_RULES, ternary_project
@@ -533,11 +533,10 @@ class Memory(Part):
         old = state or {"near": None, "memory": None}
         near, near_state, aux = self.near(x, ctx, old["near"])
         q, k, v = self.qkv(x).reshape(B, T, 3, c.heads, -1).float().unbind(2)
-        keep, momentum, rate = (self.rates(x).reshape(B, T, 3, c.heads).float() + self.gate.rates).unbind(2)
-        chunk = ctx.phase.memory_chunk
-        most = v.shape[-1] / (2 * chunk) * torch.sigmoid(-momentum)  # so that a chunk cannot diverge
-        rates = F.logsigmoid(keep), F.logsigmoid(momentum), most * torch.sigmoid(rate)
-        y, memory = memory_scan(self.features(q), self.features(k), v, *rates, ctx.start, chunk, old["memory"])
+        rates = (self.rates(x).reshape(B, T, 3, c.heads).float() + self.gate.rates).unbind(2)
+        chunk, squares = ctx.phase.memory_chunk, "poly" in c.parts
+        q, k, rates = memory_features(q, squares), memory_features(k, squares), memory_rates(*rates, chunk)
+        y, memory = memory_scan(q, k, v, *rates, ctx.start, chunk, old["memory"])
         share = torch.sigmoid(self.gate.mix)
         aux |= memory_statistics(memory) | {"memory_gate": share.detach().mean()}
         if c.memory_loss:
@@ -545,13 +544,6 @@ class Memory(Part):
         f = (share if "closing" in c.parts else 0.1 + 0.9 * share).to(x.dtype)  # a closed gate would not reopen
         far = self.out(rms(y.to(x.dtype).flatten(2)))
         return near + f * (far - near), {"near": near_state, "memory": memory}, aux
-
-    def features(self, x):
-        """Of unit length; their squares, where they join, are what a normal variable's mean leaves of them."""
-        if "poly" in self.c.parts:
-            x = rms(x)
-            x = torch.cat([x, (x.square() - 1) * 0.5**0.5], -1)
-        return F.normalize(x, dim=-1)
 
 
 MIXERS = {"A": Attention, "K": Koopman, "S": Capsules, "W": Wavefield, "M": Memory}

@@ -39,6 +39,20 @@ def empty_memory(k, v):
     return {"origin": zeros, "memory": zeros, "pace": zeros, "offset": 0}
 
 
+def memory_features(x, squares: bool):
+    """Keys and queries of unit length; their squares, where they join, are what a normal variable's mean leaves."""
+    if squares:
+        x = F.rms_norm(x, x.shape[-1:], eps=1e-6)
+        x = torch.cat([x, (x.square() - 1) * 0.5**0.5], -1)
+    return F.normalize(x, dim=-1)
+
+
+def memory_rates(keep, momentum, rate, chunk: int):
+    """Logarithms of what memory and pace keep, and the rate. All of a chunk are surprised by the same memory: rates
+    of 2 in all, pace included, cannot drive it further off than it was, even if all keys are alike."""
+    return F.logsigmoid(keep), F.logsigmoid(momentum), 2 / chunk * torch.sigmoid(-momentum) * torch.sigmoid(rate)
+
+
 def memory_scan(q, k, v, log_keep, log_momentum, rate, start, chunk, state=None):
     """q, k (B, T, H, K), v (B, T, H, d), the rest (B, T, H), start (B, T) -> y like v and the state to go on from.
 

@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from kernels.memory import (
+    memory_features,
     memory_pass,
     memory_pass_op,
     memory_pass_reference,
     memory_pass_triton,
+    memory_rates,
     memory_reference,
     memory_scan,
     memory_statistics,
@@ -145,3 +147,14 @@ def test_statistics_tell_how_many_directions_a_memory_holds():
         assert told["memory_pace"] == pytest.approx(3 * norm) and told["memory_max"] == memory.max()
     both = memory_statistics({"memory": torch.stack([one, whole])[None], "pace": torch.zeros(1, 2, 4, 4)})
     assert both["memory_rank"] == pytest.approx(2.5) and both["memory_std"] > 0
+
+
+@pytest.mark.parametrize("more, holds", [(1.0, True), (4.0, False)])
+def test_a_memory_cannot_grow_beyond_what_it_is_told_even_if_all_keys_are_alike(more, holds):
+    """The highest rate there is, with and without momentum, forgetting nothing; four times that does grow."""
+    k, v = memory_features(torch.ones(1, 512, 1, 8), squares=False), torch.randn(1, 512, 1, 8)
+    start = torch.zeros(1, 512, dtype=torch.bool)
+    for momentum in (-9.0, 2.0):
+        log_keep, log_momentum, rate = memory_rates(*(torch.full((1, 512, 1), x) for x in (20.0, momentum, 20.0)), 16)
+        _, state = memory_scan(k, k, v, log_keep, log_momentum, more * rate, start, 16)
+        assert (float(state["memory"].norm()) < 50) == holds

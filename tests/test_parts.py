@@ -19,6 +19,7 @@ from export.container import pack, read_manifest, unpack
 from harness.__main__ import main as harness
 from harness.manifest import step_tokens
 from kernels.engram import EngramRead
+from kernels.memory import memory_features
 from optim.families import family_rows
 from tests.toys import documents, stirred, tiny, toy_dataset
 from train_gpt import (
@@ -386,7 +387,7 @@ def test_squares_join_the_keys_of_a_memory():
     plain, poly = (tiny(layers="M", parts=("reset", *more)) for more in ((), ("poly",)))
     tokens = documents(plain)
     assert (logits(stirred(plain), tokens) - logits(stirred(poly), tokens)).abs().max() > 1e-6
-    keys = GPT(poly).blocks[0].mixer.features(torch.randn(1000, 1, 16))
+    keys = memory_features(torch.randn(1000, 1, 16), squares=True)
     assert keys.shape[-1] == 32 and keys.norm(dim=-1) == approx(1, rel=1e-5)
     assert keys[..., 16:].mean().abs() < 0.02  # they have no direction in common
 
