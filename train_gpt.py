@@ -27,6 +27,7 @@ from torch import nn
 from data.counts import Counting
 from data.feed import Feed
 from data.shards import LaneOrder, WindowOrder, dataset_hash, read_tail, read_tokens, shard_paths
+from data.turns import of_answers
 from eval.adapters import check_scope
 from eval.counts import Fitted, Mixture, NoCounts, even_mixture, fit_mixture
 from eval.journal import Journal
@@ -39,7 +40,7 @@ from export.container import Row, artifact_fields, check_model, check_shipped, p
 from export.counts import MIXTURE_BYTES, fit_counts, pop_counts, pop_shares, weight_rows
 from export.gptq import ROUNDINGS, CurvatureCollector, felt, gptq_rounding, gptq_rows
 from export.quantise import STEP_CODECS, int_grid, int_value
-from kernels.attention import attend, attention_mask, positions, rotary_tables, rotate_pairs
+from kernels.attention import attend, attend_capped, attention_mask, positions, rotary_tables, rotate_pairs
 from kernels.capsule import capsule_scan, routing_statistics
 from kernels.engram import ENGRAM_PAST, ENGRAM_PRIMES, Engram, EngramRead
 from kernels.hadamard import causal_haar, causal_walsh, walsh_signs
@@ -56,8 +57,10 @@ from kernels.layers import (
     convolution,
     damped,
     detached,
+    dropped,
     history,
     hold,
+    mean_of,
     rms,
 )
 from kernels.loss import softcap_ce, softcap_ce_reference
@@ -78,6 +81,7 @@ from runtime.fields import (
     field_values,
     fields_hash,
     free,
+    latest,
     parse_pairs,
     read_config,
     replay_line,
@@ -86,7 +90,7 @@ from runtime.fields import (
     structural,
 )
 from runtime.log import Log, require_unused
-from runtime.profiles import PROFILES
+from runtime.profiles import PARTS, PROFILES
 from runtime.progress import Progress, Step, Trace, memory_in_use
 from runtime.ranks import Runtime, agree, detect_runtime, mean_over_ranks, require_same
 from runtime.signals import StopSignals, announce_rank
@@ -97,28 +101,6 @@ BOS = 1
 ARTIFACT = "final_model.skc"
 DEFAULT_PROFILE = "local"
 SPARE_WINDOWS = 128  # of training text, the last: neither trained on nor counted, for the mixture to be fitted on
-
-PARTS = {  # optional parts of the model, switched on by naming them in `parts`
-    "reset": "nothing is carried across a document's start",
-    "unet": "the second half of the layers adds what the first half stored",
-    "smear": "each embedding takes a gated share of the one before it",
-    "null": "attention: a learned null key and value per head",
-    "xsa": "attention: the output loses its projection on the token's own value",
-    "gate": "attention: a sparse output gate per head",
-    "vres": "attention: values mix with those of the first attention layer",
-    "spectral": "capsules: the causal Walsh filter bank on their input",
-    "static": "capsules: decays that do not depend on the token (ablation)",
-    "qat": "matrices and embeddings train on the grid of the codec they ship in",
-    "cautious": "weights decay only where the update shrinks them as well",
-    "even": "the weight average is of the last `ema` of the run, in which all weights count the same",
-    "fill": "embeddings ship in finer or coarser steps than they train in, so that the file fills the cap",
-    "poly": "memory: keys and queries with their squares",
-    "closing": "memory: its gate may close, where else a tenth stays open (ablation)",
-    "untied": "the head has a matrix of its own",
-    "plain": "the least code: no fused loss, no buckets of gradients, no entropy coder but brotli's",
-    "counts": "the file holds n-gram counts of the training text, in the bytes that the network leaves",
-    "carry": "training follows lanes of consecutive windows and carries their detached state",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,7 +388,8 @@ class Attention(Part):
             s = torch.sigmoid(self.residual.logit).to(x.dtype)
             v = s * v + (1 - s) * ctx.v_first
         keys, values = torch.cat([old["k"].to(k.dtype), k], 1), torch.cat([old["v"].to(v.dtype), v], 1)
-        y = attend(q, self.with_null(keys, 0), self.with_null(values, 1), ctx.mask)
+        rule = attend_capped if "capped" in c.parts else attend
+        y = rule(q, self.with_null(keys, 0), self.with_null(values, 1), ctx.mask)
         if "xsa" in c.parts:
             along = F.normalize(v, dim=-1).repeat_interleave(c.heads // c.kv_heads, 2)
             y = y - (y * along).sum(-1, keepdim=True) * along
@@ -631,12 +614,16 @@ class GPT(Part):
         x, state, aux = self.features(tokens, state)
         nll, lse, *more = self.charge(x, targets)
         plain, terms = nll.mean(), {"z": (c.z_loss, lse.square().mean())}  # weight and value
+        if "answers" in c.parts:
+            said = of_answers(tokens).flatten()
+            terms["answers"] = 1.0, (nll * said).sum() / said.sum().clamp_min(1) - plain
         if c.label_smoothing or c.entropy_loss:
             terms["smooth"] = c.label_smoothing, (lse - more[0]).mean() - plain
             terms["entropy"] = -c.entropy_loss, more[1].mean()
-        for name, weight in (("balance", 0.01 * bool(c.experts)), ("unused", c.memory_loss)):
-            if weight:
-                terms[name] = weight, mean_of(aux, f".{name}", plain * 0)
+        if c.experts:
+            terms["balance"] = 0.01, mean_of(aux, ".balance", plain * 0)
+        if c.memory_loss:
+            terms["unused"] = c.memory_loss, mean_of(aux, ".unused", plain * 0)
         if c.mtp_heads:
             terms["mtp"] = 0.2, self.ahead_loss(x, targets)
         total = plain + sum(weight * value for weight, value in terms.values() if weight)
@@ -673,6 +660,8 @@ class GPT(Part):
         mask = attention_mask(pos, state["cached"], c.reach, int("null" in c.parts))
         past = torch.cat([state["tail"], tokens], 1)
         x0, grams = self.embedding(past, pos), self.engram(past, pos) if self.engram else None
+        if "dropout" in c.parts:
+            x0 = self.drop(x0, 0)
         ctx = Context(pos, start, mask, rotary_tables(pos, c.rope_dims), phases(c)[self.phase], x0, grams)
         x, slots, aux = self.run(ctx, state["slots"])
         cached = min(state["cached"] + tokens.shape[1], c.reach - 1)
@@ -719,12 +708,19 @@ class GPT(Part):
                 aux.update({f"layers.{i}.{name}": value for name, value in read.items()})
             y, trip.new[str(i)], stats = block.mixer(damped(xs[reads[0]], slot.layer), ctx, trip.states.get(str(i)))
             ctx = ctx._replace(v_first=stats.pop("v_first", ctx.v_first))
+            if "dropout" in c.parts:
+                y = self.drop(y, 2 * i + 1)
             xs = site.add(xs, y, 0)
             y, more = block.mlp(damped(xs[reads[1]], slot.layer), ctx)
+            if "dropout" in c.parts:
+                y = self.drop(y, 2 * i + 2)
             xs = site.add(xs, y, 1)
             aux.update({f"layers.{i}.{name}": value for name, value in (stats | more).items()})
             stored[slot.layer] = sum(xs) / len(xs)
         return xs, ctx
+
+    def drop(self, x, place: int):
+        return dropped(x, self.dice, place) if self.training else x
 
     def scope(self, name: str) -> list[nn.Parameter]:
         """Parameters that test-time training may touch: those of some families, inside some modules."""
@@ -739,12 +735,6 @@ class GPT(Part):
     def linears(self) -> dict[str, nn.Module]:
         """Places an adapter may sit."""
         return {name: m for name, m in self.blocks.named_modules() if isinstance(m, Linear)}
-
-
-def mean_of(aux: dict, name: str, none: torch.Tensor) -> torch.Tensor:
-    """Over all layers that have it."""
-    values = [value for key, value in aux.items() if key.endswith(name)]
-    return sum(values) / len(values) if values else none
 
 
 CONTROLS = ("vector", "gate")
@@ -910,10 +900,6 @@ def phases(c: Config) -> list[Phase]:
     ]  # fmt: skip
 
 
-def latest(pairs: dict[float, int], at: float) -> int:
-    return pairs[max(start for start in pairs if start <= at)]
-
-
 def sequence_lengths(c: Config) -> dict[float, int]:
     """Progress -> length from there on."""
     return parse_pairs("seq_schedule", c.seq_schedule, "progress and length, as 0:128,0.5:512")
@@ -1001,6 +987,8 @@ def accumulate(model: GPT, loss: Callable, data: Data, buckets: GradientBuckets)
     sums, origins, passes = {}, [], data.passes[model.phase]
     for i in range(passes):
         windows, origin = data.feed.next()
+        if "dropout" in model.c.parts:
+            model.dice = data.feed.dice()
         total, parts, model.carried = loss(windows[:, :-1], windows[:, 1:], model.carried)
         if i == passes - 1:
             buckets.arm()

@@ -32,16 +32,21 @@ def stdlib_documents():
 
 
 def file_documents(paths):
+    for key, path in paths_inside(paths):
+        if ".jsonl" in path.suffixes:
+            yield from jsonl_documents(path, key, lambda row: row["text"])
+        else:
+            yield key, read_text(path)
+
+
+def paths_inside(paths):
+    """Every file that is named or lies in a folder that is, with a key of its own."""
     for number, given in enumerate(map(Path, paths)):
         if not given.exists():
             raise ValueError(f"{given}: no such file or folder")
         inside = [p for p in given.rglob("*") if p.is_file() and not p.name.startswith(".")]
         for path in sorted(inside) if given.is_dir() else [given]:
-            key = f"{number}/{path.relative_to(given).as_posix()}"
-            if ".jsonl" in path.suffixes:
-                yield from jsonl_documents(path, key)
-            else:
-                yield key, read_text(path)
+            yield f"{number}/{path.relative_to(given).as_posix()}", path
 
 
 def read_text(path):
@@ -51,17 +56,18 @@ def read_text(path):
         raise ValueError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}); convert it or leave it out") from e
 
 
-def jsonl_documents(path, key):
+def jsonl_documents(path, key, text_of, form='{"text": ...}'):
+    """What `text_of` makes of every line."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     number = 0
     try:
         with opener(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
-                text = json.loads(line)["text"]
+                text = text_of(json.loads(line))
                 text.encode()  # a lone surrogate has no bytes
                 yield f"{key}:{number}", text
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f'{path}:{number}: not a {{"text": ...}} line ({e!r}); mend it or leave it out') from e
+        raise ValueError(f"{path}:{number}: not a {form} line ({e!r}); mend it or leave it out") from e
     except (EOFError, OSError, lzma.LZMAError) as e:
         raise ValueError(f"{path}: damaged after line {number} ({e}); get the file again") from e
 

@@ -18,6 +18,11 @@ class Feed:
             self.ahead.result()
         self.position, self.order.position, self.ahead = position, position, None
 
+    def dice(self):
+        """A number for each row that was last given: of its place in the order, whatever the number of ranks."""
+        numbers = torch.arange(self.position - self.rows, self.position, device=self.device)
+        return numbers * self.order.world + self.order.rank + self.order.seed * 1_000_003
+
     def next(self):
         """(rows, T + 1) int64 on the device, and the (shard, offset) each row came from."""
         host, origin, self.position = self.ahead.result() if self.ahead else self.read()

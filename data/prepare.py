@@ -2,6 +2,7 @@
 
     python -m data.prepare local                    the Python standard library of this machine, no network
     python -m data.prepare files PATH...            text files, folders, .jsonl (.gz, .xz) of {"text": ...} lines
+    python -m data.prepare chat [PATH...]           dialogues, .jsonl of {"turns": ...} lines, or a small set of our own
     python -m data.prepare hub --variant sp1024     the competition's shards
 
 The same text gives the same bytes, whatever the number of workers. Finished steps are reused; --force repeats them.
@@ -17,11 +18,13 @@ import numpy as np
 import sentencepiece
 
 from data.caseops import MARKERS, encode, original_bytes
+from data.chat import chat_documents
 from data.corpus import Corpus, file_documents, stdlib_documents
 from data.hub import EXPORTS, fetch
 from data.manifest import describe_files, intact, overlap, read_manifest, write_manifest
 from data.shards import SHARD_NAME, dataset_hash, shard_paths, write_shard
 from data.tokenise import Tokenizer, train_tokenizer
+from data.turns import TURN_MARKERS
 
 SHARD_TOKENS = 100_000_000
 BATCH_CHARACTERS = 4_000_000
@@ -101,8 +104,9 @@ def make_tokenizer(a, corpus, making, recipe):
         path.write_bytes(Path(a.tokenizer).read_bytes())
     else:
         texts = (encode(t) if a.case else t for t in corpus.sample())
-        path.write_bytes(train_tokenizer(texts, a.vocab, MARKERS if a.case else ()))
+        path.write_bytes(train_tokenizer(texts, a.vocab, MARKERS if a.case else a.markers))
     tokenizer = Tokenizer(path)  # refuses what cannot be scored
+    tokenizer.require_first(a.markers)
     write_manifest(making, {"tokenizer": recipe, "files": describe_files([path])})
     print(f"  tokenizer: {tokenizer.vocab} pieces", flush=True)
     return tokenizer
@@ -174,19 +178,25 @@ def parser():
     files = commands.add_parser("files", help="text files, folders, .jsonl (.gz, .xz)")
     files.add_argument("paths", nargs="+", metavar="PATH")
     files.add_argument("--val-files", nargs="+", metavar="PATH", help="validate on this text, not a part of the corpus")
+    chat = commands.add_parser("chat", help="dialogues: .jsonl of turns, or a small set of this project's own")
+    chat.add_argument("paths", nargs="*", metavar="PATH")
     hub = commands.add_parser("hub", help="the competition's published shards")
     hub.add_argument("--variant", choices=sorted(EXPORTS), default="sp1024")
     hub.add_argument("--train-shards", type=positive, default=80, help="shards of 100 M tokens, 200 MB each (80)")
-    for c in (local, files):
-        c.add_argument("--vocab", type=positive, default=1024, help="pieces of the tokenizer (1024)")
-        c.add_argument("--val-bytes", type=positive, default=200_000, help="size of the fixed validation text (200000)")
+    for c, vocab, val_bytes in ((local, 1024, 200_000), (files, 1024, 200_000), (chat, 4000, 20_000)):
+        c.add_argument("--vocab", type=positive, default=vocab, help=f"pieces of the tokenizer ({vocab})")
+        c.add_argument(
+            "--val-bytes", type=positive, default=val_bytes, help=f"of the fixed validation text ({val_bytes})"
+        )
         c.add_argument("--tokenizer", metavar="FILE", help="use this SentencePiece model instead of training one")
         c.add_argument("--allow-lossy", action="store_true", help="accept a tokenizer that normalises the text")
-        c.add_argument("--case", action="store_true", help="CaseOps: lower case, markers, a sidecar of byte counts")
         c.add_argument("--workers", type=positive, default=2, help="threads (2); they do not change the result")
         c.add_argument("--shard-tokens", type=positive, default=SHARD_TOKENS, help="tokens a shard (100000000)")
-    for c in (local, files, hub):
-        c.add_argument("--out", type=Path, help="dataset folder (datasets/local, datasets/files, datasets/VARIANT)")
+        c.set_defaults(markers=TURN_MARKERS if c is chat else (), case=False)
+    for c in (local, files):
+        c.add_argument("--case", action="store_true", help="CaseOps: lower case, markers, a sidecar of byte counts")
+    for c in (local, files, chat, hub):
+        c.add_argument("--out", type=Path, help="dataset folder (datasets/local, files, chat or VARIANT)")
         c.add_argument("--force", action="store_true", help="repeat finished steps")
     return p
 
@@ -196,12 +206,14 @@ def run(a):
         return fetch(a.variant, a.out, a.train_shards, a.force, say=lambda line: print(line, flush=True))
     if a.command == "local":
         return prepare(a, Corpus(stdlib_documents, val_bytes=a.val_bytes))
+    if a.command == "chat":
+        return prepare(a, Corpus(lambda: chat_documents(a.paths), val_bytes=a.val_bytes))
     val = (lambda: file_documents(a.val_files)) if a.val_files else None
     return prepare(a, Corpus(lambda: file_documents(a.paths), val, a.val_bytes))
 
 
 def main(argv):
-    if not argv or argv[0] not in ("local", "files", "hub", "-h", "--help"):
+    if not argv or argv[0] not in ("local", "files", "chat", "hub", "-h", "--help"):
         argv = ["local", *argv]
     a = parser().parse_args(argv)
     a.out = a.out or Path("datasets") / (a.variant if a.command == "hub" else a.command)

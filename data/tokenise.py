@@ -71,6 +71,11 @@ class Tokenizer:
         piece = self.sp.id_to_piece(i)
         return bytes([int(piece[3:5], 16)]) if self.sp.is_byte(i) else piece.replace(SPACE, " ").encode()
 
+    def require_first(self, markers):
+        """These pieces, with the ids that follow those of control pieces."""
+        if [self.sp.id_to_piece(4 + i) for i in range(len(markers))] != list(markers):
+            raise ValueError(f"the tokenizer lacks {', '.join(markers)} as pieces 4 and on; leave --tokenizer out")
+
     def encode(self, texts, workers):
         """One uint16 array a text, BOS first; threads change the time, never the result."""
         return [np.array([BOS] + ids, np.uint16) for ids in self.sp.encode(texts, num_threads=workers)]

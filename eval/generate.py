@@ -1,8 +1,11 @@
 """Text from a model, token by token from carried state: every token costs the same, however many came before."""
 
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
+
+from data.turns import ASSISTANT, END, TURN_MARKERS, USER
 
 
 def pick_token(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
@@ -13,26 +16,41 @@ def pick_token(logits: torch.Tensor, temperature: float, top_k: int, generator: 
     return int(top.indices[torch.multinomial(torch.softmax(top.values / temperature, -1), 1, generator=generator)])
 
 
+class Reader:
+    """A model, and where it stands in a text."""
+
+    def __init__(self, model):
+        self.model, self.device, self.state = model, next(model.parameters()).device, None
+
+    def read(self, ids: list[int]) -> torch.Tensor:
+        """The logits of what follows."""
+        with torch.no_grad():  # around the call only: gradients of whoever takes the tokens are its own
+            logits, self.state = self.model(torch.tensor([ids], device=self.device), self.state)
+        return logits[0, -1].float().cpu()
+
+
 def generate_ids(model, prompt: list[int], count: int, temperature: float, top_k: int, seed: int) -> Iterator[int]:
     """`count` ids that follow the prompt."""
-    device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        logits, state = model(torch.tensor([prompt], device=device))
-    for left in range(count, 0, -1):
-        token = pick_token(logits[0, -1].float().cpu(), temperature, top_k, generator)
+    reader, generator = Reader(model), torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        token = pick_token(reader.read(prompt), temperature, top_k, generator)
         yield token
-        if left > 1:
-            with torch.no_grad():  # around the call only: the consumer's gradients are its own
-                logits, state = model(torch.tensor([[token]], device=device), state)
+        prompt = [token]
 
 
 PROMPTS = ("The ", "In the beginning", "def ")
+QUESTIONS = ("Hello!", "What is the capital of France?", "How many legs does a spider have?", "What is two plus three?")
 
 
 def sample_texts(model, tokenizer, bos: int, seed: int) -> Iterator[tuple[str, str]]:
-    """The same prompts, and what follows them: progress that can be read."""
+    """The same prompts, and what follows them: progress that can be read. A chat model is asked questions."""
+    settings = 48, 0.8, 50, seed
+    if knows_turns(tokenizer):
+        for question in QUESTIONS:
+            yield question, "".join(Talk(model, tokenizer, bos, 2**30, *settings).answer(question))
+        return
     for prompt in PROMPTS:
-        yield prompt, "".join(generate_text(model, tokenizer, bos, prompt, 48, 0.8, 50, seed))
+        yield prompt, "".join(generate_text(model, tokenizer, bos, prompt, *settings))
 
 
 def generate_text(model, tokenizer, bos: int, prompt: str, *settings) -> Iterator[str]:
@@ -49,3 +67,49 @@ def stream_text(tokenizer, ids: Iterator[int]) -> Iterator[str]:
         if not text.endswith("\ufffd"):
             yield text[len(shown) :]
             shown = text
+
+
+def knows_turns(tokenizer) -> bool:
+    return [tokenizer.piece_to_id(marker) for marker in TURN_MARKERS] == [USER, ASSISTANT, END]
+
+
+class Talk:
+    """A talk with a model. What was said is read once; when it no longer fits into `block` tokens, the oldest goes."""
+
+    def __init__(self, model, tokenizer, bos: int, block: int, tokens: int, temperature: float, top_k: int, seed: int):
+        self.model, self.tokenizer, self.bos, self.block = model, tokenizer, bos, block
+        self.tokens, self.temperature, self.top_k = tokens, temperature, top_k
+        self.generator = torch.Generator().manual_seed(seed)
+        self.forget()
+
+    def forget(self) -> None:
+        self.exchanges, self.reader, self.unread = [], Reader(self.model), [self.bos]
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Pieces of the answer; it ends with the turn, or after `tokens`."""
+        for marker in TURN_MARKERS:  # who speaks is not for the text to say
+            text = text.replace(marker, "")
+        asked = [USER, *self.tokenizer.encode(text)[-self.room() :], ASSISTANT]
+        exchanges = [*self.exchanges, asked]
+        if 1 + sum(map(len, exchanges)) + self.tokens > self.block:
+            while 1 + sum(map(len, exchanges)) + self.tokens > self.block:
+                exchanges.pop(0)
+            self.forget()
+            self.unread += chain(*exchanges[:-1])
+        self.exchanges = exchanges
+        self.unread += asked
+        yield from stream_text(self.tokenizer, self.said())
+
+    def room(self) -> int:
+        """Tokens of a block for one question: of the others are a start, two markers and the answer."""
+        return self.block - self.tokens - 3
+
+    def said(self) -> Iterator[int]:
+        for _ in range(self.tokens):
+            token = pick_token(self.reader.read(self.unread), self.temperature, self.top_k, self.generator)
+            self.unread = []
+            if token in (self.bos, USER, ASSISTANT, END):
+                return
+            self.exchanges[-1].append(token)
+            self.unread = [token]
+            yield token

@@ -3,6 +3,7 @@
 plan [field=value ...]         parameters, bytes, FLOPs and steps of a configuration: no data needed
 profiles                       what each profile sets
 generate FILE [--text TEXT]    text from a checkpoint or an artifact
+chat FILE [--ask TEXT]         a talk with a chat model
 load FILE                      an artifact read and checked, without data
 export CHECKPOINT              the artifact of a checkpoint
 follow RUN [--sample] [--proxy]  samples and proxies of the artifact from a run's checkpoints, while it trains
@@ -24,6 +25,7 @@ COMMANDS = {  # where each stands: one that only watches needs no tensors, and i
     "profiles": "harness.plan",
     "preflight": "harness.preflight",
     "generate": "harness.files",
+    "chat": "harness.chat",
     "load": "harness.files",
     "export": "harness.files",
     "follow": "harness.follow",

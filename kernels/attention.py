@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 MASK_BLOCK = 128  # queries of a block of the fused kernel's mask
+SCORE_CAP = 15.0
 
 
 def positions(start, before):
@@ -80,12 +81,31 @@ def attend(q, k, v, mask):
     return fused(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
-def attend_dense(q, k, v, mask):
+def attend_dense(q, k, v, mask, rule=F.scaled_dot_product_attention):
     """Heads that share keys as more queries of one head, so that no device lacks a kernel or copies keys."""
     groups = q.shape[2] // k.shape[2]
     q = q.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask.repeat(1, 1, groups, 1))
+    y = rule(q, k.transpose(1, 2), v.transpose(1, 2), mask.repeat(1, 1, groups, 1))
     return y.unflatten(2, (groups, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def attend_capped(q, k, v, mask):
+    """As `attend`, with scores between -SCORE_CAP and SCORE_CAP."""
+    if isinstance(mask, torch.Tensor):
+        return attend_dense(q, k, v, mask, capped_attention)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    fused = flex_attention if torch.compiler.is_compiling() else fused_attention()
+    return fused(q, k, v, score_mod=capped, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+def capped_attention(q, k, v, mask):
+    scores = capped(q @ k.mT * q.shape[-1] ** -0.5)
+    return torch.softmax(scores.masked_fill(~mask, -torch.inf), -1) @ v
+
+
+def capped(score, *place):
+    """In the form the fused kernel takes, which also says of which batch row, head, query and key."""
+    return SCORE_CAP * torch.tanh(score / SCORE_CAP)
 
 
 @cache

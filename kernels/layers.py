@@ -52,6 +52,21 @@ def damped(x, layer: int):
     return rms(x) * (layer + 1) ** -0.5
 
 
+def dropped(x, dice, place: int):
+    """x (B, T, D) with every tenth number zero and the others larger, so that the mean stays; `dice` (B,) int64.
+
+    Which ones follows from the row's number, the place in the network and in the row, by a hash: the same on every
+    machine, in a run that was resumed, and on any number of ranks.
+    """
+    T, D = x.shape[1:]
+    rows = dice.repeat_interleave(len(x) // len(dice)) * 64 + torch.arange(len(x), device=x.device) % 64
+    keys = rows.view(-1, 1, 1) * 0x9E3779B1 + torch.arange(T * D, device=x.device).view(T, D) * 0x85EBCA77
+    keys = (keys + place * 0xC2B2AE3D) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        keys = (keys ^ (keys >> shift)) * factor & 0xFFFFFFFF
+    return x * ((keys >= 0.1 * 2**32) / 0.9).to(x.dtype)
+
+
 def after(tail, x, length: int):
     """x with the `length` rows that came before it, and the rows to keep for what comes next."""
     tail = x.new_zeros(x.shape[0], length, *x.shape[2:]) if tail is None else tail.to(x.dtype)
@@ -158,3 +173,9 @@ def detached(state):
     if isinstance(state, dict):
         return {name: detached(value) for name, value in state.items()}
     return state.detach().contiguous() if isinstance(state, torch.Tensor) else state
+
+
+def mean_of(aux: dict, name: str, none: torch.Tensor) -> torch.Tensor:
+    """Over all layers that have it."""
+    values = [value for key, value in aux.items() if key.endswith(name)]
+    return sum(values) / len(values) if values else none

@@ -55,6 +55,11 @@ def parse_pairs(name: str, words: tuple[str, ...], shape: str) -> dict[float, in
         raise ValueError(f"{name} {show_value(words)}: {shape}") from None
 
 
+def latest(pairs: dict[float, int], at: float) -> int:
+    """What the last pair that has begun says."""
+    return pairs[max(start for start in pairs if start <= at)]
+
+
 def show_value(value) -> str:
     """A field's value as the command line takes it."""
     return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)

@@ -1,4 +1,29 @@
-"""Profiles: names for what one would type after the name of the program."""
+"""Names of what one may switch on, and profiles: names for what one would type after the name of the program."""
+
+PARTS = {  # optional parts of the model, switched on by naming them in `parts`
+    "reset": "nothing is carried across a document's start",
+    "unet": "the second half of the layers adds what the first half stored",
+    "smear": "each embedding takes a gated share of the one before it",
+    "null": "attention: a learned null key and value per head",
+    "xsa": "attention: the output loses its projection on the token's own value",
+    "gate": "attention: a sparse output gate per head",
+    "vres": "attention: values mix with those of the first attention layer",
+    "capped": "attention: scores have a limit, by tanh",
+    "spectral": "capsules: the causal Walsh filter bank on their input",
+    "static": "capsules: decays that do not depend on the token (ablation)",
+    "qat": "matrices and embeddings train on the grid of the codec they ship in",
+    "cautious": "weights decay only where the update shrinks them as well",
+    "even": "the weight average is of the last `ema` of the run, in which all weights count the same",
+    "fill": "embeddings ship in finer or coarser steps than they train in, so that the file fills the cap",
+    "dropout": "training: every tenth number is zero, of embeddings and of what mixers and MLPs say",
+    "answers": "training: the loss is of what an assistant says alone",
+    "poly": "memory: keys and queries with their squares",
+    "closing": "memory: its gate may close, where else a tenth stays open (ablation)",
+    "untied": "the head has a matrix of its own",
+    "plain": "the least code: no fused loss, no buckets of gradients, no entropy coder but brotli's",
+    "counts": "the file holds n-gram counts of the training text, in the bytes that the network leaves",
+    "carry": "training follows lanes of consecutive windows and carries their detached state",
+}
 
 SMALL = """
     dim=128 heads=2 kv_heads=1 mlp_mult=3 seq_len=512 batch_tokens=4096 micro_tokens=4096 max_seconds=120
@@ -35,6 +60,11 @@ PROFILES = {
         scalar_lr=0.02 weight_decay=0.095 decay=0.85 lr_floor=0.1 clip_norm=0.3 ema=0.06 reserve_seconds=8
         seq_len=2048 batch_tokens=786432 micro_tokens=98304 max_seconds=600 eval_modes=sliding
         eval_lanes=512 eval_batch=64 data=datasets/sp8192
+    """,
+    "chat": """
+        layers=AAAAAA parts=reset,capped,dropout,answers,qat dim=256 heads=8 kv_heads=8 vocab=4000 conv_taps=0
+        seq_len=256 batch_tokens=4096 micro_tokens=4096 max_seconds=170 decay=0.5 rope_dims=32 eval_modes=stream
+        eval_lanes=1 matrix_lr=0.02 embed_lr=0.01 data=datasets/chat
     """,
     "wavefield": "layers=WAWA parts=reset,unet,smear,null,qat" + SMALL,
     "atlas": "layers=AMAM parts=reset,unet,smear,null,qat,poly memory_chunks=0:64,0.5:32" + SMALL,

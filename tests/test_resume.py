@@ -38,6 +38,7 @@ def steps(folder: Path) -> list[tuple]:
 SLOTS = "optimizers=soap_muon,adamw"
 VARIANTS = {
     "a memory and a fading average": ["layers=AKS", "engram_layers=1", "engram_rows=64", "engram_keep=0.5", "ema=0.1"],
+    "dropout": ["parts=reset,qat,dropout"],
     "slots that a rule makes later, an even average": [SLOTS, "parts=reset,qat,even", "ema=0.5", "row_floor=1.5"],
 }
 
