@@ -26,6 +26,7 @@ from torch import nn
 
 from data.counts import Counting
 from data.feed import Feed
+from data.lessons import Lessons, easy_share, rarity, surprising, weighed
 from data.shards import LaneOrder, WindowOrder, dataset_hash, read_tail, read_tokens, shard_paths
 from data.turns import of_answers
 from eval.adapters import check_scope
@@ -279,7 +280,8 @@ def check_config(c: Config) -> None:
         (c.memory_loss and "M" not in c.layers, "memory_loss is of memories: name one in layers, M"),
         (any(length < 1 or c.seq_len % length for length in sequence_lengths(c).values()),
          f"seq_schedule {show_value(c.seq_schedule)}: lengths must divide seq_len {c.seq_len}"),
-        ("carry" in c.parts and c.seq_schedule, "part carry goes on from window to window: leave seq_schedule empty"),
+        ("carry" in c.parts and (c.seq_schedule or "easy" in c.parts or "replay" in c.parts),
+         "part carry goes on from window to window: leave seq_schedule empty, and easy and replay out of parts"),
         (c.eval_lanes % min(c.eval_batch, c.eval_lanes),
          f"eval_lanes {c.eval_lanes} is not a multiple of eval_batch {c.eval_batch}: change one of them"),
         (c.micro_tokens % c.seq_len, f"micro_tokens {c.micro_tokens} is not a multiple of seq_len {c.seq_len}"),
@@ -617,6 +619,12 @@ class GPT(Part):
         if "answers" in c.parts:
             said = of_answers(tokens).flatten()
             terms["answers"] = 1.0, (nll * said).sum() / said.sum().clamp_min(1) - plain
+        if "surprise" in c.parts:
+            terms["surprise"] = 1.0, weighed(nll, surprising(nll)) - plain
+        if "salience" in c.parts:
+            terms["salience"] = 1.0, weighed(nll, self.rarity[targets.flatten()]) - plain
+        if "replay" in c.parts:
+            self.hardness = nll.detach().reshape(-1, c.seq_len).mean(1)
         if c.label_smoothing or c.entropy_loss:
             terms["smooth"] = c.label_smoothing, (lse - more[0]).mean() - plain
             terms["entropy"] = -c.entropy_loss, more[1].mean()
@@ -851,7 +859,8 @@ class Data:
 
     def __init__(self, c: Config, rt: Runtime):
         self.passes, self.counting, self.window = accumulation(c, rt), None, c.seq_len * rt.world
-        self.feed = Feed(training_windows(c, rt, c.seed), c.micro_tokens // c.seq_len, rt.device)
+        order, ahead = training_windows(c, rt, c.seed), not ("easy" in c.parts or "replay" in c.parts)
+        self.feed = Feed(order, c.micro_tokens // c.seq_len, rt.device, ahead)
 
     def tokens(self) -> int:
         """All that were trained on, over all ranks."""
@@ -860,6 +869,8 @@ class Data:
 
 def training_windows(c: Config, rt: Runtime, seed: int):
     order = LaneOrder if "carry" in c.parts else WindowOrder
+    if "easy" in c.parts or "replay" in c.parts:
+        order = partial(Lessons, easy="easy" in c.parts, again="replay" in c.parts)
     spare = SPARE_WINDOWS if "counts" in c.parts else 0
     return order(shard_paths(c.data, "train"), c.seq_len, seed, rt.rank, rt.world, c.vocab, spare)
 
@@ -928,6 +939,8 @@ class Run(NamedTuple):
 def begin_run(c: Config, rt: Runtime) -> Run:
     model = GPT(c).to(rt.device)
     model.dtype = rt.dtype
+    if "salience" in c.parts:
+        model.rarity = rarity(c.data, c.vocab).to(rt.device)
     clock = Clock(c.max_steps, c.max_seconds and c.max_seconds - c.reserve_seconds, rt.wait)
     return Run(model, Optimizer(c, model, rt.ranks), Data(c, rt), clock)
 
@@ -951,6 +964,8 @@ def train(c: Config, rt: Runtime, run: Run, val: Validation, log: Log) -> dict:
                 break
             if (phase := phase_at(c, share)) != model.phase:  # a state of other steps is of no use
                 model.phase, model.carried = phase, None
+            if "easy" in c.parts:
+                data.feed.order.share = easy_share(share)
             parts, origin = accumulate(model, loss, data, optimizer.buckets)
             norms = optimizer.step(share, clock.step)
             log.step = clock.step = clock.step + 1
@@ -993,6 +1008,8 @@ def accumulate(model: GPT, loss: Callable, data: Data, buckets: GradientBuckets)
         if i == passes - 1:
             buckets.arm()
         (total / passes).backward()
+        if "replay" in model.c.parts:
+            data.feed.order.learn(origin, model.hardness.tolist())
         sums = {name: sums.get(name, 0.0) + value.detach() / passes for name, value in parts.items()}
         origins += origin
     buckets.finish()
@@ -1068,6 +1085,7 @@ def checkpoint(c: Config, rt: Runtime, run: Run, log: Log) -> None:
         "counts": counts,
         "windows": data.feed.position * rt.world,
         "rng": torch.get_rng_state(),
+        "hard": data.feed.order.hard if "replay" in c.parts else {},
         "log_sizes": log.sizes(),
     }
     write_checkpoint(log, clock.step, state, c.keep_every, rt.patience / 2)
@@ -1081,6 +1099,8 @@ def restore(c: Config, run: Run, saved: dict, world: int) -> None:
         model.engram.count.copy_(saved["counts"] / world)
     data.feed.seek(saved["windows"] // world)
     torch.set_rng_state(saved["rng"])
+    if "replay" in c.parts:
+        data.feed.order.hard = saved["hard"]
     if (saved["config"]["max_steps"], saved["config"]["max_seconds"]) != (c.max_steps, c.max_seconds):
         optimizer.ramp = (clock.step, saved["multiplier"])
 

@@ -6,10 +6,13 @@ import torch
 
 
 class Feed:
-    """The next `rows` windows of an order, read by a thread while the device is at work; the copy waits for nobody."""
+    """The next `rows` windows of an order, read by a thread while the device is at work; the copy waits for nobody.
 
-    def __init__(self, order, rows: int, device: torch.device):
-        self.order, self.rows, self.device = order, rows, device
+    An order that follows what was learnt reads no window before its time.
+    """
+
+    def __init__(self, order, rows: int, device: torch.device, reads_ahead: bool = True):
+        self.order, self.rows, self.device, self.reads_ahead = order, rows, device, reads_ahead
         self.reader, self.position, self.ahead = ThreadPoolExecutor(1), order.position, None
 
     def seek(self, position: int) -> None:
@@ -26,7 +29,7 @@ class Feed:
     def next(self):
         """(rows, T + 1) int64 on the device, and the (shard, offset) each row came from."""
         host, origin, self.position = self.ahead.result() if self.ahead else self.read()
-        self.ahead = self.reader.submit(self.read)
+        self.ahead = self.reader.submit(self.read) if self.reads_ahead else None
         return host.to(self.device, non_blocking=True), origin
 
     def read(self):

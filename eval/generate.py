@@ -1,6 +1,6 @@
 """Text from a model, token by token from carried state: every token costs the same, however many came before."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 
 import torch
@@ -29,13 +29,34 @@ class Reader:
         return logits[0, -1].float().cpu()
 
 
-def generate_ids(model, prompt: list[int], count: int, temperature: float, top_k: int, seed: int) -> Iterator[int]:
-    """`count` ids that follow the prompt."""
+Drawn = tuple[int, float]  # a token, and what it cost the model, in nats
+
+
+def draw_tokens(model, prompt: list[int], count: int, temperature: float, top_k: int, seed: int) -> Iterator[Drawn]:
+    """`count` tokens that follow the prompt."""
     reader, generator = Reader(model), torch.Generator().manual_seed(seed)
     for _ in range(count):
-        token = pick_token(reader.read(prompt), temperature, top_k, generator)
-        yield token
+        logits = reader.read(prompt)
+        token = pick_token(logits, temperature, top_k, generator)
+        yield token, float(logits.logsumexp(0) - logits[token])
         prompt = [token]
+
+
+def generate_ids(model, prompt: list[int], *settings) -> Iterator[int]:
+    return (token for token, _ in draw_tokens(model, prompt, *settings))
+
+
+def count_passes(model) -> Callable[[], float]:
+    """From now on; what is returned tells the passes a token took part in, on average, where passes can rest."""
+    shares, steps = [], model.steps
+
+    def counting(slots, xs, ctx, trip):
+        shares.append(1.0 if ctx.rest is None else 1 - float(ctx.rest.float().mean()))
+        return steps(slots, xs, ctx, trip)
+
+    model.steps = counting
+    calls = 2 + model.c.feedback_passes  # of a forward: the first half, and the second with every pass
+    return lambda: sum(shares) * calls / max(1, len(shares)) - 1
 
 
 PROMPTS = ("The ", "In the beginning", "def ")
@@ -60,13 +81,18 @@ def generate_text(model, tokenizer, bos: int, prompt: str, *settings) -> Iterato
 
 def stream_text(tokenizer, ids: Iterator[int]) -> Iterator[str]:
     """Pieces of text as they become whole characters."""
-    ids_so_far, shown = [], ""
-    for token in ids:
-        ids_so_far.append(token)
-        text = tokenizer.decode(ids_so_far)
+    return (piece for piece, _ in stream_pieces(tokenizer, ((token, 0.0) for token in ids)))
+
+
+def stream_pieces(tokenizer, drawn: Iterator[Drawn]) -> Iterator[tuple[str, float]]:
+    """Pieces of text as they become whole characters, with the most that one of their tokens cost."""
+    ids, shown, most = [], "", 0.0
+    for token, nats in drawn:
+        ids.append(token)
+        text, most = tokenizer.decode(ids), max(most, nats)
         if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
+            yield text[len(shown) :], most
+            shown, most = text, 0.0
 
 
 def knows_turns(tokenizer) -> bool:

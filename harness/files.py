@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from eval.generate import generate_text
+from eval.generate import count_passes, draw_tokens, stream_pieces
 from eval.tokens import load_tokenizer
 from export.container import artifact_fields
 from runtime.checkpoints import load_checkpoint
@@ -48,15 +48,28 @@ def generate_command(words: list[str], env: dict[str, str]) -> None:
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=50, help="sample among so many of the likeliest; 0 is all")
+    parser.add_argument("--surprise", action="store_true", help="each token's nats as a colour, in a terminal")
     options, fields = parser.parse_known_args(words)
     c, rt = config_of(options.file, fields, env)
     model, tokenizer = model_of(c, rt, options.file), load_tokenizer(Path(c.data) / "tokenizer.model")
     sys.stdout.write(options.text)
     settings = options.tokens, options.temperature, options.top_k, c.seed
-    for piece in generate_text(model, tokenizer, BOS, options.text, *settings):
-        sys.stdout.write(piece)
+    passes = count_passes(model) if options.surprise and c.halt else None
+    drawn = draw_tokens(model, [BOS, *tokenizer.encode(options.text)], *settings)
+    for piece, nats in stream_pieces(tokenizer, drawn):
+        sys.stdout.write(coloured(piece, nats) if options.surprise and sys.stdout.isatty() else piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+    if passes:
+        sys.stdout.write(f"{passes():.2f} passes a token, of {1 + c.feedback_passes}\n")
+
+
+SHADES = (238, 24, 29, 100, 130, 124)  # of a terminal's 256 colours, from expected to surprising
+
+
+def coloured(piece: str, nats: float) -> str:
+    """A shade for each nat, the last from five on."""
+    return f"\x1b[48;5;{SHADES[min(int(nats), len(SHADES) - 1)]}m{piece}\x1b[0m"
 
 
 def load_command(words: list[str], env: dict[str, str]) -> None:

@@ -32,6 +32,7 @@ from train_gpt import Config, accumulation, eval_settings, load_config
 
 MARGIN = 0.01  # of the cap: what a prediction may be wrong by, and seeds differ by
 FEW_STEPS = 100
+ENOUGH_TOKENS = 100  # for each row of the embedding
 TRAINING_BYTES = 24  # a weight: value, gradient, master, two moments, average
 PACKERS = ("brotli", "sentencepiece", "python_minifier")
 
@@ -145,6 +146,13 @@ def check_training(steps: float, seconds: float, max_steps: int, max_seconds: fl
     return [*rows, Finding("seconds", True, text, short, seconds, limit, limit and limit - seconds)]
 
 
+def check_rows(tokens: float, vocab: int) -> Finding:
+    """Advice: a row of the embedding learns from its own token alone."""
+    each = tokens / vocab
+    said = f"about {each:,.0f} tokens of training for each of {vocab:,} rows of the embedding"
+    return finding("rows", said, each < ENOUGH_TOKENS, "Too few: take fewer pieces, or train longer", advice=True)
+
+
 def check_reserve(seconds: float, reserve: float) -> Finding:
     """Of what reads training text after the steps."""
     said = f"about {seconds:,.0f} s of counts and fits after the steps, {reserve:g} in reserve"
@@ -236,6 +244,7 @@ def check_costs(c: Config, rt: Runtime, seconds: float, device: str) -> list[Fin
     training = costs.training(c.max_steps, c.max_seconds - c.reserve_seconds)
     groups = {mode: groups_per_rank(mode, eval_settings(c), rt.world) for mode in c.eval_modes}
     rows = check_training(*training, c.max_steps, c.max_seconds, costs.basis)
+    rows.append(check_rows(training[0] * c.batch_tokens, c.vocab))
     if costs.after and c.max_seconds:
         rows.append(check_reserve(costs.after, c.reserve_seconds))
     return rows + check_evaluation(costs, groups, c.eval_seconds, bool(device) or rt.device.type == "cuda")

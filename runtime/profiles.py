@@ -17,6 +17,10 @@ PARTS = {  # optional parts of the model, switched on by naming them in `parts`
     "fill": "embeddings ship in finer or coarser steps than they train in, so that the file fills the cap",
     "dropout": "training: every tenth number is zero, of embeddings and of what mixers and MLPs say",
     "answers": "training: the loss is of what an assistant says alone",
+    "easy": "training: from the easiest quarter of the text to all of it, by the middle of the run",
+    "replay": "training: every eighth window is one of the hardest that were met",
+    "surprise": "training: what surprises weighs more",
+    "salience": "training: what is rare weighs more",
     "poly": "memory: keys and queries with their squares",
     "closing": "memory: its gate may close, where else a tenth stays open (ablation)",
     "untied": "the head has a matrix of its own",
@@ -65,6 +69,18 @@ PROFILES = {
         layers=AAAAAA parts=reset,capped,dropout,answers,qat dim=256 heads=8 kv_heads=8 vocab=4000 conv_taps=0
         seq_len=256 batch_tokens=4096 micro_tokens=4096 max_seconds=170 decay=0.5 rope_dims=32 eval_modes=stream
         eval_lanes=1 matrix_lr=0.02 embed_lr=0.01 data=datasets/chat
+    """,
+    "engram_brain": """
+        layers=AAAA parts=reset,null,qat,easy,replay,surprise,salience dim=96 heads=4 kv_heads=4 mlp_mult=4 group=32
+        rope_dims=24 window=32 seq_len=128 engram_layers=0 engram_orders=2,3 engram_heads=1 engram_rows=50021
+        feedback_passes=2 halt=0.02 batch_tokens=4096 micro_tokens=4096 max_seconds=120 decay=0.3 eval_modes=stream
+        eval_lanes=1 matrix_lr=0.015 embed_lr=0.01
+    """,
+    "engram_brain_large": """
+        layers=AAAAAAAA parts=reset,null,qat,easy,replay,surprise,salience dim=256 heads=8 kv_heads=8 mlp_mult=4
+        window=32 seq_len=128 engram_layers=0 engram_orders=2,3 engram_heads=1 engram_rows=50021 feedback_passes=2
+        halt=0.02 batch_tokens=8192 micro_tokens=4096 max_seconds=600 decay=0.3 eval_modes=stream eval_lanes=1
+        matrix_lr=0.015 embed_lr=0.01
     """,
     "wavefield": "layers=WAWA parts=reset,unet,smear,null,qat" + SMALL,
     "atlas": "layers=AMAM parts=reset,unet,smear,null,qat,poly memory_chunks=0:64,0.5:32" + SMALL,

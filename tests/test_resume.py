@@ -39,6 +39,7 @@ SLOTS = "optimizers=soap_muon,adamw"
 VARIANTS = {
     "a memory and a fading average": ["layers=AKS", "engram_layers=1", "engram_rows=64", "engram_keep=0.5", "ema=0.1"],
     "dropout": ["parts=reset,qat,dropout"],
+    "lessons": ["parts=reset,qat,easy,replay,surprise,salience"],
     "slots that a rule makes later, an even average": [SLOTS, "parts=reset,qat,even", "ema=0.5", "row_floor=1.5"],
 }
 
