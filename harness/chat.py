@@ -10,7 +10,7 @@ from pathlib import Path
 
 from eval.generate import Talk, knows_turns
 from eval.tokens import load_tokenizer
-from harness.files import config_of, model_of
+from harness.files import config_of, talking_model
 from train_gpt import BOS
 
 HELP = "commands: /reset, /seed N, /quit"
@@ -25,10 +25,11 @@ def chat_command(words: list[str], env: dict[str, str]) -> None:
     parser.add_argument("--tokens", type=int, default=64, help="an answer's at most (64)")
     parser.add_argument("--temperature", type=float, default=0.5, help="0 takes the likeliest token (0.5)")
     parser.add_argument("--top-k", type=int, default=20, help="sample among so many of the likeliest; 0 is all (20)")
+    parser.add_argument("--packed", action="store_true", help="ternary weights stay in two bits: little memory")
     options, fields = parser.parse_known_args(words)
     c, rt = config_of(options.file, fields, env)
     path = Path(c.data) / "tokenizer.model"
-    model, tokenizer = model_of(c, rt, options.file), load_tokenizer(path)
+    model, tokenizer = talking_model(c, rt, options.file, options.packed), load_tokenizer(path)
     if not knows_turns(tokenizer):
         raise ValueError(f"{path}: no markers of turns; train on what `python -m data.prepare chat` makes")
     if options.tokens + 8 > c.seq_len:

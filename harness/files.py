@@ -10,6 +10,7 @@ import torch
 from eval.generate import count_passes, draw_tokens, stream_pieces
 from eval.tokens import load_tokenizer
 from export.container import artifact_fields
+from harness.packed import keep_packed
 from runtime.checkpoints import load_checkpoint
 from runtime.ranks import Runtime, detect_runtime
 from train_gpt import BOS, GPT, Config, Run, begin_run, export_model, load_config, load_model, open_log, restore
@@ -41,6 +42,14 @@ def model_of(c: Config, rt: Runtime, path: Path) -> GPT:
     return restored_run(c, rt, path).model.eval()
 
 
+def talking_model(c: Config, rt: Runtime, path: Path, packed: bool) -> GPT:
+    """For generation; `packed` keeps an artifact's ternary weights in two bits."""
+    if packed and path.suffix != ".skc":
+        raise ValueError(f"--packed: {path} is no artifact; take final_model.skc")
+    model = model_of(c, rt, path)
+    return keep_packed(model, path.read_bytes()) if packed else model
+
+
 def generate_command(words: list[str], env: dict[str, str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m harness generate", description="Text from a model, as it comes.")
     parser.add_argument("file", type=Path, help="a checkpoint or an artifact")
@@ -48,10 +57,12 @@ def generate_command(words: list[str], env: dict[str, str]) -> None:
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=50, help="sample among so many of the likeliest; 0 is all")
+    parser.add_argument("--packed", action="store_true", help="ternary weights stay in two bits: little memory")
     parser.add_argument("--surprise", action="store_true", help="each token's nats as a colour, in a terminal")
     options, fields = parser.parse_known_args(words)
     c, rt = config_of(options.file, fields, env)
-    model, tokenizer = model_of(c, rt, options.file), load_tokenizer(Path(c.data) / "tokenizer.model")
+    model = talking_model(c, rt, options.file, options.packed)
+    tokenizer = load_tokenizer(Path(c.data) / "tokenizer.model")
     sys.stdout.write(options.text)
     settings = options.tokens, options.temperature, options.top_k, c.seed
     passes = count_passes(model) if options.surprise and c.halt else None
