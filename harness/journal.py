@@ -3,6 +3,7 @@
 No secret appears in anything that is written or sent.
 """
 
+import hashlib
 import json
 import socket
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from harness.findings import Finding, finding
 from harness.notify import Notifier, Secrets, deliver, fact_lines
-from harness.publish import Publisher, Receipt, Unreached, parse_target
+from harness.publish import Publisher, Receipt, Unreached, digest, parse_target
 from runtime.log import Lines, write_whole
 
 LOGS_EVERY = 60.0  # seconds between copies of what grows
@@ -110,11 +111,20 @@ class Journal:
                 facts = path.stat()
                 state = facts.st_mtime_ns, facts.st_size, facts.st_ino
                 if self.sent.get(path) != state:
-                    self.sent[path] = state
-                    self.publisher.offer(path, "checkpoint" if path in newest else "")
+                    news, self.sent[path] = not self.arrived(path), state
+                    if news:
+                        self.publisher.offer(path, "checkpoint" if path in newest else "")
         if time.monotonic() > self.copied + LOGS_EVERY:
             self.copied = time.monotonic()
             self.offer_logs()
+
+    def arrived(self, path: Path) -> bool:
+        """Whether an earlier supervisor sent exactly this to the same place."""
+        receipt = self.published.get(path.name, {})
+        if (receipt.get("place"), receipt.get("bytes")) != (str(self.target), path.stat().st_size):
+            return False
+        with path.open("rb") as file:
+            return digest(file, hashlib.sha256()) == receipt["sha256"]
 
     def offer_logs(self) -> None:
         for path in (self.folder / name for name in self.growing):
@@ -130,7 +140,7 @@ class Journal:
     def receive(self, receipt: Receipt) -> None:
         name = receipt.name.rpartition("/")[2]
         with self.writing:
-            self.published[name] = receipt._asdict()
+            self.published[name] = receipt._asdict() | {"place": str(self.target)}
             self.save("published.json", self.published)
         if name not in self.growing:
             self.text(f"published {receipt.address}, sha256 {receipt.sha256}")

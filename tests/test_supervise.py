@@ -219,8 +219,17 @@ def test_a_run_that_finished_unwatched_is_published_by_the_next_supervisor(place
     wait_until(lambda: not ranks_of(place), "the run goes on")
     again = begin(place, "steps=20", flags=["--publish", str(place / "there")])
     assert "is finished" in ended(again, place, 0) and "started process" not in said(place).split("is finished")[1]
-    assert (place / "there" / "r" / "final_model.skc").read_bytes() == b"artifact"
+    there = place / "there" / "r" / "final_model.skc"
+    assert there.read_bytes() == b"artifact"
     assert steps(place) == 20
+    arrived = there.stat().st_mtime_ns  # not again without new training; but elsewhere, and what is new
+    ended(begin(place, "steps=20", flags=["--publish", str(place / "there")]), place, 0)
+    assert there.stat().st_mtime_ns == arrived
+    ended(begin(place, "steps=20", flags=["--publish", str(place / "other")]), place, 0)
+    assert (place / "other" / "r" / "final_model.skc").read_bytes() == b"artifact"
+    (place / "r" / "final_model.skc").write_bytes(b"ARTIFACT")
+    ended(begin(place, "steps=20", flags=["--publish", str(place / "other")]), place, 0)
+    assert (place / "other" / "r" / "final_model.skc").read_bytes() == b"ARTIFACT"
     other = begin(place, "steps=21")  # another command is another matter
     ended(other, place, 0)
     assert steps(place) == 41
