@@ -68,7 +68,7 @@ class EngramRead(Part):
         cosine = (rms(x) * rms(self.key(e))).sum(-1, keepdim=True).float() * x.shape[-1] ** -0.5
         gate = torch.sigmoid((0.1 + 3.9 * torch.sigmoid(self.gate.scale)) * cosine + self.gate.bias)
         read = gate.to(x.dtype) * self.value(e)
-        opened = gate.detach().squeeze(-1)
-        follows = ((opened - opened.mean()) * (seen - seen.mean())).mean() / (opened.std() * seen.std() + 1e-9)
-        stats = {"engram_gate": opened.mean(), "engram_spread": opened.std(), "engram_follows": follows}
+        opened, (spread, of_seen) = gate.detach().squeeze(-1), (t.std(correction=0) for t in (gate.detach(), seen))
+        follows = ((opened - opened.mean()) * (seen - seen.mean())).mean() / (spread * of_seen + 1e-9)
+        stats = {"engram_gate": opened.mean(), "engram_spread": spread, "engram_follows": follows}
         return [x + read for x in xs], stats
