@@ -31,7 +31,7 @@ def chat_command(words: list[str], env: dict[str, str]) -> None:
     path = Path(c.data) / "tokenizer.model"
     model, tokenizer = talking_model(c, rt, options.file, options.packed), load_tokenizer(path)
     if not knows_turns(tokenizer):
-        raise ValueError(f"{path}: no markers of turns; train on what `python -m data.prepare chat` makes")
+        raise ValueError(f"{path}: no markers of turns; name the data it trained on: data=datasets/chat")
     if options.tokens + 8 > c.seq_len:
         raise ValueError(
             f"--tokens {options.tokens} leaves nothing of the block of {c.seq_len} for a question; lower it"

@@ -220,4 +220,4 @@ def test_a_model_without_turns_cannot_talk(dataset, tmp_path, capsys):
     words = ["layers=A", f"data={dataset}", f"runs={tmp_path}", "run_id=r", "max_steps=1"]
     assert command_line(["--profile", "tiny", *words]) == 0
     assert main(["chat", str(tmp_path / "r/final_model.skc"), f"data={dataset}"], {}) == 2
-    assert "no markers of turns; train on what `python -m data.prepare chat` makes" in capsys.readouterr().err
+    assert "no markers of turns; name the data it trained on: data=datasets/chat" in capsys.readouterr().err
