@@ -597,6 +597,9 @@ class GPT(Part):
         self.feedback = Feedback(c.feedback_passes, c.dim) if c.feedback_passes else None
         if c.mtp_heads:
             self.ahead = nn.ModuleList(Linear(c.dim, c.dim, "train_only", std=0.0) for _ in range(c.mtp_heads))
+        if "dropout" in c.parts:
+            dice = torch.zeros(c.micro_tokens // c.seq_len, dtype=torch.int64)
+            self.register_buffer("dice", dice, persistent=False)
         if "untied" in c.parts:
             self.unembed = Linear(c.rank, c.vocab, "embed", std=0.02 * c.rank**0.5)
 
@@ -716,13 +719,9 @@ class GPT(Part):
                 aux.update({f"layers.{i}.{name}": value for name, value in read.items()})
             y, trip.new[str(i)], stats = block.mixer(damped(xs[reads[0]], slot.layer), ctx, trip.states.get(str(i)))
             ctx = ctx._replace(v_first=stats.pop("v_first", ctx.v_first))
-            if "dropout" in c.parts:
-                y = self.drop(y, 2 * i + 1)
-            xs = site.add(xs, y, 0)
+            xs = site.add(xs, self.drop(y, 2 * i + 1) if "dropout" in c.parts else y, 0)
             y, more = block.mlp(damped(xs[reads[1]], slot.layer), ctx)
-            if "dropout" in c.parts:
-                y = self.drop(y, 2 * i + 2)
-            xs = site.add(xs, y, 1)
+            xs = site.add(xs, self.drop(y, 2 * i + 2) if "dropout" in c.parts else y, 1)
             aux.update({f"layers.{i}.{name}": value for name, value in (stats | more).items()})
             stored[slot.layer] = sum(xs) / len(xs)
         return xs, ctx

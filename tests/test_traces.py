@@ -69,6 +69,12 @@ def test_two_layers_of_each_letter(letters):
         assert row["own"] == LETTERS[letter] | {"skc.softcap_ce.default": 1}
 
 
+def test_the_parts_of_chat_and_lessons_are_one_graph_with_capped_scores_in_the_fused_kernel():
+    parts = "parts=reset,capped,dropout,answers,surprise,replay,qat"
+    (row,) = lines("trace", "--json", PROFILE, "eval_modes=chunked", "layers=AA", parts)
+    assert row["faults"] == [] and row["own"] == LETTERS["A"] | {"skc.softcap_ce.default": 1}
+
+
 SEEN = [
     "0: without gradient: spare",
     "0: 2 forward and 2 backward graphs",  # two steps, compiled twice
