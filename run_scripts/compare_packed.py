@@ -2,8 +2,8 @@
 
     python run_scripts/compare_packed.py dim=256,layers=4 dim=1024,layers=6
 
-A model of attention layers with random weights goes through an artifact; then both ways write 32 tokens in turn, as
-often as `repeats` says. The same tokens must come.
+A model of attention layers with random weights goes through an artifact; then both ways write 32 tokens in turn, five
+times. The same tokens must come.
 """
 
 import statistics
