@@ -288,10 +288,8 @@ def check_config(c: Config) -> None:
         (not c.max_steps and not c.max_seconds, "no limit: set max_steps or max_seconds"),
         ("trellis" in [trained_codec(c, f) if c.reserve_seconds else row.codec for f, row in families(c).items()],
          "codec trellis is a path found after training: set reserve_seconds, leave qat out of parts, engrams in int6"),
-        ("fill" in c.parts and ("qat" not in c.parts or "plain" in c.parts),
-         "part fill is of embeddings that trained on their grid, in a coded file: add qat, leave plain out"),
-        ("counts" in c.parts and ("qat" not in c.parts or "plain" in c.parts),
-         "part counts fills what trained weights leave of a coded file: add qat, leave plain out"),
+        (("fill" in c.parts or "counts" in c.parts) and ("qat" not in c.parts or "plain" in c.parts),
+         "parts fill and counts are of weights that trained on their grid, in a coded file: add qat, leave plain out"),
         ("plain" in c.parts and c.reserve_seconds and "qat" not in c.parts, "plain, reserve_seconds: choose one"),
         (0 < c.max_seconds <= c.reserve_seconds, f"reserve_seconds {c.reserve_seconds} leaves nothing of max_seconds"),
     ]:  # fmt: skip
@@ -414,12 +412,13 @@ class Koopman(Part):
 
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.proj = Linear(c.dim, 3 * c.width)
+        self.c, self.proj = c, Linear(c.dim, 3 * c.width)
         self.conv = convolution(c.width, c.conv_taps)
         constants = torch.logspace(math.log10(2), math.log10(2048), c.width)
         self.decay = Decay(bias=-torch.logit(torch.exp(-1 / constants)))
-        self.mix_in = nn.Parameter(torch.randn(c.width, c.mix_rank) * 0.02)
-        self.mix_out = nn.Parameter(torch.randn(c.width, c.mix_rank) * 0.02)
+        if "uncoupled" not in c.parts:
+            self.mix_in = nn.Parameter(torch.randn(c.width, c.mix_rank) * 0.02)
+            self.mix_out = nn.Parameter(torch.randn(c.width, c.mix_rank) * 0.02)
         self.out = Linear(c.width, c.dim, std=0.0)
 
     def forward(self, x, ctx, state):
@@ -429,7 +428,7 @@ class Koopman(Part):
         dt = dt + self.decay.bias.to(x.dtype)
         h, last = koopman_scan(F.silu(u), g, dt, ctx.start, old["h"])
         h = h.to(x.dtype)
-        y = h + (h @ self.mix_in.to(x.dtype)) @ self.mix_out.to(x.dtype).T
+        y = h if "uncoupled" in self.c.parts else h + (h @ self.mix_in.to(x.dtype)) @ self.mix_out.to(x.dtype).T
         decays = torch.sigmoid(-dt[:, ::16].detach().float())
         return self.out(rms(y)), {"conv": tail, "h": last}, {"lambda_mean": decays.mean()}
 
@@ -454,8 +453,9 @@ class Capsules(Part):
             rate=-constants.log().expand(c.heads, -1).clone(), bias=torch.full((c.heads, 1), math.log(math.e - 1))
         )
         self.focus = nn.Parameter(torch.full((2, c.heads, 1), 2.0))
-        self.mix_in = nn.Parameter(torch.randn(c.heads, c.slots, c.mix_rank) * 0.02)
-        self.mix_out = nn.Parameter(torch.randn(c.heads, c.slots, c.mix_rank) * 0.02)
+        if "uncoupled" not in c.parts:
+            self.mix_in = nn.Parameter(torch.randn(c.heads, c.slots, c.mix_rank) * 0.02)
+            self.mix_out = nn.Parameter(torch.randn(c.heads, c.slots, c.mix_rank) * 0.02)
         self.out = Linear(c.dim, c.dim, std=0.0)
 
     def forward(self, x, ctx, state):
@@ -471,7 +471,8 @@ class Capsules(Part):
             filtered = filtered + self.spectral.to(x.dtype) * causal_walsh(us, self.signs.to(u.dtype), reach)[:, -T:]
         focus = self.focus.to(x.dtype)
         r, p = torch.softmax(focus[0] * rms(write), -1), torch.softmax(focus[1] * rms(read), -1)
-        p = p + torch.einsum("bthn,hnr,hmr->bthm", p, self.mix_in.to(x.dtype), self.mix_out.to(x.dtype))
+        if "uncoupled" not in c.parts:
+            p = p + torch.einsum("bthn,hnr,hmr->bthm", p, self.mix_in.to(x.dtype), self.mix_out.to(x.dtype))
         speed = self.decay.bias.expand(B, T, c.heads, 1) if "static" in c.parts else dt.float() + self.decay.bias
         loga = -self.decay.rate.exp() * F.softplus(speed)
         y, slots = capsule_scan(r, p, F.silu(filtered).reshape(B, T, c.heads, self.d), loga, ctx.start, old["slots"])

@@ -11,6 +11,7 @@ PARTS = {  # optional parts of the model, switched on by naming them in `parts`
     "capped": "attention: scores have a limit, by tanh",
     "spectral": "capsules: the causal Walsh filter bank on their input",
     "static": "capsules: decays that do not depend on the token (ablation)",
+    "uncoupled": "recurrences and capsules are read without a coupling of low rank (ablation)",
     "qat": "matrices and embeddings train on the grid of the codec they ship in",
     "cautious": "weights decay only where the update shrinks them as well",
     "even": "the weight average is of the last `ema` of the run, in which all weights count the same",

@@ -15,6 +15,7 @@ VARIANTS = {letter: dict(layers=letter * 2) for letter in MIXERS} | {
     ),
     "no convolution": dict(layers="AKS", conv_taps=0),
     "static capsules": dict(layers="SS", parts=("reset", "static")),
+    "uncoupled": dict(layers="KS", parts=("reset", "uncoupled")),
     "one slot": dict(layers="SS", slots=1),
     "window": dict(layers="AA", window=8),
     "no reset": dict(layers="AKS", parts=("unet",)),
