@@ -1,11 +1,13 @@
 """Variants against a base, in stages: who is kept is decided by new seeds, paired with the base's, and by a test.
 
-    python -m harness ablate MANIFEST.toml [--dry-run] [--json] [--retry]
+    python -m harness ablate MANIFEST.toml ... [--dry-run] [--smoke] [--json] [--retry]
 
 Each wave is one seed: the base and up to `wave` variants with the same data order and, where shapes allow, the same
 initial state. A variant enters the next stage by its verdict; one that cannot fit is refused before it costs anything.
 The same command goes on after any kill; --retry runs again what failed. It writes trials.jsonl, table.json and
-intervals.svg to runs/NAME. Exit codes: 0 something is kept, 3 nothing is, 2 an error, 130 interrupted.
+intervals.svg to runs/NAME. Of several manifests all are read before the first begins. With --smoke each runs the base
+and its first two variants for two steps, in runs/NAME-smoke: whether it can run at all. Exit codes: 0 something is
+kept, 3 nothing is, 2 an error, 130 interrupted.
 """
 
 import argparse
@@ -99,8 +101,10 @@ def guessed_seconds(m: Manifest, stage: Stage, rt: Runtime, places: int, env: di
     return STARTUP + training + sum(costs.evaluation.values())
 
 
-def plan_text(m: Manifest, rows: dict[str, dict], count: int, places: int, guesses: dict[str, float]) -> str:
-    """What it takes at most, with `count` variants: all may come through every stage."""
+def plan_lines(
+    m: Manifest, rows: dict[str, dict], count: int, places: int, guesses: dict[str, float]
+) -> tuple[list[str], float]:
+    """What it takes at most, and the seconds, with `count` variants: all may come through every stage."""
     lines, seconds = [], 0.0
     for stage in m.stages:
         waves, measured = len(stage.seeds) * -(-count // m.wave), mean_seconds(rows, stage.name)
@@ -114,7 +118,8 @@ def plan_text(m: Manifest, rows: dict[str, dict], count: int, places: int, guess
             f"in {waves} waves, {settled} done, {each:.0f} s each ({basis})"
         )
     price = f", {seconds / 3600 * m.price_per_hour:.2f} at {m.price_per_hour:g} an hour" if m.price_per_hour else ""
-    return "\n".join([*lines, f"all: at most {duration(seconds)}{price}, {places} at a time"])
+    price += f", and no more than {m.price_limit:g} in all" if m.price_limit else ""
+    return [*lines, f"all: at most {duration(seconds)}{price}, {places} at a time"], seconds
 
 
 # ── the search
@@ -143,29 +148,52 @@ class Ablation:
         return make_trial(self.m, stage, variant, self.m.fields(variant), (group, seed), self.configs[variant])
 
 
-def search(m: Manifest, env: dict[str, str], executor: Executor, options: argparse.Namespace) -> int:
-    """All stages of a manifest, and what came of them as files and on the terminal."""
+class Prepared(NamedTuple):
+    """A manifest that may begin."""
+
+    m: Manifest
+    executor: Executor
+    configs: dict[str, Config]
+    refused: dict[str, str]
+    lines: list[str]
+    seconds: float
+
+
+def prepare(m: Manifest, env: dict[str, str], executor: Executor) -> Prepared:
     configs = {name: m.config(m.fields(name), env) for name in (BASE, *m.variants)}
     runtime, rows = detect_runtime(env, configs[BASE].dtype), read_rows(m.folder / "trials.jsonl")
     proven = {row["variant"] for row in rows.values() if row["status"] == FINISHED}
     refused = require_fit(m, runtime, env, proven)
-    variants = [name for name in m.variants if name not in refused]
     guesses = {stage.name: guessed_seconds(m, stage, runtime, executor.places, env) for stage in m.stages}
-    lines = [f"refused {name}: {cause}" for name, cause in refused.items()]
-    lines.append(plan_text(m, rows, len(variants), executor.places, guesses))
-    print_line(sys.stdout if options.dry_run else sys.stderr, "\n".join(lines))
-    if options.dry_run:
-        return KEPT
-    say = partial(print_line, sys.stderr)
-    with alone(m.folder), closing(Trials(m, executor, say, options.retry)) as trials:
-        for name, cause in refused.items():
+    lines, seconds = plan_lines(m, rows, len(m.variants) - len(refused), executor.places, guesses)
+    refusals = [f"refused {name}: {cause}" for name, cause in refused.items()]
+    return Prepared(m, executor, configs, refused, refusals + lines, seconds)
+
+
+def search(p: Prepared, options: argparse.Namespace) -> int:
+    """All stages of a manifest, and what came of them as files and on the terminal."""
+    m, variants = p.m, [name for name in p.m.variants if name not in p.refused]
+    with alone(m.folder), closing(Trials(m, p.executor, partial(print_line, sys.stderr), options.retry)) as trials:
+        for name, cause in p.refused.items():
             trials.refuse(m.stages[0].name, name, cause)
-        results = run_stages(m.stages, variants, m.wave, Ablation(m, trials, configs).scores)
-    told = report(m, results, trials, refused, kept(m.stages, results))
+        results = run_stages(m.stages, variants, m.wave, Ablation(m, trials, p.configs).scores)
+    told = report(m, results, trials, p.refused, kept(m.stages, results))
     write_whole(m.folder / "table.json", (json.dumps(told, indent=1) + "\n").encode())
     write_whole(m.folder / "intervals.svg", picture(m.name, results).encode())
     print_line(sys.stdout, json.dumps(told) if options.json else table_text(told))
     return KEPT if told["kept"] else NOTHING
+
+
+def search_all(manifests: list[Manifest], env: dict[str, str], options: argparse.Namespace) -> int:
+    """One after another; 0 if any of them keeps something."""
+    prepared = [prepare(m, env, make_executor(m.executor, env)) for m in manifests]
+    told = sys.stdout if options.dry_run else sys.stderr
+    for p in prepared:
+        print_line(told, "\n".join([f"{p.m.name}:"] * (len(prepared) > 1) + p.lines))
+    if len(prepared) > 1:
+        print_line(told, f"{len(prepared)} manifests: at most {duration(sum(p.seconds for p in prepared))}")
+    codes = [] if options.dry_run else [search(p, options) for p in prepared]
+    return min(codes, default=KEPT)
 
 
 def print_line(stream, line: str) -> None:
@@ -173,16 +201,23 @@ def print_line(stream, line: str) -> None:
     stream.flush()
 
 
+def smoke(m: Manifest) -> Manifest:
+    few = {name: m.variants[name] for name in list(m.variants)[:2]}
+    stages = [stage._replace(limit="steps", amount=2, seeds=stage.seeds[:1], enter="all") for stage in m.stages]
+    return dataclasses.replace(m, name=f"{m.name}-smoke", variants=few, stages=stages)
+
+
 def ablate_command(words: list[str], env: dict[str, str]) -> int:
     parser = argparse.ArgumentParser(
         "python -m harness ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("manifest", type=Path)
-    for name in ("--dry-run", "--json", "--retry"):
+    parser.add_argument("manifest", type=Path, nargs="+")
+    for name in ("--dry-run", "--smoke", "--json", "--retry"):
         parser.add_argument(name, action="store_true")
     options = parser.parse_args(words)
-    m = read_manifest(options.manifest, env)
-    return guarded(partial(search, m, env, make_executor(m.executor, env), options))
+    manifests = [read_manifest(path, env) for path in options.manifest]
+    manifests = [smoke(m) for m in manifests] if options.smoke else manifests
+    return guarded(partial(search_all, manifests, env, options))
 
 
 def guarded(work: Callable[[], int]) -> int:

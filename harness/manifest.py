@@ -3,6 +3,10 @@
 name = "rates"                        # and the folder, runs/rates
 profile = "local"
 base = { dim = 64, group = 32 }       # fields of the trainer
+command = ["python", "other.py"]      # in place of the trainer; it is given the same words
+own = ["rank"]                        # fields that this command has and the trainer has not
+price_per_hour = 24                   # of all places together, and what the whole search may cost:
+price_limit = 100
 [variants]
 no_warmup = { warmup = 0.0 }
 [factors]                             # crossed; each combination is a variant, too
@@ -21,6 +25,7 @@ enter = "retest"                      # all, or with which verdict at least vari
 
 import itertools
 import re
+import sys
 import tomllib
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -41,7 +46,9 @@ KEYS = {
     "command": list,
     "score": str,
     "target_loss": NUMBER,
+    "own": list,
     "price_per_hour": NUMBER,
+    "price_limit": NUMBER,
     "wave": int,
     "base": dict,
     "variants": dict,
@@ -102,9 +109,11 @@ class Manifest:
     variants: dict[str, Fields]
     stages: list[Stage]
     command: tuple[str, ...] = ()  # empty is the trainer
+    own: tuple[str, ...] = ()  # fields of the command that no trainer has
     score: str = "val_bpb"  # of result.json; lower is better
     target_loss: float = 0.0  # of training; steps to it are told beside the score
     price_per_hour: float = 0.0  # of the machine
+    price_limit: float = 0.0  # of all trials; 0 is none
     wave: int = 16  # variants that share a run of the base
     executor: dict = field(default_factory=dict)
     preflight: dict = field(default_factory=dict)
@@ -119,7 +128,8 @@ class Manifest:
         return self.base if variant == BASE else self.base | self.variants[variant]
 
     def config(self, fields: Fields, env: dict[str, str], *words: str) -> Config:
-        return load_config([*as_words(fields), *words], env, self.profile)[0]
+        known = {name: value for name, value in fields.items() if name not in self.own}
+        return load_config([*as_words(known), *words], env, self.profile)[0]
 
 
 def as_words(fields: Fields) -> list[str]:
@@ -152,7 +162,9 @@ def parse_manifest(path: Path, raw: dict, env: dict[str, str]) -> Manifest:
     if twice := named.keys() & combined.keys():
         raise ValueError(f"variant {twice.pop()} is named, and among the factors' combinations, too")
     rest = {k: v for k, v in raw.items() if k not in ("name", "profile", "base", "variants", "factors", "stages")}
-    rest |= {"command": tuple(map(str, raw.get("command", ())))}
+    head = {"python": sys.executable}
+    rest |= {"command": tuple(head.get(str(word), str(word)) for word in raw.get("command", ()))}
+    rest |= {"own": tuple(map(str, raw.get("own", ())))}
     name, profile = raw.get("name", path.stem), raw.get("profile", DEFAULT_PROFILE)
     check_name(name)
     m = Manifest(path, name, profile, base, named | combined, parse_stages(raw.get("stages", [])), **rest)
@@ -161,6 +173,8 @@ def parse_manifest(path: Path, raw: dict, env: dict[str, str]) -> Manifest:
         raise ValueError("nothing to compare with the base: give [variants] or [factors]")
     if m.wave < 1:
         raise ValueError(f"wave = {m.wave}: a wave needs at least one variant")
+    if m.price_limit and not m.price_per_hour:
+        raise ValueError(f"price_limit = {m.price_limit:g}: give price_per_hour, too")
     return m
 
 
@@ -189,16 +203,22 @@ def crossed(factors: dict) -> dict[str, Fields]:
 
 def distinct(m: Manifest, combined: dict[str, Fields], env: dict[str, str]) -> Manifest:
     """Without the combination that is the base; no two trials may be the same one."""
-    configs, variants = {variant_config(m, BASE, env): BASE}, {}
+    configs, variants = {identity(m, BASE, env): BASE}, {}
     for name in m.variants:
         check_name(name)
-        twin = configs.setdefault(variant_config(m, name, env), name)
+        twin = configs.setdefault(identity(m, name, env), name)
         if twin == BASE and name in combined:
             continue
         if twin != name or name == BASE:
             raise ValueError(f"variant {name} is the same as {twin}: leave one of them out")
         variants[name] = m.variants[name]
     return replace(m, variants=variants)
+
+
+def identity(m: Manifest, name: str, env: dict[str, str]) -> tuple:
+    """Of a trial: equal for two that would do the same."""
+    fields = m.fields(name)
+    return variant_config(m, name, env), *(fields.get(own) for own in m.own)
 
 
 def variant_config(m: Manifest, name: str, env: dict[str, str]) -> Config:

@@ -28,7 +28,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from harness.ablate import KEPT, guarded, guessed_seconds, misfit, print_line, search
+from harness.ablate import KEPT, guarded, guessed_seconds, misfit, prepare, print_line, search
 from harness.ablate_table import svg_file
 from harness.executors import FINISHED, Executor, make_executor
 from harness.manifest import LIMITS, NUMBER, Fields, Manifest, checked, parse_fields, parse_stage, read_manifest
@@ -110,6 +110,7 @@ class Sweep:
                 self.begin(Asked(self.study, row._trial_id), rt)
         try:
             while self.fill(rt) or self.running:
+                self.trials.require_budget(self.running)
                 time.sleep(LOOK)
                 for trial in list(self.running):
                     self.look_at(trial)
@@ -119,7 +120,7 @@ class Sweep:
     def fill(self, rt: Runtime) -> bool:
         """Whether there are more to come."""
         while more := self.begun() < self.wanted:
-            if len(self.running) == self.executor.places:
+            if len(self.running) == self.executor.places or not self.trials.affordable(self.stage.name, self.running):
                 break
             asked = self.study.ask(self.space)
             asked.set_user_attr("worker", self.me)
@@ -285,7 +286,9 @@ def run_sweep(m: Manifest, env: dict[str, str], options: argparse.Namespace) -> 
     if options.search_only or at_work:
         sys.stderr.write("still running: " + ", ".join(at_work) + "; whoever ends last goes on\n" if at_work else "")
         return KEPT
-    return search(with_best(m, told, sweep.fields), env, executor, options)
+    best = prepare(with_best(m, told, sweep.fields), env, executor)
+    print_line(sys.stderr, "\n".join(best.lines))
+    return search(best, options)
 
 
 def sweep_command(words: list[str], env: dict[str, str]) -> int:

@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
@@ -98,7 +98,8 @@ class Trials:
         self.m, self.executor, self.say = m, executor, say
         self.command = m.command or (sys.executable, str(ROOT / "train_gpt.py"))
         self.commit, path = built_commit(script_path(list(self.command))), m.folder / name
-        self.rows, self.starts, self.ahead, self.retry = read_rows(path), {}, 0, retry
+        self.rows, self.ahead, self.retry = read_rows(path), 0, retry
+        self.starts, self.began = {}, {}
         if retry:
             self.rows = {name: row for name, row in self.rows.items() if row["status"] != FAILED}
         self.lines = Lines(path, None, lambda line: None)
@@ -118,9 +119,10 @@ class Trials:
         self.ahead = len(waiting)
         try:
             while waiting or running:
-                while waiting and len(running) < self.executor.places:
+                while waiting and len(running) < self.executor.places and self.affordable(waiting[0].stage, running):
                     running[waiting[0]] = self.begin(waiting[0])
                     del waiting[0]
+                self.require_budget(running)
                 time.sleep(POLL)
                 for trial in [trial for trial, job in running.items() if self.executor.state(job) == "ended"]:
                     if not self.end(trial, self.executor.result(running.pop(trial))):
@@ -168,7 +170,7 @@ class Trials:
         facts = {"words": self.words(trial), "commit": self.commit, "began": time.time()}
         write_whole(folder / "trial.json", (json.dumps(facts) + "\n").encode())
         job = Job(folder, tuple(self.words(trial)))
-        self.starts[trial] = self.starts.get(trial, 0) + 1
+        self.starts[trial], self.began[trial] = self.starts.get(trial, 0) + 1, facts["began"]
         self.executor.submit(job)
         return job
 
@@ -223,6 +225,25 @@ class Trials:
 
     def price(self, wall: float) -> float:
         return wall / 3600 * self.m.price_per_hour / self.executor.places
+
+    def spent(self, running: Collection[Trial]) -> float:
+        now = [time.time() - self.began[trial] for trial in running]
+        return sum(row["price"] for row in self.rows.values()) + sum(map(self.price, now))
+
+    def affordable(self, stage: str, running: Collection[Trial]) -> bool:
+        """Whether one more ends within the budget, if it and what runs take as long as others of the stage."""
+        usual = mean_seconds(self.rows, stage)
+        left = sum(max(0.0, usual - (time.time() - self.began[trial])) for trial in running)
+        return not self.m.price_limit or self.spent(running) + self.price(left + usual) <= self.m.price_limit
+
+    def require_budget(self, running: Collection[Trial]) -> None:
+        """What has not begun and cannot waits for what runs; then, or when that is too dear itself, it is the end."""
+        spent, limit = self.spent(running), self.m.price_limit
+        if limit and (spent > limit or not running):
+            raise ValueError(
+                f"price_limit = {limit:g}: {spent:.2f} is spent, and no trial fits in the rest; what is settled stays,"
+                " and with a higher limit the same command goes on"
+            )
 
 
 def duration(seconds: float) -> str:

@@ -224,6 +224,8 @@ def test_planted_effects_are_told_from_noise(monkeypatch):
     ("cores", "kores", "executor: no 'kores', one of cores, gpus"),
     ("cores = [", "cores = [4095, ", "executor: no core 4095 here"),
     ("price_per_hour = 36", "price_per_hour = \"36\"", "price_per_hour = '36' is of the wrong kind"),
+    ("price_per_hour = 36", "price_limit = 3", "price_limit = 3: give price_per_hour, too"),
+    ("matrix_lr = 0.9", "rank = 3", "variant broken: no field 'rank'"),
 ])  # fmt: skip
 def test_a_bad_manifest_is_one_line_before_anything_runs(manifest, capsys, old, new, text):
     change(manifest, old, new)
@@ -293,6 +295,51 @@ def test_a_search_keeps_what_is_true_and_records_what_failed_or_was_refused(mani
     out = capsys.readouterr().out
     assert "kept: high" in out and "could have been seen" in out and "refused huge: bytes" in out
     assert set(starts(Path()).values()) == {1}
+
+
+def test_fields_of_the_command_alone_tell_variants_apart_and_reach_it(manifest):
+    text = manifest.read_text().replace("price_per_hour = 36", 'own = ["rank"]')
+    text = text.replace("broken = { matrix_lr = 0.9 }", "low = { rank = 3 }\nhigher = { rank = 4 }")
+    manifest.write_text(text.replace("python = ", "").replace("[factors]\ndecay = [0.6, 0.4, 0.3]\n", ""))
+    assert list(read_manifest(manifest, {}).variants) == ["high", "low", "higher"] and ablate(manifest) == 0
+    assert "rank=3" in json.loads(Path("runs/m/short/low-s1/trial.json").read_text())["words"]
+    change(manifest, "rank = 4", "rank = 3")
+    with pytest.raises(ValueError, match="variant higher is the same as low"):
+        read_manifest(manifest, {})
+
+
+def test_a_search_ends_where_its_budget_does_and_goes_on_with_a_larger_one(manifest, capsys):
+    """A trial takes .3 s or more, at 36 an hour in two places: eight of them are .012."""
+    change(manifest, 'layers = "A" }', 'layers = "A", z_loss = 0.3 }')
+    change(manifest, "price_per_hour = 36", "price_per_hour = 36\nprice_limit = 0.012")
+    assert ablate(manifest) == 2
+    error = capsys.readouterr().err
+    assert "and no more than 0.012 in all" in error and "no trial fits in the rest" in error
+    assert len(Path("runs/m/trials.jsonl").read_text().splitlines()) <= 8
+    assert not any(is_running(path.parent) for path in Path("runs/m").glob("*/*/trial.lock"))
+    done = {path.parent.name for path in Path("runs/m").glob("*/*/result.json")}
+    change(manifest, "price_limit = 0.012", "price_limit = 30")
+    assert ablate(manifest) == 0 and " a verdict" in capsys.readouterr().out
+    assert all(starts(Path())[name] == 1 for name in done)
+
+
+def test_a_smoke_of_several_manifests_runs_two_steps_of_each(manifest, capsys):
+    other = manifest.with_name("n.toml")
+    other.write_text(manifest.read_text())
+    assert ablate(manifest, "n.toml", "--smoke") in (0, 3)
+    assert "2 manifests: at most" in capsys.readouterr().err
+    for name in ("m", "n"):
+        folders = Path(f"runs/{name}-smoke/full").iterdir()
+        assert {path.name for path in folders if path.is_dir()} == {"base-s5", "high-s5", "broken-s5"}
+    words = json.loads(Path("runs/n-smoke/short/high-s1/trial.json").read_text())["words"]
+    assert "max_steps=2" in words and not Path("runs/m").exists()
+
+
+def test_of_several_manifests_a_bad_one_stops_all_before_any_trial(manifest, capsys):
+    other = manifest.with_name("n.toml")
+    other.write_text(manifest.read_text().replace("profile =", "profil ="))
+    assert ablate(manifest, "n.toml") == 2
+    assert "n.toml: the manifest: no 'profil'" in capsys.readouterr().err and not list(Path().glob("runs/*/*"))
 
 
 def test_nothing_kept_has_a_code_of_its_own(manifest):
