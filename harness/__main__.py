@@ -7,9 +7,10 @@ chat FILE [--ask TEXT]         a talk with a chat model
 load FILE                      an artifact read and checked, without data
 export CHECKPOINT              the artifact of a checkpoint
 follow RUN [--sample] [--proxy]  samples and proxies of the artifact from a run's checkpoints, while it trains
+probe [--seconds S] [field=value ...]  the batch that fits and the compiler's mode that pays, tried on this machine
 preflight [--measure S] [--json] [field=value ...]  whatever could fail later, tried now
 supervise [options] -- COMMAND   a run that may be left alone: watched, told of, published, ended when it hangs
-ablate MANIFEST [--dry-run]    variants against a base in stages, with paired seeds: keep, retest or discard
+ablate MANIFEST ... [--dry-run]  variants against a base in stages, with paired seeds: keep, retest or discard
 sweep MANIFEST [--search-only]  a space searched by Optuna, then its best against the base as above
 certify --script FILE --artifact FILE --data DIR   the probes of legality on the file that ran and what it wrote
 """
@@ -24,6 +25,7 @@ COMMANDS = {  # where each stands: one that only watches needs no tensors, and i
     "plan": "harness.plan",
     "profiles": "harness.plan",
     "preflight": "harness.preflight",
+    "probe": "harness.probe",
     "generate": "harness.files",
     "chat": "harness.chat",
     "load": "harness.files",
