@@ -16,6 +16,7 @@ esac
 
 mkdir -p runs submission "$home"
 if [ -d "$PUBLISH" ]; then cp -r "$PUBLISH/." runs/; fi
+echo "== results -> $home"
 begun=$(mktemp)
 send() { find runs records submission -type f -newer "$begun" ! -name '*.pt' -exec cp --parents -t "$home" {} +; }
 trap send EXIT
