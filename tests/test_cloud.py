@@ -227,10 +227,13 @@ def test_setup_brings_the_text_that_was_prepared_and_begins_without_none(machine
 
 LAUNCHER = """
 mkdir -p runs/a-s1 records/new "$PUBLISH/a-s1"
-ls runs/a-s1 > found
+ls runs runs/a-s1 > found
+mkdir runs/records
+echo ours > runs/records/submission.json
 echo "$@" > words
 echo step >> runs/a-s1/train.log
 echo weights > runs/a-s1/checkpoint_00000001.pt
+echo {} > runs/a-s1/supervisor.json
 cp runs/a-s1/* "$PUBLISH/a-s1/"
 echo legal > runs/a-s1/certificate.json
 echo ours > records/new/submission.json
@@ -240,17 +243,18 @@ exit ${CODE:-0}
 
 def test_a_job_goes_on_where_its_last_machine_was_and_another_begins_anew(machine, tmp_path):
     """And what was made arrives in the bucket, whatever the launcher's end."""
-    for name, job, code, found in (("a", "1", 1, []), ("b", "1", 0, ["certificate.json", "checkpoint_00000001.pt",
-                                   "train.log"]), ("c", "2", 0, [])):  # fmt: skip
+    sent = ["certificate.json", "checkpoint_00000001.pt", "supervisor.json", "train.log"]
+    for name, job, code, found in (("a", "1", 1, []), ("b", "1", 0, sent), ("c", "2", 0, [])):
         place = machine(name)
         (place / "launch.sh").write_text(LAUNCHER)
         command = "bash run_scripts/cloud/run.sh launch.sh matrix_lr=0.02 seed=1"
         done = run(place, command, SKYPILOT_TASK_ID=f"job-{job}", CODE=str(code))
         assert done.returncode == code, done.stderr
-        assert (place / "found").read_text().split() == found
+        assert (place / "found").read_text().split() == ["runs:", "a-s1", "runs/a-s1:", *found]
         assert (place / "words").read_text().split() == ["matrix_lr=0.02", "seed=1"]
         there = contents(tmp_path / "bucket" / "jobs" / f"job-{job}")
         assert there["runs/a-s1/certificate.json"] == "legal\n" and there["records/new/submission.json"] == "ours\n"
+        assert there["runs/records/submission.json"] == "ours\n"
         assert there["runs/a-s1/train.log"] == "step\n" * (2 if name == "b" else 1)
 
 

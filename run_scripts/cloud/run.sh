@@ -15,7 +15,9 @@ case $PUBLISH in /*) ;; *)
 esac
 
 mkdir -p runs submission "$home"
-if [ -d "$PUBLISH" ]; then cp -r "$PUBLISH/." runs/; fi
+if [ -d "$PUBLISH" ]; then  # runs alone: a record is written anew
+    find "$PUBLISH" -mindepth 2 -maxdepth 2 -name supervisor.json -printf '%h\0' | xargs -0 -r cp -r -t runs
+fi
 echo "== results -> $home"
 begun=$(mktemp)
 send() { find runs records submission -type f -newer "$begun" ! -name '*.pt' -exec cp --parents -t "$home" {} +; }
