@@ -56,13 +56,15 @@ class Executor(Protocol):
 class LocalExecutor:
     """Processes of this machine, each pinned to its cores or to its GPU.
 
-    A process holds the lock of its folder for as long as it lives, whatever becomes of us.
+    A process holds the lock of its folder for as long as it lives, whatever becomes of us. `env` None is our own.
     """
 
-    def __init__(self, env: dict[str, str], cores: list | None = None, gpus: list | None = None):
+    def __init__(self, env: dict[str, str] | None, cores: list | None = None, gpus: list | None = None):
         here, sets = os.sched_getaffinity(0), [[each] if isinstance(each, int) else each for each in cores or []]
         if missing := {core for each in sets for core in each} - here:
             raise ValueError(f"executor: no core {min(missing)} here, there are {sorted(here)}")
+        if gpus and (missing := set(gpus) - set(visible := gpus_here(env))):
+            raise ValueError(f"executor: no GPU {min(missing)} here, there are {visible}")
         pinned = [{"cores": each, "env": {"OMP_NUM_THREADS": str(len(each))}} for each in sets]
         pinned += [{"cores": [], "env": {"CUDA_VISIBLE_DEVICES": str(each)}} for each in gpus or []]
         self.env, self.free, self.started = env, pinned or [{"cores": [], "env": {}}], {}
@@ -110,6 +112,14 @@ class LocalExecutor:
         with suppress(ProcessLookupError):
             if is_running(job.folder):
                 os.killpg(recorded(job.folder)["pid"], signal.SIGTERM)
+
+
+def gpus_here(env: dict[str, str]) -> list[int]:
+    """Their numbers; some may be hidden from us."""
+    from torch.cuda import device_count
+
+    listed = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return [int(number) for number in listed if number.isdigit()] or list(range(device_count()))
 
 
 @contextmanager

@@ -223,6 +223,7 @@ def test_planted_effects_are_told_from_noise(monkeypatch):
     ("data = \"toy\"", "data = \"elsewhere\"", "the base cannot run. data: "),
     ("cores", "kores", "executor: no 'kores', one of cores, gpus"),
     ("cores = [", "cores = [4095, ", "executor: no core 4095 here"),
+    ("cores = [", "gpus = [4095], cores = [", "executor: no GPU 4095 here, there are ["),
     ("price_per_hour = 36", "price_per_hour = \"36\"", "price_per_hour = '36' is of the wrong kind"),
     ("price_per_hour = 36", "price_limit = 3", "price_limit = 3: give price_per_hour, too"),
     ("matrix_lr = 0.9", "rank = 3", "variant broken: no field 'rank'"),
@@ -427,7 +428,8 @@ def result_of(executor: Executor, each: Job) -> Outcome:
     return executor.result(each)
 
 
-def test_a_place_pins_to_cores_or_a_gpu_and_is_free_again(tmp_path):
+def test_a_place_pins_to_cores_or_a_gpu_and_is_free_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     core = min(os.sched_getaffinity(0))
     executor, jobs = LocalExecutor(dict(os.environ), [core], [3]), [job(tmp_path / name, TOLD) for name in "ab"]
     for each in jobs:
