@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -151,6 +152,12 @@ def is_running(folder: Path) -> bool:
     with suppress(FileNotFoundError), (folder / LOCK).open() as lock:
         return is_held(lock)
     return False
+
+
+def begun(folder: Path) -> float:
+    """When its process began last, wherever it had waited before; now, if none did."""
+    lock = folder / LOCK
+    return lock.stat().st_mtime if lock.exists() else time.time()
 
 
 def finished_facts(folder: Path) -> dict:

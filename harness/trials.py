@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from harness.command import ROOT, built_commit, script_path
-from harness.executors import FAILED, FINISHED, INTERRUPTED, Executor, Job, Outcome, is_running, outcome_of
+from harness.executors import FAILED, FINISHED, INTERRUPTED, Executor, Job, Outcome, begun, is_running, outcome_of
 from harness.manifest import BASE, Fields, Manifest, Stage, as_words
 from records.claim import as_number
 from records.run import Run
@@ -167,7 +167,7 @@ class Trials:
     def begin(self, trial: Trial) -> Job:
         folder = self.folder(trial)
         folder.mkdir(parents=True, exist_ok=True)
-        facts = {"words": self.words(trial), "commit": self.commit, "began": time.time()}
+        facts = {"words": self.words(trial), "commit": self.commit}
         write_whole(folder / "trial.json", (json.dumps(facts) + "\n").encode())
         job = Job(folder, tuple(self.words(trial)))
         self.starts[trial], self.began[trial] = self.starts.get(trial, 0) + 1, facts["began"]
@@ -188,11 +188,11 @@ class Trials:
 
     def add(self, trial: Trial, outcome: Outcome) -> dict:
         folder, facts, score = self.folder(trial), outcome.facts, as_number(outcome.facts.get(self.m.score))
-        began, run = json.loads((folder / "trial.json").read_text()), Run(folder)
+        commit, run = json.loads((folder / "trial.json").read_text())["commit"], Run(folder)
         if outcome.status == FINISHED and (score is None or not math.isfinite(score)):
             outcome = Outcome(FAILED, {}, f"result.json has {self.m.score} = {facts.get(self.m.score)}")
         done = outcome.status == FINISHED
-        wall = (folder / "result.json").stat().st_mtime - began["began"] if done else time.time() - began["began"]
+        wall = ((folder / "result.json").stat().st_mtime if done else time.time()) - begun(folder)
         return self.write(
             row_of(run)
             | {
@@ -201,7 +201,7 @@ class Trials:
                 "status": FINISHED if done else FAILED,
                 "cause": outcome.cause,
                 "score": score if done else None,
-                "commit": began["commit"],
+                "commit": commit,
                 "folder": str(folder),
                 "tokens_per_second": as_number(facts.get("tokens_per_second")),
                 "bytes": facts.get("artifact_bytes"),
