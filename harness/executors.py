@@ -3,7 +3,10 @@
 A job is a folder and a command that writes result.json into it, and what a search knows of a job is what the folder
 says, so that a search that was killed finds its jobs again: `submit` of one that still runs takes it up, wherever it
 runs, and one that has finished is not run again. An executor for a cluster keeps the number of its queue in the folder,
-and reads the same files there.
+and reads the same files there: harness/slurm.py is one.
+
+    executor = { cores = [[0, 1], [2, 3]] }  # or gpus = [0, 1]: a place of this machine each
+    executor = { kind = "slurm", places = 8, partition = "gpu", gpus = 1, cores = 8, minutes = 60, account = "x" }
 """
 
 import fcntl
@@ -23,8 +26,9 @@ LOCK, OUTPUT = "trial.lock", "trial.out"
 FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
 LAST_WORDS = 300  # characters of a cause
 EXIT = "trial.exit"
-# Writes the command's code to the file $0, though nobody may be left to wait for it, and ends no sooner than it.
-SHELL = ("sh", "-c", 'trap : TERM; "$@"; code=$?; echo $code > "$0"; exit $code')
+# Writes the command's code to the file $0, though nobody may be left to wait for it, and ends no sooner than it. USR2
+# says to a job of a cluster that its time is up, and may reach all that runs in it: it is not for the command.
+SHELL = ("sh", "-c", 'trap : TERM; trap "" USR2; "$@"; code=$?; echo $code > "$0"; exit $code')
 
 
 class Job(NamedTuple):
@@ -85,7 +89,7 @@ class LocalExecutor:
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=out,
-                    env=self.env | place["env"],
+                    env=None if self.env is None else self.env | place["env"],
                     pass_fds=[lock.fileno()],
                     start_new_session=True,
                 )
@@ -177,8 +181,17 @@ def outcome_of(folder: Path) -> Outcome:
     return Outcome(FAILED, {}, (lines[-1] if lines else f"exit code {code}")[-LAST_WORDS:])
 
 
-EXECUTORS: dict[str, Callable[..., Executor]] = {"local": LocalExecutor}
-KEYS = {"local": ("cores", "gpus")}
+def slurm_executor(env: dict[str, str], **asked) -> Executor:
+    from harness.slurm import SlurmExecutor
+
+    return SlurmExecutor(env, **asked)
+
+
+EXECUTORS: dict[str, Callable[..., Executor]] = {"local": LocalExecutor, "slurm": slurm_executor}
+KEYS = {
+    "local": ("cores", "gpus"),
+    "slurm": ("cluster", "places", "partition", "account", "gpus", "cores", "memory", "minutes", "options"),
+}
 
 
 def make_executor(asked: dict, env: dict[str, str]) -> Executor:

@@ -153,7 +153,7 @@ class Sweep:
     def look_at(self, trial: Trial) -> None:
         asked, job = self.running[trial]
         self.report(asked, trial)
-        if self.executor.state(job) == "running":
+        if self.executor.state(job) != "ended":
             if trial not in self.hopeless and asked.should_prune():
                 self.hopeless.add(trial)
                 self.executor.cancel(job)

@@ -4,7 +4,7 @@
 #   bash run_scripts/test.sh --all    and the slow proofs, about 35 minutes (what CI runs)
 # Other arguments go to pytest: bash run_scripts/test.sh tests/test_scan.py -k odd
 set -euo pipefail
-NEED="pytest, xdist, hypothesis, ruff, python_minifier, huggingface_hub, apprise, optuna" . "$(dirname "$0")/env.sh"
+NEED="pytest, xdist, hypothesis, ruff, python_minifier, huggingface_hub, apprise, optuna, submitit" . "$(dirname "$0")/env.sh"
 
 marks=(-m "not slow")
 if [ "${1:-}" = --all ]; then marks=(); shift; fi
