@@ -43,7 +43,8 @@ class Outcome(NamedTuple):
 
 
 class Executor(Protocol):
-    places: int  # jobs at a time
+    places: int  # jobs that run at a time
+    takes: int  # jobs that it may be given at a time, which wait in a queue of its own
 
     def submit(self, job: Job) -> None:
         """Begin it, or take it up if it runs already or has finished."""
@@ -73,7 +74,7 @@ class LocalExecutor:
         pinned = [{"cores": each, "env": {"OMP_NUM_THREADS": str(len(each))}} for each in sets]
         pinned += [{"cores": [], "env": {"CUDA_VISIBLE_DEVICES": str(each)}} for each in gpus or []]
         self.env, self.free, self.started = env, pinned or [{"cores": [], "env": {}}], {}
-        self.places = len(self.free)
+        self.places = self.takes = len(self.free)
 
     def submit(self, job: Job) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)

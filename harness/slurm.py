@@ -3,10 +3,10 @@
     executor = { kind = "slurm", places = 8, partition = "gpu", gpus = 1, cores = 8, minutes = 60, account = "x" }
     preflight = { device = "h100" }  # what the nodes have, where the machine that searches has not
 
-A search runs on a machine that can submit and shares its folders with the nodes. What it begins at once is one array,
-of which `places` run at a time. `memory` is in GB, `options = { qos = "low" }` goes to sbatch as it stands. A trial
-that the cluster preempts, or that takes longer than its `minutes`, writes a checkpoint, goes back to the queue and goes
-on. `cluster = "local"` does the same with processes of this machine, for which there are places, gpus and minutes.
+A search runs on a machine that can submit and shares its folders with the nodes. A wave is one array, of which `places`
+run at a time. `memory` is in GB, `options = { qos = "low" }` goes to sbatch as it stands. A trial that the cluster
+preempts, or that takes longer than its `minutes`, writes a checkpoint, goes back to the queue and goes on.
+`cluster = "local"` does the same with processes of this machine, for which there are places, gpus and minutes.
 
 slurm.json in the folder of a trial says which job it is. Its name is there before the job is in the queue, so that a
 search that was killed in between finds it by that name, too. What the jobs themselves say lies beside the trials, in a
@@ -54,6 +54,7 @@ KINDS = {
 }
 HERE_KEYS = ("cluster", "places", "gpus", "minutes")
 SHOULD_BE = {str: "a word", int: "a whole number above zero", dict: "a table of options of sbatch"}
+ARRAY = 1000  # jobs of an array, which most clusters allow
 MINUTES = 60
 NOTICE = 120  # seconds for a checkpoint, or half of a shorter time
 TIMES = 20  # that its time may be up before it no longer goes back to the queue
@@ -104,6 +105,7 @@ class SlurmExecutor:
     def __init__(self, env: dict[str, str], **asked):
         check_asked(asked)
         self.places, self.unsent, self.sent = asked.get("places", 1), [], {}
+        self.takes = self.places if asked.get("cluster") == "local" else ARRAY
         self.cluster = CLUSTERS[asked.get("cluster", "slurm")](env, asked)
 
     def submit(self, job: Job) -> None:

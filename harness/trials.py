@@ -98,8 +98,7 @@ class Trials:
         self.m, self.executor, self.say = m, executor, say
         self.command = m.command or (sys.executable, str(ROOT / "train_gpt.py"))
         self.commit, path = built_commit(script_path(list(self.command))), m.folder / name
-        self.rows, self.ahead, self.retry = read_rows(path), 0, retry
-        self.starts, self.began = {}, {}
+        self.rows, self.starts, self.ahead, self.retry = read_rows(path), {}, 0, retry
         if retry:
             self.rows = {name: row for name, row in self.rows.items() if row["status"] != FAILED}
         self.lines = Lines(path, None, lambda line: None)
@@ -119,7 +118,7 @@ class Trials:
         self.ahead = len(waiting)
         try:
             while waiting or running:
-                while waiting and len(running) < self.executor.places and self.affordable(waiting[0].stage, running):
+                while waiting and len(running) < self.executor.takes and self.affordable(waiting[0].stage, running):
                     running[waiting[0]] = self.begin(waiting[0])
                     del waiting[0]
                 self.require_budget(running)
@@ -170,7 +169,7 @@ class Trials:
         facts = {"words": self.words(trial), "commit": self.commit}
         write_whole(folder / "trial.json", (json.dumps(facts) + "\n").encode())
         job = Job(folder, tuple(self.words(trial)))
-        self.starts[trial], self.began[trial] = self.starts.get(trial, 0) + 1, facts["began"]
+        self.starts[trial] = self.starts.get(trial, 0) + 1
         self.executor.submit(job)
         return job
 
@@ -227,13 +226,16 @@ class Trials:
         return wall / 3600 * self.m.price_per_hour / self.executor.places
 
     def spent(self, running: Collection[Trial]) -> float:
-        now = [time.time() - self.began[trial] for trial in running]
-        return sum(row["price"] for row in self.rows.values()) + sum(map(self.price, now))
+        return sum(row["price"] for row in self.rows.values()) + sum(map(self.price, self.so_far(running)))
+
+    def so_far(self, running: Collection[Trial]) -> list[float]:
+        """Seconds of each since its process began; of one that waits in a queue none."""
+        return [time.time() - begun(self.folder(trial)) for trial in running]
 
     def affordable(self, stage: str, running: Collection[Trial]) -> bool:
         """Whether one more ends within the budget, if it and what runs take as long as others of the stage."""
         usual = mean_seconds(self.rows, stage)
-        left = sum(max(0.0, usual - (time.time() - self.began[trial])) for trial in running)
+        left = sum(max(0.0, usual - seconds) for seconds in self.so_far(running))
         return not self.m.price_limit or self.spent(running) + self.price(left + usual) <= self.m.price_limit
 
     def require_budget(self, running: Collection[Trial]) -> None:
