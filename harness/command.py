@@ -46,11 +46,22 @@ def run_folder(command: list[str], env: dict[str, str]) -> Path:
     return Path(option(words, "runs") or env.get("RUNS", "") or "runs") / run_id
 
 
+def node_count(command: list[str]) -> int:
+    """Machines that the run takes; of LEAST:MOST the most."""
+    return int(option(command[: script_place(command)], "nnodes").rpartition(":")[2] or 1)
+
+
 def rank_options(command: list[str]) -> list[str]:
-    """How many ranks the command starts, as preflight takes it; of nodes given as LEAST:MOST the most."""
+    """How many ranks the command starts, as preflight takes it."""
+    each = option(command[: script_place(command)], "nproc_per_node", "nproc-per-node")
+    return ["--ranks", each or "1", "--nodes", str(node_count(command))]
+
+
+def meeting_place(command: list[str]) -> str:
+    """HOST:PORT at which the agents of the nodes find each other."""
     words = command[: script_place(command)]
-    each, nodes = option(words, "nproc_per_node", "nproc-per-node"), option(words, "nnodes")
-    return ["--ranks", each or "1", "--nodes", nodes.rpartition(":")[2] or "1"]
+    host, port = option(words, "master_addr", "master-addr"), option(words, "master_port", "master-port")
+    return option(words, "rdzv_endpoint", "rdzv-endpoint") or f"{host or '127.0.0.1'}:{port or 29500}"
 
 
 def node_number(command: list[str]) -> int:

@@ -75,7 +75,7 @@ def check_logs(folder: Path, record: Path) -> list[Finding]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("x")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another node tries the same folder
         written = Finding("logs", True, f"{folder} can be written")
     except OSError as error:
         written = Finding("logs", False, f"{folder}: {error.strerror}", "Set runs= to a folder that can be written")

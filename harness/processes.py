@@ -28,6 +28,15 @@ def process_stat(pid: int) -> tuple[str, int, float]:
     return fields[0], int(fields[1]), int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
+def has_children(pid: int) -> bool:
+    """It has started another process, which lives."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            if process_stat(int(path.name))[1] == pid:
+                return True
+    return False
+
+
 class Process(NamedTuple):
     pid: int
     began: float  # tells it from a later process with the same number

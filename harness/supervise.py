@@ -23,10 +23,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.alerts import Alert
-from harness.command import ROOT, built_commit, built_profile, script_path
+from harness.command import ROOT, built_commit, built_profile, meeting_place, node_count, script_path
 from harness.devices import Devices
 from harness.journal import Journal
-from harness.processes import Process, Rank, find_process, living_ranks, new_stacks, process_stat, uptime
+from harness.processes import (
+    Process,
+    Rank,
+    find_process,
+    has_children,
+    living_ranks,
+    new_stacks,
+    process_stat,
+    uptime,
+)
 from harness.reader import Reader, read_json
 from harness.settings import Settings, parse, preflight_command
 from harness.stalls import Stalls, diagnose
@@ -38,6 +47,10 @@ SUSPENDED = 10.0  # seconds more than that between two looks: the machine or thi
 PRICE_RESERVE = 30.0  # seconds kept for the last checkpoint
 LEAST_ROOM = 1 << 16  # bytes; with less a disk counts as full
 NOBODY = Process(0, 0.0)
+APART = (
+    "the {} nodes did not meet at {}: start the same command on each of them, with its own --node_rank; to wait longer"
+    " give --patience start=SECONDS before the --, and torchrun --rdzv_conf timeout=SECONDS"
+)
 AGENTS = ("torch.distributed", "torchrun")  # in the command line of what starts ranks
 
 
@@ -54,6 +67,9 @@ class Job(NamedTuple):
         """Since it was started."""
         return uptime() - self.agent.began
 
+    def succeeded(self) -> bool:
+        return self.child is not None and self.child.poll() == 0
+
     def code(self) -> str:
         return "" if self.child is None else f" with code {self.child.poll()}"
 
@@ -68,6 +84,7 @@ class Supervisor:
         self.reader = Reader(self.folder, self.stalls, set())
         self.devices = Devices(settings.env.get("CUDA_VISIBLE_DEVICES"), settings.env.get("PATH"))
         self.job, self.ranks, self.hung = None, set(), False
+        self.nodes, self.met = node_count(settings.command), False
         self.wanted, self.stopping, self.stop_by, self.signalled = "", False, 0.0, set()
 
     def run(self) -> int:
@@ -184,6 +201,7 @@ class Supervisor:
         if processes and not processes & self.ranks:
             self.stalls.begin_anew()
         self.ranks = processes or self.ranks
+        self.met = self.met or bool(ranks) or (self.nodes > 1 and has_children(self.job.agent.pid))
 
     def hear(self) -> None:
         for alert in self.reader.read():
@@ -191,29 +209,39 @@ class Supervisor:
         self.journal.offer_changes()
 
     def end_what_must(self, over: bool, ranks: list[Rank]) -> None:
-        reasons = self.stop_reasons(over)
+        reasons = self.stop_reasons(over, ranks)
         if reasons and not self.stopping:
             self.stopping, self.stop_by = True, uptime() + self.stalls.patience["stop"]
             self.journal.alert(self.stalls.step, "stopping", reasons[0])
         if self.stopping:
             self.pass_on(ranks)
-        elif self.s.node == 0 or self.reader.metrics.path.exists():  # else it is logged, and judged, on another machine
+        elif self.judges():
             self.end_what_hangs(ranks)
 
-    def stop_reasons(self, over: bool) -> list[str]:
+    def judges(self) -> bool:
+        """Where the log of the run is seen; a node that waits for others judges that by itself, for nobody logs it."""
+        return self.s.node == 0 or not self.met or self.reader.metrics.path.exists()
+
+    def stop_reasons(self, over: bool, ranks: list[Rank]) -> list[str]:
+        ended = self.nodes > 1 and self.ranks and not ranks and self.reader.end.get("status") == "killed"
         cost = (self.job.seconds() + PRICE_RESERVE) / 3600 * self.s.per_hour
         reasons = {
             f"the agent that started the ranks (process {self.job.agent.pid}) is gone": over,
             self.wanted: bool(self.wanted),
+            "the run was ended on another node": bool(ended),  # this one's agent would wait for that one's
             f"price limit {self.s.price_limit:g} is near: {cost:.2f} with {PRICE_RESERVE:g} s to end":
                 0 < self.s.price_limit <= cost,
         }  # fmt: skip
         return [reason for reason, holds in reasons.items() if holds]
 
     def pass_on(self, ranks: list[Rank]) -> None:
-        """The signal to each rank, once; to the agent, which would start them again, when they are gone."""
+        """The signal to each rank, once; to the agent, which would start them again, when they are gone.
+
+        An agent that waits for other nodes hears no signal.
+        """
         targets = {rank.process for rank in ranks} or {self.job.agent}
-        if uptime() > self.stop_by:
+        deaf = self.nodes > 1 and targets == {self.job.agent} <= self.signalled and not has_children(self.job.agent.pid)
+        if deaf or uptime() > self.stop_by:
             send_all(targets, signal.SIGKILL)
         send_all(targets - self.signalled, signal.SIGTERM)
         self.signalled |= targets
@@ -249,18 +277,25 @@ class Supervisor:
         limits, seconds = self.reader.limits(), self.job.seconds()
         for line in [*self.reader.judge.milestones(), *self.reader.timers.table(limits, seconds)]:
             self.journal.text(line)
-        self.journal.save("timing.json", self.reader.timers.facts(limits, seconds))
+        self.journal.save(f"timing{self.s.mark}.json", self.reader.timers.facts(limits, seconds))
         return self.conclude(seconds, self.job.code())
 
     def conclude(self, seconds: float, code: str) -> int:
         """The run's own verdict; where it gave none, what is known of its end."""
-        silent = "killed" if self.stopping else "hung" if self.hung else "failed"
-        reason = f"the command ended{code} and without a verdict; last words: {self.reader.last_words}"
-        end = self.reader.end or {"status": silent, "error": reason}
+        end = self.reader.end or self.silent_end(code)
         facts = self.reader.facts() if end["status"] == "finished" else {}
         self.journal.text(f"{end['status']} {end['error']}".rstrip())
         self.journal.close(end["status"], facts | {"seconds": seconds, "error": end["error"]})
         return CODES[end["status"]]
+
+    def silent_end(self, code: str) -> dict[str, str]:
+        reason = f"the command ended{code} and without a verdict; last words: {self.reader.last_words}"
+        status = "killed" if self.stopping else "hung" if self.hung else "failed"
+        if self.nodes > 1 and not self.met and not self.stopping:
+            reason = APART.format(self.nodes, meeting_place(self.s.command))
+        elif self.s.node and self.job.succeeded() and not self.reader.metrics.path.exists():
+            status, reason = "finished", "here; what came of the run stands on the first node"
+        return {"status": status, "error": reason}
 
 
 def send_all(processes: set[Process], number: int) -> None:

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from harness.command import built_profile, node_number, option, run_folder, script_path, trainer_words
+from harness.command import (
+    built_profile,
+    meeting_place,
+    node_count,
+    node_number,
+    option,
+    run_folder,
+    script_path,
+    trainer_words,
+)
 
 TORCHRUN = ["python", "-m", "torch.distributed.run", "--node-rank=1", "submission/train_gpt.py", "seed=7", "run_id=a"]
 
@@ -15,6 +24,15 @@ def test_script_fields_and_node_are_found_behind_torchrun():
     assert script_path(TORCHRUN) == Path("submission/train_gpt.py") and node_number(TORCHRUN) == 1
     assert trainer_words(TORCHRUN) == ["seed=7", "run_id=a"]
     assert script_path(["sleep", "1"]) is None and trainer_words(["sleep", "1"]) == [] and node_number(["sleep"]) == 0
+
+
+@pytest.mark.parametrize("options, nodes, place", [
+    ([], 1, "127.0.0.1:29500"), (["--nnodes=2", "--master_addr=a", "--master_port=7"], 2, "a:7"),
+    (["--nnodes", "1:4", "--rdzv-endpoint", "b:8"], 4, "b:8"), (["--nnodes=2", "--master-addr", "a"], 2, "a:29500"),
+])  # fmt: skip
+def test_how_many_nodes_meet_and_where(options, nodes, place):
+    command = [*TORCHRUN[:3], *options, *TORCHRUN[4:], "--nnodes=9"]  # what comes after the script is the trainer's
+    assert node_count(command) == nodes and meeting_place(command) == place
 
 
 @pytest.mark.parametrize("words, env, folder", [

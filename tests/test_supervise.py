@@ -306,6 +306,46 @@ def test_a_price_limit_ends_the_run_in_time_and_says_so(place, service):  # noqa
     assert [message["title"] for message in server.taken][1:] == ["r: stopping", "r: killed"]
 
 
+# ---- one of several nodes
+
+# Starts one rank, if that is given a command, and waits for the other nodes, in a call that hears no signal.
+NODE = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, lambda *_: None)
+command = [word for word in sys.argv[1:] if not word.startswith("--")]
+if "--alone" not in sys.argv:
+    subprocess.run(command, env=os.environ | {"RANK": os.environ["NODE"]})
+time.sleep(0 if "--over" in sys.argv else 100000)
+"""
+
+
+def begin_node(place, node, *options, **environment):
+    (place / "node").write_text(NODE)
+    agent = [sys.executable, str(place / "node"), "--nnodes=2", f"--node_rank={node}", *options]
+    return supervise(place, [], [*agent, *run_command(place, LONG)], NODE=str(node), **environment)
+
+
+def test_an_agent_whose_ranks_were_ended_with_those_of_another_node_waits_for_nobody(place):
+    process = begin_node(place, 0)
+    reaches(place, 3)
+    ranks_of(place)[0].process.send(signal.SIGTERM)  # as they learn it from the ranks of that node
+    assert "the run was ended on another node" in ended(process, place, 143)
+
+
+def test_a_node_that_waits_for_others_can_be_stopped(place):
+    process = begin_node(place, 1, "--alone")
+    wait_until(lambda: "started process" in said(place), "nothing begins")
+    process.send_signal(signal.SIGTERM)
+    ended(process, place, 143)
+
+
+def test_a_node_that_does_not_see_the_log_knows_that_its_part_has_ended_well(place):
+    process = begin_node(place, 1, "--over")
+    wait_until(lambda: ranks_of(place), "no rank begins")
+    ranks_of(place)[0].process.send(signal.SIGTERM)
+    assert "finished here; what came of the run stands on the first node" in ended(process, place, 0)
+
+
 # ---- what the run says
 
 
