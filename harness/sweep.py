@@ -9,10 +9,11 @@
     [sweep]
     trials = 40
     steps = 200                           # or tokens, flops, seconds
-    storage = "postgresql://user@host/db" # of machines that share a study; by default a file in runs/NAME
+    storage = "postgresql+psycopg://user@host/db" # of machines that share a study; by default a file in runs/NAME
     confirm = 1                           # so many of the best go through the [[stages]] of `ablate`
 
 The same command goes on after any kill, and may run several times at once: each process takes up what it had begun.
+A password of the storage is best left to PGPASSWORD. On every machine the command works in a folder of its own.
 What failed stays in the study with its cause. The last process goes through the stages, with --search-only none does.
 Exit codes are those of `ablate`, and 0 where the stages are left to others.
 """
@@ -21,10 +22,13 @@ import argparse
 import dataclasses
 import fcntl
 import json
+import random
 import socket
 import sys
 import time
-from contextlib import ExitStack
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +44,8 @@ from runtime.log import write_whole
 from runtime.ranks import Runtime, detect_runtime
 
 LOOK = 0.5  # seconds between looks at what runs
+ATTEMPTS = 8  # to make the tables of a study while others make them
+DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary"}  # by the name they are imported with
 STARTUP = 8  # trials that are drawn at random, and never pruned
 SWEEP_KEYS = {"trials": int, "storage": str, "confirm": int, "seed": int} | dict.fromkeys(LIMITS, NUMBER)
 RANGE_KEYS = {"low": NUMBER, "high": NUMBER, "step": NUMBER, "log": bool}
@@ -69,21 +75,64 @@ def check_space(m: Manifest, env: dict[str, str]) -> dict:
     return space
 
 
-def open_study(m: Manifest, number: int):
-    """One process of this machine after another, for tables that two make at once are an error."""
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process of this machine after another."""
+    with (folder / "study.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def storage_told(what: str) -> Iterator[None]:
+    """A fault of the storage as one line."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError) as error:
+        raise ValueError(f"{what}: {str(error.__cause__ or error).splitlines()[0]}") from None
+
+
+def missing_driver(error: ImportError) -> str:
+    name = getattr(error.__cause__, "name", None) or "psycopg"
+    return f"the storage of the study needs {name}: pip install {DRIVERS.get(name, name)}"
+
+
+def open_study(m: Manifest):
+    """Tables that two machines make at once are an error for one of them, which then finds them made.
+
+    No seed: with one, every start and every machine would draw the same first trials.
+    """
     from optuna import create_study
     from optuna.pruners import MedianPruner
     from optuna.samplers import TPESampler
-    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.exc import IntegrityError, ProgrammingError
 
     storage = m.sweep.get("storage", f"sqlite:///{m.folder}/study.db")
-    sampler, pruner = TPESampler(seed=number, n_startup_trials=STARTUP), MedianPruner(n_startup_trials=STARTUP)
-    with (m.folder / "study.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            return create_study(storage=storage, study_name=m.name, load_if_exists=True, sampler=sampler, pruner=pruner)
-        except SQLAlchemyError as error:
-            raise ValueError(f"the storage of the study does not open: {str(error).splitlines()[0]}") from None
+    sampler, pruner = TPESampler(n_startup_trials=STARTUP), MedianPruner(n_startup_trials=STARTUP)
+    with locked(m.folder), storage_told("the storage of the study does not open"):
+        for attempt in range(ATTEMPTS):
+            try:
+                return create_study(
+                    storage=storage, study_name=m.name, load_if_exists=True, sampler=sampler, pruner=pruner
+                )
+            except ImportError as error:
+                raise ValueError(missing_driver(error)) from None
+            except (IntegrityError, ProgrammingError):
+                if attempt == ATTEMPTS - 1:
+                    raise
+                time.sleep(random.uniform(0, LOOK))
+
+
+def worker_name(folder: Path, number: int) -> str:
+    """Of one process, before and after a kill. Machines may share a name, and folders a path: it is drawn, and kept."""
+    path = folder / "worker"
+    with locked(folder):
+        if not path.exists():
+            write_whole(path, f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}".encode())
+    return f"{path.read_text()} {number}"
 
 
 class Sweep:
@@ -95,8 +144,8 @@ class Sweep:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.m, self.env, self.executor, self.space = m, env, executor, check_space(m, env)
         self.stage, self.wanted = sweep_stage(m), m.sweep.get("trials", 0)
-        self.validates, self.me = bool(m.config(m.base, env).val_every), f"{socket.gethostname()} {number}"
-        self.study = open_study(m, number)
+        self.validates, self.me = bool(m.config(m.base, env).val_every), worker_name(m.folder, number)
+        self.study = open_study(m)
         self.trials = Trials(m, executor, partial(print_line, sys.stderr), name=f"sweep{number}.jsonl")
         self.running, self.hopeless, self.states = {}, set(), optuna.trial.TrialState
 
@@ -122,18 +171,23 @@ class Sweep:
         while more := self.begun() < self.wanted:
             if len(self.running) == self.executor.places or not self.trials.affordable(self.stage.name, self.running):
                 break
-            asked = self.study.ask(self.space)
-            asked.set_user_attr("worker", self.me)
-            if self.begun() <= self.wanted:
-                self.begin(asked, rt)
-            else:
-                self.tell(asked, None, "others had asked for the last ones")
+            self.take(self.study.ask(self.space), rt)
         self.trials.ahead = max(0, self.wanted - self.begun()) + len(self.running)
         return more
 
+    def take(self, asked, rt: Runtime) -> None:
+        """Whoever asked for one too many gives it back; of two that do so at once, one asks again before the other."""
+        asked.set_user_attr("worker", self.me)
+        if self.begun() <= self.wanted:
+            self.begin(asked, rt)
+            return
+        asked.set_user_attr("worker", "")
+        self.tell(asked, None, "others had asked for the last ones")
+        time.sleep(random.uniform(0, LOOK))
+
     def begun(self) -> int:
-        """A trial without a worker was cut off while it was asked for."""
-        return sum("worker" in row.user_attrs for row in self.study.get_trials(deepcopy=False))
+        """A trial without a worker was given back, or cut off while it was asked for."""
+        return sum(bool(row.user_attrs.get("worker")) for row in self.study.get_trials(deepcopy=False))
 
     def fields(self, params: dict) -> Fields:
         return self.m.base | {name: show_value(value) for name, value in params.items()}
@@ -276,7 +330,8 @@ def run_sweep(m: Manifest, env: dict[str, str], options: argparse.Namespace) -> 
     with ExitStack() as stack:
         sweep = Sweep(m, take_number(m.folder, stack), executor, env)
         stack.callback(sweep.trials.close)
-        sweep.run(runtime)
+        with storage_told("the storage of the study fails, the same command goes on"):
+            sweep.run(runtime)
         told = sweep_report(sweep)
         write_whole(m.folder / "sweep.json", (json.dumps(told, indent=1) + "\n").encode())
         write_whole(m.folder / "importance.svg", importance_picture(m.name, told["importance"]).encode())

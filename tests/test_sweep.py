@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from harness.__main__ import main
+from harness.executors import make_executor
+from harness.manifest import read_manifest
+from harness.sweep import Sweep
 from tests.test_ablate import kill_when, search_process, starts
 from tests.toys import toy_dataset
 
@@ -93,11 +96,26 @@ def test_a_sweep_killed_twice_goes_on_and_its_best_is_tested_on_new_seeds(manife
     rows = [row for row in told()["trials"] if row["worker"]]  # without one it was cut off while it was asked for
     assert len(rows) == len({row["number"] for row in rows}) == 20
     assert set(starts(manifest.parent).values()) == {1}
+    assert len({row["fields"]["matrix_lr"] for row in rows}) == 20  # no start draws again what another drew
     failed = [row for row in rows if row["fields"]["schedule"] == "cosine"]
     assert all(row["cause"] == "error: the loss is not a number" for row in failed)
     assert 0.03 < rows[0]["fields"]["matrix_lr"] < 0.1 and {row["state"] for row in rows} >= {"complete"}
     table = json.loads(Path("runs/m/table.json").read_text())
     assert table["kept"] == [f"trial{rows[0]['number']}"] and Path("runs/m/importance.svg").exists()
+
+
+def test_of_two_that_ask_for_the_last_trial_neither_keeps_the_other_from_it(manifest):
+    manifest.write_text(manifest.read_text().replace("trials = 20", "trials = 1"))
+    m = read_manifest(manifest, dict(os.environ))
+    m.folder.mkdir(parents=True)
+    s = Sweep(m, 0, make_executor(m.executor, dict(os.environ)), dict(os.environ))
+    mine, other = s.study.ask(s.space), s.study.ask(s.space)
+    other.set_user_attr("worker", "another 0")
+    s.take(mine, None)
+    assert not s.running and s.begun() == 1  # given back, and not lost to the study
+    other.set_user_attr("worker", "")
+    assert s.begun() == 0
+    s.trials.close()
 
 
 def test_a_trial_that_its_scores_call_hopeless_is_ended_early_and_has_not_failed(manifest, capsys):
