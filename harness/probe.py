@@ -11,7 +11,6 @@ means: the tokens of a step, the lanes and the model stay as they are. One rank 
 import argparse
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from harness.ablate_table import aligned
 from harness.command import ROOT
 from harness.costs import step_seconds, token_seconds
 from runtime.progress import memory_in_use
-from runtime.ranks import detect_runtime
+from runtime.ranks import Runtime, detect_runtime
 from train_gpt import Config, accumulation, begin_run, check_config, load_config, phases
 
 FACTORS = (0.25, 0.5, 1, 2, 4)
@@ -76,14 +75,13 @@ class Probe:
     """`profile` and `words` are the trainer's."""
 
     def __init__(self, profile: str, words: list[str], seconds: float, env: dict[str, str]):
-        self.words, self.seconds, self.env = ["--profile", profile, *words], seconds, env
+        self.words, self.env = [f"--profile={profile}", f"--seconds={seconds}", *words], env
 
     def attempt(self, name: str, value: object, what: str, words: list[str], env: dict[str, str]) -> Tried:
-        code = f"import sys; from harness.probe import child; sys.exit(child({what!r}, {self.seconds}, sys.argv[1:]))"
-        command = [sys.executable, "-c", code, *self.words, *words]
+        command = [sys.executable, "-m", "harness", "probe", f"--one={what}", *self.words, *words]
         try:
             done = subprocess.run(
-                command, cwd=os.getcwd(), env=self.env | {"PYTHONPATH": str(ROOT)} | env, capture_output=True,
+                command, env=self.env | {"PYTHONPATH": str(ROOT)} | env, capture_output=True,
                 text=True, timeout=PATIENCE, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
@@ -92,7 +90,7 @@ class Probe:
             return Tried(name, value, cause=f"ended by signal {-done.returncode}, as by a machine out of memory")
         lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
         if done.returncode:
-            return Tried(name, value, cause=lines[-1] if lines else f"exit code {done.returncode}")
+            return Tried(name, value, cause=lines[-1].removeprefix("error: ") if lines else f"exit code {done.returncode}")
         return Tried(name, value, **json.loads(lines[-1]))
 
     def batches(self, c: Config, name: str, what: str) -> list[Tried]:
@@ -108,12 +106,9 @@ class Probe:
         return [self.attempt(name, env, "train", chosen, env) for name, env in MODES.items()]
 
 
-def child(what: str, seconds: float, argv: list[str]) -> int:
+def measure(c: Config, rt: Runtime, what: str, seconds: float) -> int:
     """In a process of its own: one object on the last line."""
-    profile, words = argv[1], argv[2:]
     try:
-        c, _ = load_config(words, dict(os.environ), profile)
-        rt = detect_runtime(dict(os.environ), c.dtype)
         run, began = begin_run(c, rt), time.perf_counter()
         if what == "train":
             last = len(phases(c)) - 1
@@ -125,9 +120,8 @@ def child(what: str, seconds: float, argv: list[str]) -> int:
             token_seconds(c, run, val, mode, 0.0)
             first = time.perf_counter() - began
             speed = 1 / token_seconds(c, run, val, mode, seconds)
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        sys.stderr.write(f"{str(error).splitlines()[0]}\n")
-        return 2
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(str(error).splitlines()[0]) from None
     memory = torch.cuda.max_memory_allocated() if rt.device.type == "cuda" else memory_in_use()
     sys.stdout.write(json.dumps({"speed": speed, "memory": memory, "first": first}) + "\n")
     return 0
@@ -152,9 +146,12 @@ def probe_command(words: list[str], env: dict[str, str]) -> int:
     )
     parser.add_argument("--profile", default=env.get("PROFILE", "local"))
     parser.add_argument("--seconds", type=float, default=5.0, help="of steady work behind each line")
+    parser.add_argument("--one", choices=("train", "evaluate"), help=argparse.SUPPRESS)  # what a process of ours does
     options, fields = parser.parse_known_args(words)
     c, _ = load_config(fields, env, options.profile)
     rt = detect_runtime(env, c.dtype)
+    if options.one:
+        return measure(c, rt, options.one, options.seconds)
     probe = Probe(options.profile, fields, options.seconds, env)
     say(f"{options.profile} on {rt.device_name}, {rt.dtype}, one rank")
     found = []

@@ -74,13 +74,13 @@ PROFILES = {
     "engram_brain": """
         layers=AAAA parts=reset,null,qat,easy,replay,surprise,salience dim=96 heads=4 kv_heads=4 mlp_mult=4 group=32
         rope_dims=24 window=32 seq_len=128 engram_layers=0 engram_orders=2,3 engram_heads=1 engram_rows=50021
-        feedback_passes=2 halt=0.02 batch_tokens=4096 micro_tokens=4096 max_seconds=120 decay=0.3 eval_modes=stream
+        feedback_passes=2 halt=0.05 batch_tokens=4096 micro_tokens=4096 max_seconds=120 decay=0.3 eval_modes=stream
         eval_lanes=1 matrix_lr=0.015 embed_lr=0.01
     """,
     "engram_brain_large": """
         layers=AAAAAAAA parts=reset,null,qat,easy,replay,surprise,salience dim=256 heads=8 kv_heads=8 mlp_mult=4
         window=32 seq_len=128 engram_layers=0 engram_orders=2,3 engram_heads=1 engram_rows=50021 feedback_passes=2
-        halt=0.02 batch_tokens=8192 micro_tokens=4096 max_seconds=600 decay=0.3 eval_modes=stream eval_lanes=1
+        halt=0.05 batch_tokens=8192 micro_tokens=4096 max_seconds=600 decay=0.3 eval_modes=stream eval_lanes=1
         matrix_lr=0.015 embed_lr=0.01
     """,
     "wavefield": "layers=WAWA parts=reset,unet,smear,null,qat" + SMALL,
