@@ -22,7 +22,6 @@ from tests.test_publish import wait_for
 from tests.toys import toy_dataset
 
 MACHINE = "unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", "--kill-child"
-ONCE, AGAIN = '"$@"; exit $?', 'until "$@"; do sleep 2; done'  # the command, or the command until it has finished
 LENGTH = "max_steps=40", "checkpoint_every=10"
 
 
@@ -80,11 +79,11 @@ class Machines:
         agent = ["-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1", *place]
         return [sys.executable, *agent, *options, str(packed_script()), *self.fields]
 
-    def start(self, node: int, flags: Iterable[str] = (), how: str = ONCE, options: Iterable[str] = (), **env: str):
+    def start(self, node: int, flags: Iterable[str] = (), options: Iterable[str] = (), **env: str):
         words = [sys.executable, "-m", "harness", "supervise", *flags, "--", *self.command(node, *options)]
         with self.terminal(node).open("a") as log:
             self.started[node] = subprocess.Popen(
-                [*MACHINE, "sh", "-c", how, "machine", *words],
+                [*MACHINE, "sh", "-c", '"$@"; exit $?', "machine", *words],
                 cwd=ROOT,
                 env=os.environ | QUIET | {"GLOO_SOCKET_IFNAME": "lo"} | env,
                 stdout=log,
@@ -104,12 +103,6 @@ class Machines:
         """Its number as we see it."""
         named = processes("torch.distributed.run", f"--node_rank={node}", f"runs={self.folder}")
         (pid,) = (pid for pid, command in named.items() if "supervise" not in command)
-        return pid
-
-    def rank(self, node: int) -> int:
-        agent = self.agent(node)
-        ranks = processes(str(packed_script()), f"runs={self.folder}")
-        (pid,) = (pid for pid in ranks if f"\nPPid:\t{agent}\n" in Path(f"/proc/{pid}/status").read_text())
         return pid
 
     def left(self) -> dict[int, list[str]]:
@@ -172,21 +165,6 @@ def test_a_killed_agent_ends_both_machines_with_a_checkpoint_and_the_same_comman
     for each in (0, 1):
         machines.start(each)
     assert finished(machines) == undisturbed and f"resumed at step {newest}," in machines.said(0)
-
-
-def test_what_is_left_alone_goes_on_whatever_dies(machines, undisturbed):
-    """An agent, a rank, and a whole machine, which comes back; nobody does anything else."""
-    for node in (0, 1):
-        machines.start(node, how=AGAIN)
-    for count, (victim, node) in enumerate([("agent", 1), ("rank", 0), ("agent", 0), ("rank", 1)]):
-        reaches(machines, 4 + 5 * count)
-        os.kill(getattr(machines, victim)(node), signal.SIGKILL)
-        assert wait_for(lambda: machines.said(0).count("resumed at step") > count, PATIENCE), machines.all_said()  # noqa: B023
-    reaches(machines, 25)
-    machines.started[1].kill()
-    machines.started[1].wait()
-    machines.start(1, how=AGAIN)
-    assert finished(machines) == undisturbed
 
 
 @pytest.mark.parametrize("node", [0, 1])
