@@ -90,7 +90,8 @@ class Probe:
             return Tried(name, value, cause=f"ended by signal {-done.returncode}, as by a machine out of memory")
         lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
         if done.returncode:
-            return Tried(name, value, cause=lines[-1].removeprefix("error: ") if lines else f"exit code {done.returncode}")
+            words = lines[-1].removeprefix("error: ") if lines else f"exit code {done.returncode}"
+            return Tried(name, value, cause=words)
         return Tried(name, value, **json.loads(lines[-1]))
 
     def batches(self, c: Config, name: str, what: str) -> list[Tried]:
