@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness.ablate_table import shown
 from harness.manifest import Manifest, read_manifest
-from records.run_record import md_table
 
 HEAD = """# Ablations
 
@@ -30,16 +29,25 @@ def question(path: Path) -> str:
         if not line.startswith("#"):
             break
         lines.append(line.removeprefix("#").removeprefix(" "))
-    return "\n".join(line for line in lines if not line.startswith("  ")).strip()
+    text = "\n".join(line for line in lines if not line.startswith("  "))
+    return text.replace("\n\n\n", "\n\n").strip()
 
 
 def row(told: dict, base: dict) -> list[str]:
     speed, was = told["tokens_per_second"], base["tokens_per_second"]
-    name = f"**{told['variant']}**" if told["verdict"] == "keep" else told["variant"]
+    verdict = "**keep**" if told["verdict"] == "keep" else told["verdict"]
     seen = "" if told["verdict"] == "keep" else shown(told["visible"], ".4f")
     interval = f"{shown(told['low'], '+.4f')} to {shown(told['high'], '+.4f')}"
     ratio = f"x {speed / was:.2f}" if speed and was else "-"
-    return [name, shown(told["delta"], "+.4f"), interval, told["verdict"], seen, ratio, shown(told["bytes"], ",")]
+    return [
+        f"`{told['variant']}`",
+        shown(told["delta"], "+.4f"),
+        interval,
+        verdict,
+        seen,
+        ratio,
+        shown(told["bytes"], ","),
+    ]
 
 
 def stage_text(told: dict) -> str:
@@ -50,12 +58,13 @@ def stage_text(told: dict) -> str:
         f"{shown(base['bytes'], ',')} bytes; noise of a score {shown(told['noise'], '.4f')}"
     )
     ordered = sorted(told["variants"], key=lambda each: (each["delta"] is None, each["delta"]))
-    return f"{said}.\n\n{md_table(COLUMNS, [row(each, base) for each in ordered])}"
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *(row(each, base) for each in ordered)]
+    return "\n".join([f"{said}.", "", *(f"| {' | '.join(cells)} |" for cells in rows)])
 
 
 def manifest_text(m: Manifest) -> str:
     told = json.loads((m.folder / "table.json").read_text())
-    stages = "\n\n".join(stage_text(stage).strip() for stage in told["stages"])
+    stages = "\n\n".join(map(stage_text, told["stages"]))
     command = f"`python -m harness ablate {m.path}`, {told['trials']} trials"
     return f"## {m.name}\n\n{question(m.path)}\n\n{command}. {stages}\n"
 

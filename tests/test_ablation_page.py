@@ -43,7 +43,7 @@ def test_the_page_has_a_table_for_each_and_asks_for_what_has_not_run(tmp_path, m
     Path("runs/rates/table.json").write_text(json.dumps(told))
     assert main([str(path)]) == 0
     page = capsys.readouterr().out
-    assert "## rates" in page and "| average | -0.0100 | -0.0200 to +0.0000 | retest | 0.0300 | x 0.90 | 99 |" in page
+    assert "## rates" in page and "| `average` | -0.0100 | -0.0200 to +0.0000 | retest | 0.0300 | x 0.90 | 99 |" in page
 
 
 @pytest.mark.slow
