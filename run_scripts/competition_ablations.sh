@@ -19,6 +19,7 @@ if [[ " $* " == *" tokenizer "* ]]; then
 fi
 manifests=("${@/#/run_scripts/manifests/}")
 manifests=("${manifests[@]/%/.toml}") status=0
+if [ "${SMOKE:-}" ] && [ -d runs ]; then (cd runs && rm -rf -- "${@/%/-smoke}"); fi # begun anew
 "$PY" -m harness ablate ${SMOKE:+--smoke} "${manifests[@]}" || status=$?
 if [ $status != 0 ] && [ $status != 3 ]; then exit $status; fi # 3: nothing is better than its base
 if [ ! "${SMOKE:-}" ]; then
