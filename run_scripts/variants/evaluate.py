@@ -45,20 +45,21 @@ VARIED = ("eval_modes", "eval_lanes", "eval_batch", "eval_stride", "val_tokens",
 
 
 class TrickedAdam(LaneAdam):
-    """With a first moment; `centres` takes the mean over inputs off a gradient."""
+    """With a first moment over the weight it has gathered; `centres` takes the mean over inputs off a gradient."""
 
     def __init__(self, weights: list[torch.Tensor], lanes: int, lr: float, tricks: dict[str, float], centres):
         super().__init__(weights, lanes, lr)
         self.first, self.tricks, self.centres = [torch.zeros_like(row) for row in self.rows], tricks, centres
+        self.gathered = [row.new_zeros(lanes, 1) for row in self.rows]
 
     def forget(self, lanes: torch.Tensor, warm: int) -> None:
         super().forget(lanes, warm)
-        for moment in self.first[warm:]:
-            moment.index_fill_(0, lanes, 0)
+        for memory in self.first[warm:] + self.gathered[warm:]:
+            memory.index_fill_(0, lanes, 0)
 
     def fade(self) -> None:
-        for moment in self.first:
-            moment *= self.tricks["fade"]
+        for memory in self.first + self.gathered:
+            memory *= self.tricks["fade"]
 
     @torch.no_grad()
     def step(self, grads, share: torch.Tensor) -> None:
@@ -67,14 +68,17 @@ class TrickedAdam(LaneAdam):
         grads = [grad.reshape(row.shape) for grad, row in zip(grads, self.rows)]
         norms = [torch.linalg.vector_norm(grad, dim=1) for grad in grads]
         factor = (TTT_CLIP / torch.stack(norms).norm(dim=0).clamp(min=TTT_CLIP)).unsqueeze(1)
-        tables = self.rows, grads, self.first, self.second, self.steps, self.ahead
-        for row, grad, first, second, steps, ahead in zip(*tables):
+        tables = self.rows, grads, self.first, self.gathered, self.second, self.steps, self.ahead
+        for row, grad, first, gathered, second, steps, ahead in zip(*tables):
             steps += 1
             young = (1 - TTT_BETA2 ** (steps + ahead)).sqrt()
             grad = grad * factor
             second.mul_(TTT_BETA2).addcmul_(grad, grad, value=1 - TTT_BETA2)
             first.mul_(m).add_(grad, alpha=1 - m)
-            way = m * first + (1 - m) * grad if self.tricks["nesterov"] else first
+            gathered.mul_(m).add_(1 - m)
+            way = first / gathered
+            if self.tricks["nesterov"]:
+                way = (m * first + (1 - m) * grad) / (m * gathered + 1 - m)
             row.addcdiv_(way * self.lr * share * young, second.sqrt().add_(TTT_EPS * young), value=-1)
 
 
