@@ -134,10 +134,6 @@ def stage_lines(told: dict, score: str) -> list[str]:
     return [*lines, *(["steps to the target loss: " + ", ".join(steps)] if steps else []), ""]
 
 
-def verdicts(told: dict) -> list[str]:
-    return [row["verdict"] for stage in told["stages"] for row in stage["variants"]]
-
-
 def table_text(told: dict) -> str:
     lines = [line for stage in told["stages"] for line in stage_lines(stage, told["score"])]
     lines += [f"refused {name}: {cause}" for name, cause in told["refused"].items()]
@@ -146,7 +142,8 @@ def table_text(told: dict) -> str:
         lines.append(f"trials of {len(told['commits'])} commits are compared: {', '.join(told['commits'])}")
     cost = f"{told['trials']} trials, {duration(told['machine_seconds'])}, price {told['price']:.2f}"
     if told["price"]:
-        cost += f", {told['price'] / max(1, len(verdicts(told))):.2f} a verdict"
+        verdicts = sum(len(stage["variants"]) for stage in told["stages"])
+        cost += f", {told['price'] / max(1, verdicts):.2f} a verdict"
     return "\n".join([*lines, f"{cost}; kept: {', '.join(told['kept']) or 'nothing'}"])
 
 

@@ -31,6 +31,7 @@ from eval.score import (
     device_of,
     evaluating,
     score_windows,
+    token_nats,
 )
 from eval.tokens import Validation
 from run_scripts.variants.trained import Asked, run_variant
@@ -89,7 +90,7 @@ class LogitReader(PlainReader):
         return self.logits(window, state)
 
     def model_nats(self, ahead, window):
-        return torch.nn.functional.cross_entropy(ahead.mT, window.y, reduction="none")
+        return token_nats(ahead, window.y)
 
     def nats(self, ahead, window, columns):
         return self.model_nats(ahead, window)[:, columns]
